@@ -1,0 +1,1 @@
+"""Raw clips in, a checked and quickly read data set out. Run as `python -m data_prep VERB`."""

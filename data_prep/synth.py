@@ -1,0 +1,183 @@
+"""A made-up data set whose classes are motions and nothing else: no single frame and no unordered set of frames tells them apart.
+
+Every axis of motion has two classes, each the other played backwards. A clip is drawn for one direction and reversed for the
+other, and every process in it is stationary: places are uniform on a torus, angles on the circle, sizes log-uniform, noise
+independent in time, the background's drift uniform in direction. So frame t looks alike in all eight classes, for every t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.encode import H264, file_sha256, keep, part_of, ticks, write_video
+
+Level = Literal["easy", "hard"]
+Floats = NDArray[np.float32]
+
+# Neighbours are twins: the second of a pair is the first played backwards.
+CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approaching", "receding")
+FPS = 16
+# Per frame, so that 8 of 16 frames show plenty: widths travelled, radians turned, growth of the logarithm of the radius.
+SHIFT = (0.035, 0.07)
+TURN = (0.12, 0.30)
+GROWTH = (0.045, 0.075)
+RADIUS = (0.13, 0.33)
+DRIFT = 0.02
+# High quality: coarse quantisation leaves a trail behind moving things, which one frame would give away.
+ENCODING = H264(gop=16, crf=12, preset="veryfast")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video to make: its class, its index in the class, where to write it, and what decides how it looks."""
+
+    path: Path
+    split: str
+    label: str
+    index: int
+    level: Level
+    size: int
+    frames: int
+    seed: int
+
+
+def draw(clip: Clip) -> NDArray[np.uint8]:
+    """The frames of one clip, (T, H, W, 3) uint8; a pure function of (seed, split, class, index) and level, size, frames."""
+    rng = np.random.default_rng(_key(clip.seed, clip.split, clip.label, clip.index))
+    place = CLASSES.index(clip.label)
+    frames = _render(rng, CLASSES[place - place % 2], clip.level, clip.size, clip.frames)
+    return frames[::-1] if place % 2 else frames
+
+
+def make(clip: Clip) -> str:
+    """Draw, encode and name one clip; returns the sha256 of the file."""
+    part = part_of(clip.path)
+    images = draw(clip)
+    pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24") for image in images)
+    moments = ticks([number / FPS for number in range(clip.frames)])
+    pairs = zip(moments, pictures, strict=True)
+    write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
+    digest = file_sha256(part)
+    keep(part, clip.path)
+    return digest
+
+
+def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: int, seed: int) -> Iterator[Clip]:
+    """Every clip of the data set, in the order it is listed; `counts` are clips per class by split."""
+    for split, count in counts.items():
+        for label in CLASSES:
+            for index in range(count):
+                path = out / "videos" / split / label / f"{index:05d}.mp4"
+                yield Clip(path, split, label, index, level, size, frames, seed)
+
+
+def _key(seed: int, split: str, label: str, index: int) -> list[int]:
+    digest = hashlib.sha256(f"{seed}/{split}/{label}/{index}".encode()).digest()
+    return list(np.frombuffer(digest, dtype=np.uint32).tolist())
+
+
+def _render(rng: np.random.Generator, motion: str, level: Level, size: int, frames: int) -> NDArray[np.uint8]:
+    x, y, angle, radius = (track[:, None, None] for track in _track(rng, motion, frames))
+    (ground, ground_contrast), (colour, contrast) = _inks(rng, level)
+    column = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
+    row = column.transpose(0, 2, 1)
+    behind = ground + _background(rng, column, row, frames) * ground_contrast
+    # The place of every pixel as the shape sees it: (T, H, W), in radii.
+    dx, dy = (column - x + 0.5) % 1 - 0.5, (row - y + 0.5) % 1 - 0.5
+    a = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
+    b = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
+    beyond = np.hypot(a, b) - np.interp(np.arctan2(b, a), *_outline(rng)).astype(np.float32)
+    # A soft edge one pixel wide: motion of less than a pixel stays visible.
+    mask = np.clip(0.5 - beyond * radius * size, 0, 1)[..., None]
+    images = behind + mask * (colour + _sample(_texture(rng), 0.25 * a, 0.25 * b) * contrast - behind)
+    images += rng.standard_normal(images.shape, dtype=np.float32) * np.float32(rng.uniform(2, 8))
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+
+
+def _background(rng: np.random.Generator, column: Floats, row: Floats, frames: int) -> Floats:
+    """Texture (T, H, W, 1), still in half the clips and drifting slowly in any direction in the others."""
+    heading, drift = rng.uniform(0, 2 * np.pi), rng.uniform(0, DRIFT) * rng.integers(0, 2)
+    start = rng.uniform(0, 1, 2).astype(np.float32)
+    t = np.arange(frames if drift else 1, dtype=np.float32)[:, None, None] * np.float32(drift)
+    u = start[0] + np.float32(np.cos(heading)) * t + column
+    v = start[1] + np.float32(np.sin(heading)) * t + row
+    return _sample(_texture(rng), *np.broadcast_arrays(u, v))
+
+
+def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, ...]:
+    """Centre x, y (in widths, on a torus), angle and radius (in widths) at each frame, for the first class of each pair.
+
+    All four start uniform over a range they then move through cyclically, hence are distributed alike at every frame.
+    """
+    t = np.arange(frames, dtype=np.float32)
+    x, y, angle, zoom = (rng.uniform(0, 1) + 0 * t for _ in range(4))
+    shift, turn, growth = rng.uniform(*SHIFT), rng.uniform(*TURN), rng.uniform(*GROWTH)
+    octaves = np.log(RADIUS[1] / RADIUS[0])
+    if motion == "left":
+        x = x - shift * t
+    elif motion == "up":
+        y = y - shift * t
+    elif motion == "clockwise":
+        angle = angle + turn * t / (2 * np.pi)
+    else:
+        zoom = zoom + growth * t / octaves
+    tracks = x % 1, y % 1, 2 * np.pi * angle, RADIUS[0] * np.exp(octaves * (zoom % 1))
+    return tuple(track.astype(np.float32) for track in tracks)
+
+
+def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """(angles, radii) of a closed shape of mean radius 1: a polygon, an ellipse or a blob."""
+    angles = np.linspace(-np.pi, np.pi, 361, dtype=np.float32)
+    kind = rng.integers(0, 3)
+    if kind == 0:
+        corners = rng.integers(3, 7)
+        wedge = 2 * np.pi / corners
+        radii = 1 / np.cos((angles + np.pi) % wedge - wedge / 2)
+    elif kind == 1:
+        ratio = rng.uniform(1.0, 2.5)
+        radii = 1 / np.hypot(np.cos(angles) * ratio, np.sin(angles))
+    else:
+        lobes = rng.integers(2, 6)
+        radii = 1 + rng.uniform(0.1, 0.35) * np.cos(lobes * angles)
+    return angles, (radii / radii.mean()).astype(np.float32)
+
+
+def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
+    """(size, size) noise of mean 0 and deviation 1 that repeats without a seam, with detail of 3 to 7 waves a side."""
+    waves = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]) * size
+    band = np.exp(-(((waves - rng.uniform(3, 7)) / 2) ** 2))
+    noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * band).real
+    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+
+
+def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]:
+    """(mean colour, colour of the contrast) of the background and of the shape."""
+
+    def ink(low: float, high: float, contrast: float) -> tuple[Floats, Floats]:
+        colour = rng.uniform(low, high) * rng.uniform(0.75, 1.25, 3)
+        return colour.astype(np.float32), (contrast * rng.uniform(0.5, 1.5, 3)).astype(np.float32)
+
+    if level == "easy":
+        return [ink(30, 70, 14), ink(140, 190, 35)]
+    return [ink(90, 150, 32)] * 2
+
+
+def _sample(texture: Floats, u: Floats, v: Floats) -> Floats:
+    """Values (..., 1) of a repeating (S, S) texture at places (...) in units of its width, bilinear."""
+    size = len(texture)
+    column, row = u * size, v * size
+    left, top = np.floor(column), np.floor(row)
+    fx, fy = column - left, row - top
+    x, y = left.astype(np.int32) % size, top.astype(np.int32) % size
+    right, below = (x + 1) % size, (y + 1) % size
+    upper = texture[y, x] * (1 - fx) + texture[y, right] * fx
+    lower = texture[below, x] * (1 - fx) + texture[below, right] * fx
+    return np.asarray(upper * (1 - fy) + lower * fy)[..., None]

@@ -1,0 +1,284 @@
+"""Decoding: every frame asked for is the one a plain decode from the start gives, whatever the file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from video_swinv2.data import decode
+from video_swinv2.data.decode import DecodeError, Orientation, VideoReader, size_for
+
+Writer = Callable[..., Path]
+
+
+def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frames whose left half has brightness 8 * index, so that a frame read back says which one it is."""
+    frames = np.full((count, height, width, 3), 128, dtype=np.uint8)
+    frames[:, :, : width // 2] = (np.arange(count) * 8 % 256).astype(np.uint8)[:, None, None, None]
+    return frames
+
+
+def number_of(image: torch.Tensor) -> int:
+    return round(float(image[:, :, : image.shape[2] // 3].float().mean()) / 8)
+
+
+def plain_decode(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+
+
+def write_timed(
+    path: Path, frames: np.ndarray, ticks: list[int], *, base: Fraction = Fraction(1, 1000), **options: str
+) -> Path:
+    """A video whose frame i is shown at ticks[i] of the time base."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "10", **options})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = base
+        for image, when in zip(frames, ticks, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = when, base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def assert_reads_like_plain_decode(path: Path) -> None:
+    truth = plain_decode(path)
+    with VideoReader(path) as reader:
+        assert len(reader) == len(truth)
+        indices = [*np.random.default_rng(0).integers(0, len(truth), 6).tolist(), len(truth) - 1, 0]
+        for chosen in (indices, [len(truth) - 1]):
+            assert np.array_equal(reader.frames(chosen).permute(0, 2, 3, 1).numpy(), truth[chosen])
+        assert reader.missing == 0
+
+
+@pytest.mark.parametrize("b_frames", ["0", "3"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.ts"])
+def test_any_order_with_repeats_equals_a_plain_decode(tmp_path: Path, name: str, b_frames: str) -> None:
+    path = write_timed(tmp_path / name, numbered_frames(30), list(range(30)), base=Fraction(1, 25), g="7", bf=b_frames)
+    assert_reads_like_plain_decode(path)
+    with VideoReader(path) as reader:
+        assert [number_of(image) for image in reader.frames([29, 3, 3, 17])] == [29, 3, 3, 17]
+        np.testing.assert_allclose(np.diff(reader.times), 0.04, atol=1e-6)
+        assert reader.fps == pytest.approx(25)
+        assert reader.size == (48, 64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["decord__unordered.mov", "ft__fixture.asf", "ft__fixture2.mpg", "tc__var_fps_video.mp4", "tc__av1_video.mkv"]
+    + ["tc__h265_10bits.mp4", "ft__fixture-null.webm", "mma2__test.avi", "tc__nasa_13013.mp4", "ft__fixture.mov"],
+)
+def test_real_files_equal_a_plain_decode(outside_data: Path, name: str) -> None:
+    assert_reads_like_plain_decode(outside_data / "odd_clips" / name)
+
+
+def test_packed_b_frames_equal_a_plain_decode(outside_data: Path) -> None:
+    path = outside_data / "ut_interaction" / "kicking" / "set1_seq01_001.avi"
+    truth = torch.from_numpy(plain_decode(path)).permute(0, 3, 1, 2)
+    with VideoReader(path) as reader:
+        assert len(reader) == len(truth)
+        assert np.all(np.diff(reader.times) > 0)
+        assert torch.equal(reader.frames(range(len(truth))), truth)
+
+
+def test_real_presentation_times_of_an_uneven_video(tmp_path: Path) -> None:
+    when = [0, 33, 100, 110, 400, 433, 900]
+    with VideoReader(write_timed(tmp_path / "v.mp4", numbered_frames(7), when, bf="2")) as reader:
+        np.testing.assert_allclose((reader.times - reader.times[0]) * 1000, when, atol=1e-6)
+        assert reader.fps == pytest.approx(6 / 0.9)
+
+
+def test_each_frame_is_decoded_from_its_own_key_packet_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    when = list(range(0, 1280, 40))
+    path = write_timed(tmp_path / "v.mp4", numbered_frames(32), when, g="8", bf="0", sc_threshold="0")
+    starts: list[int] = []
+    inner = VideoReader._decode
+    monkeypatch.setattr(VideoReader, "_decode", lambda self, start: starts.append(start) or inner(self, start))
+    with VideoReader(path) as reader:
+        assert starts == []  # an MP4 is numbered from its packets
+        reader.frames([30, 31, 2, 1, 2])
+        assert starts == [0, 24]
+        starts.clear()
+        reader.frames([7, 8, 15, 16])  # neighbouring groups of pictures: no restart
+        assert starts == [0]
+
+
+@pytest.mark.parametrize("limit", [decode.RETAINED_BYTES, 2000])
+def test_a_file_too_big_to_keep_in_memory_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(decode, "RETAINED_BYTES", limit)
+    noise = np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8)
+    assert_reads_like_plain_decode(write_timed(tmp_path / "v.mp4", noise, list(range(0, 960, 40)), g="6"))
+
+
+@pytest.mark.parametrize(
+    ("turn", "mirror"), [(0, False), (90, False), (180, False), (270, False), (0, True), (90, True)]
+)
+def test_turns_and_mirrors_are_applied(tmp_path: Path, turn: int, mirror: bool) -> None:
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    picture[:24, :32] = (255, 0, 0)
+    picture[24:, :32] = (0, 255, 0)
+    picture[:24, 32:] = (0, 0, 255)
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write a display matrix")
+        stream.set_display_rotation(turn, hflip=mirror)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        reported = next(container.decode(video=0)).rotation
+    with VideoReader(path) as reader:
+        image = reader.frames([1])[0].permute(1, 2, 0).numpy()
+        assert reader.size == image.shape[:2]
+    # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has no such angle, so its matrix is spelt out.
+    expected = np.rot90(picture, k=round(reported / 90) % 4) if not mirror else mirrored(path, picture)
+    assert np.abs(image.astype(int) - expected).mean() < 20
+
+
+def mirrored(path: Path, picture: np.ndarray) -> np.ndarray:
+    """The picture laid out pixel by pixel as the display matrix in the file says."""
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        a, b, _, c, d = np.sign(np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)[:5])
+    height, width = picture.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    shown_x, shown_y = shown_x - shown_x.min(), shown_y - shown_y.min()
+    out = np.empty((shown_y.max() + 1, shown_x.max() + 1, 3), dtype=picture.dtype)
+    out[shown_y, shown_x] = picture
+    return out
+
+
+def test_quarter_turn_swaps_the_axes() -> None:
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    assert (
+        Orientation(transpose=True, flip_x=True).apply(image)[:, :, 0].tolist() == np.rot90(image, -1)[:, :, 0].tolist()
+    )
+
+
+@pytest.mark.parametrize("name", ["decord__video_90.mov", "decord__video_180.mov", "decord__video_270.mov"])
+def test_real_phone_rotation(outside_data: Path, name: str) -> None:
+    path = outside_data / "odd_clips" / name
+    with av.open(str(path)) as container:
+        turns = next(container.decode(video=0)).rotation // 90
+    truth = np.rot90(plain_decode(path), k=turns, axes=(1, 2))
+    with VideoReader(path) as reader:
+        assert np.array_equal(reader.frames([2])[0].permute(1, 2, 0).numpy(), truth[2])
+
+
+def test_pixels_are_made_square(outside_data: Path) -> None:
+    with VideoReader(outside_data / "odd_clips" / "mp4p__h264_white_frame_sar_16_9.mp4") as reader:
+        assert reader.size == (480, 1138)
+        assert reader.frames([0]).shape == (1, 3, 480, 1138)
+
+
+@pytest.mark.parametrize(
+    ("shown", "short", "expected"),
+    [((480, 640), 240, (240, 320)), ((640, 480), 240, (320, 240)), ((360, 641), 128, (128, 228)), ((7, 7), 9, (9, 9))],
+)
+def test_size_for_keeps_the_aspect_ratio(shown: tuple[int, int], short: int, expected: tuple[int, int]) -> None:
+    assert size_for(shown, short) == expected
+    assert size_for(shown, None) == shown
+
+
+@pytest.mark.parametrize("short_side", [24, 96])
+def test_short_side_resizes_down_and_up(write_video: Writer, tmp_path: Path, short_side: int) -> None:
+    with VideoReader(write_video(tmp_path / "v.mp4", numbered_frames(9))) as reader:
+        images = reader.frames([8, 2], short_side)
+    assert images.shape == (2, 3, short_side, short_side * 4 // 3)
+    assert images.dtype == torch.uint8
+    assert [number_of(image) for image in images] == [8, 2]
+
+
+@pytest.mark.parametrize(
+    "name", ["with space.mp4", "it's.mp4", "-dash.mp4", 'a"b.mp4', "file:x%03d.mp4", "naïve 日本.mp4"]
+)
+def test_awkward_names(write_video: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_video(tmp_path / "plain.mp4", numbered_frames(4)).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with VideoReader(Path(name)) as reader:
+        assert len(reader) == 4
+
+
+def test_an_undecodable_frame_is_stood_in_for_and_counted(outside_data: Path) -> None:
+    path = outside_data / "odd_clips" / "decord__corrupted.mp4"  # 50 packets, one of them damaged
+    with VideoReader(path) as reader:
+        images = reader.frames(range(len(reader)))
+        assert len(reader) == 50
+        assert reader.missing == 1
+    doubled = [i for i in range(1, 50) if torch.equal(images[i], images[i - 1])]
+    assert len(doubled) >= 1
+    with VideoReader(path) as reader:
+        assert torch.equal(reader.frames([doubled[0]])[0], images[doubled[0]])
+
+
+def test_truncated_file_gives_the_frames_before_the_cut(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), dtype=np.uint8)
+    whole = write_timed(tmp_path / "whole.mkv", noise, list(range(0, 1600, 40)), g="8")
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    truth = torch.from_numpy(plain_decode(whole)).permute(0, 3, 1, 2)
+    with VideoReader(cut) as reader:
+        assert 10 < len(reader) < 30
+        sound = range(len(reader) - 1)  # the very last packet may be cut in two
+        assert torch.equal(reader.frames(sound), truth[: len(sound)])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "words"),
+    [
+        (None, "missing", "no such file"),
+        (b"", "empty", "0 bytes"),
+        (b"<html>404</html>" * 9, "not_video", "not a video"),
+    ],
+)
+def test_what_is_no_video_is_named(tmp_path: Path, content: bytes | None, reason: str, words: str) -> None:
+    path = tmp_path / "x.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DecodeError, match=words) as caught:
+        VideoReader(path)
+    assert caught.value.reason == reason
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    revived = pickle.loads(pickle.dumps(caught.value))  # loader workers send it to the main process
+    assert (str(revived), revived.reason) == (str(caught.value), reason)
+
+
+@pytest.mark.parametrize(
+    "name", ["mp4p__short-cenc.mp4", "mp4p__bipbop_cbcs_video_init.mp4", "ft__fixture-bad-offset.mp3"]
+)
+def test_files_without_pictures_are_refused(outside_data: Path, name: str) -> None:
+    with pytest.raises(DecodeError, match=name), VideoReader(outside_data / "odd_clips" / name) as reader:
+        reader.frames([0])
+
+
+def test_time_limit(write_video: Writer, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", numbered_frames(9))
+    with pytest.raises(DecodeError, match="not read within 0 s") as caught:
+        VideoReader(path, time_limit_seconds=0.0)
+    assert caught.value.reason == "timeout"
+
+
+def test_an_index_outside_the_video_is_a_programming_error(write_video: Writer, tmp_path: Path) -> None:
+    with VideoReader(write_video(tmp_path / "v.mp4", numbered_frames(5))) as reader:
+        for indices in ([5], [-1], []):
+            with pytest.raises(IndexError, match=r"0\.\.4"):
+                reader.frames(indices)

@@ -1,0 +1,74 @@
+"""Windows: split and join, padding, and the mask against a definition by coordinates."""
+
+import itertools
+
+import pytest
+import torch
+
+from video_swinv2.models.windows import crop_to, layout, merge, pad_to, padded, partition, roll, shrink
+
+
+@pytest.mark.parametrize(("grid", "window"), [((8, 12), (4, 3)), ((4, 6, 8), (2, 3, 4)), ((5, 5, 5), (5, 5, 5))])
+def test_partition_and_merge_are_inverse(grid, window):
+    x = torch.arange(2 * torch.Size(grid).numel() * 3.0).view(2, *grid, 3)
+    windows = partition(x, window)
+    assert windows.shape == (2, torch.Size(grid).numel() // torch.Size(window).numel(), torch.Size(window).numel(), 3)
+    assert torch.equal(merge(windows, window, grid), x)
+
+
+def test_partition_order_is_row_major():
+    x = torch.arange(16).view(1, 4, 4, 1)
+    assert partition(x, (2, 2))[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_pad_crop_and_roll():
+    x = torch.randn(2, 3, 5, 7, 4)
+    wide = pad_to(x, (4, 6, 8))
+    assert wide.shape == (2, 4, 6, 8, 4)
+    assert torch.equal(crop_to(wide, (3, 5, 7)), x)
+    assert wide.count_nonzero() == x.count_nonzero()
+    assert torch.equal(roll(roll(x, (1, 2, 3)), (-1, -2, -3)), x)
+
+
+def test_shrink_works_axis_by_axis():
+    assert shrink((8, 7, 7), (4, 14, 7)) == ((4, 7, 7), (0, 3, 0))
+    assert shrink((8, 7, 7), (9, 8, 6)) == ((8, 7, 6), (4, 3, 0))
+    assert padded((9, 8, 6), (8, 7, 6)) == (16, 14, 6)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [
+        ((8, 8), (4, 4)),
+        ((9, 6), (4, 4)),
+        ((7, 14), (7, 7)),
+        ((5, 6, 7), (2, 3, 3)),
+        ((4, 9, 5), (8, 4, 3)),
+        ((6, 8, 8), (3, 8, 4)),
+    ],
+)
+def test_mask_is_the_definition(grid, window, shifted):
+    """Two tokens may attend to each other if and only if both are real and in one window cell of the shifted tiling.
+
+    The tiling is written down with coordinates: on a shifted axis the cut points are s, s + w, s + 2w, ... and the two
+    ends, so the pieces at both ends stay apart although the roll brings them into one window.
+    """
+    plan = layout(grid, window, shifted, torch.device("cpu"))
+    index = torch.arange(1, 1 + torch.Size(grid).numel()).view(1, *grid, 1)
+    tokens = partition(roll(pad_to(index, plan.padded), [-s for s in plan.shift]), plan.window)[0, :, :, 0]
+    cell = {}
+    for flat, position in enumerate(itertools.product(*map(range, grid)), start=1):
+        cell[flat] = tuple((p - s) // w for p, s, w in zip(position, plan.shift, plan.window, strict=True))
+    seen = set()
+    for w, row in enumerate(tokens.tolist()):
+        for (i, query), (j, key) in itertools.product(enumerate(row), repeat=2):
+            allowed = True if plan.allowed is None else bool(plan.allowed[w, i, j])
+            if query and key:
+                assert allowed == (cell[query] == cell[key]), (query, key)
+                if allowed:
+                    seen.add((query, key))
+            elif query or key:
+                assert not allowed, "a real token and padding"
+    expected = {(a, b) for a, b in itertools.product(cell, repeat=2) if cell[a] == cell[b]}
+    assert seen == expected, "some pair of one cell never meets"

@@ -1,0 +1,182 @@
+"""Loading: inflation is exact, every key is explained, everything else is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import video_swinv2 as vs
+from video_swinv2.errors import UserError
+from video_swinv2.models.position_bias import log_coordinates, offsets
+
+PREPROCESSING = vs.Preprocessing(frames=None, frame_stride=1, image_size=(64, 64))
+
+
+def randomise(model):
+    """Away from the start, where every branch is zero."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                p.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("logit_scale"):
+                p.uniform_(1.0, 3.0, generator=generator)
+            else:
+                p.normal_(std=0.4 if "cpb_mlp" in name else 0.05, generator=generator)
+    return model.eval()
+
+
+def image_model(**changes):
+    return randomise(vs.create_model("swinv2_nano", **({"num_classes": 4, "image_size": 64, "window": 4} | changes)))
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    model = image_model()
+    vs.save_model(model, tmp_path / "image.safetensors", classes=["a", "b", "c", "d"], preprocessing=PREPROCESSING)
+    return tmp_path / "image.safetensors", model
+
+
+@pytest.mark.parametrize(
+    ("patch", "window", "frames"),
+    [
+        (1, 8, 8),
+        (2, 8, 16),
+        (1, 4, 16),
+        (2, 4, 16),  # time has windows and shifts
+        (1, 4, 7),  # the last window in time is padded
+        (2, 3, 17),  # so is the last patch
+        (2, 8, 1),
+        (1, 1, 3),
+    ],
+)
+def test_still_clip_equals_image(image_file, patch, window, frames):
+    path, image = image_file
+    clip = vs.create_model(
+        "swinv2_nano", num_classes=4, frames=16, image_size=64, patch_size=(patch, 4, 4), window=(window, 4, 4)
+    ).eval()
+    vs.load_weights(clip, path)
+    x = torch.randn(2, 3, 72, 64)
+    with torch.no_grad():
+        expected = image.forward_features(x)
+        got = clip.forward_features(x[:, :, None].expand(-1, -1, frames, -1, -1))
+        assert expected.std() > 0.5
+        torch.testing.assert_close(got, expected[:, None].expand_as(got), rtol=0, atol=1e-5)
+
+
+def test_order_in_time_is_free_at_inflation_and_matters_after_learning(image_file):
+    path, _ = image_file
+    clip = vs.create_model("swinv2_nano", num_classes=4, frames=4, image_size=64, patch_size=(1, 4, 4), window=(4, 4, 4))
+    vs.load_weights(clip.eval(), path)
+    x = torch.randn(1, 3, 4, 64, 64)
+    with torch.no_grad():
+        assert (clip(x) - clip(x[:, :, [2, 0, 3, 1]])).abs().max() < 1e-5
+        for block in clip.blocks():
+            block.attn.cpb_mlp[0].weight[:, 0].normal_()
+        assert (clip(x) - clip(x[:, :, [2, 0, 3, 1]])).abs().max() > 1e-3
+
+
+def test_account_explains_every_key(image_file):
+    path, image = image_file
+    clip = vs.create_model("swinv2_nano", num_classes=9, frames=8, image_size=64)
+    account = vs.load_weights(clip, path, classes=[f"c{i}" for i in range(9)])
+    assert sorted(account.inflated) == sorted(
+        ["patch_embed.proj.weight"] + [n for n in image.state_dict() if n.endswith("cpb_mlp.0.weight")]
+    )
+    assert sorted(account.initialised) == ["head.bias", "head.weight"]
+    assert sorted(account.unused) == ["head.bias", "head.weight"]
+    assert len(account.loaded) + len(account.inflated) + len(account.initialised) == len(clip.state_dict())
+    assert "zero column for the offset in time" in str(account)
+    assert clip.cpb_norm == [(4, 4, 4), (4, 4, 4), (4, 4, 4), (4, 2, 2)]
+
+
+def test_simmim_file_goes_into_a_clip_model(tmp_path):
+    pretrained = vs.SimMIM(image_model(num_classes=0), 32)
+    vs.save_model(pretrained, tmp_path / "simmim.safetensors", classes=[], preprocessing=PREPROCESSING)
+    clip = vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64)
+    account = vs.load_weights(clip, tmp_path / "simmim.safetensors")
+    assert sorted(account.unused) == ["decoder.0.bias", "decoder.0.weight", "mask_token"]
+    assert torch.equal(clip.layers[1].blocks[0].attn.qkv.weight, pretrained.encoder.layers[1].blocks[0].attn.qkv.weight)
+    with pytest.raises(UserError, match="no classifier"):
+        vs.load_model(tmp_path / "simmim.safetensors")
+
+
+def test_microsoft_files_bring_their_normaliser(tmp_path):
+    """Wrapped, prefixed, with stale tables and masks, and the old name of the bias network."""
+    image = image_model(window=4, cpb_norm=[(12, 12), (12, 12), (12, 12), (6, 6)])
+    state = {f"module.encoder.{k.replace('cpb_mlp', 'rpe_mlp')}": v for k, v in image.state_dict().items() if "head" not in k}
+    for i, (window, norm) in enumerate([(16, 12), (16, 12), (16, 12), (8, 6)]):
+        table = log_coordinates(offsets((window, window)), (norm, norm)).view(1, 2 * window - 1, 2 * window - 1, 2)
+        state[f"module.encoder.layers.{i}.blocks.0.attn.relative_coords_table"] = table
+        state[f"module.encoder.layers.{i}.blocks.0.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
+    state["module.encoder.mask_token"] = torch.zeros(1, 1, 32)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "official.pth")
+    fresh = vs.create_model("swinv2_nano", num_classes=0, image_size=64, window=4).eval()
+    account = vs.load_weights(fresh, tmp_path / "official.pth")
+    assert fresh.cpb_norm == [(12, 12), (12, 12), (12, 12), (6, 6)]
+    assert len(account.derived) == 8
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(fresh.forward_features(x), image.forward_features(x))
+
+
+def test_normaliser_is_never_guessed(tmp_path):
+    image = image_model()
+    torch.save(image.state_dict(), tmp_path / "bare.pth")
+    clip = vs.create_model("swinv2_nano", num_classes=4, frames=8, image_size=64)
+    with pytest.raises(UserError, match="normaliser is not in the file"):
+        vs.load_weights(clip, tmp_path / "bare.pth")
+    vs.load_weights(clip, tmp_path / "bare.pth", cpb_norm=[(4, 4), (4, 4), (4, 4), (2, 2)])
+    assert clip.cpb_norm[3] == (4, 2, 2)
+
+
+def test_head_follows_the_class_names(image_file):
+    path, image = image_file
+    other = vs.create_model("swinv2_nano", num_classes=4, image_size=64, window=4).eval()
+    vs.load_weights(other, path, classes=["d", "b", "a", "c"])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), image(x)[:, [3, 1, 0, 2]], rtol=0, atol=1e-6)
+
+
+class Planted:
+    """Unpickling this would run code that writes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_what_is_not_explained_is_refused(tmp_path, image_file):
+    path, image = image_file
+    clip = vs.create_model("swinv2_nano", num_classes=4, frames=8, image_size=64)
+    before = {k: v.clone() for k, v in clip.state_dict().items()}
+    state = image.state_dict()
+    norms = [(4, 4)] * 4
+    cases = {
+        "missing in the file": {k: v for k, v in state.items() if k != "layers.0.blocks.0.attn.cpb_mlp.2.weight"},
+        "has no place": state | {"layers.0.blocks.0.adapter.weight": torch.zeros(3)},
+        "in the file and": state | {"norm.weight": torch.ones(100)},
+        "NaN": state | {"norm.weight": torch.full_like(state["norm.weight"], torch.nan)},
+        "not a SwinV2": {"conv1.weight": torch.zeros(3)},
+        "Swin V1": state | {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(3)},
+    }
+    for words, tensors in cases.items():
+        torch.save(tensors, tmp_path / "bad.pth")
+        with pytest.raises(UserError, match=words) as caught:
+            vs.load_weights(clip, tmp_path / "bad.pth", cpb_norm=norms)
+        assert "\n" not in str(caught.value)
+    torch.save({"model": state, "extra": Planted(tmp_path / "ran")}, tmp_path / "planted.pth")
+    with pytest.raises(UserError, match="never executed"):
+        vs.load_weights(clip, tmp_path / "planted.pth")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        vs.load_weights(clip, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        vs.load_weights(clip, tmp_path / "absent.pth")
+    with pytest.raises(UserError, match=r"choose the model size|another architecture|missing"):
+        vs.load_weights(vs.create_model("swinv2_tiny", num_classes=4, image_size=64), path)
+    assert all(torch.equal(before[k], v) for k, v in clip.state_dict().items()), "a refused file changed the model"

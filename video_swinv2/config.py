@@ -1,0 +1,236 @@
+"""The whole configuration of a training run: one YAML file plus `key.sub=value` overrides, checked before anything starts.
+
+Keys are constructor argument names. Whatever follows from other values (accumulation, steps, class count) is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from video_swinv2.errors import UsageError
+
+STRICT = ConfigDict(extra="forbid")
+
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Size = int | tuple[int, ...]
+Paths = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class ModelConfig:
+    """Arguments of `create_model`; frames and image_size come from `data`, num_classes from the class list."""
+
+    name: str
+    patch_size: Size | None = None
+    window: Size | None = None
+    cpb_norm: tuple[tuple[int, ...], ...] | None = None
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    head_dropout: Fraction01 = 0.0
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    checkpoint_blocks: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(config=STRICT, frozen=True)
+class DataConfig:
+    """Where the samples are and what is cut out of them."""
+
+    source: Paths
+    """Data sets or image folders; `train` takes one, `pretrain` any number."""
+    image_size: Size
+    """Pixels given to the model: an int or [H, W]."""
+    frames: Positive | None = None
+    """Frames per clip; leave away for an image model."""
+    frame_stride: Positive = 1
+    train_split: str = "train"
+    val_split: str = "val"
+    frames_per_video: Positive = 1
+    """How many images `pretrain` draws from each video in an epoch."""
+    short_side: Positive | None = None
+    """Videos are scaled to this short side before the random crop; leave away to keep their own size."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per training process."""
+    decode_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """A video that takes longer counts as broken."""
+    max_broken: Fraction01 = 0.02
+    """The run stops when more than this share of the drawn videos was broken and had to be replaced."""
+
+
+@dataclass(config=STRICT, frozen=True)
+class AugmentConfig:
+    """Random changes to training samples, the same for all frames of a clip."""
+
+    crop_area: tuple[Fraction01, Fraction01] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: Fraction01 = 0.5
+    """Probability of a horizontal flip; 0 where left and right are different classes."""
+    rand_augment: Annotated[int, Field(ge=0)] = 0
+    """Operations per clip; 0 switches RandAugment off."""
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    erasing: Fraction01 = 0.0
+    mixup: NotNegative = 0.0
+    """Alpha of the Beta distribution; 0 switches it off."""
+    cutmix: NotNegative = 0.0
+
+
+@dataclass(config=STRICT, frozen=True)
+class MaskConfig:
+    """SimMIM: what is hidden and what is to be predicted."""
+
+    unit: Size = 32
+    """Side of a mask cell in pixels (and frames, for clips)."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    normalise_target: Annotated[int, Field(ge=0)] = 0
+    """Side of the window that normalises the target (47 in the SwinV2 recipes); 0 predicts plain pixels."""
+
+
+@dataclass(config=STRICT, frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and the loss."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)]
+    """For the global batch as it is given: it is not scaled by anything."""
+    batch: Positive
+    """Samples per optimizer step over all processes."""
+    micro_batch: Positive
+    """Samples per process and forward pass at most; accumulation follows from it."""
+    warmup_epochs: NotNegative = 0.0
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    milestones: tuple[float, ...] = ()
+    """Epochs at which a multistep schedule multiplies the rate by 0.1."""
+    weight_decay: NotNegative = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    label_smoothing: Fraction01 = 0.0
+
+
+@dataclass(config=STRICT, frozen=True)
+class EngineConfig:
+    """What drives the steps."""
+
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: str = "auto"
+
+
+@dataclass(config=STRICT, frozen=True)
+class Config:
+    """One run."""
+
+    out: str
+    """Run folder; the same command with the same folder goes on where it stopped."""
+    init: str
+    """`scratch`, or the weights to start from (image weights become clip weights)."""
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    init_cpb_norm: tuple[tuple[int, ...], ...] | None = None
+    """The log-CPB normaliser per stage of `init` weights that do not tell it."""
+    resume: str | None = None
+    """Another run's folder to go on from, used when `out` has no checkpoint of its own."""
+    seed: int = 0
+    log_every: Positive = 10
+    """Steps between two lines of metrics.jsonl."""
+    val_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between two validations; the last step is always validated."""
+    checkpoint_minutes: NotNegative = 10.0
+    """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), check everything.
+
+    UsageError naming the key, and the nearest known one for a key that does not exist.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: holds no keys; see configs/ for examples")
+    for override in overrides:
+        apply_override(values, override)
+    return check(values, str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in nested `values`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override}: an override is written key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{override}: {parent} is a value, it has no keys below it")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override}: the value is not YAML") from error
+
+
+def check(values: Mapping[str, Any], origin: str) -> Config:
+    """Nested plain data -> Config; UsageError in one line for the first thing that is wrong."""
+    try:
+        return TypeAdapter(Config).validate_python(dict(values))
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    names = [str(part) for part in fault["loc"]]
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = sorted([*known_keys(), *INNER])
+        near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)
+        return f"unknown key {'.'.join(names)}; did you mean {near[0]}?"
+    # pydantic adds the tried branch of a union (int, tuple[...]) and the position in a list to the path of the key.
+    shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
+    if fault["type"] == "missing":
+        return f"{shown} is missing; add it to the file or as {shown}=..."
+    return f"{shown}: {fault['input']!r} does not do ({fault['msg'][0].lower()}{fault['msg'][1:]})"
+
+
+def known_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration."""
+    for field in dataclasses.fields(kind):
+        inner = INNER.get(field.name) if kind is Config else None
+        yield from known_keys(inner, f"{field.name}.") if inner else [prefix + field.name]
+
+
+INNER: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "augment": AugmentConfig,
+    "mask": MaskConfig,
+    "engine": EngineConfig,
+}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, every default written out; `load_config` reads it back to the same values."""
+    plain = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

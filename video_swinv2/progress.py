@@ -1,0 +1,55 @@
+"""How far a long piece of work is: a bar on a terminal, a plain line now and then elsewhere; on stderr, results go to stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY_SECONDS = 15.0
+
+
+class Progress:
+    """Counts items of `unit` and says their rate and the share of time spent waiting for them. Silent unless `shown`."""
+
+    def __init__(self, title: str, total: int, *, unit: str, shown: bool, done: int = 0) -> None:
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._done = self._done_before = done
+        self._shown = shown
+        self._started = self._said = time.perf_counter()
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Progress:
+        if self._shown and sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[pace]}"))
+            self._bar = Bar(TextColumn(self._title), *columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, pace="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, items: int, waited_seconds: float, note: str = "") -> None:
+        """Count `items` more; `waited_seconds` is the whole time spent waiting for data so far."""
+        self._done += items
+        now = time.perf_counter()
+        elapsed = max(now - self._started, 1e-9)
+        rate = (self._done - self._done_before) / elapsed
+        pace = f"{rate:.1f} {self._unit}/s, {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
+        pace = f"{pace}, {note}" if note else pace
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, pace=pace)
+        elif self._shown and (now - self._said > LINE_EVERY_SECONDS or self._done >= self._total):
+            self._said = now
+            print(f"{self._title}: {self._done}/{self._total} {self._unit}, {pace}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Training: engines, checkpoints, schedules, processes and the loop over them."""

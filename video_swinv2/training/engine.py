@@ -1,0 +1,373 @@
+"""Two engines behind one surface: DeepSpeed (ZeRO 0-3) and plain PyTorch; the only file that imports deepspeed.
+
+Every known defect of DeepSpeed 0.19 that these calls could meet is contained here, so that no other file has to know:
+
+* Mixed precision is torch autocast over fp32 weights (DeepSpeed's ``torch_autocast`` section), never its ``bf16``
+  section: with ZeRO-0 that one takes a phantom AdamW step at construction, and it rounds logit scales to bf16.
+* Checkpoints are ours (:class:`Portable`): DeepSpeed's lose frozen parameters (ZeRO-1), mix up parameter groups when
+  loaded (ZeRO-3), and name the newest before it is whole.
+* ZeRO-0 has no gradient norm and no guard against NaN: both are done here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.training.checkpoint import Portable
+from video_swinv2.training.moments import (
+    GroupShard,
+    ParameterShards,
+    Shard,
+    Whole,
+    applied_steps,
+    optimized,
+    read_moments,
+    write_moments,
+)
+from video_swinv2.training.optim import build_optimizer, write_hyperparameters
+from video_swinv2.training.runtime import World, say
+
+# Elements per gradient bucket: 400 MB of fp32. DeepSpeed's own 5e8 takes 2 GB at once; this still holds the largest
+# matrix of the largest SwinV2 (giant: 4096 x 16384), so that no parameter needs DeepSpeed's path for larger ones.
+BUCKET = 100_000_000
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How steps are computed, not what is learned; every combination trains the same model to rounding.
+
+    ``engine`` deepspeed or plain (one process), ``zero_stage`` 0-3, ``precision`` fp32 or bf16 (autocast, fp32
+    weights), ``accumulation`` micro-batches per step, ``clip_norm`` largest gradient norm or None, ``micro_batch``
+    clips per process and micro-batch. Raises UsageError naming the key that is wrong.
+    """
+
+    engine: str = "deepspeed"
+    zero_stage: int = 1
+    precision: str = "bf16"
+    accumulation: int = 1
+    clip_norm: float | None = None
+    micro_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("deepspeed", "plain"):
+            raise UsageError(f"engine: {self.engine!r} is not known; use deepspeed or plain")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UsageError(f"zero_stage: {self.zero_stage!r} is not a ZeRO stage; use 0, 1, 2 or 3")
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"precision: {self.precision!r} is not known; use fp32 or bf16")
+        for key in ("accumulation", "micro_batch"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"{key}: {getattr(self, key)} is too small; use 1 or more")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(
+                f"clip_norm: {self.clip_norm} would stop all learning; use a positive norm, or null for none"
+            )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did: whether the weights moved, and the global L2 gradient norm before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine(Protocol):
+    """What the loop may ask of an engine. Per micro-batch: forward, backward, step; all ranks make the same calls."""
+
+    module: nn.Module
+
+    def forward(self, *inputs: Any) -> Any:
+        """The module's own forward, in autocast where the settings ask for bf16."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients; ``loss`` is its mean, not divided by the accumulation."""
+
+    def step(self) -> StepOutcome | None:
+        """Count a micro-batch; at the last of a step update the weights and say so, otherwise return None.
+
+        Where a loss or gradient of any rank is not finite, no weight and no moment changes on any rank.
+        """
+
+    def set_lr(self, lr: float) -> None:
+        """Write the learning rate, scaled per group, and the weight decay for the next step."""
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Parameters and buffers by name: fp32 copies on the CPU of rank 0, None elsewhere. Collective."""
+
+    def states(self) -> Portable | None:
+        """Everything a checkpoint needs, on rank 0, None elsewhere. Collective; between steps only."""
+
+    def load(self, portable: Portable) -> None:
+        """Continue from a checkpoint; every rank passes the same whole tensors. Collective; between steps only.
+
+        Raises UserError naming the parameter where it does not fit the module.
+        """
+
+
+def make_engine(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    settings: EngineSettings,
+    world: World,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Engine:
+    """Move the module to the device, build AdamW over the groups and wrap both; rank 0's weights are everybody's.
+
+    ``groups`` come from :func:`optim.parameter_groups`. Raises UsageError for the plain engine in several processes.
+    """
+    if settings.engine == "plain" and world.size > 1:
+        raise UsageError(f"engine: plain runs in one process, and here are {world.size}; use engine=deepspeed")
+    bf16 = settings.precision == "bf16"
+    if bf16 and world.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say(world, "precision: this GPU has no bf16, so fp32 is used")
+        bf16 = False
+    module.to(world.device)
+    optimizer = build_optimizer(groups, betas=betas, eps=eps, device=world.device)
+    write_hyperparameters(optimizer, lr)
+    if settings.engine == "plain":
+        return PlainEngine(module, optimizer, settings, world, bf16=bf16)
+    return DeepSpeedEngine(module, optimizer, settings, world, bf16=bf16)
+
+
+class PlainEngine:
+    """PyTorch alone in one process: the reference every ZeRO stage is compared with, and enough for one GPU."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, bf16: bool
+    ) -> None:
+        self.module = module
+        self._optimizer = optimizer
+        self._settings = settings
+        self._device = world.device
+        self._bf16 = bf16
+        self._micro = 0
+        self._shards = [Whole(parameter) for parameter in optimized(optimizer)]
+
+    def forward(self, *inputs: Any) -> Any:
+        """See :class:`Engine`."""
+        with torch.autocast(self._device.type, torch.bfloat16) if self._bf16 else nullcontext():
+            return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """See :class:`Engine`."""
+        torch.autograd.backward(_poisoned(loss) / self._settings.accumulation)
+
+    def step(self) -> StepOutcome | None:
+        """See :class:`Engine`."""
+        self._micro += 1
+        if self._micro % self._settings.accumulation:
+            return None
+        outcome = _guard_and_clip(self.module, self._settings.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    def set_lr(self, lr: float) -> None:
+        """See :class:`Engine`."""
+        write_hyperparameters(self._optimizer, lr)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """See :class:`Engine`."""
+        return {name: _to_cpu(tensor) for name, tensor in _named(self.module).items()}
+
+    def states(self) -> Portable | None:
+        """See :class:`Engine`."""
+        moments = read_moments(self.module, self._optimizer, self._shards)
+        return Portable(self.weights() or {}, *moments, optimizer_step=applied_steps(self._optimizer))
+
+    def load(self, portable: Portable) -> None:
+        """See :class:`Engine`."""
+        _check_fit(self.module, portable)
+        for name, tensor in _named(self.module).items():
+            tensor.data.copy_(portable.weights[name])
+        write_moments(self.module, self._optimizer, self._shards, portable)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed at any ZeRO stage; ZeRO-1 is the one to use, 0 and 2 are for comparison, 3 for models too large."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, bf16: bool
+    ) -> None:
+        deepspeed = _import_deepspeed(world)
+        self.module = module
+        self._stage = settings.zero_stage
+        self._clip_norm = settings.clip_norm
+        self._world = world
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_deepspeed_config(settings, bf16=bf16)
+        )
+        # ZeRO's wrapper delegates to the AdamW inside, whose state is keyed by this rank's flat pieces.
+        self._adamw: torch.optim.Optimizer = optimizer
+        self._shards = self._find_shards()
+
+    def forward(self, *inputs: Any) -> Any:
+        """See :class:`Engine`."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """See :class:`Engine`."""
+        self._engine.backward(_poisoned(loss))
+
+    def step(self) -> StepOutcome | None:
+        """See :class:`Engine`."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
+        if self._stage == 0:
+            # After the all-reduce, which backward() has just done, all ranks hold the same gradients and so decide
+            # alike without another collective.
+            outcome = _guard_and_clip(self.module, self._clip_norm)
+            self._engine.step()
+            return outcome
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
+
+    def set_lr(self, lr: float) -> None:
+        """See :class:`Engine`."""
+        write_hyperparameters(self._adamw, lr)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """See :class:`Engine`."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in _named(self.module).items():
+            with self._gathered([tensor], enabled=self._partitioned(tensor)):
+                if self._world.rank == 0:
+                    found[name] = _to_cpu(tensor)
+        return found if self._world.rank == 0 else None
+
+    def states(self) -> Portable | None:
+        """See :class:`Engine`."""
+        weights = self.weights()
+        moments = read_moments(self.module, self._adamw, self._shards)
+        if weights is None:
+            return None
+        return Portable(weights, *moments, optimizer_step=applied_steps(self._adamw))
+
+    def load(self, portable: Portable) -> None:
+        """See :class:`Engine`."""
+        _check_fit(self.module, portable)
+        for name, tensor in _named(self.module).items():
+            # Under ZeRO-3 rank 0's value is broadcast and cut up again when the context ends.
+            with self._gathered([tensor], modifier_rank=0, enabled=self._partitioned(tensor)):
+                tensor.data.copy_(portable.weights[name])
+        if self._stage > 0:
+            self._engine.optimizer.refresh_fp32_params()  # the pieces AdamW updates are copies of the module's
+        write_moments(self.module, self._adamw, self._shards, portable)
+
+    def _partitioned(self, tensor: Tensor) -> bool:
+        return self._stage == 3 and isinstance(tensor, nn.Parameter)
+
+    def _find_shards(self) -> Sequence[Shard]:
+        zero, world = self._engine.optimizer, self._world
+        if self._stage == 0:
+            return [Whole(parameter) for parameter in optimized(self._adamw)]
+        if self._stage == 3:
+            pieces = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+            return [ParameterShards(piece, parameters, world) for piece, parameters in pieces]
+        groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, zero.bit16_groups_flat, strict=True)
+        return [GroupShard(piece, parameters, buffer, world) for piece, parameters, buffer in groups]
+
+
+def _import_deepspeed(world: World) -> Any:
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(f"deepspeed cannot be imported ({error}); install it, or use engine=plain") from error
+    if world.device.type == "cpu":
+        # Without this DeepSpeed compiles a C++ all-reduce for CPUs on first use: 78 s, and death without ninja or g++.
+        # Written into the module's dict, since merely asking for the attribute probes every op with a compiler.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")  # about calls it makes, not ours
+    return deepspeed
+
+
+def _deepspeed_config(settings: EngineSettings, *, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration, built here so that no key can be misspelt: it accepts unknown ones in silence."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        # ZeRO-0 is clipped by us, with the norm DeepSpeed would not tell.
+        "gradient_clipping": (settings.clip_norm or 0.0) if settings.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "overlap_comm": False,  # its double buffers have given NaN (DeepSpeed #7965)
+        },
+        # Gradients are averaged in fp32: an empty list keeps Linear and Conv from being reduced in bf16.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "zero_allow_untested_optimizer": True,
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU at every step
+    }
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """The loss itself if finite, else one whose every gradient is NaN, so that the engines' guards cannot miss it.
+
+    An infinite loss may have finite gradients. Multiplying costs no synchronisation, and by 1 no bit either.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def _guard_and_clip(module: nn.Module, clip_norm: float | None) -> StepOutcome:
+    """Norm of the gradients, then clip them; all are dropped if it is not finite.
+
+    AdamW skips a parameter without gradient wholly: weight, moments and decay stay as they are.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    applied = bool(torch.isfinite(norm))
+    if not applied:
+        module.zero_grad(set_to_none=True)
+    elif clip_norm is not None:
+        clip_grads_with_norm_(trained, clip_norm, norm)
+    return StepOutcome(applied=applied, grad_norm=float(norm))
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameter and buffer objects, under the names its state dict has."""
+    return module.state_dict(keep_vars=True)
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, fp32 where it is a number with a fraction; always a copy, since training goes on."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True)
+
+
+def _check_fit(module: nn.Module, portable: Portable) -> None:
+    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
+    named = _named(module)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    wanted: tuple[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]], ...] = (
+        ("weights", named, portable.weights),
+        ("exp_avg", trained, portable.exp_avg),
+        ("exp_avg_sq", trained, portable.exp_avg_sq),
+    )
+    mend = "it was made by another model or with other frozen layers; resume with the configuration it was made with"
+    for kind, ours, theirs in wanted:
+        if odd := sorted(ours.keys() ^ theirs.keys()):
+            where = "checkpoint" if odd[0] in ours else "model"
+            raise UserError(f"checkpoint {kind}: {odd[0]} is not in the {where}; {mend}")
+        for name, tensor in ours.items():
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor in its place
+            if tuple(theirs[name].shape) != shape:
+                raise UserError(f"checkpoint {kind}: {name} has shape {tuple(theirs[name].shape)}, not {shape}; {mend}")

@@ -1,0 +1,88 @@
+"""What a run measures and where it writes it: metrics.jsonl and TensorBoard, seconds, versions, the record of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch.utils.tensorboard import SummaryWriter
+
+Item = TypeVar("Item")
+PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
+
+
+class MetricLog:
+    """metrics.jsonl and TensorBoard events of a run, continued from `step`: what was written past it is taken back."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line and one point per value; keys are `train/loss`, `val/top1` and the like."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush the TensorBoard events."""
+        self._board.close()
+
+
+class Waiting:
+    """Passes items of an iterable on and adds up the seconds it made the caller wait."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over `items`, measured."""
+        iterator = iter(items)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield item
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose version can change a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_state() -> str:
+    """Commit of the code that runs, `-dirty` if it was changed since; "" outside a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a small JSON file, complete or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)

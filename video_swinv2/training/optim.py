@@ -1,0 +1,157 @@
+"""Optimizer settings as pure functions: groups by depth, weight decay by name, learning rate by step."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from video_swinv2.errors import UsageError, UserError
+
+_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
+_DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
+_UNDECAYED_NAMES = ("absolute_pos_embed", "mask_token")
+_UNDECAYED_PARTS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
+
+
+def layer_id(name: str, depths: Sequence[int]) -> int:
+    """Depth of a parameter, 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
+
+    As ``get_swin_layer`` of Microsoft's SimMIM: the k-th block of the network is k + 1, and the patch merging after
+    a stage shares the number of the stage's last block. Raises UserError for a block that ``depths`` does not have.
+    """
+    name = name.removeprefix("encoder.")
+    if name.startswith("patch_embed.") or name == "mask_token":
+        return 0
+    if found := _BLOCK.match(name):
+        stage, block = int(found[1]), int(found[2])
+        if stage < len(depths) and block < depths[stage]:
+            return sum(depths[:stage]) + block + 1
+    elif found := _DOWNSAMPLE.match(name):
+        if int(found[1]) < len(depths):
+            return sum(depths[: int(found[1]) + 1])
+    else:
+        return sum(depths) + 1
+    raise UserError(f"parameter {name}: depths {tuple(depths)} have no such block; pass the model's own depths")
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the position-bias MLP.
+
+    As SwinV2's ``no_weight_decay`` lists mean it. Microsoft's SimMIM pre-training misses its own keywords (it looks
+    for ``encoder.cpb_mlp``, which no name contains) and so decays logit scales and position-bias MLPs; this does not.
+    """
+    name = name.removeprefix("encoder.")
+    if parameter.ndim <= 1 or name.endswith(".bias") or name in _UNDECAYED_NAMES:
+        return False
+    return not any(part in name for part in _UNDECAYED_PARTS)
+
+
+def parameter_groups(
+    module: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups, shallow to deep, each with ``name params parameter_names lr_scale weight_decay``.
+
+    A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM). Without layer decay there
+    are two groups at most, since each group costs a collective per step. Raises UserError where there is nothing to
+    train or a name does not fit ``depths``, UsageError for a layer decay outside (0, 1].
+    """
+    if not 0.0 < layer_decay <= 1.0:
+        raise UsageError(f"layer_decay: {layer_decay} is not in (0, 1]; 1 turns it off")
+    last = sum(depths) + 1
+    members: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            layer = layer_id(name, depths)
+            key = (layer if layer_decay < 1.0 else last, decays(name, parameter))
+            members.setdefault(key, []).append((name, parameter))
+    if not members:
+        raise UserError("the model has no parameter to train: every one is frozen")
+    groups = []
+    for (layer, decayed), named in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1])):
+        where = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
+        group_decay = weight_decay if decayed else 0.0
+        groups.append(
+            {
+                "name": f"{where}_{'decay' if decayed else 'no_decay'}",
+                "params": [parameter for _, parameter in named],
+                "parameter_names": [name for name, _ in named],
+                "lr_scale": layer_decay ** (last - layer),
+                "weight_decay": group_decay,
+                # The record write_hyperparameters restores from: optimizers are free to write to weight_decay.
+                "configured_weight_decay": group_decay,
+            }
+        )
+    _check_complete(module, groups)
+    return groups
+
+
+def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    if len(grouped) != len(wanted) or set(grouped) != wanted:
+        raise UserError(f"{len(wanted)} parameters are to be trained but the groups hold {len(grouped)}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the optimizer step: linear warm-up, then cosine or multi-step decay.
+
+    ``lr`` peak, ``steps`` length of the whole run, ``milestones`` the steps from which on the rate is multiplied by
+    ``factor`` once more. Raises UsageError for values that make no schedule.
+    """
+
+    lr: float
+    steps: int
+    warmup_steps: int
+    min_lr: float = 0.0
+    warmup_lr: float = 0.0
+    kind: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "multistep"):
+            raise UsageError(f"schedule.kind: {self.kind!r} is not known; use cosine or multistep")
+        if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
+            raise UsageError(f"schedule: {self.warmup_steps} warm-up steps do not fit into {self.steps} steps")
+        if min(self.lr, self.min_lr, self.warmup_lr) < 0:
+            raise UsageError("schedule: lr, min_lr and warmup_lr must not be negative")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise UsageError(f"schedule.milestones: {list(self.milestones)} must rise from each to the next")
+        if self.milestones and self.kind == "cosine":
+            raise UsageError("schedule.milestones: only kind multistep has them; remove them or change the kind")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step counted from 0; ``warmup_lr`` at step 0 of a warm-up, ``min_lr`` past the end."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
+        if self.kind == "multistep":
+            return max(self.min_lr, self.lr * self.factor ** bisect_right(self.milestones, step))
+        if step >= self.steps:
+            return self.min_lr
+        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def write_hyperparameters(optimizer: Any, lr: float) -> None:
+    """Write learning rate and weight decay into every group of a torch or DeepSpeed optimizer; called every step.
+
+    They come from the configuration and never from a checkpoint, so a run resumed with other values uses those.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = group["configured_weight_decay"]
+
+
+def build_optimizer(
+    groups: Sequence[dict[str, Any]], *, betas: tuple[float, float], eps: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over the groups, in one fused kernel on CUDA; its learning rate is 0 until write_hyperparameters."""
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=device.type == "cuda")

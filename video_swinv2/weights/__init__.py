@@ -1,0 +1,1 @@
+"""Weights on disk: whose they are, how they become this model's, and what became of every tensor."""

@@ -1,0 +1,44 @@
+"""What became of every tensor when a checkpoint was loaded. Whatever has no explanation stops the loading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from video_swinv2.errors import UserError
+
+
+@dataclass
+class Account:
+    """Key by key: the first three are tensors of the model that got values from the file."""
+
+    source: str
+    layout: str
+    loaded: list[str] = field(default_factory=list)
+    inflated: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, str] = field(default_factory=dict)
+    """In the file, but computed from sizes by this model: tables, indices, masks."""
+    initialised: dict[str, str] = field(default_factory=dict)
+    """In the model, but not taken from the file, with the reason."""
+    unused: dict[str, str] = field(default_factory=dict)
+    """In the file, but with no place in this model, with the reason."""
+    provenance: dict[str, object] = field(default_factory=dict)
+    """What the file itself says of its weights' origin."""
+    notes: list[str] = field(default_factory=list)
+    """Decisions that belong to the whole, such as where the log-CPB normaliser came from."""
+
+    def __str__(self) -> str:
+        """A few lines for people: counts, and each group of keys with its reason."""
+        lines = [f"weights: {self.source} ({self.layout})", f"  loaded       {len(self.loaded):4d}"]
+        for kind in ("inflated", "derived", "initialised", "unused"):
+            reasons: dict[str, str] = getattr(self, kind)
+            lines.append(f"  {kind:12s} {len(reasons):4d}")
+            for reason, count in Counter(reasons.values()).items():
+                keys = [key for key, why in reasons.items() if why == reason]
+                shown = ", ".join(keys[:3]) + (f", ... ({count} in all)" if count > 3 else "")
+                lines.append(f"               {reason}: {shown}")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    def refuse(self, fault: str, mend: str) -> UserError:
+        """The error for a checkpoint that cannot be explained."""
+        return UserError(f"{self.source}: {fault}; {mend}")

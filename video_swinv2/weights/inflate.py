@@ -1,0 +1,134 @@
+"""Weights of any known checkpoint into a model; image weights become clip weights on the way.
+
+Inflation is exact: a still image repeated in time gives the image model's features. The patch kernel is divided by its
+length in time and repeated (a sum over equal frames), and the bias network's first layer gets a zero column for the
+offset in time (a bias that ignores it). Everything else has the same shape in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.weights.account import Account
+from video_swinv2.weights.formats import Checkpoint, read_checkpoint
+
+HEAD = ("head.weight", "head.bias")
+
+
+def load_weights(
+    model: SwinV2,
+    path: Path | str,
+    *,
+    classes: Sequence[str] | None = None,
+    cpb_norm: Sequence[Sequence[int]] | None = None,
+) -> Account:
+    """Fill `model` from a checkpoint and say what became of every tensor; the account prints itself.
+
+    classes: the model's class names; the head is taken over only where the file's classes are the same, in any order.
+    cpb_norm: the normaliser per stage of a checkpoint that does not tell it (files of ours and files with Microsoft's
+    coordinate tables do); it is never guessed. UserError, and an untouched model, if anything stays unexplained.
+    """
+    checkpoint = read_checkpoint(path)
+    account = Account(str(path), checkpoint.layout)
+    account.provenance = checkpoint.card.provenance if checkpoint.card is not None else {}
+    account.derived = {name: "depends on the window; computed, not loaded" for name in checkpoint.derived}
+    norms = _normaliser(model, checkpoint, cpb_norm, account)
+    target = model.state_dict()
+    found = dict(checkpoint.tensors)
+    head = _head(model, checkpoint, classes, found, account)
+
+    values: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        if name not in target:
+            account.unused[name] = _reason_unused(name, account)
+        elif name in HEAD and head:
+            account.unused[name] = head
+        else:
+            values[name] = _fit(name, tensor, target[name], account)
+    for name in sorted(target.keys() - values.keys()):
+        if name in HEAD:
+            account.initialised[name] = head
+        elif name == "mask_token":
+            account.initialised[name] = "the file was not pre-trained with SimMIM"
+        else:
+            raise account.refuse(f"{name} is missing in the file", "the file is damaged or of another architecture")
+    if any(not torch.isfinite(value).all() for value in values.values()):
+        bad = next(name for name, value in values.items() if not torch.isfinite(value).all())
+        raise account.refuse(f"{bad} holds NaN or Inf", "take an earlier checkpoint of that run")
+    model.load_state_dict(target | values)
+    model.cpb_norm = norms
+    return account
+
+
+def _normaliser(
+    model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
+) -> list[tuple[int, ...]]:
+    """The normaliser that comes with the weights; a clip model keeps its own in time when the weights are an image's."""
+    norms = [tuple(norm) for norm in given] if given is not None else checkpoint.cpb_norm
+    if norms is None:
+        mend = "give it (cpb_norm=[[12,12],[12,12],[12,12],[6,6]] for the released SimMIM and 22K weights)"
+        raise account.refuse("the log-CPB normaliser is not in the file", mend)
+    if len(norms) != len(model.depths):
+        raise account.refuse(f"a model of {len(norms)} stages", f"this one has {len(model.depths)}")
+    axes = len(model.window)
+    if any(len(norm) > axes for norm in norms):
+        raise account.refuse("a clip model", "its weights cannot go into an image model")
+    joined = [(*own[: axes - len(norm)], *norm) for own, norm in zip(model.cpb_norm, norms, strict=True)]
+    origin = "given" if given is not None else "from the file"
+    account.notes.append(f"log-CPB normaliser per stage ({origin}): {joined}")
+    return joined
+
+
+def _head(
+    model: SwinV2, checkpoint: Checkpoint, classes: Sequence[str] | None, found: dict[str, Tensor], account: Account
+) -> str:
+    """Decide on the head and bring its rows into the model's class order; "" if it is taken, else why not."""
+    if model.num_classes == 0 or HEAD[0] not in found:
+        return "the file has no classification head"
+    names = checkpoint.card.classes if checkpoint.card is not None else ()
+    if classes is not None and names:
+        if sorted(classes) != sorted(names):
+            return f"the file's {len(names)} classes are not this model's {len(classes)}"
+        order = torch.tensor([names.index(name) for name in classes])
+        for key in HEAD:
+            found[key] = found[key][order]
+        account.notes.append("head: classes matched by name")
+    elif found[HEAD[0]].shape[0] != model.num_classes:
+        return f"the file has {found[HEAD[0]].shape[0]} classes, this model {model.num_classes}"
+    else:
+        account.notes.append("head: class names unknown, their order is taken on trust")
+    return ""
+
+
+def _reason_unused(name: str, account: Account) -> str:
+    if name == "mask_token" or name.startswith("decoder."):
+        return "SimMIM's mask token and decoder serve pre-training only"
+    if name in HEAD:
+        return "this model has no head"
+    raise account.refuse(f"{name} has no place in this model", "it is of another architecture (see model.name)")
+
+
+def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
+    """The tensor as it is, or inflated where the model has one more axis."""
+    if tensor.shape == target.shape:
+        account.loaded.append(name)
+        return tensor.to(target.dtype)
+    if name == "patch_embed.proj.weight" and tensor.ndim == 4 and target.ndim == 5:
+        length = target.shape[2]
+        inflated = (tensor / length).unsqueeze(2).expand(-1, -1, length, -1, -1)
+        reason = f"kernel divided by {length} and repeated over {length} frames"
+    elif name.endswith(".cpb_mlp.0.weight") and tensor.shape[1] == 2 and target.shape[1] == 3:
+        inflated = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        reason = "zero column for the offset in time"
+    else:
+        inflated, reason = tensor, ""
+    if not reason or inflated.shape != target.shape:
+        shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model"
+        raise account.refuse(shapes, "choose the model size of the file (model.name)")
+    account.inflated[name] = reason
+    return inflated.to(target.dtype)

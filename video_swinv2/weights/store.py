@@ -1,0 +1,163 @@
+"""Model files: one safetensors file holds weights, architecture, classes, preprocessing and provenance. Never pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from video_swinv2.errors import UserError
+from video_swinv2.models.swinv2 import Axes, SwinV2
+
+KEY = "video_swinv2"  # of the metadata entry in the safetensors header
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become the model's input."""
+
+    frames: int | None
+    """Frames per clip; None for an image model."""
+    frame_stride: int
+    """Distance between the frames of a clip, in frames of the video."""
+    image_size: tuple[int, int]
+    """(H, W) in pixels."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per channel, for pixels from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says of itself."""
+
+    architecture: dict[str, object]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    provenance: dict[str, object] = field(default_factory=dict)
+
+
+def save_model(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    provenance: Mapping[str, object] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `model` (a SwinV2, or a SimMIM around one) to one file, complete or not at all.
+
+    `weights` replaces the model's own state dict, for weights gathered from several processes.
+    """
+    encoder = model if isinstance(model, SwinV2) else model.encoder
+    if not isinstance(encoder, SwinV2):
+        raise TypeError(f"save_model takes a SwinV2 or a SimMIM, not {type(model).__name__}")
+    if isinstance(model, SwinV2) and classes and len(classes) != encoder.num_classes:
+        raise UserError(f"{path}: {len(classes)} class names for a head of {encoder.num_classes}; give one name per class")
+    card = {
+        "architecture": encoder.architecture(),
+        "classes": list(classes),
+        "preprocessing": dataclasses.asdict(preprocessing),
+        "provenance": dict(provenance or {}),
+    }
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, metadata={"format": "pt", KEY: json.dumps(card)})
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def model_file(path: Path | str) -> Path:
+    """The file itself, or `model.safetensors` in a folder."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file on the CPU, and its metadata; UserError for a missing or damaged file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_card(path: Path | str) -> ModelCard:
+    """The card of a model file, without its weights; UserError if the file is not one of ours."""
+    path = model_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = parse_card(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+    if card is None:
+        raise UserError(f"{path}: holds weights but no architecture; load it into a model with load_weights")
+    return card
+
+
+def parse_card(metadata: Mapping[str, str]) -> ModelCard | None:
+    """The card in the metadata of a safetensors file; None if there is none."""
+    if KEY not in metadata:
+        return None
+    card = json.loads(metadata[KEY])
+    preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()}
+    return ModelCard(
+        card["architecture"], tuple(card["classes"]), Preprocessing(**preprocessing), card.get("provenance", {})
+    )
+
+
+def load_model(
+    path: Path | str,
+    *,
+    window: Axes | None = None,
+    frames: int | None = None,
+    image_size: Axes | None = None,
+    attention: str | None = None,
+) -> SwinV2:
+    """The model of one file (or of a folder's `model.safetensors`), in eval mode, fp32, on the CPU.
+
+    Another window, number of frames or image size needs no other weights: the log-CPB normaliser comes from the file.
+    UserError if the file is missing, damaged, or not a classifier of ours.
+    """
+    path = model_file(path)
+    card = read_card(path)
+    tensors, _ = read_tensors(path)
+    if any(name.startswith("encoder.") for name in tensors):
+        raise UserError(f"{path}: a SimMIM pre-training file has no classifier; fine-tune it with init={path}")
+    changes = {"window": window, "frames": frames, "image_size": image_size, "attention": attention}
+    architecture = card.architecture | {key: value for key, value in changes.items() if value is not None}
+    if frames is not None and card.architecture["frames"] is None:
+        raise UserError(f"{path}: an image model has no frames; leave frames away")
+    try:
+        with torch.device("meta"):
+            model = SwinV2(**architecture)  # type: ignore[arg-type]  # plain data, checked by the constructor
+        model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: weights and architecture do not agree ({str(error).splitlines()[0]})") from error
+    return model.eval()
