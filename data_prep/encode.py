@@ -1,4 +1,4 @@
-"""The one form every prepared video has: H.264 yuv420p in MP4, short groups of pictures, no B-frames, no sound, no metadata."""
+"""The one form of prepared videos: H.264 yuv420p in MP4, short groups of pictures, no B-frames, sound or metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 
-# MPEG's clock: a whole number of ticks for every usual frame rate but 23.976, and within a hundredth of a millisecond there.
+# MPEG's clock: whole ticks for every usual frame rate but 23.976, and within a hundredth of a millisecond there.
 TIME_BASE = Fraction(1, 90000)
 PART_SUFFIX = ".part"
 
@@ -39,13 +39,15 @@ def write_video(
 ) -> int:
     """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns how many were written.
 
-    No B-frames, so that decoding order is the order shown and no edit list is needed. One thread: the work is spread over
-    videos. Raises av.FFmpegError.
+    No B-frames, so that decoding order is the order shown and no edit list is needed. One thread: the work is spread
+    over videos. Raises av.FFmpegError.
     """
     options = {"crf": str(settings.crf), "preset": settings.preset, "bf": "0", "threads": "1", "sc_threshold": "0"}
     options |= {"g": str(settings.gop), "keyint_min": str(settings.gop)}
     count = 0
-    with av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as out:
+    with av.open(
+        str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
+    ) as out:
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(10000), options=options)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"

@@ -17,8 +17,9 @@ from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Allow = Callable[[float], None]
 
-START_SECONDS = 60.0
+START_SECONDS = 60.0  # for a fresh process to import its libraries on a busy machine
 PR_SET_PDEATHSIG = 1
 
 
@@ -38,18 +39,26 @@ class _Worker(Generic[Job]):
     deadline: float = float("inf")
 
 
+@dataclass(frozen=True)
+class _More:
+    """From a process: its job may take so many seconds from now on."""
+
+    seconds: float
+
+
 def run_jobs(
-    work: Callable[[Job], Result],
+    work: Callable[[Job, Allow], Result],
     jobs: Iterable[Job],
     *,
     workers: int,
     seconds_for: Callable[[Job], float],
     memory_gib: float | None = None,
 ) -> Iterator[tuple[Job, Result | Lost]]:
-    """Each job with what `work` made of it, in the order they end. `work` must be importable and must not raise.
+    """Each job with what `work` made of it, in the order they end. `work` must be importable.
 
-    A job past `seconds_for(job)` has its process killed; a process that dies is replaced; both give Lost. `memory_gib`
-    bounds the address space of each process. Leaving the iteration early kills what still runs.
+    A job past `seconds_for(job)`, or past what it set anew by the function it gets as second argument, has its process
+    killed; a process that dies is replaced; both give Lost. `memory_gib` bounds the address space of each process.
+    Leaving the iteration early kills what still runs.
     """
     waiting = iter(jobs)
     crew: list[_Worker[Job]] = []
@@ -77,7 +86,7 @@ def run_jobs(
 
 
 def _collect(
-    crew: list[_Worker[Job]], work: Callable[[Job], Result], memory_gib: float | None
+    crew: list[_Worker[Job]], work: Callable[[Job, Allow], Result], memory_gib: float | None
 ) -> Iterator[tuple[Job, Result | Lost]]:
     """Wait until something happened; yield every job that ended and put fresh processes in the place of dead ones."""
     pause = max(0.0, min(worker.deadline for worker in crew) - time.monotonic())
@@ -88,13 +97,16 @@ def _collect(
             continue
         if worker.pipe in ready:
             try:
-                outcome: Result | Lost = worker.pipe.recv()
+                outcome: Result | Lost | _More = worker.pipe.recv()
             except (EOFError, OSError):
                 worker.process.join()
                 outcome = Lost("crashed", _death(worker.process.exitcode))
         elif time.monotonic() >= worker.deadline:
             outcome = Lost("timeout", "killed past its time limit")
         else:
+            continue
+        if isinstance(outcome, _More):
+            worker.deadline = time.monotonic() + outcome.seconds
             continue
         worker.job, worker.deadline = None, float("inf")
         if isinstance(outcome, Lost):
@@ -104,7 +116,7 @@ def _collect(
         yield job, outcome
 
 
-def _start(work: Callable[[Job], Result], memory_gib: float | None) -> _Worker[Job]:
+def _start(work: Callable[[Job, Allow], Result], memory_gib: float | None) -> _Worker[Job]:
     # Spawned, not forked: a forked child inherits locks that FFmpeg's or NumPy's threads may hold at that moment.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -127,7 +139,7 @@ def _dismiss(worker: _Worker[Job]) -> None:
     worker.process.kill()
 
 
-def _serve(pipe: Connection, work: Callable[[Job], Result], memory_gib: float | None) -> None:
+def _serve(pipe: Connection, work: Callable[[Job, Allow], Result], memory_gib: float | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
         # A parent killed outright cannot stop its children; the kernel does.
@@ -140,7 +152,7 @@ def _serve(pipe: Connection, work: Callable[[Job], Result], memory_gib: float | 
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(work(job))
+        pipe.send(work(job, lambda seconds: pipe.send(_More(seconds))))
 
 
 def _death(exit_code: int | None) -> str:

@@ -1,31 +1,36 @@
-"""A made-up data set whose classes are motions and nothing else: no single frame and no unordered set of frames tells them apart.
+"""A made-up data set whose classes are motions and nothing else.
 
-Every axis of motion has two classes, each the other played backwards. A clip is drawn for one direction and reversed for the
-other, and every process in it is stationary: places are uniform on a torus, angles on the circle, sizes log-uniform, noise
-independent in time, the background's drift uniform in direction. So frame t looks alike in all eight classes, for every t.
+Every axis of motion has two classes, each the other played backwards. A clip is drawn for one direction and reversed
+for the other, and every process in it is stationary: places are uniform on a torus, angles on the circle, sizes
+log-uniform, noise independent in time, the background's drift uniform in direction. So frame t looks alike in all eight
+classes, for every t, and a model blind to the order of frames is right at most half the time.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.dataset import Listed, SplitContent, read_record, write_dataset
 from data_prep.encode import H264, file_sha256, keep, part_of, ticks, write_video
+from data_prep.pool import Allow, Lost, run_jobs
+from data_prep.progress import track
+from video_swinv2.errors import UsageError, UserError
 
 Level = Literal["easy", "hard"]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 # Neighbours are twins: the second of a pair is the first played backwards.
 CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approaching", "receding")
 FPS = 16
-# Per frame, so that 8 of 16 frames show plenty: widths travelled, radians turned, growth of the logarithm of the radius.
+# Per frame, so that 8 of 16 frames show plenty: widths travelled, radians turned, growth of the radius's logarithm.
 SHIFT = (0.035, 0.07)
 TURN = (0.12, 0.30)
 GROWTH = (0.045, 0.075)
@@ -33,6 +38,8 @@ RADIUS = (0.13, 0.33)
 DRIFT = 0.02
 # High quality: coarse quantisation leaves a trail behind moving things, which one frame would give away.
 ENCODING = H264(gop=16, crf=12, preset="veryfast")
+
+SECONDS_PER_CLIP = 120.0
 
 
 @dataclass(frozen=True)
@@ -50,24 +57,64 @@ class Clip:
 
 
 def draw(clip: Clip) -> NDArray[np.uint8]:
-    """The frames of one clip, (T, H, W, 3) uint8; a pure function of (seed, split, class, index) and level, size, frames."""
+    """The frames of one clip, (T, H, W, 3) uint8; a pure function of what the clip says."""
     rng = np.random.default_rng(_key(clip.seed, clip.split, clip.label, clip.index))
     place = CLASSES.index(clip.label)
     frames = _render(rng, CLASSES[place - place % 2], clip.level, clip.size, clip.frames)
     return frames[::-1] if place % 2 else frames
 
 
-def make(clip: Clip) -> str:
+def make(clip: Clip, _allow: Allow) -> str:
     """Draw, encode and name one clip; returns the sha256 of the file."""
     part = part_of(clip.path)
-    images = draw(clip)
-    pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24") for image in images)
-    moments = ticks([number / FPS for number in range(clip.frames)])
-    pairs = zip(moments, pictures, strict=True)
+    images = np.ascontiguousarray(draw(clip))
+    pictures = (av.VideoFrame.from_ndarray(image, format="rgb24") for image in images)
+    pairs = zip(ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
     digest = file_sha256(part)
     keep(part, clip.path)
     return digest
+
+
+def synthesise(
+    out: Path, counts: dict[str, int], *, level: Level, size: int, frames: int, seed: int, workers: int
+) -> bool:
+    """Make the whole data set; `counts` are clips per class by split. False where it was there already.
+
+    Raises UsageError for impossible numbers and for a folder that holds another data set, UserError where a clip cannot
+    be written.
+    """
+    _check(counts, size, frames)
+    settings: dict[str, object] = {
+        "made_by": "synth",
+        "level": level,
+        "size": size,
+        "frames": frames,
+        "fps": FPS,
+        "seed": seed,
+    }
+    settings |= {"clips_per_class": counts, **asdict(ENCODING)}
+    there = read_record(out)
+    if there is not None:
+        if there.get("settings") == settings:
+            return False
+        raise UsageError(f"{out}: holds another data set (dataset.json); give a new folder or remove it")
+    clips = list(plan(out, counts, level=level, size=size, frames=frames, seed=seed))
+    for folder in dict.fromkeys(clip.path.parent for clip in clips):
+        folder.mkdir(parents=True, exist_ok=True)
+    made = run_jobs(make, clips, workers=workers, seconds_for=lambda clip: SECONDS_PER_CLIP)
+    digests: dict[Path, str] = {}
+    for clip, outcome in track(made, f"synth {level}", len(clips)):
+        if isinstance(outcome, Lost):
+            raise UserError(f"{clip.path}: not made, {outcome.detail}; free memory and disk space and run again")
+        digests[clip.path] = outcome
+    splits: dict[str, list[Listed]] = {split: [] for split in counts}
+    for clip in clips:
+        name = clip.path.relative_to(out).as_posix()
+        splits[clip.split].append(Listed(name, clip.label, digests[clip.path]))
+    content = {split: SplitContent(rows) for split, rows in splits.items()}
+    write_dataset(out, name=f"synth-{level}", classes=CLASSES, splits=content, settings=settings)
+    return True
 
 
 def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: int, seed: int) -> Iterator[Clip]:
@@ -77,6 +124,15 @@ def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: 
             for index in range(count):
                 path = out / "videos" / split / label / f"{index:05d}.mp4"
                 yield Clip(path, split, label, index, level, size, frames, seed)
+
+
+def _check(counts: dict[str, int], size: int, frames: int) -> None:
+    if min(counts.values()) < 0 or not sum(counts.values()):
+        raise UsageError(f"clips per class {counts}: none may be negative and one must be above 0")
+    if size < 32 or size % 2:
+        raise UsageError(f"--size {size}: must be even (H.264 stores colour at half size) and at least 32")
+    if frames < 2:
+        raise UsageError(f"--frames {frames}: motion needs at least 2")
 
 
 def _key(seed: int, split: str, label: str, index: int) -> list[int]:
@@ -109,13 +165,13 @@ def _background(rng: np.random.Generator, column: Floats, row: Floats, frames: i
     t = np.arange(frames if drift else 1, dtype=np.float32)[:, None, None] * np.float32(drift)
     u = start[0] + np.float32(np.cos(heading)) * t + column
     v = start[1] + np.float32(np.sin(heading)) * t + row
-    return _sample(_texture(rng), *np.broadcast_arrays(u, v))
+    return _sample(_texture(rng), u, v)
 
 
 def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, ...]:
-    """Centre x, y (in widths, on a torus), angle and radius (in widths) at each frame, for the first class of each pair.
+    """Centre x, y (widths, on a torus), angle and radius (widths) at each frame, for the first class of a pair.
 
-    All four start uniform over a range they then move through cyclically, hence are distributed alike at every frame.
+    All four start uniform over a range that they move through cyclically, hence are distributed alike at every frame.
     """
     t = np.arange(frames, dtype=np.float32)
     x, y, angle, zoom = (rng.uniform(0, 1) + 0 * t for _ in range(4))

@@ -196,7 +196,9 @@ def test_a_kill_in_mid_write_leaves_the_older_one(tmp_path: Path) -> None:
     assert found is not None
     assert found[0] == 1
     assert _same(found[1], _portable(1))
-    assert _names(tmp_path) == ["step-000001"]
+    assert _names(tmp_path) == ["step-000001", "step-000002.tmp"], "another run may look while this one writes"
+    _save(tmp_path, 3)
+    assert _names(tmp_path) == ["step-000001", "step-000003"]
 
 
 def test_a_full_disk_is_told_on_the_next_call_and_leaves_the_older_one(tmp_path: Path) -> None:
@@ -219,6 +221,14 @@ def test_a_folder_that_cannot_be_written_is_told_by_wait_and_only_once(tmp_path:
     checkpoints.wait()
 
 
+def test_an_error_that_is_not_the_disk_s_is_not_lost_either(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(2)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(Portable(weights, weights, weights, optimizer_step=1), {}, step=1)
+    with pytest.raises(RuntimeError, match="share memory"):
+        checkpoints.wait()
+
+
 def test_the_record_tells_size_and_hash_of_each_file(tmp_path: Path) -> None:
     _save(tmp_path, 4)
     record = json.loads((tmp_path / "step-000004" / "state.json").read_text())
@@ -227,3 +237,10 @@ def test_the_record_tells_size_and_hash_of_each_file(tmp_path: Path) -> None:
     assert record["state"] == {"samples": 32}
     for name, entry in record["files"].items():
         assert entry["bytes"] == (tmp_path / "step-000004" / name).stat().st_size
+
+
+def test_the_files_are_readable_by_whoever_the_umask_lets(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step-000001").iterdir()}
+    assert len(modes) == 3
+    assert set(modes.values()) == {modes["state.json"]}

@@ -320,5 +320,11 @@ def test_the_plain_engine_refuses_several_processes() -> None:
         worker.build(World(0, 2, 0, torch.device("cpu")), engine="plain")
 
 
+def test_a_missing_deepspeed_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="install it, or use engine=plain"):
+        worker.build(ALONE, engine="deepspeed")
+
+
 def test_no_compiler_was_started(outcomes: Path) -> None:
     assert not (outcomes / "extensions").exists()

@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
@@ -66,9 +66,10 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
     The matrix maps x' = a x + c y, y' = b x + d y (QuickTime file format, "matrices"). PyAV's `frame.rotation` is not
     enough: it reports a mirrored picture as a half turn.
     """
-    if SideDataType.DISPLAYMATRIX not in frame.side_data:
+    attached: Any = frame.side_data  # declared a TypedDict, is a Mapping by kind
+    if SideDataType.DISPLAYMATRIX not in attached:
         return Orientation()
-    data = frame.side_data[SideDataType.DISPLAYMATRIX]
+    data = attached[SideDataType.DISPLAYMATRIX]
     a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
     if abs(b) > abs(a):
         return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
@@ -87,9 +88,10 @@ def size_for(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 class VideoReader:
     """One open video file; a context manager.
 
-    `times`: (n,) float64 seconds, ascending, one per frame that exists. `fps`: the average rate. `missing`: how many
-    of the frames asked for so far could not be decoded and were stood in for by a neighbour. `time_limit_seconds` holds
-    for each call by itself. Raises DecodeError, whose message begins with the path, for what cannot be read.
+    `times`: (n,) float64 seconds, ascending, one per frame that exists. `fps`: the average rate. `codec`: FFmpeg's name
+    for it. `missing`: how many of the frames asked for so far could not be decoded and were stood in for by their
+    neighbours. `time_limit_seconds` holds for each call by itself. Raises DecodeError, whose message begins with the
+    path, for what cannot be read.
     """
 
     def __init__(self, path: Path, *, time_limit_seconds: float = 60.0) -> None:
@@ -102,6 +104,7 @@ class VideoReader:
         self._shown: tuple[int, int] | None = None
         self._orientation = Orientation()
         self._container, self._stream = self._open()
+        self.codec = self._stream.codec_context.name
         try:
             self._index()
         except BaseException:
@@ -296,7 +299,7 @@ class VideoReader:
         height, width = size_for(self._shown or (frame.height, frame.width), short_side)
         if self._orientation.transpose:
             height, width = width, height
-        # One thread: on a small picture the scaler's own threads cost five times the work, and workers have none to spare.
+        # One thread: on a small picture the scaler's own threads cost five times the work.
         picture = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from video_swinv2.data.decode import size_for
 from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.metrics import average_views, ranking
+from video_swinv2.evaluation.overrides import Device, Precision, use_bf16
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, plan_views, short_side
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.testing import answer_views, use_bf16
+from video_swinv2.evaluation.testing import answer_views
 from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, read_card
 
 VIDEO = "video"
@@ -48,15 +49,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of a file, likeliest first; none, and the reason, where it could not be read."""
+    """The likeliest classes of a file, likeliest first; none, and the error, where it could not be read."""
 
     path: str
     answers: tuple[Answer, ...]
-    reason: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data: path, answers as {name, probability}, reason."""
-        return asdict(self)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def predict(
     *,
     top: int = 5,
     protocol: str = "videoswin-4x3",
-    device: str = "auto",
-    precision: str = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
     batch_views: int = 12,
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
@@ -94,7 +91,7 @@ def predict(
     """Predictions for files and for all videos (for an image model: images) in folders, in the order found.
 
     workers: reading processes, by default one per core and at most 8. Raises UsageError for a model without class
-    names, an unknown protocol or device, and a folder that holds no such file.
+    names, an unknown protocol, and a folder that holds no such file.
     """
     if top < 1 or batch_views < 1:
         raise UsageError("top and batch_views must be 1 or more")
@@ -124,6 +121,17 @@ def predict(
 
     deliver_groups(groups, range(len(groups)), default_workers() if workers is None else workers, deliver)
     return [results[i] for i in range(len(found))]
+
+
+def show(predictions: Sequence[Prediction], *, as_json: bool) -> str:
+    """Predictions for people, or as a JSON list of {path, answers: [{name, probability}], error}."""
+    if as_json:
+        return json.dumps([asdict(prediction) for prediction in predictions], indent=1)
+    lines = []
+    for prediction in predictions:
+        lines.append(f"{prediction.path}: {prediction.error}" if prediction.error else prediction.path)
+        lines += [f"  {100 * answer.probability:5.1f} %  {answer.name}" for answer in prediction.answers]
+    return "\n".join(lines)
 
 
 def find_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | None]]:
@@ -168,7 +176,7 @@ def kind_of_bytes(head: bytes) -> str | None:
 
 
 def _predict_other(path: Path, kind: str | None, judge: _Judge) -> Prediction:
-    """An image for an image model; the reason for anything that is not read."""
+    """An image for an image model; the error for anything that is not read."""
     if not path.exists():
         return Prediction(str(path), (), "no such file")
     if kind != IMAGE:
@@ -194,9 +202,7 @@ def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessin
     return torch.stack(crops).round().clamp(0, 255).byte()
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device: {name!r} is not known; use auto, cpu or cuda")
+def _device(name: Device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: cuda was asked for but PyTorch sees no GPU here; use cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -22,40 +22,17 @@ import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash, read_manifest
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.metrics import Metrics, compute_metrics
-from video_swinv2.evaluation.progress import Progress
+from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, parse_overrides, use_bf16
 from video_swinv2.evaluation.protocols import Protocol, find_protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.report import save_strips, write_report
 from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, save_scores, write_arrays
-from video_swinv2.evaluation.views import FRAME_ORDERS, normalise
+from video_swinv2.evaluation.views import normalise
+from video_swinv2.progress import Progress
 from video_swinv2.training.runtime import World, start, stop
 from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, model_file, read_card
 
-PRECISIONS = ("auto", "fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class TestOverrides:
-    """What of a test may differ from what the model file says, and how it is run. None means as the model file says.
-
-    image_size is (H, W), window (T, H, W) or (H, W). batch_views: views the model sees at once. workers: reading
-    processes of each process, by default one per core and at most 8. precision: "auto" is bf16 where the GPU has it.
-    """
-
-    __test__ = False  # pytest takes classes called Test* for tests
-
-    frames: int | None = None
-    image_size: tuple[int, int] | None = None
-    frame_stride: int | None = None
-    window: tuple[int, ...] | None = None
-    attention: str | None = None
-    frame_order: str = "in-order"
-    batch_views: int = 12
-    workers: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    time_limit_seconds: float = 60.0
+__all__ = ["TestOverrides", "answer_views", "make_result", "merge_shares", "parse_overrides", "run_test", "summary"]
 
 
 @dataclass(frozen=True)
@@ -138,38 +115,8 @@ def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing,
         return torch.cat(parts).cpu()
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16; "auto" does on a GPU that has it. Raises UsageError for an unknown precision."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision: {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
-def override_preprocessing(preprocessing: Preprocessing, overrides: TestOverrides) -> Preprocessing:
-    """The model's preprocessing with the numbers that are asked for instead. Raises UsageError for numbers below 1."""
-    for key in ("frames", "frame_stride", "image_size"):
-        value = getattr(overrides, key)
-        if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
-            raise UsageError(f"{key}: {value} is too small; use 1 or more")
-    if overrides.frames is not None and preprocessing.frames is None:
-        raise UsageError("frames: this is an image model, it looks at single frames; leave frames away")
-    return replace(
-        preprocessing,
-        frames=overrides.frames or preprocessing.frames,
-        frame_stride=overrides.frame_stride or preprocessing.frame_stride,
-        image_size=overrides.image_size or preprocessing.image_size,
-    )
-
-
 def _make_plan(model_path: Path, data: Path, protocol: str, split: str, out: Path, overrides: TestOverrides) -> _Plan:
     """Read what is small and refuse what cannot be right."""
-    if overrides.frame_order not in FRAME_ORDERS:
-        raise UsageError(f"frame_order: {overrides.frame_order!r} is not known; use one of {', '.join(FRAME_ORDERS)}")
-    if overrides.batch_views < 1 or (overrides.workers or 0) < 0 or overrides.seed < 0:
-        raise UsageError("batch_views must be 1 or more, workers and seed 0 or more")
-    use_bf16(overrides.precision, torch.device("cpu"))
     chosen = find_protocol(protocol)
     card = read_card(model_path)
     if not card.classes:
@@ -206,7 +153,8 @@ def _score_share(plan: _Plan, world: World) -> _Share:
     workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
     answers: dict[int, tuple[Group, NDArray[np.float16]]] = {}
     started = time.perf_counter()
-    with Progress("test", sum(len(groups.positions(number)) for number in mine), shown=world.rank == 0) as progress:
+    total = sum(len(groups.positions(number)) for number in mine)
+    with Progress("test", total, unit="videos", shown=world.rank == 0) as progress:
 
         def answer(group: Group, waited: float) -> None:
             logits = answer_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
@@ -381,3 +329,21 @@ def _make_shares_folder(out: Path) -> None:
         _shares_folder(out).mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+
+
+def summary(result: dict[str, Any], out: Path | str) -> str:
+    """The result in a few lines for people."""
+    low, high = (100 * bound for bound in result["top1_interval"])
+    videos = result["videos"]
+    lines = [
+        f"top-1 {100 * result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
+        f"top-5 {100 * result['top5']:.2f} %, mean class accuracy {100 * result['mean_class_accuracy']:.2f} %",
+        f"{videos['scored']} of {videos['listed']} videos scored, {result['protocol']}, {result['views']} views each, "
+        f"data {result['data_fingerprint'][:12]}, {result['seconds']:.1f} seconds",
+    ]
+    if videos["failed"]:
+        low, high = (100 * bound for bound in result["top1_bounds"])
+        lines.append(f"{videos['failed']} failed: top-1 of all listed lies between {low:.2f} and {high:.2f} %")
+    if result["frame_order"] != "in-order":
+        lines.append(f"frames were {result['frame_order']}: no accuracy to quote")
+    return "\n".join([*lines, f"report: {Path(out) / 'report.html'}"])

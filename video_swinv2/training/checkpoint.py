@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Checkpoints:
         self.keep = keep
         self._say = say
         self._writer: threading.Thread | None = None
-        self._error: UserError | None = None
+        self._error: Exception | None = None
 
     def save(self, portable: Portable, state: Mapping[str, JSON], *, step: int) -> None:
         """Hand a checkpoint to the writer thread; waits first for the one before it. Raises its UserError, if any.
@@ -86,12 +87,10 @@ class Checkpoints:
         """The step, tensors and state of the newest whole checkpoint; None where the run has none yet.
 
         Every file is compared with its recorded size and sha256. A damaged checkpoint is reported and passed over;
-        where all are damaged UserError is raised, since to start from nothing is a decision for the user. Unfinished
-        leftovers are removed, so call it before the first save, not beside one.
+        where all are damaged UserError is raised, since to start from nothing is a decision for the user. Changes
+        nothing on disk, so any rank, and another run, may call it.
         """
         self.wait()
-        for leftover in self._folders(_LEFTOVER):
-            shutil.rmtree(leftover, ignore_errors=True)  # another rank may be removing it as well
         present = self._folders(_NAME)
         for path in reversed(present):
             try:
@@ -125,7 +124,8 @@ class Checkpoints:
         try:
             if final.exists() and _is_whole(final):
                 return
-            shutil.rmtree(aside, ignore_errors=True)
+            for leftover in self._folders(_LEFTOVER):
+                shutil.rmtree(leftover)  # of a run that was killed; before writing, since it takes as much room
             aside.mkdir(parents=True)
             _write_files(aside, portable, state, step)
             if final.exists():
@@ -133,14 +133,15 @@ class Checkpoints:
             aside.rename(final)
             _sync(self.folder)
             self._prune(step)
-        except Exception as error:
-            # A full disk comes as OSError or SafetensorError, but nothing at all may be lost with the thread.
+        except (OSError, SafetensorError) as error:  # either, for a full disk
             shutil.rmtree(aside, ignore_errors=True)
             self._error = UserError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({error}); free space or mend "
                 "the folder, then start again: training resumes from the checkpoint before"
             )
             self._error.__cause__ = error
+        except Exception as error:  # a bug, not the disk; it must not vanish with the thread
+            self._error = error
 
     def _prune(self, newest: int) -> None:
         """Remove all but the newest ``keep``, counted from the one just written; later steps are damaged ones."""
@@ -162,6 +163,8 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
     files = {}
     for name, tensors in contents.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+        # safetensors makes files that only their owner can read; the folder's mode carries the user's umask.
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
         _sync(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
     record = {

@@ -188,11 +188,12 @@ class PlainEngine:
         moments = read_moments(self.module, self._optimizer, self._shards)
         return Portable(self.weights() or {}, *moments, optimizer_step=applied_steps(self._optimizer))
 
+    @torch.no_grad()
     def load(self, portable: Portable) -> None:
         """See :class:`Engine`."""
         _check_fit(self.module, portable)
         for name, tensor in _named(self.module).items():
-            tensor.data.copy_(portable.weights[name])
+            tensor.copy_(portable.weights[name])
         write_moments(self.module, self._optimizer, self._shards, portable)
 
 
@@ -213,7 +214,14 @@ class DeepSpeedEngine:
         )
         # ZeRO's wrapper delegates to the AdamW inside, whose state is keyed by this rank's flat pieces.
         self._adamw: torch.optim.Optimizer = optimizer
-        self._shards = self._find_shards()
+        try:
+            self._shards = self._find_shards()
+        except AttributeError as error:
+            # Private names of DeepSpeed's: better found missing here than at the first checkpoint.
+            raise UserError(
+                f"deepspeed {deepspeed.__version__} keeps its states where this does not look for them ({error}); "
+                "install the version in constraints.txt, or use engine=plain"
+            ) from error
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
@@ -259,13 +267,14 @@ class DeepSpeedEngine:
             return None
         return Portable(weights, *moments, optimizer_step=applied_steps(self._adamw))
 
+    @torch.no_grad()
     def load(self, portable: Portable) -> None:
         """See :class:`Engine`."""
         _check_fit(self.module, portable)
         for name, tensor in _named(self.module).items():
             # Under ZeRO-3 rank 0's value is broadcast and cut up again when the context ends.
             with self._gathered([tensor], modifier_rank=0, enabled=self._partitioned(tensor)):
-                tensor.data.copy_(portable.weights[name])
+                tensor.copy_(portable.weights[name])
         if self._stage > 0:
             self._engine.optimizer.refresh_fp32_params()  # the pieces AdamW updates are copies of the module's
         write_moments(self.module, self._adamw, self._shards, portable)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def start(device: str = "auto") -> World:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         if place.meeting is None:
             # A store inside the process: no port to collide on, no file to clean up, no MPI to discover.
-            store = dist.HashStore()  # type: ignore[attr-defined]
+            store = cast(Any, dist).HashStore()  # torch's stubs do not export it
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         else:
             where = place.meeting

@@ -1,0 +1,119 @@
+"""The files that make a folder of videos a data set: dataset.json, a list a split, failed.csv; whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import av
+
+from data_prep.encode import part_of
+from video_swinv2 import __version__
+from video_swinv2.data.manifest import class_list_hash, content_fingerprint
+from video_swinv2.errors import UserError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A video of the data set: path relative to it, class name ('' for none), sha256 of the file."""
+
+    path: str
+    label: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A video that did not make it: its source, one word from the list of reasons, what the decoder said last."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class SplitContent:
+    """What became of the videos of one split."""
+
+    ok: Sequence[Listed]
+    failed: Sequence[Failed] = ()
+
+
+def write_dataset(
+    out: Path, *, name: str, classes: Sequence[str], splits: Mapping[str, SplitContent], settings: Mapping[str, Any]
+) -> None:
+    """Write SPLIT.csv, failed.csv and, last, dataset.json. Raises UserError where the folder cannot be written."""
+    record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
+    prints = {}
+    counts = {}
+    for split, content in splits.items():
+        rows = [(item.path, item.label) for item in content.ok]
+        text = _table(("path", "label"), rows)
+        write_text(out / f"{split}.csv", text)
+        prints[split] = content_fingerprint([(item.path, item.label, item.sha256) for item in content.ok])
+        counts[split] = {
+            "listed": len(content.ok) + len(content.failed),
+            "ok": len(content.ok),
+            "failed": len(content.failed),
+            "fingerprint": prints[split],
+            "list_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+    failed = [(item.path, item.reason, item.detail) for content in splits.values() for item in content.failed]
+    write_text(out / "failed.csv", _table(("path", "reason", "detail"), failed))
+    record["fingerprint"] = hashlib.sha256("\n".join(f"{s} {p}" for s, p in prints.items()).encode()).hexdigest()
+    record |= {"splits": counts, "settings": dict(settings), "versions": versions()}
+    write_text(out / "dataset.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """The parsed dataset.json of a folder, None where there is none. Raises UserError where it is not readable."""
+    path = out / "dataset.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path}: not readable as JSON ({fault}); prepare the data set again") from fault
+    return record if isinstance(record, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """Everything that decides the bytes of a prepared video."""
+    codec = ".".join(str(number) for number in av.library_versions["libavcodec"])
+    return {
+        "video_swinv2": __version__,
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "av": av.__version__,
+        "libavcodec": codec,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, synced to disk. Raises UserError naming the file."""
+    part = part_of(path)
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be written ({fault.strerror}); free space or choose another folder") from fault
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()

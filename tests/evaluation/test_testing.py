@@ -1,0 +1,351 @@
+"""Whole tests on small real files: the same scores on any number of processes; broken videos only move the bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import video_swinv2 as vs
+from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.manifest import class_list_hash, read_manifest
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation import reading, testing
+from video_swinv2.evaluation.metrics import compute_metrics
+from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
+from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.evaluation.scores import load_scores
+from video_swinv2.evaluation.testing import merge_shares, run_test, summary
+from video_swinv2.evaluation.views import normalise, read_views
+
+CLASSES = ("left", "right", "up")
+MOTION = {"left": (0, -2), "right": (0, 2), "up": (-2, 0)}
+N_VIDEOS = 7
+
+
+def shift(n: int, step: tuple[int, int], seed: int) -> np.ndarray:
+    """Frames (n, 40, 56, 3) of noise that moves by `step` each frame."""
+    picture = np.random.default_rng(seed).integers(0, 256, (10, 14, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    return np.stack([np.roll(picture, (i * step[0], i * step[1]), axis=(0, 1)) for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    model = vs.create_model("swinv2_nano", num_classes=3, frames=4, image_size=32, window=(2, 4, 4))
+    with torch.no_grad():  # fresh weights answer everything alike
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm1.weight", "norm2.weight")):
+                parameter.fill_(1.0)
+        model.head.weight.mul_(40)
+    preprocessing = vs.Preprocessing(frames=4, frame_stride=2, image_size=(32, 32))
+    vs.save_model(model, path, classes=CLASSES, preprocessing=preprocessing, provenance={"init": "scratch"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
+    """A list data set whose class order is not the model's, with names that are hard on shells and pages."""
+    root = tmp_path_factory.mktemp("data")
+    own = ("up", "left", "right")
+    lines = []
+    for i in range(N_VIDEOS):
+        name = own[i % 3]
+        path = f'{name}/it\'s a "clip" {i}.mp4'
+        write_video(root / path, shift(6 + 5 * i, MOTION[name], i))
+        lines.append(f"{path} {i % 3}")
+    (root / "test.txt").write_text("\n".join(lines) + "\n")
+    (root / "classes.txt").write_text("\n".join(own) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def with_broken(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The same list with two broken files, one of them in the midst of others' batches."""
+    root = tmp_path_factory.mktemp("broken")
+    lines = (data / "test.txt").read_text().splitlines()
+    absolute = [f"{data}/{line}" for line in lines]
+    (root / "cut.mp4").write_bytes((data / lines[0].rsplit(" ", 1)[0]).read_bytes()[:200])
+    absolute[3:3] = [f"{root}/cut.mp4 1"]
+    (root / "test.txt").write_text("\n".join([*absolute, "gone.mp4 2"]) + "\n")
+    (root / "classes.txt").write_text((data / "classes.txt").read_text())
+    return root
+
+
+def quick(**changes: object) -> TestOverrides:
+    return TestOverrides(**{"workers": 0, "device": "cpu", **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tested(model_path: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=out, overrides=quick())
+    return out
+
+
+def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -> None:
+    """Each logit against one view at a time through the model, outside of the machinery."""
+    scores = load_scores(tested / "scores.npz")
+    model, card = vs.load_model(model_path), vs.read_card(model_path)
+    assert scores.logits.shape == (N_VIDEOS, 12, 3)
+    assert scores.classes == CLASSES
+    for row, entry in enumerate(read_manifest(data, "test", CLASSES).entries):
+        assert scores.paths[row] == entry.name
+        assert CLASSES[scores.labels[row]] == entry.name.split("/")[0], "labels follow the model's order"
+        pixels, views = read_views(entry.path, PROTOCOLS["videoswin-4x3"], card.preprocessing)
+        with torch.no_grad():
+            expected = torch.cat([model(normalise(pixels[i : i + 1], card.preprocessing)) for i in range(12)])
+        np.testing.assert_allclose(scores.logits[row], expected.numpy(), rtol=2e-3, atol=2e-3)
+        assert scores.views[row].tolist() == [[view.start, *view.box] for view in views]
+    assert np.ptp(scores.logits.astype(float), axis=0).max() > 0.1, "the model answers everything alike"
+
+
+def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Path) -> None:
+    result = json.loads((tested / "result.json").read_text())
+    metrics = compute_metrics(load_scores(tested / "scores.npz"))
+    assert result["top1"] == metrics.top1
+    assert result["top1_interval"] == list(metrics.top1_interval)
+    assert result["top1_bounds"] == [metrics.top1, metrics.top1]
+    assert result["videos"] == {"listed": N_VIDEOS, "scored": N_VIDEOS, "failed": 0}
+    assert [row["name"] for row in result["per_class"]] == list(CLASSES)
+    assert (result["protocol"], result["views"], result["frames"], result["frame_stride"]) == (
+        "videoswin-4x3",
+        12,
+        4,
+        2,
+    )
+    assert result["image_size"] == [32, 32]
+    assert result["classes_sha256"] == class_list_hash(CLASSES)
+    assert result["data_fingerprint"] == read_manifest(data, "test", CLASSES).fingerprint
+    assert result["model"]["provenance"] == {"init": "scratch"}
+    assert "PyAV" in result["decoder"]
+    assert {"top5", "mean_class_accuracy", "frame_order", "versions", "seconds", "seed"} <= result.keys()
+    assert sorted(file.name for file in tested.iterdir()) == ["report.html", "result.json", "scores.npz", "strips.npz"]
+    assert f"{100 * result['top1']:.2f}" in summary(result, tested)
+
+
+def test_one_open_for_each_video(model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    class Counting(VideoReader):
+        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+            opened.append(path)
+            super().__init__(path, time_limit_seconds=time_limit_seconds)
+
+    monkeypatch.setattr(reading, "VideoReader", Counting)
+    monkeypatch.setattr(testing, "save_strips", lambda out, scores, videos: None)
+    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick())
+    assert sorted(opened) == sorted(entry.path for entry in read_manifest(data, "test").entries)
+
+
+@pytest.mark.parametrize("protocol", ["center-1x1", "videoswin-4x3"])
+def test_a_broken_video_moves_the_bounds_and_nothing_else(
+    protocol: str, model_path: Path, data: Path, with_broken: Path, tmp_path: Path
+) -> None:
+    whole = run_test(model_path, data, protocol=protocol, split="test", out=tmp_path / "a", overrides=quick())
+    broken = run_test(
+        model_path, with_broken, protocol=protocol, split="test", out=tmp_path / "b", overrides=quick(workers=2)
+    )
+    first, second = load_scores(tmp_path / "a" / "scores.npz"), load_scores(tmp_path / "b" / "scores.npz")
+    assert [bool(reason) for reason in second.reasons] == [i in (3, 8) for i in range(9)]
+    assert "no such file" in second.reasons[8]
+    if protocol == "videoswin-4x3":  # one video is one batch; in center-1x1 the batch itself is another one
+        np.testing.assert_array_equal(first.logits, second.logits[second.scored])
+    for key in ("top1", "top5", "mean_class_accuracy", "top1_interval", "per_class"):
+        assert whole[key] == broken[key]
+    assert broken["videos"] == {"listed": 9, "scored": 7, "failed": 2}
+    right = round(whole["top1"] * 7)
+    assert broken["top1_bounds"] == [right / 9, (right + 2) / 9]
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "cut.mp4" in page
+    assert "no such file" in page
+
+
+SCRIPT = """
+import sys, torch
+from video_swinv2.evaluation.overrides import TestOverrides
+from video_swinv2.evaluation.testing import run_test
+torch.set_num_threads(1)
+model, data, protocol, out = sys.argv[1:]
+result = run_test(model, data, protocol=protocol, split="test", out=out,
+                  overrides=TestOverrides(workers=1, device="cpu", batch_views=2 if protocol == "center-1x1" else 12))
+print("processes", result["processes"])
+"""
+
+
+def launch(processes: int, tmp_path: Path, model: Path, data: Path, protocol: str) -> Path:
+    """Run a test in `processes` real processes and return its folder."""
+    script, out = tmp_path / "script.py", tmp_path / f"{protocol}-{processes}"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, str(script), str(model), str(data), protocol, str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(vs.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"processes {processes}") == processes
+    return out
+
+
+@pytest.mark.parametrize("protocol", ["center-1x1", "videoswin-4x3"])
+def test_two_processes_give_the_scores_of_one_to_the_bit(
+    protocol: str, model_path: Path, with_broken: Path, tmp_path: Path
+) -> None:
+    alone, both = (load_scores(launch(n, tmp_path, model_path, with_broken, protocol) / "scores.npz") for n in (1, 2))
+    assert alone.paths == both.paths
+    assert alone.reasons == both.reasons
+    np.testing.assert_array_equal(alone.logits.view(np.uint16), both.logits.view(np.uint16))
+    np.testing.assert_array_equal(alone.views, both.views)
+
+
+@pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="the stand-in decoder needs fork")
+def test_a_decoder_that_kills_its_process_costs_one_video(
+    model_path: Path, data: Path, tested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segmentation fault in a decoding library takes its process down; the video is named and the test goes on."""
+    here = os.getpid()
+
+    class Deadly(VideoReader):
+        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+            if 'clip" 4' in str(path) and os.getpid() != here:
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().__init__(path, time_limit_seconds=time_limit_seconds)
+
+    monkeypatch.setattr(reading, "VideoReader", Deadly)
+    overrides = quick(workers=2)
+    result = run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=overrides)
+    assert result["videos"] == {"listed": 7, "scored": 6, "failed": 1}
+    scores, whole = load_scores(tmp_path / "scores.npz"), load_scores(tested / "scores.npz")
+    assert scores.reasons[4] == f"the decoder crashed (exit code {-signal.SIGKILL})"
+    np.testing.assert_array_equal(scores.logits[scores.scored], whole.logits[scores.scored])
+
+
+@pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="the stand-in decoder needs fork")
+def test_a_decoder_that_hangs_costs_one_video(
+    model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(VideoReader):
+        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+            if 'clip" 2' in str(path):
+                signal.pause()
+            super().__init__(path, time_limit_seconds=time_limit_seconds)
+
+    monkeypatch.setattr(reading, "VideoReader", Hanging)
+    monkeypatch.setattr(reading, "_GRACE_SECONDS", 0.0)
+    overrides = quick(workers=1, time_limit_seconds=1.0)
+    result = run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=overrides)
+    assert result["videos"]["failed"] == 1
+    assert load_scores(tmp_path / "scores.npz").reasons[2] == "the decoder did not answer within 3 seconds"
+
+
+def test_overrides_change_what_they_name(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
+    overrides = parse_overrides(["frames=2", "image_size=64", "frame_stride=3", "window=[1, 8, 8]", "workers=0"])
+    result = run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=overrides)
+    assert (result["frames"], result["frame_stride"], result["image_size"]) == (2, 3, [64, 64])
+    assert load_scores(tmp_path / "scores.npz").views[0, 0, 3:].tolist() == [64, 64]
+    run_test(
+        model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick(frame_order="reversed")
+    )
+    plain, turned = load_scores(tested / "scores.npz"), load_scores(tmp_path / "scores.npz")
+    assert turned.metadata["frame_order"] == "reversed"
+    assert not np.array_equal(plain.logits, turned.logits)
+    assert "Frames were reversed" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("frame_strid=2", r"unknown key frame_strid: did you mean frame_stride\?"),
+        ("frames=0", "frames=0 does not do: .*greater than or equal to 1"),
+        ("frame_order=random", "frame_order=random does not do: .*'in-order', 'shuffled' or 'reversed'"),
+        ("image_size=[1,2,3]", "image_size="),
+        ("frames", "key.sub=value"),
+    ],
+)
+def test_overrides_that_cannot_be(text: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        parse_overrides([text])
+
+
+def test_wrong_usage_is_said_before_any_work(model_path: Path, data: Path, tmp_path: Path) -> None:
+    def test(**changes: object) -> None:
+        arguments = {"protocol": "center-1x1", "split": "test", "out": tmp_path / "out", "overrides": quick()}
+        run_test(model_path, changes.pop("data", data), **(arguments | changes))  # type: ignore[arg-type]
+
+    with pytest.raises(UsageError, match="center-1x2"):
+        test(protocol="center-1x2")
+    with pytest.raises(UsageError, match="no split 'val'"):
+        test(split="val")
+    (tmp_path / "test.txt").write_text(f"{data}/x.mp4 0\n")
+    (tmp_path / "classes.txt").write_text("rigth\n")
+    with pytest.raises(UsageError, match=r"rigth.*right"):
+        test(data=tmp_path)
+    (tmp_path / "classes.txt").write_text("right\n")
+    (tmp_path / "test.txt").write_text(f"{data}/x.mp4 0\n{data}/y.mp4 -1\n")
+    with pytest.raises(UsageError, match=r"1 of 2 videos .*have no label.*y\.mp4.*predict"):
+        test(data=tmp_path)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        test()
+
+
+def test_no_video_that_can_be_scored_is_a_failure(model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    (tmp_path / "classes.txt").write_text("left\nright\n")
+    with pytest.raises(UserError, match=r"none of the 2 listed videos .*a\.mp4: no such file"):
+        run_test(model_path, tmp_path, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
+
+
+def test_scores_that_are_not_finite_name_the_video(data: Path, model_path: Path, tmp_path: Path) -> None:
+    model = vs.load_model(model_path)
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    card = vs.read_card(model_path)
+    path = tmp_path / "nan.safetensors"
+    vs.save_model(model, path, classes=card.classes, preprocessing=card.preprocessing, provenance={})
+    with pytest.raises(UserError, match=r"clip.* 0\.mp4: the model's scores are not finite"):
+        run_test(path, data, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
+
+
+def test_leftovers_of_another_test_are_not_merged(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
+    (tmp_path / "shares").mkdir()
+    (tmp_path / "shares" / "00000.npz").write_bytes(b"stale")
+    (tmp_path / "shares" / "00001.npz").write_bytes(b"stale")
+    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick())
+    np.testing.assert_array_equal(
+        load_scores(tmp_path / "scores.npz").logits, load_scores(tested / "scores.npz").logits
+    )
+    assert not (tmp_path / "shares").exists()
+
+
+def test_shares_must_hold_each_video_once() -> None:
+    def share(*videos: int) -> testing._Share:
+        n = len(videos)
+        return testing._Share(
+            videos=np.array(videos),
+            logits=np.full((n, 1, 2), videos[0], np.float16),
+            views=np.zeros((n, 1, 5), np.int32),
+            stand_ins=np.zeros(n, np.int32),
+            reasons=np.array([f"r{video}" for video in videos]),
+            seconds=np.array([1.0, 0.5]),
+        )
+
+    merged = merge_shares([share(0, 3), share(1, 2)], 4)
+    assert merged.videos.tolist() == [0, 1, 2, 3]
+    assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
+    assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
+    assert merged.seconds.tolist() == [2.0, 1.0]
+    with pytest.raises(UserError, match="1 were not scored and 0 more than once"):
+        merge_shares([share(0, 3), share(1)], 4)
+    with pytest.raises(UserError, match="0 were not scored and 1 more than once"):
+        merge_shares([share(0, 3), share(1, 2, 3)], 4)
+    with pytest.raises(UserError, match="of 3 videos"):
+        merge_shares([share(0, 3), share(1, 2)], 3)

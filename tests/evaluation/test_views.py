@@ -1,0 +1,148 @@
+"""Views of real files: the right pixels of the right frames, from one open and one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.errors import UsageError
+from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.evaluation.views import normalise, read_views
+from video_swinv2.weights.store import Preprocessing
+
+VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
+CENTER = PROTOCOLS["center-1x1"]
+CLIP = Preprocessing(frames=4, frame_stride=2, image_size=(32, 32))
+
+
+def moving(n: int, height: int, width: int) -> np.ndarray:
+    """Frames (n, H, W, 3) that tell their index by brightness and their columns by a ramp."""
+    ramp = np.linspace(0, 100, width)[None, :, None]
+    rows = np.linspace(0, 40, height)[:, None, None]
+    return np.stack([np.broadcast_to(ramp + rows + 4 * i, (height, width, 3)) for i in range(n)]).astype(np.uint8)
+
+
+def all_frames(path: Path) -> torch.Tensor:
+    """(n, 3, H, W) by the plainest way there is."""
+    with av.open(str(path)) as container:
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 56), (56, 32), (32, 32)])
+def test_every_view_is_the_crop_of_its_frames(
+    write_video: Callable[..., Path], tmp_path: Path, height: int, width: int
+) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(21, height, width), lossless=True)
+    pixels, views = read_views(path, VIDEOSWIN, CLIP)
+    assert pixels.shape == (12, 3, 4, 32, 32)
+    assert pixels.dtype == torch.uint8
+    assert [view.start for view in views[::3]] == [1, 5, 8, 12]  # (21 - 8 + 1) / 4 = 3.5
+    frames = all_frames(path)
+    for clip, view in zip(pixels, views, strict=True):
+        top, left, *_ = view.box
+        expected = frames[list(view.indices)][:, :, top : top + 32, left : left + 32].transpose(0, 1)
+        assert (clip.int() - expected.int()).abs().max() <= 1
+    lefts = {view.box[1] for view in views}
+    assert lefts == ({0, 12, 24} if width == 56 else {0})
+
+
+def test_a_short_video_wraps(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(3, 32, 32), lossless=True)
+    pixels, views = read_views(path, VIDEOSWIN, CLIP)
+    assert {view.indices for view in views} == {(0, 2, 1, 0)}
+    assert torch.equal(pixels[0, :, 0], pixels[0, :, 3])
+    assert not torch.equal(pixels[0, :, 0], pixels[0, :, 1])
+
+
+def test_resize_and_centre_crop(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(9, 64, 128), lossless=True)
+    pixels, views = read_views(path, CENTER, CLIP)
+    assert pixels.shape == (1, 3, 4, 32, 32)
+    assert views[0].box == (2, 21, 32, 32)  # short side round(32 * 256 / 224) = 37, long side 74
+    middle = all_frames(path)[views[0].indices[0], 0].float()
+    shown = pixels[0, 0, 0].float()
+    scale = 64 / 37  # the ramp is linear, so a place in the crop tells its place in the frame
+    for x in (3, 16, 28):
+        assert shown[16, x] == pytest.approx(float(middle[int(18.5 * scale), int((21.5 + x) * scale)]), abs=2.5)
+
+
+def test_a_size_that_is_not_square(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(9, 48, 64), lossless=True)
+    for size in ((32, 64), (64, 32)):
+        pixels, views = read_views(path, VIDEOSWIN, Preprocessing(frames=4, frame_stride=1, image_size=size))
+        assert pixels.shape == (12, 3, 4, *size)
+        assert len({view.box for view in views}) == 3
+
+
+def test_an_image_model_gets_single_frames(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(10, 32, 48), lossless=True)
+    pixels, views = read_views(path, CENTER, Preprocessing(frames=None, frame_stride=9, image_size=(32, 32)))
+    assert pixels.shape == (1, 3, 32, 32)
+    assert views[0].indices == (5,)
+
+
+def test_one_open_and_one_pass(
+    write_video: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(40, 32, 56))
+    opened: list[str] = []
+    asked: list[list[int]] = []
+    really_open, really_read = av.open, VideoReader.frames
+
+    def counting_open(file: str, **options: Any) -> Any:
+        opened.append(file)
+        return really_open(file, **options)
+
+    def counting_read(reader: VideoReader, indices: Sequence[int], short_side: int | None = None) -> torch.Tensor:
+        asked.append(list(indices))
+        return really_read(reader, indices, short_side)
+
+    monkeypatch.setattr(av, "open", counting_open)
+    monkeypatch.setattr(VideoReader, "frames", counting_read)
+    _, views = read_views(path, VIDEOSWIN, CLIP)
+    assert opened == [str(path)]
+    assert asked == [sorted({index for view in views for index in view.indices})]
+
+
+def test_orders_of_frames(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(60, 32, 32), lossless=True)
+    clip = Preprocessing(frames=12, frame_stride=2, image_size=(32, 32))
+    plain, views = read_views(path, VIDEOSWIN, clip)
+    backwards, turned = read_views(path, VIDEOSWIN, clip, frame_order="reversed")
+    assert torch.equal(backwards, plain.flip(2))
+    assert turned[0].indices == views[0].indices[::-1]
+    mixed, first = read_views(path, VIDEOSWIN, clip, frame_order="shuffled", seed=3, name="x")
+    again, _ = read_views(path, VIDEOSWIN, clip, frame_order="shuffled", seed=3, name="x")
+    assert torch.equal(mixed, again)
+    assert not torch.equal(mixed, plain)
+    for before, after in zip(views, first, strict=True):
+        assert sorted(before.indices) == sorted(after.indices)
+    assert len({tuple(np.argsort(view.indices)) for view in first}) == 12, "each view has an order of its own"
+    for other in ({"seed": 4, "name": "x"}, {"seed": 3, "name": "y"}):
+        _, changed = read_views(path, VIDEOSWIN, clip, frame_order="shuffled", **other)  # type: ignore[arg-type]
+        assert changed != first
+    with pytest.raises(UsageError, match=r"backwards.*in-order, shuffled, reversed"):
+        read_views(path, CENTER, clip, frame_order="backwards")
+
+
+def test_a_broken_file_is_a_decode_error(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video at all" * 20)
+    with pytest.raises(DecodeError, match=r"a\.mp4"):
+        read_views(tmp_path / "a.mp4", CENTER, CLIP)
+
+
+def test_normalise() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    result = normalise(pixels, CLIP)
+    assert result.dtype == torch.float32
+    expected = (pixels.numpy()[1, 2, 3, 4, 5] / 255 - 0.406) / 0.225
+    assert float(result[1, 2, 3, 4, 5]) == pytest.approx(expected, abs=1e-6)
+    assert normalise(pixels[:, :, 0], CLIP).shape == (2, 3, 5, 6)
