@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Lost:
-    """A job whose process had to be killed or died: `reason` is timeout or crashed."""
+    """A job that failed, or whose process died or had to be killed: `reason` is timeout or crashed."""
 
     reason: str
     detail: str
@@ -152,7 +152,11 @@ def _serve(pipe: Connection, work: Callable[[Job, Allow], Result], memory_gib: f
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(work(job, lambda seconds: pipe.send(_More(seconds))))
+        try:
+            result: Result | Lost = work(job, lambda seconds: pipe.send(_More(seconds)))
+        except Exception as fault:
+            result = Lost("crashed", f"{type(fault).__name__}: {fault}")
+        pipe.send(result)
 
 
 def _death(exit_code: int | None) -> str:

@@ -78,7 +78,7 @@ def prepare(
     with _lock(out), State(out, create=True) as state:
         notes = _bring_up_to_date(state, out, wanted, settings, retry_failed=retry_failed)
         state.remember("classes", json.dumps(classes))
-        state.remember("name", name or source.stem)
+        state.remember("name", name or (source.name if source.is_dir() else source.stem))
         state.remember("settings", json.dumps(settings.record()))
         _work(state, out, settings, workers)
         write_lists(state, out)

@@ -77,8 +77,18 @@ def test_any_order_with_repeats_equals_a_plain_decode(tmp_path: Path, name: str,
 
 @pytest.mark.parametrize(
     "name",
-    ["decord__unordered.mov", "ft__fixture.asf", "ft__fixture2.mpg", "tc__var_fps_video.mp4", "tc__av1_video.mkv"]
-    + ["tc__h265_10bits.mp4", "ft__fixture-null.webm", "mma2__test.avi", "tc__nasa_13013.mp4", "ft__fixture.mov"],
+    [
+        "decord__unordered.mov",
+        "ft__fixture.asf",
+        "ft__fixture2.mpg",
+        "tc__var_fps_video.mp4",
+        "tc__av1_video.mkv",
+        "tc__h265_10bits.mp4",
+        "ft__fixture-null.webm",
+        "mma2__test.avi",
+        "tc__nasa_13013.mp4",
+        "ft__fixture.mov",
+    ],
 )
 def test_real_files_equal_a_plain_decode(outside_data: Path, name: str) -> None:
     assert_reads_like_plain_decode(outside_data / "odd_clips" / name)
@@ -147,7 +157,7 @@ def test_turns_and_mirrors_are_applied(tmp_path: Path, turn: int, mirror: bool) 
     with VideoReader(path) as reader:
         image = reader.frames([1])[0].permute(1, 2, 0).numpy()
         assert reader.size == image.shape[:2]
-    # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has no such angle, so its matrix is spelt out.
+    # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has none, so its matrix is spelt out.
     expected = np.rot90(picture, k=round(reported / 90) % 4) if not mirror else mirrored(path, picture)
     assert np.abs(image.astype(int) - expected).mean() < 20
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.multiprocessing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import Entry
@@ -32,7 +33,7 @@ _PREFETCH_GROUPS = 2
 # Opening, the size and the frames of a video each run against the reader's own clock.
 _CLOCKS_PER_VIDEO = 3
 _GRACE_SECONDS = 30.0
-_WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)|DataLoader timed out")
+_WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class VideoGroups(Dataset[Group]):
         return math.ceil(len(self.entries) / self.group_videos)
 
     def __getitem__(self, number: int) -> Group:
-        return self.assemble(number, [self.read(position) for position in self.positions(number)])
+        read = self.read if get_worker_info() is None else self.read_or_die
+        return self.assemble(number, [read(position) for position in self.positions(number)])
 
     @property
     def patience_seconds(self) -> float:
@@ -110,6 +112,15 @@ class VideoGroups(Dataset[Group]):
             return VideoRecord(position, reason=str(error).removeprefix(f"{entry.path}: ")), None
         except Exception as error:  # a test of hours must not end at one file, whatever a decoder throws
             return VideoRecord(position, reason=f"{type(error).__name__}: {error}"), None
+
+    def read_or_die(self, position: int) -> tuple[VideoRecord, Tensor | None]:
+        """`read` for a process that may be lost: a decoder that hangs inside a library call is ended by an alarm."""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, self.patience_seconds)
+        try:
+            return self.read(position)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
         """One tensor for the whole group."""
@@ -147,7 +158,9 @@ def deliver_groups(
             # PyTorch raises it from a signal handler, so it may also come out of whatever `deliver` is doing.
             if not _WORKER_DIED.search(str(error)):
                 raise
-        for number in [number for number in left if number not in done][: at_once * _PREFETCH_GROUPS]:
+        del source  # ends the other workers now: while the loader lives its handler would raise again
+        # Workers hold so many groups at most, and one more was handed out for the group that was being delivered.
+        for number in [number for number in left if number not in done][: at_once * _PREFETCH_GROUPS + 1]:
             deliver(_read_apart(groups, number), waited)
             done.add(number)
     return waited
@@ -168,7 +181,6 @@ def _in_workers(groups: VideoGroups, numbers: Sequence[int], workers: int) -> It
             num_workers=workers,
             collate_fn=_as_read,  # type: ignore[arg-type]  # with batch_size None it is given one item, no list
             prefetch_factor=_PREFETCH_GROUPS if workers else None,
-            timeout=groups.group_videos * groups.patience_seconds if workers else 0,
         )
     )
 
@@ -184,25 +196,25 @@ def _read_in_own_process(groups: VideoGroups, position: int) -> tuple[VideoRecor
     process = context.Process(target=_read_and_send, args=(sending, groups, position), daemon=True)
     process.start()
     sending.close()
-    record = VideoRecord(position, reason=f"the decoder did not answer within {groups.patience_seconds:g} seconds")
-    pixels = None
     try:
-        if receiving.poll(groups.patience_seconds):
-            record = receiving.recv()
-            pixels = torch.from_numpy(receiving.recv()) if not record.reason else None
+        record = receiving.recv()
+        return record, None if record.reason else torch.from_numpy(receiving.recv())
     except EOFError:
         process.join()
-        record = VideoRecord(position, reason=f"the decoder crashed (exit code {process.exitcode})")
+        if process.exitcode == -signal.SIGALRM:
+            reason = f"the decoder did not answer within {groups.patience_seconds:g} seconds"
+        else:
+            reason = f"the decoder crashed (exit code {process.exitcode})"
+        return VideoRecord(position, reason=reason), None
     finally:
         process.kill()
         process.join()
         receiving.close()
-    return record, pixels
 
 
 def _read_and_send(sending: Connection, groups: VideoGroups, position: int) -> None:
     torch.set_num_threads(1)
-    record, pixels = groups.read(position)
+    record, pixels = groups.read_or_die(position)
     with suppress(BrokenPipeError):
         sending.send(record)
         if pixels is not None:

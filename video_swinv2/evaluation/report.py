@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_jpeg
 from torchvision.utils import make_grid
 
 from video_swinv2.errors import UserError
@@ -81,20 +82,21 @@ def save_strips(out: Path, scores: Scores, videos: VideoGroups) -> None:
     for mistake in surest_mistakes(scores):
         record, pixels = videos.read(mistake.position)
         if pixels is not None:
-            arrays[f"jpeg_{len(kept):03d}"] = film_strip(pixels[mistake.view]).numpy()
+            arrays[f"jpeg_{len(kept):03d}"] = np.frombuffer(film_strip(pixels[mistake.view]), dtype=np.uint8)
             kept.append(record.position)
     arrays["positions"] = np.array(kept, dtype=np.int64)
     write_arrays(out / "strips.npz", arrays)
 
 
-def film_strip(view: Tensor) -> Tensor:
+def film_strip(view: Tensor) -> bytes:
     """uint8 (3, T, H, W) or (3, H, W) -> the bytes of one JPEG: STRIP_FRAMES frames in rows of STRIP_COLUMNS."""
     clip = view.unsqueeze(1) if view.ndim == 3 else view
     frames = clip.shape[1]
     chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
-    picture = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)
-    jpeg: Tensor = encode_jpeg(picture, quality=JPEG_QUALITY)
-    return jpeg
+    picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)
+    jpeg = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(jpeg, format="jpeg", quality=JPEG_QUALITY)
+    return jpeg.getvalue()
 
 
 def write_report(out_dir: Path | str) -> Path:

@@ -1,0 +1,52 @@
+"""The prepared form: key frames where asked, no B-frames, no sound, times kept to the tick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.frame import PictureType
+
+from data_prep.encode import H264, TIME_BASE, keep, part_of, ticks, write_video
+from video_swinv2.data.decode import VideoReader
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([5.0, 5.04, 5.08], [0, 3600, 7200]),
+        ([0.0, 1e-9, 2e-9], [0, 1, 2]),
+        ([1.0], [0]),
+        ([0, 1001 / 30000], [0, 3003]),
+    ],
+)
+def test_ticks(times: list[float], expected: list[int]) -> None:
+    assert ticks(times) == expected
+
+
+def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
+    frames[20:] = 255 - frames[20:]  # a scene cut, which must not earn a key frame
+    moments = [0, *np.cumsum(np.random.default_rng(1).integers(1000, 9000, 39)).tolist()]
+    pictures = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(moments, frames, strict=True))
+    part = part_of(tmp_path / "v.mp4")
+    assert part.name.startswith(".")
+    assert write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264(gop=16)) == 40
+    keep(part, tmp_path / "v.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        assert [place for place, packet in enumerate(packets) if packet.is_keyframe] == [0, 16, 32]
+        assert all(packet.pts == packet.dts for packet in packets)
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert "encoder" not in container.metadata
+        kinds = {frame.pict_type for packet in [*packets, None] for frame in stream.codec_context.decode(packet)}
+        assert kinds == {PictureType.I, PictureType.P}
+    with VideoReader(tmp_path / "v.mp4") as reader:
+        np.testing.assert_allclose(reader.times / float(TIME_BASE), moments, atol=1)
+    head = (tmp_path / "v.mp4").read_bytes()
+    assert head.index(b"moov") < head.index(b"mdat")  # readable before it is there as a whole
