@@ -16,10 +16,10 @@ from data_prep.clip import Outcome, Task, prepare_clip, seconds_to_index, sweep
 from data_prep.dataset import Failed, Listed, SplitContent, versions, write_dataset
 from data_prep.encode import H264
 from data_prep.pool import Lost, run_jobs
-from data_prep.progress import track
 from data_prep.state import SplitCount, State, Wanted, split_order
 from video_swinv2.data.manifest import find_splits, read_manifest
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.progress import track
 
 # Raised when the same settings would give other bytes; part of what decides whether an old output still counts.
 FORM = 1
@@ -194,7 +194,7 @@ def _work(state: State, out: Path, settings: Settings, workers: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
     done = run_jobs(prepare_clip, tasks, workers=workers, seconds_for=_seconds_for, memory_gib=MEMORY_GIB)
-    for task, outcome in track(done, "prepare", len(tasks)):
+    for task, outcome in track(done, "prepare", len(tasks), "clips"):
         if isinstance(outcome, Lost):
             outcome = _of_lost(task, outcome)
         if outcome.reason == "disk":

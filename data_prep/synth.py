@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from data_prep.dataset import Listed, SplitContent, read_record, write_dataset
 from data_prep.encode import H264, file_sha256, keep, part_of, ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
-from data_prep.progress import track
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
 Floats = NDArray[np.floating[Any]]
@@ -104,7 +104,7 @@ def synthesise(
         folder.mkdir(parents=True, exist_ok=True)
     made = run_jobs(make, clips, workers=workers, seconds_for=lambda clip: SECONDS_PER_CLIP)
     digests: dict[Path, str] = {}
-    for clip, outcome in track(made, f"synth {level}", len(clips)):
+    for clip, outcome in track(made, f"synth {level}", len(clips), "clips"):
         if isinstance(outcome, Lost):
             raise UserError(f"{clip.path}: not made, {outcome.detail}; free memory and disk space and run again")
         digests[clip.path] = outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,17 +17,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _seeds() -> Iterator[None]:
+def _seeds() -> None:
     """Every test starts from the same random state, so that their order does not matter."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the old global generator
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
 def outside_data() -> Path:
-    """The folder of real clips and photographs beside the checkout; the test is skipped, saying so, where it is absent."""
+    """The folder of real clips and photographs beside the checkout; where it is absent the test is skipped."""
     folder = Path(os.environ.get("VIDEO_SWINV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no outside data at {folder}: set VIDEO_SWINV2_TEST_DATA to a folder that holds it")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from video_swinv2 import __version__
-from video_swinv2.errors import UsageError, UserError
+from video_swinv2.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +110,12 @@ def _test(options: argparse.Namespace) -> None:
 
     overrides = parse_overrides(options.overrides)
     result = run_test(
-        options.model, options.data, protocol=options.protocol, split=options.split, out=options.out, overrides=overrides
+        options.model,
+        options.data,
+        protocol=options.protocol,
+        split=options.split,
+        out=options.out,
+        overrides=overrides,
     )
     print(json.dumps(result, indent=1) if options.json else summary(result, options.out))
 
@@ -134,4 +139,3 @@ def _demo(options: argparse.Namespace) -> None:
     from video_swinv2.tools.demo import run_demo
 
     run_demo(options.out)
-

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run: one YAML file plus `key.sub=value` overrides, checked before anything starts.
+"""The whole configuration of a training run: one YAML file plus `key.sub=value` overrides, checked first.
 
 Keys are constructor argument names. Whatever follows from other values (accumulation, steps, class count) is computed.
 """

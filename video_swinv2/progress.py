@@ -1,20 +1,23 @@
-"""How far a long piece of work is: a bar on a terminal, a plain line now and then elsewhere; on stderr, results go to stdout."""
+"""How far a long piece of work is: a bar on a terminal, a plain line now and then elsewhere. On stderr, always."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+Item = TypeVar("Item")
 LINE_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Counts items of `unit` and says their rate and the share of time spent waiting for them. Silent unless `shown`."""
+    """Counts items and says their rate and the share of time spent waiting for data. Silent unless `shown`."""
 
     def __init__(self, title: str, total: int, *, unit: str, shown: bool, done: int = 0) -> None:
         self._title = title
@@ -40,16 +43,29 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, items: int, waited_seconds: float, note: str = "") -> None:
+    def advance(self, items: int, waited_seconds: float | None = None, note: str = "") -> None:
         """Count `items` more; `waited_seconds` is the whole time spent waiting for data so far."""
         self._done += items
         now = time.perf_counter()
         elapsed = max(now - self._started, 1e-9)
         rate = (self._done - self._done_before) / elapsed
-        pace = f"{rate:.1f} {self._unit}/s, {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
-        pace = f"{pace}, {note}" if note else pace
+        waiting = "" if waited_seconds is None else f", {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
+        pace = f"{rate:.1f} {self._unit}/s{waiting}{', ' if note else ''}{note}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, pace=pace)
         elif self._shown and (now - self._said > LINE_EVERY_SECONDS or self._done >= self._total):
             self._said = now
-            print(f"{self._title}: {self._done}/{self._total} {self._unit}, {pace}", file=sys.stderr, flush=True)
+            left = (self._total - self._done) / rate if rate else 0.0
+            print(
+                f"{self._title}: {self._done}/{self._total} {self._unit}, {pace}, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def track(items: Iterable[Item], title: str, total: int, unit: str) -> Iterator[Item]:
+    """The items themselves, shown as they pass."""
+    with Progress(title, total, unit=unit, shown=True) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import normalise, read_views
+from video_swinv2.evaluation.views import read_views
 from video_swinv2.weights.store import Preprocessing
 
 VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
@@ -141,8 +142,8 @@ def test_a_broken_file_is_a_decode_error(tmp_path: Path) -> None:
 
 def test_normalise() -> None:
     pixels = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
-    result = normalise(pixels, CLIP)
+    result = normalise(pixels, CLIP.mean, CLIP.std)
     assert result.dtype == torch.float32
     expected = (pixels.numpy()[1, 2, 3, 4, 5] / 255 - 0.406) / 0.225
     assert float(result[1, 2, 3, 4, 5]) == pytest.approx(expected, abs=1e-6)
-    assert normalise(pixels[:, :, 0], CLIP).shape == (2, 3, 5, 6)
+    assert normalise(pixels[:, :, 0], CLIP.mean, CLIP.std).shape == (2, 3, 5, 6)

@@ -38,9 +38,13 @@ def test_larger_window_keeps_the_bias_of_common_offsets():
     norm, cpu = (4, 6, 6), torch.device("cpu")
     small = position_bias(mlp, (4, 6, 6), norm, cpu)
     large = position_bias(mlp, (8, 9, 12), norm, cpu)
-    inside = [i for i, p in enumerate(itertools.product(range(8), range(9), range(12))) if p[0] < 4 and p[1] < 6 and p[2] < 6]
+    inside = [
+        i for i, p in enumerate(itertools.product(range(8), range(9), range(12))) if p[0] < 4 and p[1] < 6 and p[2] < 6
+    ]
     torch.testing.assert_close(large[:, inside][:, :, inside], small, rtol=0, atol=1e-6)
-    assert not torch.allclose(position_bias(mlp, (8, 9, 12), (8, 9, 12), cpu)[:, inside][:, :, inside], small, atol=1e-2)
+    assert not torch.allclose(
+        position_bias(mlp, (8, 9, 12), (8, 9, 12), cpu)[:, inside][:, :, inside], small, atol=1e-2
+    )
 
 
 def test_bias_is_the_formula():

@@ -1,7 +1,7 @@
 """The model: counts, names, equality with timm, one implementation for images and clips."""
 
-import timm
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -98,7 +98,9 @@ def test_clip_model_differs_from_image_model_in_two_kinds_of_tensor():
 def test_equal_to_timm(timm_name, size, window, norm, attention):
     pretrained = [n[0] for n in norm] if norm else (0, 0, 0, 0)
     theirs = randomise(timm.create_model(timm_name, num_classes=7, img_size=size, pretrained_window_sizes=pretrained))
-    ours = vs.create_model("swinv2_tiny", num_classes=7, image_size=size, window=window, cpb_norm=norm, attention=attention)
+    ours = vs.create_model(
+        "swinv2_tiny", num_classes=7, image_size=size, window=window, cpb_norm=norm, attention=attention
+    )
     ours.load_state_dict(from_timm(theirs.state_dict()))
     ours.eval()
     x = torch.randn(2, 3, *size)
@@ -115,7 +117,9 @@ def test_backends_agree_in_outputs_and_gradients(frames, size):
     outputs, gradients = [], []
     for attention in ("eager", "sdpa"):
         torch.manual_seed(1)
-        model = vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64, window=(2, 4, 4), attention=attention)
+        model = vs.create_model(
+            "swinv2_nano", num_classes=3, frames=8, image_size=64, window=(2, 4, 4), attention=attention
+        )
         randomise(model)
         x = torch.randn(2, 3, frames, *size, requires_grad=True)
         logits = model(x)
@@ -155,7 +159,7 @@ def test_padding_is_never_attended_to():
     x = torch.randn(1, 3, 6, 7, 32)
     with torch.no_grad():
         out = attention(x, layout((3, 6, 7), (4, 4, 4), False, x.device), norm)
-        # The last window of the last two axes holds rows 4-5 and columns 4-6 alone: without padding, a window of its own.
+        # The last window of the last two axes holds rows 4-5 and columns 4-6 alone: a window of its own.
         alone = x[:, :, 4:6, 4:7]
         expected = attention(alone, Layout((3, 2, 3), (3, 2, 3), (3, 2, 3), (0, 0, 0), None), norm)
     torch.testing.assert_close(out[:, :, 4:6, 4:7], expected, rtol=0, atol=1e-5)
@@ -202,7 +206,9 @@ def test_kept_bias_follows_the_weights():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_half_precision_stays_finite_and_near(dtype, attention):
-    model = randomise(vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64, window=4, attention=attention))
+    model = randomise(
+        vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64, window=4, attention=attention)
+    )
     x = torch.randn(2, 3, 8, 64, 64)
     x[1] = 0  # equal tokens; q and k of a dead image
     with torch.no_grad():
@@ -229,9 +235,13 @@ def test_pyramid_and_features_have_the_documented_shapes():
 def test_normalisers_are_the_native_windows_and_do_not_follow_the_test_window():
     simmim = vs.create_model("swinv2_base", num_classes=0, image_size=192, window=12)
     assert simmim.cpb_norm == [(12, 12), (12, 12), (12, 12), (6, 6)]
-    clip = vs.create_model("swinv2_tiny", num_classes=4, frames=8, image_size=224, patch_size=(2, 4, 4), window=(8, 7, 7))
+    clip = vs.create_model(
+        "swinv2_tiny", num_classes=4, frames=8, image_size=224, patch_size=(2, 4, 4), window=(8, 7, 7)
+    )
     assert clip.cpb_norm == [(4, 7, 7)] * 4
-    other = vs.create_model("swinv2_tiny", num_classes=4, frames=8, image_size=224, window=(4, 14, 14), cpb_norm=clip.cpb_norm)
+    other = vs.create_model(
+        "swinv2_tiny", num_classes=4, frames=8, image_size=224, window=(4, 14, 14), cpb_norm=clip.cpb_norm
+    )
     assert other.cpb_norm == clip.cpb_norm
 
 

@@ -66,7 +66,9 @@ def test_still_clip_equals_image(image_file, patch, window, frames):
 
 def test_order_in_time_is_free_at_inflation_and_matters_after_learning(image_file):
     path, _ = image_file
-    clip = vs.create_model("swinv2_nano", num_classes=4, frames=4, image_size=64, patch_size=(1, 4, 4), window=(4, 4, 4))
+    clip = vs.create_model(
+        "swinv2_nano", num_classes=4, frames=4, image_size=64, patch_size=(1, 4, 4), window=(4, 4, 4)
+    )
     vs.load_weights(clip.eval(), path)
     x = torch.randn(1, 3, 4, 64, 64)
     with torch.no_grad():
@@ -104,7 +106,9 @@ def test_simmim_file_goes_into_a_clip_model(tmp_path):
 def test_microsoft_files_bring_their_normaliser(tmp_path):
     """Wrapped, prefixed, with stale tables and masks, and the old name of the bias network."""
     image = image_model(window=4, cpb_norm=[(12, 12), (12, 12), (12, 12), (6, 6)])
-    state = {f"module.encoder.{k.replace('cpb_mlp', 'rpe_mlp')}": v for k, v in image.state_dict().items() if "head" not in k}
+    state = {
+        f"module.encoder.{k.replace('cpb_mlp', 'rpe_mlp')}": v for k, v in image.state_dict().items() if "head" not in k
+    }
     for i, (window, norm) in enumerate([(16, 12), (16, 12), (16, 12), (8, 6)]):
         table = log_coordinates(offsets((window, window)), (norm, norm)).view(1, 2 * window - 1, 2 * window - 1, 2)
         state[f"module.encoder.layers.{i}.blocks.0.attn.relative_coords_table"] = table

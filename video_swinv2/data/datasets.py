@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data.decode import DecodeError, VideoReader
-from video_swinv2.data.manifest import Entry, Manifest, find_splits, read_manifest
+from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry, Manifest, find_splits, read_manifest
 from video_swinv2.data.sampling import centre_clip, random_clip, seeded
 from video_swinv2.data.transforms import training_transform, validation_transform
-from video_swinv2.errors import UserError, UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import mask_cells, random_mask
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -79,7 +79,12 @@ class SampleDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, entries: Sequence[Entry], data: DataConfig, augment: AugmentConfig | None, seed: int, mask: MaskConfig | None
+        self,
+        entries: Sequence[Entry],
+        data: DataConfig,
+        augment: AugmentConfig | None,
+        seed: int,
+        mask: MaskConfig | None,
     ) -> None:
         size = (data.image_size,) * 2 if isinstance(data.image_size, int) else data.image_size
         if len(size) != 2:
@@ -141,13 +146,15 @@ def labelled(data: DataConfig, split: str, classes: Sequence[str] | None = None)
     manifest = read_manifest(Path(data.source[0]), split, classes)
     unlabelled = next((entry for entry in manifest.entries if entry.label < 0), None)
     if unlabelled:
-        raise UsageError(f"{unlabelled.path}: has no label in split {split}; add one, or leave the file out of the list")
+        raise UsageError(
+            f"{unlabelled.path}: has no label in split {split}; add one, or leave the file out of the list"
+        )
     check_present(manifest.entries)
     return manifest
 
 
 def unlabelled(data: DataConfig, validation: bool) -> list[Entry]:
-    """All samples of a self-supervised run: frames of data sets (never of their test split) and files of image folders."""
+    """All samples of a self-supervised run: frames of data sets (never of a test split) and files of image folders."""
     entries: list[Entry] = []
     for source in map(Path, data.source):
         if not source.exists():
@@ -167,10 +174,20 @@ def unlabelled(data: DataConfig, validation: bool) -> list[Entry]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; none if it is a data set of videos."""
-    if (folder / "dataset.json").is_file():
+    """The image files below a folder, sorted; none if it is a data set of videos (has lists, or holds videos only).
+
+    UsageError for a folder of both without lists: what is meant cannot be known.
+    """
+    if any((folder / name).is_file() for name in ("dataset.json", "train.csv", "train.txt")):
         return []
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    video = next((path for path in files if path.suffix.lower() in VIDEO_SUFFIXES), None)
+    if images and video:
+        raise UsageError(
+            f"{folder}: holds both images and videos ({video.name}); move one kind away, or add a train.txt"
+        )
+    return images
 
 
 def _held_out(folder: Path, images: list[Path], validation: bool) -> list[Path]:
@@ -184,7 +201,7 @@ def _held_out(folder: Path, images: list[Path], validation: bool) -> list[Path]:
 
 
 def check_present(entries: Sequence[Entry]) -> None:
-    """UserError naming the first of the listed files that do not exist: known now, not at the end of the first epoch."""
+    """UserError naming the first listed file that does not exist: known now, not at the end of the first epoch."""
     missing = [entry.path for entry in entries if not entry.path.is_file()]
     if missing:
         raise UserError(

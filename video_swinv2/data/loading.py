@@ -27,7 +27,7 @@ class BatchPlan:
 
 
 def plan_batch(batch: int, micro_batch: int, world: int) -> BatchPlan:
-    """The largest pieces of at most `micro_batch` that divide the share of a process; UsageError if `batch` does not."""
+    """The largest pieces up to `micro_batch` that divide the share of a process; UsageError if `batch` does not."""
     if batch % world:
         raise UsageError(
             f"optim.batch: {batch} samples cannot be shared by {world} processes; take a multiple of {world}"
@@ -77,17 +77,21 @@ def training_loader(
     return _loader(dataset, sampler, pin)
 
 
-def validation_loader(dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool) -> DataLoader[Batch]:
+def validation_loader(
+    dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool
+) -> DataLoader[Batch]:
     """This process's share of the validation samples, each exactly once: rank, rank + world, ... without padding."""
     mine = [(0, index) for index in range(rank, len(dataset), world)]
     batches = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
     return _loader(dataset, batches, pin)
 
 
-def _loader(dataset: SampleDataset, batches: Sampler[list[Address]] | list[list[Address]], pin: bool) -> DataLoader[Batch]:
+def _loader(
+    dataset: SampleDataset, batches: Sampler[list[Address]] | list[list[Address]], pin: bool
+) -> DataLoader[Batch]:
     workers = dataset.data.workers
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # torch types the loader by the dataset's item, not by what collate makes
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

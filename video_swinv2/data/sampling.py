@@ -1,8 +1,8 @@
 """Which frames of a video make a training clip, and the random state that decides it.
 
-pytorchvideo's `RandomClipSampler` draws the start. Its other samplers are not used: `ConstantClipsPerVideoSampler` puts a
-single clip at the start of the video and never reaches the end with several, and `UniformClipSampler` gives as many clips
-as fit, so neither gives the views of a published protocol.
+pytorchvideo's `RandomClipSampler` draws the start. Its other samplers are not used: `ConstantClipsPerVideoSampler` puts
+a single clip at the start of the video and never reaches the end with several, and `UniformClipSampler` gives as many
+clips as fit, so neither gives the views of a published protocol.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from pytorchvideo.data.clip_sampling import RandomClipSampler
 
 
 def random_clip(n: int, frames: int, stride: int) -> tuple[int, ...]:
@@ -22,9 +21,11 @@ def random_clip(n: int, frames: int, stride: int) -> tuple[int, ...]:
 
     Draws from Python's global generator, because pytorchvideo does; wrap it in `seeded`.
     """
+    from pytorchvideo.data.clip_sampling import RandomClipSampler  # here, since it imports its whole package: seconds
+
     span = frames * stride
-    # Its unit is the second, but only ratios matter: in frames, and with one more of them, the whole part of its uniform
-    # draw from [0, n + 1 - span] is a uniform start from 0 to n - span. In seconds the last start could never come up.
+    # Its unit is the second, but only ratios matter: in frames, and with one more of them, the whole part of its
+    # uniform draw from [0, n + 1 - span] is a uniform start from 0 to n - span. In seconds the last could never come.
     clip = RandomClipSampler(Fraction(span))(0.0, Fraction(n + 1), {})
     start = min(int(clip.clip_start_sec), max(n - span, 0))
     return frame_indices(start, frames, stride, n)
@@ -36,7 +37,7 @@ def centre_clip(n: int, frames: int, stride: int) -> tuple[int, ...]:
 
 
 def frame_indices(start: int, frames: int, stride: int, n: int) -> tuple[int, ...]:
-    """`frames` indices, `stride` apart; past the end of the video they go on from its first frame (Video Swin's rule)."""
+    """`frames` indices, `stride` apart; past the end they go on from the first frame (Video Swin's rule)."""
     return tuple((start + stride * step) % n for step in range(frames))
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_image
 
+from video_swinv2.data.datasets import read_image
 from video_swinv2.data.decode import size_for
 from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.metrics import average_views, ranking
 from video_swinv2.evaluation.overrides import Device, Precision, use_bf16
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, plan_views, short_side
@@ -185,14 +185,14 @@ def _predict_other(path: Path, kind: str | None, judge: _Judge) -> Prediction:
         return Prediction(str(path), (), "an image, and this model takes videos")
     try:
         pixels = read_image_views(path, judge.protocol, judge.card.preprocessing)
-    except (RuntimeError, OSError) as error:
-        return Prediction(str(path), (), f"not an image that can be read ({str(error).splitlines()[0]})")
+    except UserError as error:
+        return Prediction(str(path), (), str(error).removeprefix(f"{path}: "))
     return Prediction(str(path), judge.answers(pixels))
 
 
 def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Tensor:
-    """The different views of a still -> uint8 (V, 3, H, W), turned as its EXIF says. RuntimeError where it is none."""
-    picture = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    """The different views of a still -> uint8 (V, 3, H, W), turned as its EXIF says. UserError where it is none."""
+    picture = read_image(path)
     height, width = picture.shape[-2:]
     shown = size_for((height, width), short_side(height, width, preprocessing.image_size, protocol.resize))
     resized = functional.interpolate(picture[None].float(), size=shown, mode="bilinear", antialias=True)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,22 +48,39 @@ class TestOverrides:
     """A video that takes longer to open or to decode has failed."""
 
 
+# The key of a run's configuration, where there is one, so that a number has one name everywhere.
+KEYS = {
+    "data.frames": "frames",
+    "data.image_size": "image_size",
+    "data.frame_stride": "frame_stride",
+    "data.frame_order": "frame_order",
+    "data.workers": "workers",
+    "data.decode_seconds": "time_limit_seconds",
+    "model.window": "window",
+    "model.attention": "attention",
+    "engine.device": "device",
+    "engine.precision": "precision",
+    "batch_views": "batch_views",
+    "seed": "seed",
+}
+
+
 def parse_overrides(texts: Sequence[str]) -> TestOverrides:
     """`key=value` texts with values as YAML; UsageError naming the key, and the nearest one for an unknown key."""
     values: dict[str, Any] = {}
     for text in texts:
-        apply_override(values, text)
-    known = [field.name for field in dataclasses.fields(TestOverrides)]
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UsageError(f"unknown key {key}: did you mean {nearest}? (there are {', '.join(known)})")
+        key = text.partition("=")[0]
+        if key not in KEYS:
+            nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown key {key}: did you mean {nearest}? (there are {', '.join(KEYS)})")
+        apply_override(values, KEYS[key] + text[len(key) :])
     try:
         return TypeAdapter(TestOverrides).validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
+        name = next(key for key, field in KEYS.items() if field == fault["loc"][0])
         message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise UsageError(f"{fault['loc'][0]}={fault['input']} does not do: {message}") from error
+        raise UsageError(f"{name}={fault['input']} does not do: {message}") from error
 
 
 def override_preprocessing(preprocessing: Preprocessing, overrides: TestOverrides) -> Preprocessing:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from video_swinv2.data.sampling import frame_indices
 from video_swinv2.errors import UsageError
 
 Box = tuple[int, int, int, int]
@@ -90,11 +91,6 @@ def clip_starts(rule: str, n: int, clips: int, frames: int, stride: int) -> tupl
     if rule not in _START_RULES:
         raise ValueError(f"no clip start rule {rule!r}; there are {', '.join(_START_RULES)}")
     return _START_RULES[rule](n, clips, frames * stride)
-
-
-def frame_indices(start: int, frames: int, stride: int, n: int) -> tuple[int, ...]:
-    """The `frames` frames of a clip, `stride` apart; past the end of the video they go on from its first frame."""
-    return tuple((start + stride * step) % n for step in range(frames))
 
 
 def crop_boxes(rule: str, height: int, width: int, size: tuple[int, int]) -> tuple[Box, ...]:

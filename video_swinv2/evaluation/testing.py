@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash, read_manifest
+from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.metrics import Metrics, compute_metrics
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, parse_overrides, use_bf16
@@ -27,7 +28,6 @@ from video_swinv2.evaluation.protocols import Protocol, find_protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.report import save_strips, write_report
 from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, save_scores, write_arrays
-from video_swinv2.evaluation.views import normalise
 from video_swinv2.progress import Progress
 from video_swinv2.training.runtime import World, start, stop
 from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, model_file, read_card
@@ -111,7 +111,10 @@ def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing,
     """uint8 (V, 3, [T,] H, W), moved as bytes and normalised on the device -> logits float32 (V, K), on the CPU."""
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        parts = [model(normalise(part.to(device), preprocessing)).float() for part in torch.split(pixels, batch)]
+        parts = [
+            model(normalise(part.to(device), preprocessing.mean, preprocessing.std)).float()
+            for part in torch.split(pixels, batch)
+        ]
         return torch.cat(parts).cpu()
 
 

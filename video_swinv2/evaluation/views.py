@@ -75,14 +75,6 @@ def pixels_shape(preprocessing: Preprocessing) -> tuple[int, ...]:
     return (3, *time, *preprocessing.image_size)
 
 
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (V, 3, ...) -> float32 of the same shape, on the device of `pixels`: (pixels / 255 - mean) / std."""
-    shape = (3,) + (1,) * (pixels.ndim - 2)
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(shape)
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(shape)
-    return (pixels.float() / 255 - mean) / std
-
-
 def _reorder(view: View, frame_order: str, seed: int, name: str, place: int) -> View:
     """The view with its frames in the order asked for; the order of one view depends on nothing but its arguments."""
     if frame_order == "in-order":

@@ -71,7 +71,9 @@ class WindowAttention(nn.Module):
         """(G, N, N); outside training it is computed once and kept until the weights or the window change."""
         if self.training or torch.is_grad_enabled():
             return position_bias(self.cpb_mlp, window, norm, device)
-        weights = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.cpb_mlp.parameters())
+        weights = tuple(
+            (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.cpb_mlp.parameters()
+        )
         key = (window, norm, device, weights)
         if self._kept_bias is None or self._kept_bias[0] != key:
             self._kept_bias = (key, position_bias(self.cpb_mlp, window, norm, device))
@@ -90,13 +92,13 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, allowed: Tensor | None
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, allowed: Tensor | None) -> Tensor:
     """The same through torch's scaled_dot_product_attention."""
-    # A constant over the keys changes nothing under softmax; centred on 0, half precision keeps 4 times more of the bias.
+    # A constant over the keys changes nothing under softmax; around 0 half precision keeps more of the bias.
     bias = (bias - 8).to(v.dtype)
     q, k = q.to(v.dtype), k.to(v.dtype)
     if allowed is None:
         out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias[None], scale=1.0)
         return out.view_as(v)
-    # One call per sample: the mask has one entry per window, and repeating it over the batch would cost B times as much.
+    # One call per sample: the mask has an entry per window, and repeating it over the batch would cost B times more.
     mask = torch.where(allowed[:, None], bias, -math.inf)
     samples = zip(q, k, v, strict=True)
     return torch.stack([F.scaled_dot_product_attention(*sample, attn_mask=mask, scale=1.0) for sample in samples])

@@ -15,7 +15,7 @@ from video_swinv2.models.swinv2 import Axes, SwinV2, per_axis
 
 
 class SimMIM(nn.Module):
-    """A SwinV2 encoder with a mask token and a pixel decoder; the state dict is the official one (`encoder.mask_token`).
+    """A SwinV2 encoder with a mask token and a pixel decoder; state-dict names are the official ones.
 
     mask_unit: the side of a mask cell in pixels, an int for every axis or one value per axis; a multiple of the patch.
     """
@@ -38,7 +38,8 @@ class SimMIM(nn.Module):
         tokens = self.encoder.embed(x)
         per_cell = [unit // p for unit, p in zip(self.mask_unit, self.encoder.patch_size, strict=True)]
         hidden = grow(mask, per_cell, tokens.shape[1:-1])[..., None]
-        features = self.encoder.encode(torch.where(hidden, self.encoder.mask_token.to(tokens.dtype), tokens))
+        mask_token = self.encoder.get_parameter("mask_token").to(tokens.dtype)
+        features = self.encoder.encode(torch.where(hidden, mask_token, tokens))
         pixels = pixel_shuffle(self.decoder(features.movedim(-1, 1)), self.stride)
         for axis, size in enumerate(x.shape[2:], start=2):
             pixels = pixels.narrow(axis, 0, size)
@@ -83,7 +84,7 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, mask_unit: tuple
 
 
 def normalise_target(x: Tensor, patch: int = 47) -> Tensor:
-    """Each pixel by the mean and deviation of its `patch` x `patch` surroundings, channel by channel: (B, 3, ..., H, W).
+    """Each pixel by mean and deviation of its `patch` x `patch` surroundings, per channel: (B, 3, ..., H, W).
 
     The window is cut at the border, the variance is unbiased, as in the official SwinV2 recipes. Frames of a clip are
     normalised one by one.

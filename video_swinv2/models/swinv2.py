@@ -1,4 +1,4 @@
-"""Swin Transformer V2 (arXiv 2111.09883) over any number of axes: (H, W) makes the image model, (T, H, W) the clip model.
+"""Swin Transformer V2 (arXiv 2111.09883) over any axes: (H, W) makes the image model, (T, H, W) the clip model.
 
 Letters: B batch, C channels, *S the grid (tokens per axis), *P pixels (and frames) per axis.
 """
@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, dim: int, patch_size: Size) -> None:
         super().__init__()
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
-        self.proj = convolution(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj: nn.Module = convolution(3, dim, kernel_size=patch_size, stride=patch_size)  # type: ignore[arg-type]  # a union of kinds
         self.norm = nn.LayerNorm(dim)
         self.patch_size = patch_size
 
@@ -205,7 +205,14 @@ class SwinV2(nn.Module):
         for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
             dim, first = embed_dim * 2**i, sum(self.depths[:i])
             blocks = [
-                Block(dim, heads, axes, rates[first + j], attention, bool(extra_norm_every) and (j + 1) % extra_norm_every == 0)
+                Block(
+                    dim,
+                    heads,
+                    axes,
+                    rates[first + j],
+                    attention,
+                    bool(extra_norm_every) and (j + 1) % extra_norm_every == 0,
+                )
                 for j in range(depth)
             ]
             norm = per_axis("cpb_norm", norms[i], axes)
@@ -224,16 +231,20 @@ class SwinV2(nn.Module):
     @property
     def cpb_norm(self) -> list[Size]:
         """The log-CPB normaliser of every stage, per axis: part of the weights, whatever the window in use."""
-        return [stage.norm_window for stage in self.layers]
+        return [stage.norm_window for stage in self.stages()]
 
     @cpb_norm.setter
     def cpb_norm(self, norms: Sequence[Sequence[int]]) -> None:
-        for stage, norm in zip(self.layers, norms, strict=True):
+        for stage, norm in zip(self.stages(), norms, strict=True):
             stage.norm_window = per_axis("cpb_norm", norm, len(self.window))
 
     def blocks(self) -> list[Block]:
         """All blocks in the order of the forward pass."""
-        return [block for stage in self.layers for block in stage.blocks]
+        return [block for stage in self.stages() for block in stage.blocks if isinstance(block, Block)]
+
+    def stages(self) -> list[Stage]:
+        """The stages in the order of the forward pass."""
+        return [stage for stage in self.layers if isinstance(stage, Stage)]
 
     def architecture(self) -> dict[str, object]:
         """The constructor arguments as plain data, the log-CPB normaliser among them."""
@@ -269,7 +280,7 @@ class SwinV2(nn.Module):
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(B, 3, *P) -> what each stage gives before merging, as (B, C_i, *S_i); the final norm is not applied."""
-        return [tokens.movedim(-1, 1) for tokens in self._stages(self.embed(x))]
+        return [tokens.movedim(-1, 1) for tokens in self._run_stages(self.embed(x))]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, *P) -> patch tokens (B, *S, C), where SimMIM puts its mask token."""
@@ -280,11 +291,11 @@ class SwinV2(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Patch tokens (B, *S, C) -> the last stage's tokens after the final norm."""
-        return self.norm(self._stages(tokens)[-1])
+        return self.norm(self._run_stages(tokens)[-1])
 
-    def _stages(self, x: Tensor) -> list[Tensor]:
+    def _run_stages(self, x: Tensor) -> list[Tensor]:
         outputs, recomputed = [], self.checkpoint_blocks
-        for stage in self.layers:
+        for stage in self.stages():
             outputs.append(stage(x, recomputed))
             recomputed -= len(stage.blocks)
             x = stage.downsample(outputs[-1]) if stage.downsample is not None else outputs[-1]

@@ -64,7 +64,9 @@ def create_model(
     """
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
-        raise ValueError(f"no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list_models()}"))
+        raise ValueError(
+            f"no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list_models()}")
+        )
     variant = VARIANTS[name]
     return SwinV2(
         name=name,

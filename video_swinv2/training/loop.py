@@ -1,7 +1,7 @@
 """The one training loop: images and clips, SimMIM and classification, one process and many.
 
-A run is a folder. The same command on the same folder goes on where it stopped; everything random in it is a function of
-the seed and the step, so nothing but the step, the weights and the moments is needed for that.
+A run is a folder. The same command on the same folder goes on where it stopped; everything random in it is a function
+of the seed and the step, so nothing but the step, the weights and the moments is needed for that.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from video_swinv2.training.tasks import Task, initialise
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, then the run stops
 
 
-class Interrupted(UserError):
+class StoppedError(UserError):
     """The run was told to stop and saved itself; the same command goes on."""
 
 
 def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
     """Train to the last step and return the run folder; UserError or UsageError for what the user can mend.
 
-    Interrupted is raised after SIGTERM, SIGUSR1 or SIGINT, when the checkpoint is on disk.
+    StoppedError is raised after SIGTERM, SIGUSR1 or SIGINT, when the checkpoint is on disk.
     """
     world = start(config.engine.device)
     try:
@@ -253,20 +253,20 @@ class Run:
         self.saved = time.monotonic()
         if states is None:
             return
-        state = {
+        state: dict[str, Any] = {
             "step": self.step,
             "best": self.best,
             "skipped": self.skipped,
             "seconds": self._seconds(),
             "identity": self._identity(),
             "provenance": self.provenance,
-            "cpb_norm": self.task.encoder.cpb_norm,
+            "cpb_norm": [list(norm) for norm in self.task.encoder.cpb_norm],
         }
         self.checkpoints.save(states, state, step=self.step)
 
     def _interrupt(self) -> None:
         self.checkpoints.wait()
-        raise Interrupted(
+        raise StoppedError(
             f"{self.folder}: stopped at step {self.step} of {self.steps} by {self.signals.name or 'another process'}; "
             "the checkpoint is saved, the same command goes on"
         )
@@ -293,15 +293,10 @@ class Run:
         step, portable, state = found
         self.provenance = dict(state["provenance"])  # type: ignore[arg-type]
         identity = self._identity()
-        if state["identity"] != identity:
-            changed = [
-                f"{key} {then} then, {identity[key]} now"
-                for key, then in state["identity"].items()
-                if then != identity[key]
-            ]  # type: ignore[union-attr]
-            raise UserError(
-                f"{self.folder}: its checkpoint belongs to other data or batches ({'; '.join(changed)}); choose another out"
-            )
+        then: dict[str, Any] = state["identity"]  # type: ignore[assignment]
+        if then != identity:
+            changed = "; ".join(f"{key} {then.get(key)} then, {now} now" for key, now in identity.items())
+            raise UserError(f"{self.folder}: its checkpoint belongs to other data ({changed}); choose another out")
         self.step, self.best = step, state["best"]  # type: ignore[assignment]
         self.skipped = int(state["skipped"])  # type: ignore[arg-type]
         self.seconds_before = float(state["seconds"])  # type: ignore[arg-type]
@@ -328,7 +323,8 @@ class Run:
         say(
             self.world,
             f"batch: {self.plan.batch} = {self.world.size} processes x {self.plan.micro} samples x "
-            f"{self.plan.accumulation} accumulated; {self.samples} samples, {self.steps} steps, {len(groups)} parameter groups",
+            f"{self.plan.accumulation} accumulated; {self.samples} samples, {self.steps} steps, "
+            f"{len(groups)} parameter groups",
         )
         betas, lr = optim.betas, self.schedule.lr_at(0)
         return make_engine(self.task.module, groups, settings, self.world, lr=lr, betas=betas, eps=optim.eps)

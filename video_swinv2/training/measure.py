@@ -1,4 +1,4 @@
-"""What a run measures and where it writes it: metrics.jsonl and TensorBoard, seconds, versions, the record of the run."""
+"""What a run measures and where it writes it: metrics.jsonl, TensorBoard, versions, the record of the run."""
 
 from __future__ import annotations
 

@@ -60,14 +60,17 @@ class Classification:
         has_val = config.data.val_split in find_splits(source)
         val = labelled(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
-        self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None) if val else None
-        self.facts = {
+        self.val_samples: SampleDataset | None = None
+        if val is not None:
+            self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
+        self.facts: dict[str, object] = {
             "data_fingerprint": train.fingerprint,
             "val_fingerprint": val.fingerprint if val else None,
             "classes": len(self.classes),
             "classes_sha256": class_list_hash(self.classes),
         }
-        self.encoder = self.module = build_model(config, len(self.classes))
+        self.encoder = build_model(config, len(self.classes))
+        self.module: nn.Module = self.encoder
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, mixed first if the configuration says so."""
@@ -100,21 +103,25 @@ class Pretraining:
         self.config = config
         train, val = unlabelled(config.data, validation=False), unlabelled(config.data, validation=True)
         self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, config.mask)
-        self.val_samples = SampleDataset(val, config.data, None, config.seed, config.mask)
-        self.facts = {"samples": len(train), "val_samples": len(val)}
+        self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, config.mask)
+        self.facts: dict[str, object] = {"samples": len(train), "val_samples": len(val)}
         self.encoder = build_model(config, 0)
         try:
-            self.module = SimMIM(self.encoder, config.mask.unit)
+            simmim = SimMIM(self.encoder, config.mask.unit)
         except ValueError as error:
             raise UsageError(f"mask.unit: {error}") from error
+        self.mask_unit = simmim.mask_unit
+        self.module: nn.Module = simmim
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Masked L1 of a micro-batch."""
+        if batch.masks is None:
+            raise TypeError("SimMIM needs samples with masks")
         inputs = _normalised(batch)
         target = inputs
         if self.config.mask.normalise_target:
             target = normalise_target(inputs, self.config.mask.normalise_target)
-        return masked_l1(forward(inputs, batch.masks), target, batch.masks, self.module.mask_unit)
+        return masked_l1(forward(inputs, batch.masks), target, batch.masks, self.mask_unit)
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
         """Summed loss under masks that are the same at every validation."""

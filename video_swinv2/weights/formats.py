@@ -93,7 +93,9 @@ def to_microsoft(tensors: dict[str, Tensor], path: Path) -> tuple[str, dict[str,
     # The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271).
     tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
     if "patch_embed.proj.weight" in tensors and any(n.endswith("relative_position_bias_table") for n in tensors):
-        raise UserError(f"{path}: a Swin V1 checkpoint (it has relative_position_bias_table); this needs SwinV2 weights")
+        raise UserError(
+            f"{path}: a Swin V1 checkpoint (it has relative_position_bias_table); this needs SwinV2 weights"
+        )
     if "patch_embed.proj.weight" not in tensors or not any(".attn.cpb_mlp." in name for name in tensors):
         example = next(iter(tensors))
         raise UserError(f"{path}: not a SwinV2 checkpoint of a known layout (its first key is {example!r})")
@@ -112,7 +114,7 @@ def norm_from_tables(derived: Mapping[str, Tensor]) -> list[tuple[int, ...]] | N
         if stage is None:
             continue
         sizes = [(n + 1) // 2 for n in table.shape[1:-1]]
-        corner = table[(0, *[-1] * len(sizes))].double().tolist()
+        corner = table.reshape(-1, len(sizes))[-1].double().tolist()
         if any(w == 1 or not math.isfinite(t) or t <= 0 for w, t in zip(sizes, corner, strict=True)):
             return None
         stages[int(stage[1])] = tuple(

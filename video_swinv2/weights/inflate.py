@@ -68,7 +68,7 @@ def load_weights(
 def _normaliser(
     model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
 ) -> list[tuple[int, ...]]:
-    """The normaliser that comes with the weights; a clip model keeps its own in time when the weights are an image's."""
+    """The normaliser that comes with the weights; with an image's weights a clip model keeps its own in time."""
     norms = [tuple(norm) for norm in given] if given is not None else checkpoint.cpb_norm
     if norms is None:
         mend = "give it (cpb_norm=[[12,12],[12,12],[12,12],[6,6]] for the released SimMIM and 22K weights)"

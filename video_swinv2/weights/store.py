@@ -1,4 +1,4 @@
-"""Model files: one safetensors file holds weights, architecture, classes, preprocessing and provenance. Never pickle."""
+"""Model files: one safetensors file with weights, architecture, classes, preprocessing, provenance. Never pickle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,9 @@ def save_model(
     if not isinstance(encoder, SwinV2):
         raise TypeError(f"save_model takes a SwinV2 or a SimMIM, not {type(model).__name__}")
     if isinstance(model, SwinV2) and classes and len(classes) != encoder.num_classes:
-        raise UserError(f"{path}: {len(classes)} class names for a head of {encoder.num_classes}; give one name per class")
+        raise UserError(
+            f"{path}: {len(classes)} class names for a head of {encoder.num_classes}; give one name per class"
+        )
     card = {
         "architecture": encoder.architecture(),
         "classes": list(classes),
@@ -78,6 +81,8 @@ def save_model(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, metadata={"format": "pt", KEY: json.dumps(card)})
+        # The library writes for the owner alone; a model file is as open as the folder it is in.
+        aside.chmod(path.parent.stat().st_mode & 0o666)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
@@ -126,7 +131,9 @@ def parse_card(metadata: Mapping[str, str]) -> ModelCard | None:
     if KEY not in metadata:
         return None
     card = json.loads(metadata[KEY])
-    preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()}
+    preprocessing: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
+    }
     return ModelCard(
         card["architecture"], tuple(card["classes"]), Preprocessing(**preprocessing), card.get("provenance", {})
     )

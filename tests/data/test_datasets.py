@@ -1,0 +1,184 @@
+"""Samples: repeatable by address, the same through any number of workers; broken files are replaced and named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
+from video_swinv2.data.datasets import SampleDataset, image_files, labelled, read_image, unlabelled
+from video_swinv2.data.decode import DecodeError
+from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
+from video_swinv2.data.manifest import read_manifest
+from video_swinv2.errors import UsageError, UserError
+
+AUGMENT = AugmentConfig(crop_area=(0.3, 1.0), rand_augment=1)
+
+
+@pytest.fixture
+def clips(tmp_path, write_video):
+    """Six clips of two classes with a list for each split; the pixel value tells the clip, the row of the bar the frame."""
+    lines = []
+    for i in range(6):
+        frames = np.full((12, 48, 64, 3), 20 * i, dtype=np.uint8)
+        for t in range(12):
+            frames[t, 4 * t : 4 * t + 4] = 255
+        write_video(tmp_path / f"clip {i}.mp4", frames)
+        lines.append(f"clip {i}.mp4 {i % 2}")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "classes.txt").write_text("even\nodd\n")
+    return tmp_path
+
+
+def config(folder, **changes):
+    return DataConfig(
+        **({"source": str(folder), "image_size": 32, "frames": 4, "frame_stride": 2, "workers": 0} | changes)
+    )
+
+
+def dataset(folder, augment=AUGMENT, mask=None, seed=0, **changes):
+    data = config(folder, **changes)
+    return SampleDataset(read_manifest(folder, "train").entries, data, augment, seed, mask)
+
+
+def test_samples_are_functions_of_seed_epoch_and_index(clips):
+    first, again, other = dataset(clips), dataset(clips), dataset(clips, seed=1)
+    a, b = first[(3, 2)], first[(0, 2)]
+    torch.rand(7)  # whatever was drawn before does not matter
+    assert a.pixels.shape == (3, 4, 32, 32)
+    assert a.pixels.dtype == torch.uint8
+    assert torch.equal(a.pixels, again[(3, 2)].pixels)
+    assert not torch.equal(a.pixels, b.pixels)
+    assert not torch.equal(a.pixels, other[(3, 2)].pixels)
+    assert (a.label, first[(3, 1)].label) == (0, 1)
+
+
+def test_workers_change_nothing(clips):
+    plan = plan_batch(4, 2, 1)
+    batches = []
+    for workers in (0, 1, 3):
+        loader = training_loader(dataset(clips, workers=workers), plan, seed=0, rank=0, first=1, last=4, pin=False)
+        batches.append(list(loader))
+    for other in batches[1:]:
+        assert len(other) == 6
+        for a, b in zip(batches[0], other, strict=True):
+            assert torch.equal(a.pixels, b.pixels)
+            assert torch.equal(a.labels, b.labels)
+
+
+def test_frames_of_a_clip_are_in_order_and_consecutive(clips):
+    plain = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0)
+    pixels = dataset(clips, augment=plain, image_size=[48, 64])[(0, 0)].pixels
+    rows = [frame[0].float().mean(1).argmax().item() // 4 for frame in pixels.transpose(0, 1)]
+    assert rows == list(range(rows[0], rows[0] + 8, 2))
+
+
+def test_validation_takes_the_same_clip_every_time(clips):
+    samples = dataset(clips, augment=None)
+    assert torch.equal(samples[(0, 4)].pixels, samples[(9, 4)].pixels)
+    seen = [
+        int(i)
+        for rank in range(3)
+        for batch in validation_loader(samples, 2, rank=rank, world=3, pin=False)
+        for i in batch.labels
+    ]
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1]
+
+
+def test_masks_come_with_the_samples(clips):
+    samples = dataset(clips, frames=None, mask=MaskConfig(unit=8, ratio=0.6))
+    sample = samples[(0, 0)]
+    assert sample.pixels.shape == (3, 32, 32)
+    assert sample.mask.shape == (4, 4)
+    assert sample.mask.sum() == 10
+    assert torch.equal(sample.mask, samples[(0, 0)].mask)
+    assert not torch.equal(sample.mask, samples[(1, 0)].mask)
+
+
+def test_broken_files_are_replaced_and_named(clips):
+    (clips / "clip 2.mp4").write_bytes(b"not a video")
+    samples = dataset(clips)
+    sample = samples[(0, 2)]
+    assert len(sample.broken) == 1
+    assert "clip 2.mp4" in sample.broken[0]
+    assert sample.label == 1  # of clip 3
+    for i in range(6):
+        (clips / f"clip {i}.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="nor can any other of the 6"):
+        samples[(0, 0)]
+
+
+def test_missing_files_are_known_before_the_first_epoch(clips):
+    (clips / "clip 5.mp4").unlink()
+    with pytest.raises(UserError, match=r"clip 5\.mp4: listed but not there, one of 1 of 6"):
+        labelled(config(clips), "train")
+    with pytest.raises(UsageError, match="takes one data set"):
+        labelled(config(clips, source=[str(clips), str(clips)]), "train")
+
+
+def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
+    photos = tmp_path / "photos"
+    for i in range(60):
+        (photos / f"{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(photos / f"{i % 3}" / f"{i}.png")
+    data = config(clips, source=[str(clips), str(photos)], frames=None, frames_per_video=2)
+    train, val = unlabelled(data, validation=False), unlabelled(data, validation=True)
+    images = [e for e in train if e.path.suffix == ".png"]
+    held = [e for e in val if e.path.suffix == ".png"]
+    assert len(images) + len(held) == 60
+    assert 0 < len(held) < 12
+    assert not {e.path for e in images} & {e.path for e in held}
+    assert len(train) - len(images) == 12
+    assert len(image_files(photos)) == 60
+    (photos / "clip.mp4").write_bytes((clips / "clip 1.mp4").read_bytes())
+    with pytest.raises(UsageError, match="holds both images and videos"):
+        image_files(photos)
+    with pytest.raises(UserError, match="no such data set"):
+        unlabelled(config(tmp_path / "absent"), validation=False)
+
+
+def test_images_are_read_as_shown(tmp_path):
+    image = Image.new("RGB", (20, 10), (200, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 20, 10)
+    for mode in ("L", "P", "RGBA", "I;16"):
+        Image.new(mode, (6, 5)).save(tmp_path / "odd.png")
+        assert read_image(tmp_path / "odd.png").shape == (3, 5, 6)
+    Image.new("CMYK", (6, 5)).save(tmp_path / "cmyk.jpg")
+    assert read_image(tmp_path / "cmyk.jpg").shape == (3, 5, 6)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:150])
+    for name in ("cut.jpg", "absent.jpg"):
+        with pytest.raises(DecodeError, match=name):
+            read_image(tmp_path / name)
+
+
+def test_order_is_a_permutation_an_epoch_and_does_not_depend_on_the_processes():
+    def addresses(world, first=0, last=7):
+        plan = plan_batch(6, 2, world)
+        ranks = [list(StepSampler(10, plan, seed=3, rank=r, first=first, last=last)) for r in range(world)]
+        pieces = plan.accumulation
+        return [
+            [a for rank in ranks for piece in rank[step * pieces : (step + 1) * pieces] for a in piece]
+            for step in range(last - first)
+        ]
+
+    alone = addresses(1)
+    stream = [address for step in alone for address in step]
+    assert [epoch for epoch, _ in stream[:40]] == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
+    for epoch in range(4):
+        assert sorted(i for e, i in stream if e == epoch) == list(range(10))
+    assert stream[:10] != [(0, i) for _, i in stream[10:20]]
+    assert addresses(2) == alone
+    assert addresses(3) == alone
+    assert addresses(1, first=4) == alone[4:]
+
+
+def test_batches_are_cut_evenly_or_refused():
+    assert plan_batch(64, 16, 2).accumulation == 2
+    assert plan_batch(12, 5, 1).micro == 4
+    assert plan_batch(7, 5, 1).micro == 1
+    with pytest.raises(UsageError, match=r"optim\.batch: 10 samples cannot be shared by 4"):
+        plan_batch(10, 2, 4)

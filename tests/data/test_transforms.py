@@ -1,0 +1,73 @@
+"""Augmentation treats all frames of a clip alike; mixing and normalisation are what they say."""
+
+import pytest
+import torch
+
+from video_swinv2.config import AugmentConfig
+from video_swinv2.data.transforms import mix, normalise, training_transform, validation_transform
+
+
+def test_all_frames_get_the_same_change():
+    augment = AugmentConfig(crop_area=(0.3, 1.0), flip=0.5, rand_augment=2, rand_magnitude=9, erasing=0.5)
+    frame = torch.randint(0, 256, (3, 40, 52), dtype=torch.uint8)
+    transform = training_transform(augment, (32, 32))
+    results = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        clip = transform(frame.expand(4, -1, -1, -1).contiguous())
+        assert clip.shape == (4, 3, 32, 32)
+        assert clip.dtype == torch.uint8
+        assert all(torch.equal(clip[0], other) for other in clip[1:])
+        results.append(clip)
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 32)])
+def test_flip_can_be_switched_off(size):
+    """A ramp from dark to bright stays one: nothing turns left into right."""
+    ramp = torch.arange(64, dtype=torch.uint8).expand(2, 3, 48, 64) * 3
+    transform = training_transform(AugmentConfig(flip=0.0), size)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        row = transform(ramp)[0, 0, 0].int()
+        assert row[-1] > row[0]
+    flipping = training_transform(AugmentConfig(flip=1.0), size)
+    assert flipping(ramp)[0, 0, 0, -1] < flipping(ramp)[0, 0, 0, 0]
+
+
+def test_validation_takes_the_centre():
+    frame = torch.zeros(1, 3, 256, 512, dtype=torch.uint8)
+    frame[..., 255:257] = 255
+    out = validation_transform((224, 224))(frame)
+    assert out.shape == (1, 3, 224, 224)
+    assert out[0, 0, 0].argmax() in (111, 112)
+
+
+def test_normalise():
+    pixels = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    out = normalise(pixels, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert out[1, 2, 3, 4, 5].item() == pytest.approx((pixels[1, 2, 3, 4, 5].item() / 255 - 0.3) / 0.3, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 16, 16), (4, 3, 2, 16, 16)])
+@pytest.mark.parametrize("kind", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixed_inputs_have_the_shares_they_claim(shape, kind):
+    """Constant images equal to their label: the mean pixel must be the mean label of the mixed target."""
+    labels = torch.arange(4)
+    inputs = labels.float().view(4, *[1] * (len(shape) - 1)).expand(shape).clone()
+    changed = False
+    for seed in range(10):
+        torch.manual_seed(seed)
+        mixed, shares = mix(inputs, labels, 4, AugmentConfig(**kind))
+        assert type(mixed) is torch.Tensor
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        torch.testing.assert_close(mixed.flatten(1).mean(1), shares @ labels.float(), rtol=0, atol=1e-4)
+        changed |= not torch.equal(mixed, inputs)
+    assert changed
+
+
+def test_nothing_to_mix_gives_plain_shares():
+    inputs, labels = torch.randn(2, 3, 4, 4), torch.tensor([1, 0])
+    mixed, shares = mix(inputs, labels, 3, AugmentConfig())
+    assert mixed is inputs
+    assert shares.tolist() == [[0, 1, 0], [1, 0, 0]]

@@ -1,0 +1,113 @@
+"""The whole path on generated clips, small enough for a laptop: make, pre-train, inflate, fine-tune, test, report.
+
+The classes of the clips are motions, each with its time-reversed twin, so a model that ignores the order of frames gets
+at most half of them right. That is why each model is also tested on the same frames shuffled in time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from video_swinv2.errors import UserError
+from video_swinv2.training.measure import write_json
+
+PROTOCOL = "videoswin-4x3"
+PROCESSES = 2  # of DeepSpeed in fine-tuning
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to start the clip model."""
+
+    key: str
+    title: str
+    init: str
+
+
+def run_demo(out: Path) -> None:
+    """Run every step, print a table, and write OUT/result.json; UserError if a step fails. Goes on where it stopped."""
+    started = time.monotonic()
+    data, pretrained = out / "data", out / "pretrain" / "model.safetensors"
+    if not (data / "dataset.json").is_file():
+        _step("generated clips: 8 motions, 2,720 clips", "-m", "data_prep", "synth", str(data))
+    settings = [f"data.source={data}", f"out={pretrained.parent}"]
+    _step("SimMIM on single frames", *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
+    trials = [Trial("scratch", "from scratch", "scratch"), Trial("simmim", "from SimMIM", str(pretrained))]
+    results: dict[str, Any] = {}
+    for trial in trials:
+        folder = out / f"finetune-{trial.key}"
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
+        settings = [f"data.source={data}", f"out={folder}", f"init={trial.init}"]
+        title = f"fine-tuning {trial.title}, {PROCESSES} DeepSpeed processes"
+        _step(title, *launcher, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
+        results[trial.key] = {
+            order: _test(folder, data, out / f"test-{trial.key}-{order}", order) for order in ("in-order", "shuffled")
+        }
+    best = results["simmim"]
+    report = out / "test-simmim-in-order" / "report.html"
+    minutes = (time.monotonic() - started) / 60
+    write_json(
+        out / "result.json",
+        {
+            "top1": best["in-order"]["top1"],
+            "top1_interval": best["in-order"]["top1_interval"],
+            "top1_shuffled": best["shuffled"]["top1"],
+            "protocol": PROTOCOL,
+            "results": results,
+            "report": str(report),
+            "minutes": minutes,
+        },
+    )
+    print(_table(trials, results))
+    print(f"\n{minutes:.1f} minutes; report: {report}")
+
+
+def recipe(name: str) -> Path:
+    """A configuration of the repository's configs folder, which the installed package carries inside."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"configs/{name}: not there; install the package again")
+
+
+def _verb(name: str) -> tuple[str, str, str]:
+    return "-m", "video_swinv2", name
+
+
+def _step(title: str, *arguments: str) -> None:
+    """Run one command of the toolkit in a process of its own; processes that share the cores get one thread each."""
+    print(f"\n== {title}", flush=True)
+    # torch.distributed.run takes `-m` of its own, so only the first interpreter is given here.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in arguments else os.environ
+    code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
+    if code:
+        raise UserError(f"{title}: ended with code {code}; its message is above")
+
+
+def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
+    model = str(folder / "model.safetensors")
+    settings = [f"data.frame_order={order}", "engine.device=cpu"]
+    title = f"test of {folder.name}, {PROTOCOL}, frames {order}"
+    _step(title, *_verb("test"), model, str(data), "--protocol", PROTOCOL, "--out", str(out), *settings)
+    result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    keys = ("top1", "top1_interval", "top5", "mean_class_accuracy", "videos")
+    return {key: result[key] for key in keys}
+
+
+def _table(trials: list[Trial], results: dict[str, Any]) -> str:
+    lines = ["", f"{PROTOCOL} top-1 on unseen clips        in order    shuffled in time"]
+    for trial in trials:
+        orders = [results[trial.key][order] for order in ("in-order", "shuffled")]
+        in_order, shuffled = (result["top1"] for result in orders)
+        low, high = orders[0]["top1_interval"]
+        lines.append(f"{trial.title:38s}{in_order:8.1%} {shuffled:12.1%}     95 % interval {low:.1%} to {high:.1%}")
+    lines.append(f"chance {1 / 8:.1%}; at most 50 % without the order of frames")
+    return "\n".join(lines)
