@@ -17,7 +17,7 @@ AUGMENT = AugmentConfig(crop_area=(0.3, 1.0), rand_augment=1)
 
 @pytest.fixture
 def clips(tmp_path, write_video):
-    """Six clips of two classes with a list for each split; the pixel value tells the clip, the row of the bar the frame."""
+    """Six clips of two classes in two splits; the grey tells the clip, the row of the bar the frame."""
     lines = []
     for i in range(6):
         frames = np.full((12, 48, 64, 3), 20 * i, dtype=np.uint8)

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from video_swinv2.data import decode
 from video_swinv2.data.decode import DecodeError, Orientation, VideoReader, size_for
@@ -292,3 +293,19 @@ def test_an_index_outside_the_video_is_a_programming_error(write_video: Writer, 
         for indices in ([5], [-1], []):
             with pytest.raises(IndexError, match=r"0\.\.4"):
                 reader.frames(indices)
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_camera_frames_with_exif_are_turned(tmp_path, orientation, turns):
+    """PyAV cannot list the side data of such frames; their rotation must come from elsewhere."""
+    image = np.zeros((32, 48, 3), dtype=np.uint8)
+    image[:16, :24] = 255
+    picture = Image.fromarray(image)
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "frame.jpg", exif=exif, quality=95)
+    with VideoReader(tmp_path / "frame.jpg") as reader:
+        shown = reader.frames([0])[0].permute(1, 2, 0).numpy()
+    expected = np.rot90(image, turns)
+    assert shown.shape == expected.shape
+    assert np.abs(shown.astype(int) - expected).mean() < 8

@@ -60,13 +60,24 @@ class Orientation(NamedTuple):
         return image[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
 
 
+_BY_ROTATION = {
+    90: Orientation(transpose=True, flip_y=True),
+    180: Orientation(flip_x=True, flip_y=True),
+    270: Orientation(transpose=True, flip_x=True),
+}
+
+
 def orientation_of(frame: av.VideoFrame) -> Orientation:
     """The display matrix of a frame, rounded to quarter turns and mirrors.
 
     The matrix maps x' = a x + c y, y' = b x + d y (QuickTime file format, "matrices"). PyAV's `frame.rotation` is not
     enough: it reports a mirrored picture as a half turn.
     """
-    attached: Any = frame.side_data  # declared a TypedDict, is a Mapping by kind
+    try:
+        attached: Any = frame.side_data  # declared a TypedDict, is a Mapping by kind
+    except ValueError:
+        # PyAV cannot list side data of a kind it has no name for, as that of cameras' JPEG frames (EXIF).
+        return _BY_ROTATION.get(frame.rotation % 360, Orientation())
     if SideDataType.DISPLAYMATRIX not in attached:
         return Orientation()
     data = attached[SideDataType.DISPLAYMATRIX]

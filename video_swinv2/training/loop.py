@@ -43,6 +43,7 @@ def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
     """
     world = start(config.engine.device)
     try:
+        torch.manual_seed(config.seed)  # for the fresh weights; every step seeds itself
         with StopSignal() as signals:
             Run(config, make_task(config), world, signals).train()
     finally:

@@ -41,4 +41,4 @@ class Account:
 
     def refuse(self, fault: str, mend: str) -> UserError:
         """The error for a checkpoint that cannot be explained."""
-        return UserError(f"{self.source}: {fault}; {mend}")
+        return UserError(f"{self.source} ({self.layout}): {fault}; {mend}")
