@@ -32,9 +32,15 @@ CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approac
 FPS = 16
 # Per frame, so that 8 of 16 frames show plenty: widths travelled, radians turned, growth of the radius's logarithm.
 SHIFT = (0.035, 0.07)
-TURN = (0.12, 0.30)
+TURN = (0.10, 0.20)
 GROWTH = (0.045, 0.075)
-RADIUS = (0.13, 0.33)
+RADIUS = (0.18, 0.38)
+# Turning shapes swing about a point outside themselves, within a sector (radians) at whose end they start again. A full
+# circle would ask for the order of two directions at once, which small models learn only after many more clips.
+SECTOR = 2.6
+ARM = (0.12, 0.25)
+# Easy shapes are darker at one end, in contrasts per radius, so that their orientation shows.
+SHADE = {"easy": 2.0, "hard": 0.0}
 DRIFT = 0.02
 # High quality: coarse quantisation leaves a trail behind moving things, which one frame would give away.
 ENCODING = H264(gop=16, crf=12, preset="veryfast")
@@ -153,7 +159,8 @@ def _render(rng: np.random.Generator, motion: str, level: Level, size: int, fram
     beyond = np.hypot(a, b) - np.interp(np.arctan2(b, a), *_outline(rng)).astype(np.float32)
     # A soft edge one pixel wide: motion of less than a pixel stays visible.
     mask = np.clip(0.5 - beyond * radius * size, 0, 1)[..., None]
-    images = behind + mask * (colour + _sample(_texture(rng), 0.25 * a, 0.25 * b) * contrast - behind)
+    surface = _sample(_texture(rng), 0.25 * a, 0.25 * b) + SHADE[level] * a[..., None]
+    images = behind + mask * (colour + surface * contrast - behind)
     images += rng.standard_normal(images.shape, dtype=np.float32) * np.float32(rng.uniform(2, 8))
     return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
@@ -182,10 +189,14 @@ def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, 
     elif motion == "up":
         y = y - shift * t
     elif motion == "clockwise":
-        angle = angle + turn * t / (2 * np.pi)
+        angle = angle + turn * t / SECTOR
     else:
         zoom = zoom + growth * t / octaves
-    tracks = x % 1, y % 1, 2 * np.pi * angle, RADIUS[0] * np.exp(octaves * (zoom % 1))
+    swing = SECTOR * (angle % 1 - 0.5)
+    if motion == "clockwise":
+        arm = rng.uniform(*ARM)
+        x, y = x + arm * np.sin(swing), y - arm * np.cos(swing)
+    tracks = x % 1, y % 1, swing, RADIUS[0] * np.exp(octaves * (zoom % 1))
     return tuple(track.astype(np.float32) for track in tracks)
 
 
@@ -194,15 +205,15 @@ def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
     angles = np.linspace(-np.pi, np.pi, 361, dtype=np.float32)
     kind = rng.integers(0, 3)
     if kind == 0:
-        corners = rng.integers(3, 7)
+        corners = rng.integers(3, 5)
         wedge = 2 * np.pi / corners
         radii = 1 / np.cos((angles + np.pi) % wedge - wedge / 2)
     elif kind == 1:
-        ratio = rng.uniform(1.0, 2.5)
+        ratio = rng.uniform(2.0, 3.0)
         radii = 1 / np.hypot(np.cos(angles) * ratio, np.sin(angles))
     else:
-        lobes = rng.integers(2, 6)
-        radii = 1 + rng.uniform(0.1, 0.35) * np.cos(lobes * angles)
+        lobes = rng.integers(2, 5)
+        radii = 1 + rng.uniform(0.3, 0.6) * np.cos(lobes * angles)
     return angles, (radii / radii.mean()).astype(np.float32)
 
 
