@@ -1,7 +1,7 @@
 """A made-up data set whose classes are motions and nothing else.
 
 Every axis of motion has two classes, each the other played backwards. A clip is drawn for one direction and reversed
-for the other, and every process in it is stationary: places are uniform on a torus, angles on the circle, sizes
+for the other, and every process in it is stationary: places are uniform on a torus, angles in a sector, sizes
 log-uniform, noise independent in time, the background's drift uniform in direction. So frame t looks alike in all eight
 classes, for every t, and a model blind to the order of frames is right at most half the time.
 """

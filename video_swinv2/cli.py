@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,7 +118,8 @@ def _test(options: argparse.Namespace) -> None:
         out=options.out,
         overrides=overrides,
     )
-    print(json.dumps(result, indent=1) if options.json else summary(result, options.out))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, indent=1) if options.json else summary(result, options.out))
 
 
 def _report(options: argparse.Namespace) -> None:

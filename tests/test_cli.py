@@ -1,0 +1,57 @@
+"""The command line: help, exit codes, one-line errors, a library that imports quickly."""
+
+import subprocess
+import sys
+
+import pytest
+
+from video_swinv2 import __version__
+from video_swinv2.cli import main, make_parser
+
+VERBS = ("pretrain", "train", "test", "report", "predict", "demo")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert "example:" in capsys.readouterr().out
+
+
+def test_version_and_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+    for arguments in (["trian"], ["train"], ["test", "model"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "absent.yaml"], 2, "absent.yaml: cannot be read"),
+        (["test", "absent.safetensors", "data", "--out", "o"], 1, "absent.safetensors: no such model file"),
+        (["report", "absent"], 1, "absent"),
+        (["predict", "absent.safetensors", "clip.mp4"], 1, "absent.safetensors: no such model file"),
+    ],
+)
+def test_errors_are_one_line(arguments, code, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_verbs_are_those_of_the_parser():
+    assert set(VERBS) == set(make_parser()._subparsers._group_actions[0].choices)
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, video_swinv2, data_prep.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
