@@ -5,26 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from video_swinv2.command import Verbs, add_verb, run_verb
 from video_swinv2.errors import UsageError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code is 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
-    options = make_parser().parse_args(arguments)
-    try:
-        return int(options.run(options) or 0)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr)
-        return 1
+    """Run one verb of the preparation."""
+    return run_verb(make_parser(), arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,22 +30,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    text: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text, epilog=f"example: python -m data_prep {example}")
-    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verb.set_defaults(run=run)
-    return verb
-
-
-def _add_synth(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_synth(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "make a data set whose classes are motions and nothing else: no single frame tells them apart"
-    verb = _add(verbs, "synth", _synth, text, "synth data/motions --level hard --train 300 --workers 8")
+    verb = add_verb(
+        verbs, "synth", _synth, text, "python -m data_prep synth data/motions --level hard --train 300 --workers 8"
+    )
     verb.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     verb.add_argument(
         "--level", choices=("easy", "hard"), default="easy", help="easy: bright on dim; default %(default)s"
@@ -70,9 +49,15 @@ def _add_synth(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_workers(verb)
 
 
-def _add_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_prepare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "turn raw videos into checked, small, quickly read ones; run again to go on after an interruption"
-    verb = _add(verbs, "prepare", _prepare, text, "prepare raw/k400 data/k400 --annotations k400_val.csv --workers 16")
+    verb = add_verb(
+        verbs,
+        "prepare",
+        _prepare,
+        text,
+        "python -m data_prep prepare raw/k400 data/k400 --annotations k400_val.csv --workers 16",
+    )
     verb.add_argument("source", type=Path, metavar="SRC", help="class folders, a folder of lists, a list or a CSV")
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
     verb.add_argument("--annotations", type=Path, metavar="CSV|TXT", help="list whose paths are relative to SRC")
@@ -85,15 +70,21 @@ def _add_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_workers(verb)
 
 
-def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verb = _add(verbs, "status", _status, "what a preparation has come to, also while it runs", "status data/k400")
+def _add_status(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    verb = add_verb(
+        verbs,
+        "status",
+        _status,
+        "what a preparation has come to, also while it runs",
+        "python -m data_prep status data/k400",
+    )
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_split(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_split(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "set aside a share of each class of train as val; files stay, lists change"
-    verb = _add(verbs, "split", _split, text, "split data/mine --val 0.1")
+    verb = add_verb(verbs, "split", _split, text, "python -m data_prep split data/mine --val 0.1")
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
     verb.add_argument("--val", type=float, required=True, metavar="SHARE", help="for instance 0.1")
     verb.add_argument("--seed", type=int, default=0, help="default %(default)s")

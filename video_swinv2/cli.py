@@ -5,28 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from video_swinv2 import __version__
-from video_swinv2.errors import UserError
+from video_swinv2.command import add_verb, run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code is 0 done, 1 failed, 2 wrong usage."""
-    options = make_parser().parse_args(arguments)
-    try:
-        return int(options.run(options) or 0)
-    except UserError as error:
-        if options.debug:
-            raise
-        # An error from a loader's worker arrives with the worker's traceback in front; its own line is the last.
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
+    """Run one verb of the toolkit."""
+    return run_verb(make_parser(), arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,12 +32,14 @@ def make_parser() -> argparse.ArgumentParser:
         ("train", _train, "supervised training, images or clips"),
     ):
         example = f"torchrun --nproc_per_node 8 -m video_swinv2 {name} CONFIG.yaml optim.lr=3e-4 out=runs/a"
-        verb = _add(verbs, name, run, text, example)
+        verb = add_verb(verbs, name, run, text, example)
         verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+        # DeepSpeed's launcher passes it to every process; the environment says the same.
+        verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3 --out runs/a/test"
-    verb = _add(verbs, "test", _test, "multi-view accuracy with a report", example)
+    verb = add_verb(verbs, "test", _test, "multi-view accuracy with a report", example)
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("data", type=Path, metavar="DATA")
     verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
@@ -57,12 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="folder for scores, result.json and report.html")
     verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.frame_stride=4")
+    verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
-    verb = _add(verbs, "report", _report, "write the report again from saved scores", "video-swinv2 report runs/a/test")
+    verb = add_verb(
+        verbs, "report", _report, "write the report again from saved scores", "video-swinv2 report runs/a/test"
+    )
     verb.add_argument("folders", type=Path, nargs="+", metavar="DIR")
 
     example = "video-swinv2 predict runs/a/model.safetensors clip.mp4 folder/ --top 3"
-    verb = _add(verbs, "predict", _predict, "the likeliest classes of files and folders", example)
+    verb = add_verb(verbs, "predict", _predict, "the likeliest classes of files and folders", example)
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("paths", type=Path, nargs="+", metavar="FILE|DIR")
     verb.add_argument("--top", type=int, default=5, help="answers per file, default %(default)s")
@@ -70,24 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     example = "video-swinv2 demo --out runs/demo"
-    verb = _add(verbs, "demo", _demo, "the whole path on generated clips, in minutes on a laptop", example)
+    verb = add_verb(verbs, "demo", _demo, "the whole path on generated clips, in minutes on a laptop", example)
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
     return parser
-
-
-def _add(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    text: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    # Launchers of DeepSpeed pass it to every process; the environment says the same.
-    verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    verb.set_defaults(run=run)
-    return verb
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -1,0 +1,41 @@
+"""What both command lines share: verbs with help and an example, exit codes, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from video_swinv2.errors import UserError
+
+Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+
+
+def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Run the verb asked for; the exit code is 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except UserError as error:
+        if options.debug:
+            raise
+        # An error from a loader's worker arrives with the worker's traceback in front; its own line is the last.
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        return 1
+
+
+def add_verb(
+    verbs: Verbs[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A verb with help, an example and `--debug`; `run` gets the parsed options and may return an exit code."""
+    verb = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verb.set_defaults(run=run)
+    return verb
