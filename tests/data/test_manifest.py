@@ -218,3 +218,15 @@ def test_absent_source(tmp_path: Path) -> None:
 def test_class_list_hash_depends_on_the_order() -> None:
     assert class_list_hash(["a", "b"]) != class_list_hash(["b", "a"])
     assert class_list_hash(["a", "b"]) == hashlib.sha256(b"a\nb").hexdigest()
+
+
+def test_a_prepared_split_says_how_many_videos_it_lost(tmp_path: Path) -> None:
+    listing = "path,label\nvideos/a.mp4,one\n"
+    (tmp_path / "test.csv").write_text(listing)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    split = {"listed": 4, "ok": 1, "failed": 3, "fingerprint": "f" * 64, "list_sha256": digest}
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["one"], "splits": {"test": split}}))
+    manifest = read_manifest(tmp_path, "test")
+    assert (manifest.lost, manifest.fingerprint) == (3, "f" * 64)
+    (tmp_path / "test.csv").write_text(listing + "videos/b.mp4,one\n")
+    assert read_manifest(tmp_path, "test").lost == 0, "an edited list is the user's own"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
@@ -173,3 +175,12 @@ def test_most_confused_is_by_count_then_share() -> None:
 def test_no_scored_video_is_no_accuracy() -> None:
     with pytest.raises(UserError, match=r"none of the 3 listed videos.*0\.mp4: broken"):
         compute_metrics(random_scores(0, 3, 1, 4, 3))
+
+
+def test_videos_lost_in_preparation_bound_the_accuracy_too() -> None:
+    scores = random_scores(0, 50, 3, 5, failed=2)
+    plain, lost = compute_metrics(scores), compute_metrics(replace(scores, metadata={"lost_in_preparation": 10}))
+    assert (lost.listed, lost.scored, lost.failed) == (60, 48, 12)
+    assert (lost.top1, lost.top1_interval) == (plain.top1, plain.top1_interval)
+    correct = round(plain.top1 * 48)
+    assert lost.top1_bounds == (correct / 60, (correct + 12) / 60)

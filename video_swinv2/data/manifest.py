@@ -37,13 +37,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One split of a data set; the `fingerprint` changes when its videos, their order, labels or bytes do."""
+    """One split of a data set; the `fingerprint` changes when its videos, their order, labels or bytes do.
+
+    `lost` is how many videos of the split failed in preparation and so are not among the entries.
+    """
 
     root: Path
     split: str
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
     fingerprint: str
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ def read_manifest(
     index = {name: place for place, name in enumerate(wanted)}
     entries = tuple(Entry(row.name, row.path, _label(row, own, index)) for row in rows)
     _refuse_twice(rows)
-    recorded = _recorded_fingerprint(root, split) if annotations is None else None
-    return Manifest(root, split, wanted, entries, recorded or _fingerprint(entries, wanted))
+    recorded = _recorded_split(root, split) if annotations is None else {}
+    fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
+    return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)))
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
@@ -315,14 +320,14 @@ def _recorded(root: Path) -> dict[str, Any]:
     return record
 
 
-def _recorded_fingerprint(root: Path, split: str) -> str | None:
-    """The content fingerprint of a prepared split, unless its list was edited since."""
+def _recorded_split(root: Path, split: str) -> dict[str, Any]:
+    """What dataset.json says of a prepared split; empty if its list was edited since, or if there is no record."""
     path = root / f"{split}.csv"
     if not (root / "dataset.json").is_file() or not path.is_file():
-        return None
-    record = _recorded(root).get("splits", {}).get(split, {})
+        return {}
+    record: dict[str, Any] = _recorded(root).get("splits", {}).get(split, {})
     edited = record.get("list_sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
-    return None if edited else record.get("fingerprint")
+    return {} if edited else record
 
 
 def _fingerprint(entries: Sequence[Entry], classes: Sequence[str]) -> str:

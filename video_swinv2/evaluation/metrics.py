@@ -104,9 +104,10 @@ def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: 
 
 def compute_metrics(scores: Scores, *, average: str = "prob", seed: int = 0) -> Metrics:
     """All figures of a test; `seed` is the bootstrap's. Raises UserError where not one video was scored."""
-    listed, labels = len(scores.paths), scores.labels[scores.scored]
+    # Videos that failed in preparation are no entries any more, but they were listed: leaving them out would flatter.
+    listed, labels = len(scores.paths) + scores.metadata.get("lost_in_preparation", 0), scores.labels[scores.scored]
     if labels.size == 0:
-        first = f"; the first: {scores.paths[0]}: {scores.reasons[0]}" if listed else ""
+        first = f"; the first: {scores.paths[0]}: {scores.reasons[0]}" if scores.paths else ""
         raise UserError(f"no accuracy: none of the {listed} listed videos could be scored{first}")
     ranked = ranking(video_probabilities(scores, average), 5)
     classes = np.arange(len(scores.classes))

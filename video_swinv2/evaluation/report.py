@@ -141,6 +141,7 @@ def render(scores: Scores, metrics: Metrics, strips: dict[int, str]) -> str:
         pairs=metrics.confused_pairs,
         mistakes=surest_mistakes(scores),
         strips=strips,
+        lost=metrics.failed - len(failures),
         failures=failures[:MOST_FAILURES],
         failures_left=max(0, len(failures) - MOST_FAILURES),
     )

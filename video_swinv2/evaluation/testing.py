@@ -290,6 +290,7 @@ def _metadata(plan: _Plan, world: World) -> dict[str, Any]:
         "data": str(plan.manifest.root),
         "split": plan.manifest.split,
         "data_fingerprint": plan.manifest.fingerprint,
+        "lost_in_preparation": plan.manifest.lost,
         "decoder": f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}",
         "versions": {
             "video_swinv2": video_swinv2.__version__,

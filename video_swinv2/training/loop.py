@@ -7,8 +7,6 @@ of the seed and the step, so nothing but the step, the weights and the moments i
 from __future__ import annotations
 
 import gc
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +17,12 @@ import torch.distributed as dist
 
 from video_swinv2.config import Config, to_yaml
 from video_swinv2.data.datasets import Batch
-from video_swinv2.data.loading import BatchPlan, plan_batch, training_loader, validation_loader
+from video_swinv2.data.loading import plan_batch, training_loader, validation_loader
 from video_swinv2.errors import UserError
 from video_swinv2.progress import Progress
 from video_swinv2.training.checkpoint import Checkpoints, Portable
 from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, make_engine
-from video_swinv2.training.measure import MetricLog, Waiting, git_state, versions, write_json
+from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions, write_json
 from video_swinv2.training.optim import Schedule, parameter_groups
 from video_swinv2.training.runtime import StopSignal, World, agree, say, seed_step, start, stop, total
 from video_swinv2.training.tasks import Task, initialise
@@ -104,7 +102,7 @@ class Run:
         )
         waiting = Waiting()
         batches = waiting.over(loader)
-        window = _Window()
+        window = Window()
         self.engine.module.train()
         progress = Progress(
             self.folder.name,
@@ -121,7 +119,7 @@ class Run:
                 progress.advance(self.plan.batch, waiting.seconds, f"loss {window.last_loss:.4f}")
                 if self.step % self.config.log_every == 0 or self.step == self.steps:
                     self._log(log, window, waiting.seconds)
-                    window = _Window(waiting.seconds)
+                    window = Window(waiting.seconds)
                 if self.step == 1:
                     # What lives now lives on; without this every collection walks through all of it again.
                     gc.collect()
@@ -134,7 +132,7 @@ class Run:
                 if stopping and self.step < self.steps:
                     self._interrupt()
 
-    def _one_step(self, batches: Iterator[Batch], window: _Window) -> StepOutcome:
+    def _one_step(self, batches: Iterator[Batch], window: Window) -> StepOutcome:
         self.engine.set_lr(self.schedule.lr_at(self.step))
         outcome = None
         for micro in range(self.plan.accumulation):
@@ -172,7 +170,7 @@ class Run:
                 self.broken.append(line)
                 print(f"broken: {line}; the next sample takes its place", flush=True)
 
-    def _log(self, log: MetricLog | None, window: _Window, waited: float) -> None:
+    def _log(self, log: MetricLog | None, window: Window, waited: float) -> None:
         loss, micro_batches, broken = total(self.world, [window.loss_sum(), window.count, self.broken_count])
         drawn = max(self.step * self.plan.batch, self.samples)
         if broken > self.config.data.max_broken * drawn:
@@ -190,7 +188,7 @@ class Run:
             "train/grad_norm": window.grad_norm,
             "train/skipped_steps": self.skipped,
             "train/broken_samples": broken,
-            "speed/samples_per_second": window.steps(self.plan) * self.plan.batch / seconds,
+            "speed/samples_per_second": window.count / self.plan.accumulation * self.plan.batch / seconds,
             "speed/data_wait": (waited - window.waited) / seconds,
         }
         log.write(self.step, values)
@@ -362,33 +360,6 @@ class Run:
         write_json(self.folder / "run.json", record)
 
 
-class _Window:
-    """Loss and time between two log lines; losses stay on the device until they are needed."""
-
-    def __init__(self, waited: float = 0.0) -> None:
-        self.started = time.perf_counter()
-        self.waited = waited
-        self.losses: list[torch.Tensor] = []
-        self.grad_norm = math.nan
-
-    def add(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss)
-
-    @property
-    def count(self) -> int:
-        return len(self.losses)
-
-    @property
-    def last_loss(self) -> float:
-        return float(self.losses[-1]) if self.losses else math.nan
-
-    def loss_sum(self) -> float:
-        return float(torch.stack(self.losses).double().sum())
-
-    def steps(self, plan: BatchPlan) -> int:
-        return self.count // plan.accumulation
-
-
 def make_schedule(config: Config, steps: int, samples: int) -> Schedule:
     """The learning rate as a function of the step, from durations in epochs."""
     optim = config.optim
@@ -405,8 +376,3 @@ def make_schedule(config: Config, steps: int, samples: int) -> Schedule:
         kind=optim.schedule,
         milestones=tuple(to_steps(epoch) for epoch in optim.milestones),
     )
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

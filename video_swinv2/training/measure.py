@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 Item = TypeVar("Item")
@@ -60,6 +62,34 @@ class Waiting:
             yield item
 
 
+class Window:
+    """Loss and time between two log lines; losses stay on the device until they are needed."""
+
+    def __init__(self, waited: float = 0.0) -> None:
+        self.started = time.perf_counter()
+        self.waited = waited
+        self.losses: list[torch.Tensor] = []
+        self.grad_norm = math.nan
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Keep the loss of one micro-batch."""
+        self.losses.append(loss)
+
+    @property
+    def count(self) -> int:
+        """Micro-batches so far."""
+        return len(self.losses)
+
+    @property
+    def last_loss(self) -> float:
+        """The newest loss; NaN before the first."""
+        return float(self.losses[-1]) if self.losses else math.nan
+
+    def loss_sum(self) -> float:
+        """Sum of the losses."""
+        return float(torch.stack(self.losses).double().sum())
+
+
 def versions() -> dict[str, str]:
     """Python and the packages whose version can change a result."""
     found = {"python": platform.python_version()}
@@ -86,3 +116,8 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
