@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data.datasets import SampleDataset, image_files, labelled, read_image, unlabelled
+from video_swinv2.data.datasets import BROKEN, SampleDataset, image_files, labelled, read_image, unlabelled
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
@@ -103,6 +103,9 @@ def test_broken_files_are_replaced_and_named(clips):
     assert len(sample.broken) == 1
     assert "clip 2.mp4" in sample.broken[0]
     assert sample.label == 1  # of clip 3
+    plain = dataset(clips, augment=None)[(0, 2)]
+    assert (plain.label, len(plain.broken)) == (BROKEN, 1)
+    assert plain.pixels.shape == sample.pixels.shape
     for i in range(6):
         (clips / f"clip {i}.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="nor can any other of the 6"):

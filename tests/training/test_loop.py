@@ -201,6 +201,7 @@ def test_too_many_broken_clips_stop_the_run(recipe, clips, tmp_path):
     )
     record = json.loads((folder / "run.json").read_text())
     assert len(record["broken_files"]) == 1
+    assert json.loads((folder / "run.json").read_text())["best"] is None, "that copy has no validation split"
     assert "3.mp4" in record["broken_files"][0]
 
 

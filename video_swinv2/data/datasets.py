@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from video_swinv2.models.simmim import mask_cells, random_mask
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 HELD_OUT = 20  # one image in this many validates, where a folder of images has no val folder
+BROKEN = -100  # the label of a validation sample that could not be read: cross_entropy ignores it, no answer equals it
 Address = tuple[int, int]
 
 
@@ -75,7 +76,8 @@ class SampleDataset(Dataset[Sample]):
     """Clips or images cut out of videos and image files.
 
     With `augment`, samples are random: a function of (seed, epoch, index). Without, they are the centre clip and crop.
-    A file that cannot be read is replaced by the next of the list and named in the sample.
+    A file that cannot be read is named in the sample and replaced by the next of the list; a labelled validation sample
+    is not replaced but gets the label BROKEN, which counts as a wrong answer.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class SampleDataset(Dataset[Sample]):
             raise UsageError(f"data.image_size: {list(size)} is not a number or [H, W]")
         self.entries = entries
         self.data = data
+        self.size = size
         self.seed = seed
         self.random = augment is not None
         self.mask_ratio = mask.ratio if mask else 0.0
@@ -113,7 +116,10 @@ class SampleDataset(Dataset[Sample]):
                     pixels = self.transform(self._read(entry))
                 except DecodeError as error:
                     broken.append(str(error))
-                    continue
+                    if self.random or entry.label < 0:
+                        continue
+                    shape = (self.data.frames or 1, 3, *self.size)
+                    entry, pixels = replace(entry, label=BROKEN), torch.zeros(shape, dtype=torch.uint8)
                 mask = random_mask(self.cells, self.mask_ratio, generator) if self.cells else None
             pixels = pixels[0] if self.data.frames is None else pixels.transpose(0, 1)
             return Sample(pixels.contiguous(), entry.label, mask, tuple(broken))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from video_swinv2.config import Config, to_yaml
 from video_swinv2.data.datasets import Batch
@@ -24,7 +23,7 @@ from video_swinv2.training.checkpoint import Checkpoints, Portable
 from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, make_engine
 from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions, write_json
 from video_swinv2.training.optim import Schedule, parameter_groups
-from video_swinv2.training.runtime import StopSignal, World, agree, say, seed_step, start, stop, total
+from video_swinv2.training.runtime import StopSignal, World, agree, gather, say, seed_step, start, stop, total
 from video_swinv2.training.tasks import Task, initialise
 
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, then the run stops
@@ -206,6 +205,7 @@ class Run:
         better = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
         if value is not None and better:
             self.best = value
+        self.broken = sorted({line for lines in gather(self.world, self.broken) for line in lines})
         weights = self.engine.weights()
         if self.world.rank == 0 and weights is not None:
             if log and measures:
@@ -234,18 +234,11 @@ class Run:
                 for key, value in self.task.tally(self.engine.forward, batch.to(self.world.device)).items():
                     sums[key] = sums.get(key, 0.0) + value
         self.engine.module.train()
-        keys = sorted(self._shared_keys(sums))
+        # A process that got no validation sample knows only of the count.
+        keys = sorted({key for names in gather(self.world, list(sums)) for key in names})
         summed = dict(zip(keys, total(self.world, [sums.get(key, 0.0) for key in keys]), strict=True))
         count = summed.pop("samples")
         return {f"val/{key}": value / count for key, value in summed.items()}
-
-    def _shared_keys(self, sums: dict[str, float]) -> set[str]:
-        """All processes' keys: one that got no validation sample knows only of the count."""
-        if self.world.size == 1:
-            return set(sums)
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, list(sums))
-        return {key for keys in gathered for key in keys}
 
     def _save(self) -> None:
         states = self.engine.states()

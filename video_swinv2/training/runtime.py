@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from video_swinv2.errors import UsageError
 
+T = TypeVar("T")
 # Long enough for rank 0 to build an index or write a report while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -222,6 +223,15 @@ def _reduced(world: World, values: Sequence[float], operation: Any) -> list[floa
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, operation)
     return [float(value) for value in tensor.tolist()]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Every process's value, in the order of the ranks, on all of them; plain data only. Collective."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def say(world: World, text: str) -> None:
