@@ -48,6 +48,11 @@ def test_errors_are_one_line(arguments, code, words, capsys, tmp_path, monkeypat
     assert words in error
 
 
+def test_the_argument_of_deepspeeds_launcher_is_taken():
+    options = make_parser().parse_args(["--local_rank=1", "train", "a.yaml", "seed=1"])
+    assert (options.config.name, options.overrides) == ("a.yaml", ["seed=1"])
+
+
 def test_verbs_are_those_of_the_parser():
     assert set(VERBS) == set(make_parser()._subparsers._group_actions[0].choices)
 

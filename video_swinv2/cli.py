@@ -25,6 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
         "`python -m data_prep`.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    # DeepSpeed's launcher puts it before the verb in every process; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     for name, run, text in (
@@ -35,8 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
         verb = add_verb(verbs, name, run, text, example)
         verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
-        # DeepSpeed's launcher passes it to every process; the environment says the same.
-        verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3 --out runs/a/test"
     verb = add_verb(verbs, "test", _test, "multi-view accuracy with a report", example)
@@ -47,7 +47,6 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="folder for scores, result.json and report.html")
     verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.frame_stride=4")
-    verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     verb = add_verb(
         verbs, "report", _report, "write the report again from saved scores", "video-swinv2 report runs/a/test"

@@ -85,7 +85,6 @@ def _verb(name: str) -> tuple[str, str, str]:
 def _step(title: str, *arguments: str) -> None:
     """Run one command of the toolkit in a process of its own; processes that share the cores get one thread each."""
     print(f"\n== {title}", flush=True)
-    # torch.distributed.run takes `-m` of its own, so only the first interpreter is given here.
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in arguments else os.environ
     code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
     if code:
