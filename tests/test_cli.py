@@ -7,6 +7,7 @@ import pytest
 
 from video_swinv2 import __version__
 from video_swinv2.cli import main, make_parser
+from video_swinv2.command import parse
 
 VERBS = ("pretrain", "train", "test", "report", "predict", "demo")
 
@@ -46,6 +47,28 @@ def test_errors_are_one_line(arguments, code, words, capsys, tmp_path, monkeypat
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert words in error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "test m d --out o --split val seed=1 data.frames=4",
+        "test m d seed=1 data.frames=4 --out o --split val",
+        "test m d seed=1 --out o data.frames=4 --split val",
+        "test --out o m d seed=1 --split val data.frames=4",
+    ],
+)
+def test_overrides_may_stand_anywhere(line):
+    options = parse(make_parser(), line.split())
+    assert (str(options.model), str(options.data), options.split) == ("m", "d", "val")
+    assert options.overrides == ["seed=1", "data.frames=4"]
+
+
+@pytest.mark.parametrize("line", ["test m d --out o --splitt=val", "test m d --out o more", "report d --x=1 a=b"])
+def test_what_is_no_override_is_refused(line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
 
 
 def test_the_argument_of_deepspeeds_launcher_is_taken():

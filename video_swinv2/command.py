@@ -13,7 +13,7 @@ Verbs = argparse._SubParsersAction  # argparse has no public name for what add_s
 
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Run the verb asked for; the exit code is 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         return int(options.run(options) or 0)
     except UserError as error:
@@ -25,6 +25,20 @@ def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to go on", file=sys.stderr)
         return 1
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a verb, with its `key=value` overrides wherever they stand on the line.
+
+    argparse takes positional arguments in one run only, so those behind an option come back to it as unknown.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def add_verb(
