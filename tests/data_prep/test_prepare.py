@@ -272,7 +272,15 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(write_video: Writer, tmp_pat
     for number in range(1, 9):
         (source / "a" / f"{number}.mp4").write_bytes(original.read_bytes())
     command = [sys.executable, "-m", "data_prep", "prepare", str(source), str(out), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts background jobs with SIGINT ignored, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 60
     while not list(out.rglob("*.part")) and time.monotonic() < end:
         time.sleep(0.02)
