@@ -136,7 +136,8 @@ class Run:
         outcome = None
         for micro in range(self.plan.accumulation):
             batch = next(batches)
-            self._note_broken(batch.broken)
+            self.broken_count += len(batch.broken)
+            self._name_broken(batch.broken, "the next sample takes its place")
             seed_step(self.config.seed, self.step, micro, self.world.rank)
             loss = self.task.loss(self.engine.forward, batch.to(self.world.device))
             self.engine.backward(loss)
@@ -162,12 +163,12 @@ class Run:
             )
         return bool(stopping), bool(saving)
 
-    def _note_broken(self, lines: Sequence[str]) -> None:
+    def _name_broken(self, lines: Sequence[str], consequence: str) -> None:
+        """Say each broken file once; only those drawn for training count against data.max_broken."""
         for line in lines:
-            self.broken_count += 1
             if line not in self.broken:
                 self.broken.append(line)
-                print(f"broken: {line}; the next sample takes its place", flush=True)
+                print(f"broken: {line}; {consequence}", flush=True)
 
     def _log(self, log: MetricLog | None, window: Window, waited: float) -> None:
         loss, micro_batches, broken = total(self.world, [window.loss_sum(), window.count, self.broken_count])
@@ -230,7 +231,7 @@ class Run:
         self.engine.module.eval()
         with torch.no_grad():
             for batch in loader:
-                self._note_broken(batch.broken)
+                self._name_broken(batch.broken, "it does not count as a right answer")
                 for key, value in self.task.tally(self.engine.forward, batch.to(self.world.device)).items():
                     sums[key] = sums.get(key, 0.0) + value
         self.engine.module.train()
