@@ -14,9 +14,10 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from data_prep.encode import H264, PART_SUFFIX, file_sha256, keep, part_of, ticks, write_video
+from data_prep.encode import H264, ticks, write_video
 from data_prep.pool import Allow
 from video_swinv2.data.decode import DecodeError, VideoReader, size_for
+from video_swinv2.files import PART_SUFFIX, keep, part_of, sha256
 
 # Without the accurate flags a change of colour matrix darkens the picture by two to three grey levels.
 SCALING = (
@@ -98,9 +99,7 @@ def target_size(shown: tuple[int, int], short_side: int) -> tuple[int, int]:
 def _identify(source: Path) -> Outcome:
     try:
         status = source.stat()
-        return Outcome(
-            source_size=status.st_size, source_mtime_ns=status.st_mtime_ns, source_sha256=file_sha256(source)
-        )
+        return Outcome(source_size=status.st_size, source_mtime_ns=status.st_mtime_ns, source_sha256=sha256(source))
     except FileNotFoundError as fault:
         raise DecodeError(f"{source}: no such file", "missing") from fault
     except OSError as fault:
@@ -126,7 +125,7 @@ def _transcode(task: Task, part: Path, known: Outcome, allow: Allow) -> Outcome:
     return replace(
         known,
         detail=f"{lost} of {lost + len(written)} frames could not be decoded" if lost else "",
-        sha256=file_sha256(part),
+        sha256=sha256(part),
         frames=len(written),
         fps=reader.fps,
         height=size[0],

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 import av
 
-from data_prep.encode import part_of
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
 from video_swinv2.errors import UserError
+from video_swinv2.files import whole, write_json
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def write_dataset(
     write_text(out / "failed.csv", _table(("path", "reason", "detail"), failed))
     record["fingerprint"] = hashlib.sha256("\n".join(f"{s} {p}" for s, p in prints.items()).encode()).hexdigest()
     record |= {"splits": counts, "settings": dict(settings), "versions": versions()}
-    write_text(out / "dataset.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(out / "dataset.json", record)
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
@@ -100,15 +99,8 @@ def versions() -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, synced to disk. Raises UserError naming the file."""
-    part = part_of(path)
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be written ({fault.strerror}); free space or choose another folder") from fault
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

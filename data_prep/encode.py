@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +11,6 @@ import av
 
 # MPEG's clock: whole ticks for every usual frame rate but 23.976, and within a hundredth of a millisecond there.
 TIME_BASE = Fraction(1, 90000)
-PART_SUFFIX = ".part"
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,3 @@ def write_video(
             count += 1
         out.mux(stream.encode(None))
     return count
-
-
-def part_of(path: Path) -> Path:
-    """The hidden name beside `path` under which it is written until it is whole."""
-    return path.with_name(f".{path.name}{PART_SUFFIX}")
-
-
-def keep(part: Path, path: Path) -> None:
-    """Give a whole file its name; after this neither a crash nor a power cut can leave half of it."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of the bytes of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

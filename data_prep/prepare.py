@@ -166,7 +166,7 @@ def _bring_up_to_date(
 
 
 def _why_again(row: object, out: Path, settings_hash: str, retry_failed: bool) -> str | None:
-    known = dict(row)  # type: ignore[call-overload]
+    known = dict(row)  # type: ignore[call-overload]  # sqlite3.Row, which dict() takes
     if known["status"] == "pending":
         return None
     if known["settings_hash"] != settings_hash:

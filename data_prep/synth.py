@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dataset import Listed, SplitContent, read_record, write_dataset
-from data_prep.encode import H264, file_sha256, keep, part_of, ticks, write_video
+from data_prep.encode import H264, ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import keep, part_of, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
@@ -77,7 +78,7 @@ def make(clip: Clip, _allow: Allow) -> str:
     pictures = (av.VideoFrame.from_ndarray(image, format="rgb24") for image in images)
     pairs = zip(ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
-    digest = file_sha256(part)
+    digest = sha256(part)
     keep(part, clip.path)
     return digest
 

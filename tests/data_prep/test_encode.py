@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from data_prep.encode import H264, TIME_BASE, keep, part_of, ticks, write_video
+from data_prep.encode import H264, TIME_BASE, ticks, write_video
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.files import keep, part_of
 
 
 @pytest.mark.parametrize(

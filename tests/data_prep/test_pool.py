@@ -57,7 +57,7 @@ def test_leaving_early_kills_what_runs() -> None:
     running = run_jobs(act, ["a", "patient"], workers=2, seconds_for=lambda job: 30.0)
     next(running)
     started = time.monotonic()
-    running.close()  # type: ignore[attr-defined]
+    running.close()  # type: ignore[attr-defined]  # of a generator
     assert time.monotonic() - started < 5
 
 
@@ -91,7 +91,7 @@ def alive(pid: int) -> bool:
 def wait_for(look: object, seconds: float = 30.0) -> str:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = look()  # type: ignore[operator]
+        found = look()  # type: ignore[operator]  # passed as object
         if found:
             return str(found)
         time.sleep(0.05)

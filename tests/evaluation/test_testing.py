@@ -83,7 +83,7 @@ def with_broken(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def quick(**changes: object) -> TestOverrides:
-    return TestOverrides(**{"workers": 0, "device": "cpu", **changes})  # type: ignore[arg-type]
+    return TestOverrides(**{"workers": 0, "device": "cpu", **changes})  # type: ignore[arg-type]  # keys are the fields
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def test_overrides_that_cannot_be(text: str, fault: str) -> None:
 def test_wrong_usage_is_said_before_any_work(model_path: Path, data: Path, tmp_path: Path) -> None:
     def test(**changes: object) -> None:
         arguments = {"protocol": "center-1x1", "split": "test", "out": tmp_path / "out", "overrides": quick()}
-        run_test(model_path, changes.pop("data", data), **(arguments | changes))  # type: ignore[arg-type]
+        run_test(model_path, changes.pop("data", data), **(arguments | changes))  # type: ignore[arg-type]  # as above
 
     with pytest.raises(UsageError, match="center-1x2"):
         test(protocol="center-1x2")

@@ -21,7 +21,7 @@ from video_swinv2.data.transforms import training_transform, validation_transfor
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import mask_cells, random_mask
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 HELD_OUT = 20  # one image in this many validates, where a folder of images has no val folder
 BROKEN = -100  # the label of a validation sample that could not be read: cross_entropy ignores it, no answer equals it
 Address = tuple[int, int]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from video_swinv2.data.datasets import read_image
+from video_swinv2.data.datasets import IMAGE_SUFFIXES, read_image
 from video_swinv2.data.decode import size_for
 from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry
 from video_swinv2.errors import UsageError, UserError
@@ -24,7 +24,6 @@ from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, rea
 
 VIDEO = "video"
 IMAGE = "image"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
 _HEAD_BYTES = 400
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _STILL_BRANDS = (b"heic", b"heix", b"mif1", b"avif")

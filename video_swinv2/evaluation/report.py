@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from video_swinv2.errors import UserError
 from video_swinv2.evaluation.matrix import draw_matrix
 from video_swinv2.evaluation.metrics import ClassAccuracy, Metrics, compute_metrics, softmax, video_probabilities
 from video_swinv2.evaluation.reading import VideoGroups
 from video_swinv2.evaluation.scores import Scores, load_scores, read_arrays, write_arrays
+from video_swinv2.files import whole
 
 MOST_MISTAKES = 12
 STRIP_FRAMES = 8
@@ -111,14 +110,9 @@ def write_report(out_dir: Path | str) -> Path:
     )
     page = render(scores, metrics, _read_strips(out / "strips.npz"))
     path = out / "report.html"
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole(path) as part:
         # A file name may hold bytes that are no text; the page must not fail for them.
-        aside.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or mend the rights") from error
+        part.write_bytes(page.encode("utf-8", "replace"))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UserError
+from video_swinv2.files import whole
 
 OK = "ok"
 FAILED = "failed"
@@ -92,15 +92,9 @@ def load_scores(path: Path) -> Scores:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write named arrays beside `path`, then rename: a reader sees the old file or the new one. Raises UserError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            np.savez(stream, **arrays)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or change --out") from error
+    """Write named arrays: a reader sees the old file or the new one. Raises UserError."""
+    with whole(path) as part, part.open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def read_arrays(path: Path, mend: str) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -28,6 +27,7 @@ from video_swinv2.evaluation.protocols import Protocol, find_protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.report import save_strips, write_report
 from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, save_scores, write_arrays
+from video_swinv2.files import sha256, write_json
 from video_swinv2.progress import Progress
 from video_swinv2.training.runtime import World, start, stop
 from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, model_file, read_card
@@ -246,7 +246,7 @@ def _finish(plan: _Plan, world: World, seconds: float) -> None:
     metrics = compute_metrics(scores, average=plan.protocol.average, seed=plan.overrides.seed)
     save_strips(plan.out, scores, plan.groups)
     result = make_result(metrics, metadata)
-    (plan.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(plan.out / "result.json", result)
     write_report(plan.out)
     shutil.rmtree(folder)
 
@@ -281,7 +281,7 @@ def _metadata(plan: _Plan, world: World) -> dict[str, Any]:
         "std": list(preprocessing.std),
         "model": {
             "path": str(plan.model_path),
-            "sha256": _file_hash(model_file(plan.model_path)),
+            "sha256": sha256(model_file(plan.model_path)),
             "architecture": plan.card.architecture,
             "provenance": plan.card.provenance,
         },
@@ -307,14 +307,6 @@ def _metadata(plan: _Plan, world: World) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _meet(world: World) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from video_swinv2.errors import UserError
-from video_swinv2.training.measure import write_json
+from video_swinv2.files import write_json
 
 PROTOCOL = "videoswin-4x3"
 PROCESSES = 2  # of DeepSpeed in fine-tuning

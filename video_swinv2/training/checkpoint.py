@@ -5,9 +5,7 @@ It knows nothing of ZeRO stages, world sizes or DeepSpeed, and a kill at any mom
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import sha256, sync
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -131,7 +130,7 @@ class Checkpoints:
             if final.exists():
                 shutil.rmtree(final)
             aside.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             self._prune(step)
         except (OSError, SafetensorError) as error:  # either, for a full disk
             shutil.rmtree(aside, ignore_errors=True)
@@ -165,8 +164,8 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
         # safetensors makes files that only their owner can read; the folder's mode carries the user's umask.
         (folder / name).chmod(folder.stat().st_mode & 0o666)
-        _sync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        sync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     record = {
         "format": FORMAT,
         "step": step,
@@ -175,8 +174,8 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
         "state": json.loads(state),
     }
     (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / STATE_FILE)
-    _sync(folder)
+    sync(folder / STATE_FILE)
+    sync(folder)
 
 
 def _read(folder: Path) -> tuple[Portable, dict[str, JSON]]:
@@ -230,24 +229,7 @@ def _verify_file(path: Path, size: int, digest: str) -> None:
         found = path.stat().st_size
         if found != size:
             raise UserError(f"{path}: has {found} bytes, not the {size} recorded")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise UserError(f"{path}: its content does not match the recorded sha256")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

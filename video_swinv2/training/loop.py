@@ -18,10 +18,11 @@ from video_swinv2.config import Config, to_yaml
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader, validation_loader
 from video_swinv2.errors import UserError
+from video_swinv2.files import write_json
 from video_swinv2.progress import Progress
 from video_swinv2.training.checkpoint import Checkpoints, Portable
 from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, make_engine
-from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions, write_json
+from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions
 from video_swinv2.training.optim import Schedule, parameter_groups
 from video_swinv2.training.runtime import StopSignal, World, agree, gather, say, seed_step, start, stop, total
 from video_swinv2.training.tasks import Task, initialise
@@ -274,8 +275,9 @@ class Run:
 
     def _find_start(self) -> Portable | None:
         """Own checkpoint, else the `resume` run's, else `init`; says which."""
-        found = self.checkpoints.newest()
+        found, whose = self.checkpoints.newest(), "own checkpoint"
         if found is None and self.config.resume:
+            whose = f"checkpoint of {self.config.resume}"
             found = Checkpoints(Path(self.config.resume) / "checkpoints").newest()
             if found is None:
                 raise UserError(f"{self.config.resume}: no checkpoint to resume from; leave resume away to use init")
@@ -294,7 +296,7 @@ class Run:
         self.skipped = int(state["skipped"])  # type: ignore[arg-type]
         self.seconds_before = float(state["seconds"])  # type: ignore[arg-type]
         self.task.encoder.cpb_norm = state["cpb_norm"]  # type: ignore[assignment]
-        say(self.world, f"weights: own checkpoint, step {step} of {self.steps}")
+        say(self.world, f"weights: {whose}, step {step} of {self.steps}")
         return portable
 
     def _make_engine(self) -> Engine:

@@ -111,13 +111,6 @@ def git_state() -> str:
         return ""
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a small JSON file, complete or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """All lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

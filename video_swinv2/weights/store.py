@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
+from video_swinv2.files import whole
 from video_swinv2.models.swinv2 import Axes, SwinV2
 
 KEY = "video_swinv2"  # of the metadata entry in the safetensors header
@@ -76,21 +75,15 @@ def save_model(
         "provenance": dict(provenance or {}),
     }
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata={"format": "pt", KEY: json.dumps(card)})
-        # The library writes for the owner alone; a model file is as open as the folder it is in.
-        aside.chmod(path.parent.stat().st_mode & 0o666)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with whole(path) as part:
+        save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(card)})
+        # The library writes for the owner alone; a model file is as open as the folder it is in.
+        part.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def model_file(path: Path | str) -> Path:
