@@ -144,6 +144,9 @@ class Config:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     init_cpb_norm: tuple[tuple[int, ...], ...] | None = None
     """The log-CPB normaliser per stage of `init` weights that do not tell it."""
+    init_time_noise: NotNegative = 0.0
+    """Noise that sums to zero over time on an inflated patch kernel, in its deviations: where classes are motions,
+    training is slow to tell a clip from its reversal without it."""
     resume: str | None = None
     """Another run's folder to go on from, used when `out` has no checkpoint of its own."""
     seed: int = 0

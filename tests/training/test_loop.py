@@ -214,6 +214,7 @@ def test_too_many_broken_clips_stop_the_run(recipe, clips, tmp_path):
         ({"model": {"name": "swinv2_smal"}}, 2, "did you mean 'swinv2_small'"),
         ({"model": {"window": [4, 4]}}, 2, "model: window"),
         ({"optim": {"batch": 0}}, 2, "optim.batch"),
+        ({"init_time_noise": 1.0}, 2, "init_time_noise"),
         ({"resume": "elsewhere"}, 1, "elsewhere: no checkpoint to resume from"),
     ],
 )

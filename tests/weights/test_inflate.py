@@ -78,6 +78,33 @@ def test_order_in_time_is_free_at_inflation_and_matters_after_learning(image_fil
         assert (clip(x) - clip(x[:, :, [2, 0, 3, 1]])).abs().max() > 1e-3
 
 
+def test_time_noise_keeps_still_clips_and_tells_a_clip_from_its_reversal(image_file):
+    path, image = image_file
+    clips = []
+    for noise in (0.0, 1.0):
+        clip = vs.create_model("swinv2_nano", num_classes=4, frames=2, image_size=64, window=(2, 4, 4)).eval()
+        account = vs.load_weights(clip, path, time_noise=noise, seed=3)
+        clips.append(clip)
+    assert "sums to zero over time" in account.inflated["patch_embed.proj.weight"]
+    plain, noisy = (clip.patch_embed.proj.weight for clip in clips)
+    assert (noisy - plain).std().item() == pytest.approx(plain.std().item(), rel=0.1)
+    x = torch.randn(2, 3, 2, 64, 64)
+    still = x[:, :, :1].expand(-1, -1, 2, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(clips[1](still), image(x[:, :, 0]), rtol=0, atol=1e-5)
+        reversal = [(clip(x) - clip(x.flip(2))).abs().max().item() for clip in clips]
+    assert reversal[0] < 1e-5
+    assert reversal[1] > 1e-2
+
+
+def test_time_noise_without_inflation_is_refused(image_file):
+    path, _ = image_file
+    for patch in ({"frames": 8, "patch_size": (1, 4, 4)}, {}):
+        model = vs.create_model("swinv2_nano", num_classes=4, image_size=64, window=4, **patch)
+        with pytest.raises(UserError, match="time_noise"):
+            vs.load_weights(model, path, time_noise=1.0)
+
+
 def test_account_explains_every_key(image_file):
     path, image = image_file
     clip = vs.create_model("swinv2_nano", num_classes=9, frames=8, image_size=64)

@@ -156,11 +156,21 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
 
 def initialise(task: Task, config: Config) -> tuple[str, dict[str, object]]:
     """Fill the model from `init`; what happened, for people, and the provenance of the weights."""
+    if config.init == "scratch" and config.init_time_noise:
+        raise UsageError("init_time_noise: is for inflated weights, and init is scratch; leave it away")
     if config.init == "scratch":
         return "weights: from scratch", {"init": "scratch"}
     classes = task.classes if isinstance(task, Classification) else None
-    account = load_weights(task.encoder, config.init, classes=classes, cpb_norm=config.init_cpb_norm)
-    return str(account), {"init": config.init, "layout": account.layout, "provenance": account.provenance}
+    account = load_weights(
+        task.encoder,
+        config.init,
+        classes=classes,
+        cpb_norm=config.init_cpb_norm,
+        time_noise=config.init_time_noise,
+        seed=config.seed,
+    )
+    origin = {"init": config.init, "layout": account.layout, "init_time_noise": config.init_time_noise}
+    return str(account), origin | {"provenance": account.provenance}
 
 
 def preprocessing_of(config: Config) -> Preprocessing:

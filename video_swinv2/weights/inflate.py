@@ -18,6 +18,7 @@ from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 
 HEAD = ("head.weight", "head.bias")
+PATCH_KERNEL = "patch_embed.proj.weight"
 
 
 def load_weights(
@@ -26,12 +27,15 @@ def load_weights(
     *,
     classes: Sequence[str] | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
+    time_noise: float = 0.0,
+    seed: int = 0,
 ) -> Account:
     """Fill `model` from a checkpoint and say what became of every tensor; the account prints itself.
 
     classes: the model's class names; the head is taken over only where the file's classes are the same, in any order.
     cpb_norm: the normaliser per stage of a checkpoint that does not tell it (files of ours and files with Microsoft's
-    coordinate tables do); it is never guessed. UserError, and an untouched model, if anything stays unexplained.
+    coordinate tables do); it is never guessed. time_noise: see `time_noise_of`; 0 inflates plainly. UserError, and an
+    untouched model, if anything stays unexplained.
     """
     checkpoint = read_checkpoint(path)
     account = Account(str(path), checkpoint.layout)
@@ -50,6 +54,11 @@ def load_weights(
             account.unused[name] = head
         else:
             values[name] = _fit(name, tensor, target[name], account)
+    if time_noise:
+        if PATCH_KERNEL not in account.inflated or target[PATCH_KERNEL].shape[2] == 1:
+            raise account.refuse("time_noise has no kernel to act on", "it is for images into clips, patch 2 or more")
+        values[PATCH_KERNEL] = values[PATCH_KERNEL] + time_noise_of(values[PATCH_KERNEL], time_noise, seed)
+        account.inflated[PATCH_KERNEL] += f"; plus noise that sums to zero over time ({time_noise:g} deviations)"
     for name in sorted(target.keys() - values.keys()):
         if name in HEAD:
             account.initialised[name] = head
@@ -63,6 +72,18 @@ def load_weights(
     model.load_state_dict(target | values)
     model.cpb_norm = norms
     return account
+
+
+def time_noise_of(kernel: Tensor, strength: float, seed: int) -> Tensor:
+    """Noise for an inflated patch kernel (C, 3, T, H, W) that sums to zero over T, of `strength` times its deviation.
+
+    A still clip keeps its features exactly. But plain inflation gives a model that sees a clip and its reversal as one,
+    and where the classes are motions training is slow to leave that symmetry (docs/demo.md has the figures).
+    """
+    frames = kernel.shape[2]
+    noise = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed)).to(kernel)
+    noise = noise - noise.mean(dim=2, keepdim=True)
+    return noise * strength * kernel.std() * (frames / (frames - 1)) ** 0.5
 
 
 def _normaliser(
@@ -118,7 +139,7 @@ def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
     if tensor.shape == target.shape:
         account.loaded.append(name)
         return tensor.to(target.dtype)
-    if name == "patch_embed.proj.weight" and tensor.ndim == 4 and target.ndim == 5:
+    if name == PATCH_KERNEL and tensor.ndim == 4 and target.ndim == 5:
         length = target.shape[2]
         inflated = (tensor / length).unsqueeze(2).expand(-1, -1, length, -1, -1)
         reason = f"kernel divided by {length} and repeated over {length} frames"
