@@ -4,10 +4,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo proof test test-slow lint clean
 
 demo: $(READY)
 	$(VENV)/bin/video-swinv2 demo --out $(OUT)
+
+proof: $(READY)
+	$(VENV)/bin/python -m tests.proof
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q

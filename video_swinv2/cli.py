@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -61,6 +62,60 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
+    example = "video-swinv2 convert swinv2_tiny_patch4_window8_256.pth tiny.safetensors --frames 16 --window 8,7,7"
+    verb = add_verb(
+        verbs, "convert", _convert, "any known checkpoint to a model file, or ours to other windows", example
+    )
+    verb.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="file or Hub-style folder of any known layout"
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="a name that ends in .safetensors, or a folder")
+    verb.add_argument("--model", metavar="NAME", help="by default counted in the tensors")
+    verb.add_argument("--frames", type=int, metavar="N", help="frames of a clip; image weights are inflated")
+    verb.add_argument("--image-size", type=_axes, metavar="H,W", help="pixels; by default as trained")
+    verb.add_argument("--patch-size", type=_axes, metavar="T,H,W", help="by default as trained, and 2 frames")
+    verb.add_argument("--window", type=_axes, metavar="T,H,W", help="tokens; by default as trained, and 8 in time")
+    verb.add_argument("--cpb-norm", type=_integers, metavar="12,12,12,6", help="of weights that do not tell it")
+    verb.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
+    verb.add_argument(
+        "--frame-stride", type=int, metavar="N", help="distance of frames in a clip; default as trained, or 1"
+    )
+    verb.add_argument("--json", action="store_true", help="print the account as JSON")
+
+    example = "video-swinv2 bench model --against torchvision"
+    verb = add_verb(verbs, "bench", _bench, "speed and memory, measured on this machine", example)
+    verb.add_argument("what", choices=("model",), help="model: against torchvision, or backend against backend")
+    verb.add_argument(
+        "--against", choices=("torchvision", "backends"), default="torchvision", help="default %(default)s"
+    )
+    verb.add_argument("--model", default="swinv2_tiny", metavar="NAME", help="default %(default)s")
+    verb.add_argument("--batch", type=int, default=1, metavar="N", help="clips, default %(default)s")
+    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
+    verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+    example = "video-swinv2 export runs/a/model.safetensors model.onnx --check clip.mp4"
+    verb = add_verb(verbs, "export", _export, "a program for other software: torch.export or ONNX, checked", example)
+    verb.add_argument("model", type=Path, metavar="MODEL")
+    verb.add_argument("out", type=Path, metavar="OUT", help="a name that ends in .onnx or .pt2")
+    verb.add_argument("--frames", type=int, metavar="N", help="frames of a clip; by default as trained")
+    verb.add_argument("--image-size", type=_axes, metavar="H,W", help="pixels; by default as trained")
+    verb.add_argument("--window", type=_axes, metavar="T,H,W", help="tokens; by default as trained")
+    verb.add_argument("--opset", type=int, help="of ONNX, default 23, the first with scaled dot products")
+    verb.add_argument("--check", type=Path, metavar="FILE", help="compare on this video or image; default noise")
+
+    example = "video-swinv2 plan CONFIG.yaml engine.zero_stage=3 --processes 8 --memory 80GB"
+    verb = add_verb(verbs, "plan", _plan, "memory, work and steps of a training run, computed beforehand", example)
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="devices, default %(default)s")
+    verb.add_argument("--pretrain", action="store_true", help="plan `pretrain`, not `train`")
+    verb.add_argument("--samples", type=int, metavar="N", help="training samples, where the data is not here")
+    verb.add_argument("--classes", type=int, metavar="N", help="classes, where the data is not here")
+    verb.add_argument("--memory", type=_bytes, metavar="80GB", help="of a device; exit code 1 if the run does not fit")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
     example = "video-swinv2 demo --out runs/demo"
     verb = add_verb(verbs, "demo", _demo, "the whole path on generated clips, in minutes on a laptop", example)
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
@@ -114,7 +169,93 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if any(answer.error for answer in answers) else 0
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from video_swinv2.weights.convert import convert
+    from video_swinv2.weights.pretrained import Sizes
+
+    account = convert(
+        options.checkpoint,
+        options.out,
+        Sizes(options.frames, options.image_size, options.patch_size, options.window),
+        name=options.model,
+        cpb_norm=options.cpb_norm,
+        classes=options.classes,
+        frame_stride=options.frame_stride,
+    )
+    print(json.dumps(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from video_swinv2.tools import bench
+
+    common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
+    if options.against == "torchvision":
+        result = bench.bench_model(options.model, batch=options.batch, **common)
+        print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
+    else:
+        rows = bench.bench_layer(options.model, **common)
+        print(json.dumps(rows, indent=1) if options.json else bench.show_layer(rows))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from video_swinv2.deploy.export import export
+
+    difference = export(
+        options.model,
+        options.out,
+        frames=options.frames,
+        image_size=options.image_size,
+        window=options.window,
+        opset=options.opset,
+        check=options.check,
+    )
+    print(f"wrote {options.out}; largest difference of a logit from the model: {difference:.1e}")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from video_swinv2.config import load_config
+    from video_swinv2.tools.plan import make_plan, show
+
+    plan = make_plan(
+        load_config(options.config, options.overrides),
+        processes=options.processes,
+        samples=options.samples,
+        classes=options.classes,
+        pretraining=options.pretrain,
+    )
+    print(
+        json.dumps(dataclasses.asdict(plan) | {"peak": plan.peak}, indent=1)
+        if options.json
+        else show(plan, options.memory)
+    )
+    return int(options.memory is not None and plan.peak > options.memory)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from video_swinv2.tools.demo import run_demo
 
     run_demo(options.out)
+
+
+def _axes(text: str) -> int | tuple[int, ...]:
+    """`8,7,7`, or one number for every axis."""
+    numbers = _integers(text)
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers such as 8,7,7") from None
+
+
+def _bytes(text: str) -> int:
+    """`80GB` (10^9 bytes) or `80GiB` (2^30 bytes) -> bytes."""
+    for unit, size in (("GiB", 2**30), ("GB", 10**9)):
+        if text.endswith(unit):
+            try:
+                return int(float(text.removesuffix(unit)) * size)
+            except ValueError:
+                break
+    raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 80GB or 80GiB")

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.errors import UsageError
+from video_swinv2.models.attention import Backend
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -36,7 +37,7 @@ class ModelConfig:
     cpb_norm: tuple[tuple[int, ...], ...] | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head_dropout: Fraction01 = 0.0
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    attention: Backend = "auto"
     checkpoint_blocks: Annotated[int, Field(ge=0)] = 0
 
 

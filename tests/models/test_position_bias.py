@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from video_swinv2.models.position_bias import log_coordinates, offsets, pair_index, position_bias
+from video_swinv2.models.position_bias import bias_table, expand, log_coordinates, offsets, token_codes
+
+
+def pair_bias(mlp, window, norm):
+    return expand(bias_table(mlp, window, norm, torch.device("cpu")), window)
 
 
 @pytest.mark.parametrize(
@@ -25,31 +29,38 @@ def test_one_token_windows_do_not_divide_by_zero():
     assert torch.equal(log_coordinates(offsets((1, 3)), (1, 3))[:, 0], torch.zeros(5))
 
 
-@pytest.mark.parametrize("window", [(3, 4), (2, 3, 5), (1, 7, 7)])
-def test_index_points_to_query_minus_key(window):
-    table, index = offsets(window), pair_index(window)
+@pytest.mark.parametrize("window", [(3, 4), (2, 3, 5), (1, 7, 7), (5,), (2, 1, 3)])
+def test_pairs_find_query_minus_key(window):
+    """Both ways from a table of offsets to pairs: the codes that index it, and the copies that spread it out."""
     positions = torch.tensor(list(itertools.product(*map(range, window))))
-    assert torch.equal(table[index], (positions[:, None] - positions[None, :]).float())
+    expected = (positions[:, None] - positions[None, :]).float()
+    table = offsets(window)
+    code, constant = token_codes(window)
+    assert torch.equal(table[code[:, None] - code[None, :] + constant], expected)
+    assert torch.equal(expand(table.t(), window), expected.movedim(-1, 0))
 
 
 def test_larger_window_keeps_the_bias_of_common_offsets():
+    """With the normaliser of the weights; with the new window's own, as a naive change of window has it, it differs."""
     mlp = nn.Sequential(nn.Linear(3, 512), nn.ReLU(), nn.Linear(512, 4, bias=False))
     nn.init.normal_(mlp[2].weight, std=0.3)
-    norm, cpu = (4, 6, 6), torch.device("cpu")
-    small = position_bias(mlp, (4, 6, 6), norm, cpu)
-    large = position_bias(mlp, (8, 9, 12), norm, cpu)
-    inside = [
-        i for i, p in enumerate(itertools.product(range(8), range(9), range(12))) if p[0] < 4 and p[1] < 6 and p[2] < 6
-    ]
+    norm, small_window, large_window = (4, 6, 6), (4, 6, 6), (8, 9, 12)
+    large_offsets = offsets(large_window)
+    common = (large_offsets.abs() < torch.tensor(small_window)).all(dim=1)
+    coordinates = log_coordinates(large_offsets, norm)[common]
+    assert torch.equal(coordinates, log_coordinates(offsets(small_window), norm))
+    assert not torch.allclose(coordinates, log_coordinates(large_offsets, large_window)[common], atol=1e-2)
+    small, large = pair_bias(mlp, small_window, norm), pair_bias(mlp, large_window, norm)
+    positions = itertools.product(*map(range, large_window))
+    inside = [i for i, p in enumerate(positions) if all(a < b for a, b in zip(p, small_window, strict=True))]
     torch.testing.assert_close(large[:, inside][:, :, inside], small, rtol=0, atol=1e-6)
-    assert not torch.allclose(
-        position_bias(mlp, (8, 9, 12), (8, 9, 12), cpu)[:, inside][:, :, inside], small, atol=1e-2
-    )
+    renormalised = pair_bias(mlp, large_window, large_window)[:, inside][:, :, inside]
+    assert (renormalised - small).abs().max() > 1e-2
 
 
 def test_bias_is_the_formula():
     mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 3, bias=False))
-    bias = position_bias(mlp, (3, 5), (3, 5), torch.device("cpu"))
+    bias = pair_bias(mlp, (3, 5), (3, 5))
     positions = list(itertools.product(range(3), range(5)))
     for i, j in [(0, 14), (7, 3), (5, 5)]:
         coordinates = [

@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
+from video_swinv2.models.position_bias import expand
 from video_swinv2.models.windows import crop_to, layout, merge, pad_to, padded, partition, roll, shrink
 
 
@@ -61,9 +64,10 @@ def test_mask_is_the_definition(grid, window, shifted):
     for flat, position in enumerate(itertools.product(*map(range, grid)), start=1):
         cell[flat] = tuple((p - s) // w for p, s, w in zip(position, plan.shift, plan.window, strict=True))
     seen = set()
+    mask = None if plan.allowed is None else plan.allowed.tolist()
     for w, row in enumerate(tokens.tolist()):
         for (i, query), (j, key) in itertools.product(enumerate(row), repeat=2):
-            allowed = True if plan.allowed is None else bool(plan.allowed[w, i, j])
+            allowed = mask is None or mask[w][i][j]
             if query and key:
                 assert allowed == (cell[query] == cell[key]), (query, key)
                 if allowed:
@@ -72,3 +76,60 @@ def test_mask_is_the_definition(grid, window, shifted):
                 assert not allowed, "a real token and padding"
     expected = {(a, b) for a, b in itertools.product(cell, repeat=2) if cell[a] == cell[b]}
     assert seen == expected, "some pair of one cell never meets"
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "patterns"),
+    [
+        ((4, 8, 8), (2, 4, 4), 8),  # inner or at the end, on three axes
+        ((2, 8, 8), (2, 4, 4), 4),  # one window in time does not shift
+        ((8, 8), (4, 4), 4),
+        ((8, 4), (4, 4), 2),
+        ((6, 9, 12), (3, 3, 4), 8),
+    ],
+)
+def test_shifted_windows_have_so_many_masks(grid, window, patterns):
+    plan = layout(grid, window, True, torch.device("cpu"))
+    assert len(plan.allowed.flatten(1).unique(dim=0)) == patterns
+    assert torch.equal(plan.allowed, plan.allowed.transpose(1, 2))
+    assert plan.allowed.diagonal(dim1=1, dim2=2).all()
+
+
+@pytest.mark.parametrize(("grid", "window"), [((9, 6), (4, 4)), ((5, 6, 7), (2, 3, 3)), ((3, 9, 5), (8, 4, 3))])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_padding_sees_itself_so_that_no_softmax_is_empty(grid, window, shifted):
+    plan = layout(grid, window, shifted, torch.device("cpu"))
+    assert torch.equal(plan.allowed, plan.allowed.transpose(1, 2))
+    assert plan.allowed.diagonal(dim1=1, dim2=2).all()
+    assert plan.divided == tuple(len(set(labels)) > 1 for labels in plan.label.tolist())
+
+
+def test_whole_unshifted_windows_need_no_mask():
+    assert layout((4, 8, 8), (2, 4, 4), False, torch.device("cpu")).allowed is None
+    assert layout((4, 8, 8), (8, 8, 8), True, torch.device("cpu")).allowed is None
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("grid", [(4, 6, 8), (2, 6, 8), (6, 9, 4), (1, 6, 12), (8, 3, 8)])
+def test_windows_are_those_of_torchvisions_video_swin(grid, shifted):
+    """Dot-product attention with a bias table, as Video Swin V1 has it, on our windows: nothing but windows is shared.
+
+    No padded grids, where torchvision attends to padding; its table has no window shrunk in space.
+    """
+    window, heads = (2, 3, 4), 2
+    theirs = ShiftedWindowAttention3d(16, list(window), [w // 2 if shifted else 0 for w in window], heads).eval()
+    torch.nn.init.normal_(theirs.relative_position_bias_table)
+    x = torch.randn(2, *grid, 16)
+    plan = layout(grid, window, shifted, x.device)
+    tokens = partition(roll(x, [-s for s in plan.shift]), plan.window)
+    qkv = F.linear(tokens, theirs.qkv.weight, theirs.qkv.bias)
+    q, k, v = qkv.view(*tokens.shape[:3], 3, heads, 8).permute(3, 0, 1, 4, 2, 5)
+    offsets_in_time = 2 * plan.window[0] - 1
+    table = theirs.relative_position_bias_table.view(3, -1, heads)
+    table = table.narrow(0, (3 - offsets_in_time) // 2, offsets_in_time).reshape(-1, heads)
+    logits = q @ k.transpose(-2, -1) / 8**0.5 + expand(table.t(), plan.window)
+    if plan.allowed is not None:
+        logits = logits.masked_fill(~plan.allowed[:, None], -torch.inf)
+    out = theirs.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
+    with torch.no_grad():
+        torch.testing.assert_close(roll(merge(out, plan.window, grid), plan.shift), theirs(x), rtol=0, atol=1e-5)

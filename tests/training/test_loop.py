@@ -215,6 +215,7 @@ def test_too_many_broken_clips_stop_the_run(recipe, clips, tmp_path):
         ({"model": {"window": [4, 4]}}, 2, "model: window"),
         ({"optim": {"batch": 0}}, 2, "optim.batch"),
         ({"init_time_noise": 1.0}, 2, "init_time_noise"),
+        ({"model": {"attention": "flex"}}, 2, "flex trains on CUDA only"),
         ({"resume": "elsewhere"}, 1, "elsewhere: no checkpoint to resume from"),
     ],
 )

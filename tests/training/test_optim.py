@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.models.parameters import decays, layer_id
 from video_swinv2.models.variants import create_model
 from video_swinv2.training.optim import (
     Schedule,
     build_optimizer,
-    decays,
-    layer_id,
     parameter_groups,
     write_hyperparameters,
 )
@@ -56,7 +55,7 @@ def test_layer_ids_of_small(name: str, expected: int) -> None:
     "name", ["layers.4.blocks.0.norm1.weight", "layers.0.blocks.2.norm1.weight", "layers.4.downsample.norm.bias"]
 )
 def test_a_block_that_depths_do_not_have_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=re.escape(name)):
+    with pytest.raises(ValueError, match=re.escape(name)):
         layer_id(name, TINY)
 
 

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from video_swinv2.config import STRICT, NotNegative, Positive, apply_override
 from video_swinv2.errors import UsageError
+from video_swinv2.models.attention import Backend
 from video_swinv2.weights.store import Preprocessing
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -33,7 +34,7 @@ class TestOverrides:
     frame_stride: Positive | None = None
     window: Positive | tuple[Positive, ...] | None = None
     """An int for every axis, (T, H, W), or (H, W) for an image model."""
-    attention: Literal["auto", "eager", "sdpa"] | None = None
+    attention: Backend | None = None
     frame_order: FrameOrder = "in-order"
     """Anything but in-order asks how much of the accuracy is owed to the order of time."""
     batch_views: Positive = 12

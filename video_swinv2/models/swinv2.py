@@ -6,7 +6,9 @@ Letters: B batch, C channels, *S the grid (tokens per axis), *P pixels (and fram
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
+from video_swinv2.models.parameters import decays, layer_id, stage_id
 from video_swinv2.models.windows import Layout, Size, crop_to, layout, merge, pad_to, partition, roll, shrink
 
 Axes = int | Sequence[int]
@@ -49,6 +52,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class BranchNorm(nn.LayerNorm):
+    """LayerNorm at the end of a residual branch. It starts at zero, so that a fresh network is the identity there."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Block(nn.Module):
     """x + DropPath(norm1(attention(x))), then x + DropPath(norm2(mlp(x))): residual post-norm, equation 2 of the paper.
 
@@ -60,9 +71,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attn = WindowAttention(dim, heads, axes, attention)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = BranchNorm(dim)
         self.mlp = Mlp(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = BranchNorm(dim)
         self.drop_path = DropPath(drop_path)
         if extra_norm:
             self.enorm = nn.LayerNorm(dim)
@@ -92,7 +103,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., H, W, C) -> (B, ..., ceil(H / 2), ceil(W / 2), 2C)."""
-        x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
+        if x.shape[-2] % 2 or x.shape[-3] % 2:  # F.pad copies even where there is nothing to pad
+            x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
         corners = [x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)]
         return self.norm(self.reduction(torch.cat(corners, dim=-1)))
 
@@ -122,6 +134,8 @@ class Stage(nn.Module):
     def _layouts(self, grid: Size, device: torch.device) -> tuple[Layout, Layout]:
         """Both layouts of this grid, shared by all blocks and kept until another size comes."""
         key = (grid, self.window, device)
+        if torch.compiler.is_compiling():  # a graph that writes to its module is compiled again at the second call
+            return layout(grid, self.window, False, device), layout(grid, self.window, True, device)
         if self._kept_layouts is None or self._kept_layouts[0] != key:
             pair = (layout(grid, self.window, False, device), layout(grid, self.window, True, device))
             self._kept_layouts = (key, pair)
@@ -223,10 +237,6 @@ class SwinV2(nn.Module):
         self.head_drop = nn.Dropout(head_dropout)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
-        for block in self.blocks():
-            # Every branch starts at zero, so that a fresh network is the identity between its mergings.
-            nn.init.zeros_(block.norm1.weight)
-            nn.init.zeros_(block.norm2.weight)
 
     @property
     def cpb_norm(self) -> list[Size]:
@@ -310,6 +320,53 @@ class SwinV2(nn.Module):
             windows.append(shrink(self.window, grid)[0])
             grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
         return windows
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        frames: int | None = None,
+        image_size: Axes | None = None,
+        patch_size: Axes | None = None,
+        window: Axes | None = None,
+        cpb_norm: Sequence[Sequence[int]] | None = None,
+    ) -> SwinV2:
+        """A model with the weights of a file or Hub folder of any known layout, in eval mode, fp32, on the CPU.
+
+        Sizes not given are those the weights were trained with; `frames` makes a clip model of image weights. cpb_norm:
+        as in `load_weights`. UserError for weights that cannot be read or explained, UsageError for sizes.
+        """
+        # Here, not above: models know nothing of files, but people look for this name on the class.
+        from video_swinv2.weights.formats import read_checkpoint
+        from video_swinv2.weights.pretrained import Sizes, open_model
+
+        sizes = Sizes(frames, image_size, patch_size, window)
+        return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
+
+    def save_pretrained(self, folder: Path | str, *, classes: Sequence[str] = ()) -> None:
+        """Write `model.safetensors` and a readable `config.json`; `save_model` can say more."""
+        from video_swinv2.weights.pretrained import save_pretrained  # see from_pretrained
+
+        save_pretrained(self, folder, classes=classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for other classes, on the same device and in the same dtype; 0 leaves the head away."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.norm.weight).apply(_initialise)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """All blocks recompute their activations in the backward pass, or none does."""
+        self.checkpoint_blocks = sum(self.depths) if enable else 0
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay, one-dimensional ones among them."""
+        return {name for name, parameter in self.named_parameters() if not decays(name, parameter)}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """A function from a parameter's name to its depth, by block or (coarse) by stage: timm's optimizers take it."""
+        return partial(stage_id if coarse else layer_id, depths=self.depths)
 
 
 def per_axis(key: str, value: Axes, axes: int) -> Size:

@@ -41,6 +41,22 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
+def find_variant(name: str) -> Variant:
+    """The size called `name`; ValueError with the nearest name if there is none."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
+        raise ValueError(
+            f"no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list_models()}")
+        )
+    return VARIANTS[name]
+
+
+def variant_name(embed_dim: int, depths: Sequence[int]) -> str:
+    """The name of the size with these numbers; `swinv2_custom` if it is none of ours."""
+    sizes = {(variant.embed_dim, variant.depths): name for name, variant in VARIANTS.items()}
+    return sizes.get((embed_dim, tuple(depths)), "swinv2_custom")
+
+
 def create_model(
     name: str,
     *,
@@ -62,12 +78,7 @@ def create_model(
     built with, shrunk to each stage's grid. checkpoint_blocks: how many blocks, from the first on, recompute their
     activations in the backward pass. num_classes 0 leaves the head away. ValueError for an unknown name or sizes.
     """
-    if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
-        raise ValueError(
-            f"no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list_models()}")
-        )
-    variant = VARIANTS[name]
+    variant = find_variant(name)
     return SwinV2(
         name=name,
         embed_dim=variant.embed_dim,

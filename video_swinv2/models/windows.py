@@ -5,6 +5,7 @@ Letters: B batch, *S the grid (T, H, W or H, W), C channels, W windows, N tokens
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,23 +81,29 @@ def merge(windows: Tensor, window: Sequence[int], grid: Sequence[int]) -> Tensor
     return x.permute(0, *order, 2 * axes + 1).reshape(batch, *grid, channels)
 
 
+def bands(length: int, window: int, shift: int) -> list[int]:
+    """What each place of one padded, shifted axis is: -1 padding, else the band of tokens that belong together.
+
+    The roll brings the two ends of an axis into its last window, which is cut in two there.
+    """
+    size = math.ceil(length / window) * window
+    places = [(i + shift) % size for i in range(size)]
+    return [-1 if place >= length else int(i >= size - shift) for i, place in enumerate(places)]
+
+
 def regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
     """(W, N) int64: a label for every token after padding and shifting; tokens see each other only inside one label.
 
-    The roll brings the two ends of an axis into one window, so each axis is cut into three bands there. Padding is one
-    more region: no real token ever looks at it, and it looks only at itself, which keeps its softmax finite.
+    Padding is one more region, -1: no real token ever looks at it, and it looks only at itself, which keeps its softmax
+    finite.
     """
-    size = padded(grid, window)
-    label = torch.zeros(size, dtype=torch.int64)
-    real = torch.ones(tuple(grid), dtype=torch.bool)
-    for axis, (w, s) in enumerate(zip(window, shift, strict=True)):
-        band = torch.zeros(size[axis], dtype=torch.int64)
-        if s:
-            band[-w:-s], band[-s:] = 1, 2
-        label = label * 3 + band.view([-1 if a == axis else 1 for a in range(len(size))])
-    real = roll(pad_to(real[None, ..., None], size), [-s for s in shift])[0, ..., 0]
-    label = label.masked_fill(~real, -1)
-    return partition(label[None, ..., None], window)[0, ..., 0]
+    label = torch.zeros((), dtype=torch.int64)
+    real = torch.ones((), dtype=torch.bool)
+    for length, w, s in zip(grid, window, shift, strict=True):
+        band = torch.tensor(bands(length, w, s))
+        label = label[..., None] * 2 + band
+        real = real[..., None] & (band >= 0)
+    return partition(label.where(real, -1)[None, ..., None], window)[0, ..., 0]
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,33 @@ class Layout:
     padded: Size
     window: Size
     shift: Size
-    allowed: Tensor | None
-    """(W, N, N) bool, True where the query (first) may see the key; None when every pair may."""
+    label: Tensor | None
+    """(W, N) int64, `regions`; None when every token may see all others of its window."""
+    divided: tuple[bool, ...] = ()
+    """For every window, whether it has more than one label; most have not."""
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """(W, N, N) bool, True where the query (first) may see the key; made anew, since it is large."""
+        return None if self.label is None else same(self.label)
+
+
+def same(label: Tensor) -> Tensor:
+    """(W, N) labels -> (W, N, N) bool: whether query (first) and key have one label."""
+    return label[:, :, None] == label[:, None, :]
 
 
 def layout(grid: Size, window: Sequence[int], shifted: bool, device: torch.device) -> Layout:
-    """The layout of one kind of block (shifted or not) over `grid`, its mask on `device`."""
+    """The layout of one kind of block (shifted or not) over `grid`, its labels on `device`."""
     shrunk, shift = shrink(window, grid)
     if not shifted:
         shift = (0,) * len(grid)
     size = padded(grid, shrunk)
-    allowed = None
-    if any(shift) or size != tuple(grid):
-        label = regions(grid, shrunk, shift).to(device)
-        allowed = label[:, :, None] == label[:, None, :]
-    return Layout(tuple(grid), size, shrunk, shift, allowed)
+    if not any(shift) and size == tuple(grid):
+        return Layout(tuple(grid), size, shrunk, shift, None)
+    pieces = []
+    for length, w, s in zip(grid, shrunk, shift, strict=True):
+        band = bands(length, w, s)
+        pieces.append([len(set(band[i : i + w])) > 1 for i in range(0, len(band), w)])
+    divided = tuple(any(window_) for window_ in itertools.product(*pieces))
+    return Layout(tuple(grid), size, shrunk, shift, regions(grid, shrunk, shift).to(device), divided)

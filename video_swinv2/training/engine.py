@@ -203,7 +203,7 @@ class DeepSpeedEngine:
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, bf16: bool
     ) -> None:
-        deepspeed = _import_deepspeed(world)
+        deepspeed = import_deepspeed(world)
         self.module = module
         self._stage = settings.zero_stage
         self._clip_norm = settings.clip_norm
@@ -293,7 +293,8 @@ class DeepSpeedEngine:
         return [GroupShard(piece, parameters, buffer, world) for piece, parameters, buffer in groups]
 
 
-def _import_deepspeed(world: World) -> Any:
+def import_deepspeed(world: World) -> Any:
+    """The package, made fit for this device; UserError where it cannot be had."""
     try:
         import deepspeed
         import deepspeed.ops

@@ -17,7 +17,7 @@ import torch
 from video_swinv2.config import Config, to_yaml
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader, validation_loader
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import write_json
 from video_swinv2.progress import Progress
 from video_swinv2.training.checkpoint import Checkpoints, Portable
@@ -25,6 +25,7 @@ from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, ma
 from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions
 from video_swinv2.training.optim import Schedule, parameter_groups
 from video_swinv2.training.runtime import StopSignal, World, agree, gather, say, seed_step, start, stop, total
+from video_swinv2.training.sharding import sharded_construction, whole_numel
 from video_swinv2.training.tasks import Task, initialise
 
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, then the run stops
@@ -41,9 +42,13 @@ def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
     """
     world = start(config.engine.device)
     try:
+        if config.model.attention == "flex" and world.device.type != "cuda":
+            raise UsageError("model.attention: flex trains on CUDA only; choose sequential, or auto")
         torch.manual_seed(config.seed)  # for the fresh weights; every step seeds itself
         with StopSignal() as signals:
-            Run(config, make_task(config), world, signals).train()
+            with sharded_construction(config.engine, world):
+                task = make_task(config)
+            Run(config, task, world, signals).train()
     finally:
         gc.unfreeze()
         stop()
@@ -61,7 +66,7 @@ class Run:
         self.steps = max(1, round(config.optim.epochs * self.samples / self.plan.batch))
         self.schedule = make_schedule(config, self.steps, self.samples)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, lambda t: say(world, t))
-        self.parameters = sum(p.numel() for p in task.module.parameters())  # before ZeRO-3 scatters them
+        self.parameters = sum(whole_numel(parameter) for parameter in task.module.parameters())
         self.step = 0
         self.best: float | None = None
         self.provenance: dict[str, Any] = {}
@@ -282,7 +287,7 @@ class Run:
             if found is None:
                 raise UserError(f"{self.config.resume}: no checkpoint to resume from; leave resume away to use init")
         if found is None:
-            text, self.provenance = initialise(self.task, self.config)
+            text, self.provenance = initialise(self.task, self.config, self.world)
             say(self.world, text)
             return None
         step, portable, state = found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,44 +12,7 @@ import torch
 from torch import nn
 
 from video_swinv2.errors import UsageError, UserError
-
-_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
-_DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
-_UNDECAYED_NAMES = ("absolute_pos_embed", "mask_token")
-_UNDECAYED_PARTS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
-
-
-def layer_id(name: str, depths: Sequence[int]) -> int:
-    """Depth of a parameter, 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
-
-    As ``get_swin_layer`` of Microsoft's SimMIM: the k-th block of the network is k + 1, and the patch merging after
-    a stage shares the number of the stage's last block. Raises UserError for a block that ``depths`` does not have.
-    """
-    name = name.removeprefix("encoder.")
-    if name.startswith("patch_embed.") or name == "mask_token":
-        return 0
-    if found := _BLOCK.match(name):
-        stage, block = int(found[1]), int(found[2])
-        if stage < len(depths) and block < depths[stage]:
-            return sum(depths[:stage]) + block + 1
-    elif found := _DOWNSAMPLE.match(name):
-        if int(found[1]) < len(depths):
-            return sum(depths[: int(found[1]) + 1])
-    else:
-        return sum(depths) + 1
-    raise UserError(f"parameter {name}: depths {tuple(depths)} have no such block; pass the model's own depths")
-
-
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the position-bias MLP.
-
-    As SwinV2's ``no_weight_decay`` lists mean it. Microsoft's SimMIM pre-training misses its own keywords (it looks
-    for ``encoder.cpb_mlp``, which no name contains) and so decays logit scales and position-bias MLPs; this does not.
-    """
-    name = name.removeprefix("encoder.")
-    if parameter.ndim <= 1 or name.endswith(".bias") or name in _UNDECAYED_NAMES:
-        return False
-    return not any(part in name for part in _UNDECAYED_PARTS)
+from video_swinv2.models.parameters import decays, layer_id
 
 
 def parameter_groups(
@@ -60,7 +22,7 @@ def parameter_groups(
 
     A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM). Without layer decay there
     are two groups at most, since each group costs a collective per step. Raises UserError where there is nothing to
-    train or a name does not fit ``depths``, UsageError for a layer decay outside (0, 1].
+    train, ValueError where a name does not fit ``depths``, UsageError for a layer decay outside (0, 1].
     """
     if not 0.0 < layer_decay <= 1.0:
         raise UsageError(f"layer_decay: {layer_decay} is not in (0, 1]; 1 turns it off")

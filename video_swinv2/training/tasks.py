@@ -17,6 +17,8 @@ from video_swinv2.errors import UsageError
 from video_swinv2.models.simmim import SimMIM, masked_l1, normalise_target
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
+from video_swinv2.training.runtime import World
+from video_swinv2.training.sharding import is_sharded, values_loaded, whole_twin, write_shards
 from video_swinv2.weights.inflate import load_weights
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, save_model
 
@@ -154,21 +156,27 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
         raise UsageError(f"model: {error}") from error
 
 
-def initialise(task: Task, config: Config) -> tuple[str, dict[str, object]]:
-    """Fill the model from `init`; what happened, for people, and the provenance of the weights."""
+def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str, object]]:
+    """Fill the model from `init`; what happened, in words, and where the weights come from. Collective in ZeRO-3."""
     if config.init == "scratch" and config.init_time_noise:
         raise UsageError("init_time_noise: is for inflated weights, and init is scratch; leave it away")
     if config.init == "scratch":
         return "weights: from scratch", {"init": "scratch"}
     classes = task.classes if isinstance(task, Classification) else None
+    sharded = is_sharded(task.encoder)
+    target = whole_twin(task.encoder) if sharded else task.encoder
+    values = values_loaded(target) if sharded else {}
     account = load_weights(
-        task.encoder,
+        target,
         config.init,
         classes=classes,
         cpb_norm=config.init_cpb_norm,
         time_noise=config.init_time_noise,
         seed=config.seed,
     )
+    if sharded:
+        write_shards(task.encoder, values, world)
+        task.encoder.cpb_norm = target.cpb_norm
     origin = {"init": config.init, "layout": account.layout, "init_time_noise": config.init_time_noise}
     return str(account), origin | {"provenance": account.provenance}
 

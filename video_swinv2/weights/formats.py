@@ -1,121 +1,199 @@
-"""Whose checkpoint is this: read it without running code from it, and give its tensors Microsoft's names."""
+"""A checkpoint of any known kind: its tensors under Microsoft's names, and all that is known of how they were trained.
+
+Nothing of a file is executed: see `unpickle`.
+"""
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from video_swinv2.errors import UserError
-from video_swinv2.weights.store import ModelCard, model_file, parse_card, read_tensors
+from video_swinv2.models.windows import Size
+from video_swinv2.weights import families
+from video_swinv2.weights.families import Training
+from video_swinv2.weights.folders import Source, locate
+from video_swinv2.weights.layouts import UnknownLayoutError, to_microsoft
+from video_swinv2.weights.store import ModelCard, parse_card, read_tensors
+from video_swinv2.weights.unpickle import CallRefusedError, read_inert
 
 DERIVED = ("relative_coords_table", "relative_position_index", "attn_mask")
-WRAPPERS = ("model", "state_dict", "module")
+AVERAGED = ("state_dict_ema", "model_ema")
+WRAPPERS = (*AVERAGED, "model", "state_dict", "module")
+PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Tensors under Microsoft's names, `encoder.` taken off; what SimMIM adds is `mask_token` and `decoder.*`."""
 
-    path: Path
+    source: Source
     layout: str
     tensors: dict[str, Tensor]
     derived: dict[str, Tensor]
     """Buffers of the file that depend on its window only; kept to read the log-CPB normaliser from them."""
+    dropped: dict[str, str]
+    """Parts of tensors that mean nothing, with the reason."""
     card: ModelCard | None
+    training: Training | None
+    """How the weights were trained, where a configuration, the layout or the name of a released file tells."""
+    classes: tuple[str, ...]
+    """Names of the head's rows in order; () if unknown."""
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def cpb_norm(self) -> list[tuple[int, ...]] | None:
-        """The normaliser of every stage: from the card, else from the coordinate tables in the file, else unknown."""
+    def cpb_norm(self) -> tuple[list[Size] | None, str]:
+        """The normaliser of every stage and where it is known from; None where nothing tells it."""
         if self.card is not None:
-            return [tuple(norm) for norm in self.card.architecture["cpb_norm"]]  # type: ignore[attr-defined]
-        return norm_from_tables(self.derived)
+            return [tuple(norm) for norm in self.card.architecture["cpb_norm"]], "the file's card"  # type: ignore[attr-defined]  # plain data
+        norms = norm_from_tables(self.derived)
+        if norms is not None:
+            return norms, "the file's coordinate tables"
+        if self.training is not None:
+            return self.training.cpb_norm, self.training.source
+        return None, ""
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a safetensors file or a torch checkpoint and recognise its layout by content.
+    """Read a file or a folder and recognise its layout by content.
 
-    UserError for a file that is missing, damaged, not a SwinV2, or that needs code of its own to be read.
+    UserError for what is missing, damaged, not a SwinV2, or does not give its tensors without being run.
     """
-    path = model_file(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    card = None
-    if path.suffix == ".safetensors":
-        tensors, metadata = read_tensors(path)
-        card = parse_card(metadata)
-    else:
-        tensors = unwrap(_read_torch(path), path)
-    layout, tensors = to_microsoft(tensors, path)
+    source = locate(path)
+    tensors, extras, card, notes = _read_files(source)
+    try:
+        named = to_microsoft(tensors)
+    except UnknownLayoutError as error:
+        raise UserError(f"{path}: {error}") from error
+    layout = named.layout
     if card is not None:
         layout = f"{card.architecture['name']} of this project, {'SimMIM' if layout == 'SimMIM' else 'classifier'}"
-    derived = {name: t for name, t in tensors.items() if name.endswith(DERIVED)}
-    tensors = {name: t for name, t in tensors.items() if name not in derived}
-    return Checkpoint(path, layout, tensors, derived, card)
+    derived = {name: t for name, t in named.tensors.items() if name.endswith(DERIVED)}
+    training = (
+        families.of_checkpoint(extras)
+        or families.of_config(source.config)
+        or families.of_layout(layout, list(tensors))
+        or families.of_name(source.name)
+    )
+    tables = norm_from_tables(derived)
+    if training is not None and tables is not None and tables != training.cpb_norm:
+        training = None  # what stands in the file itself is right, and the rest is of other weights
+    return Checkpoint(
+        source,
+        layout,
+        {name: t for name, t in named.tensors.items() if name not in derived},
+        derived,
+        named.dropped,
+        card,
+        training,
+        card.classes if card is not None else families.classes_of_config(source.config),
+        notes,
+    )
 
 
-def _read_torch(path: Path) -> object:
+def _read_files(source: Source) -> tuple[dict[str, Tensor], Mapping[str, Any], ModelCard | None, list[str]]:
+    """The tensors under the file's own names, what stands beside them, the card, and what is to be told."""
+    tensors: dict[str, Tensor] = {}
+    for file in source.files:
+        if _is_safetensors(file):
+            found, metadata = read_tensors(file)
+            content: object = found
+            card = parse_card(metadata, file)
+        else:
+            content, card = _read_torch(file), None
+        state, notes = unwrap(content, file)
+        tensors |= state
+    absent = [name for name in source.shards or {} if PREFIXES.sub("", name) not in tensors]
+    if absent:
+        raise UserError(f"{source.path}: {absent[0]} is in the index but in no shard; download the folder again")
+    return tensors, content if isinstance(content, Mapping) else {}, card, notes
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By the brace that opens its header behind 8 bytes of length; torch's own files begin otherwise."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with file.open("rb") as opened:
+            start = opened.read(9)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return file.suffix == ".safetensors" or (start[8:] == b"{" and start[:2] != b"PK")
+
+
+def _read_torch(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds Python objects besides tensors, which are never executed here; "
-            "save its state dict alone, as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+        if not zipfile.is_zipfile(file):
+            raise UserError(
+                f"{file}: neither torch's zip format nor tensors alone, and nothing else is read without running it; "
+                "save its state dict as safetensors"
+            ) from error
+    except Exception as error:  # the bytes of a damaged file choose what fails
+        raise _unreadable(file, error) from error
+    try:
+        return read_inert(file)
+    except CallRefusedError as error:
+        mend = "nothing in a file is ever executed here; do not trust it, or save its state dict as safetensors"
+        raise UserError(f"{file}: {error}, and {mend}") from error
+    except Exception as error:  # the same
+        raise _unreadable(file, error) from error
 
 
-def unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside {'model': ...}, {'state_dict': ...} and a `module.` prefix."""
-    while isinstance(content, Mapping) and not all(isinstance(v, Tensor) for v in content.values()):
-        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            raise UserError(f"{path}: no state dict in it, only {sorted(map(str, content))[:5]}")
-        content = inner[0]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path}: no state dict in it")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+def _unreadable(file: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{file}: cannot be read as a checkpoint ({reason}); copy or download it again")
 
 
-def to_microsoft(tensors: dict[str, Tensor], path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The layout's name and the tensors under Microsoft's SwinV2 names; UserError if this is no SwinV2."""
-    layout = "Microsoft SwinV2"
-    if any(name.startswith("encoder.") for name in tensors):
-        layout = "SimMIM"
-        tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
-    # The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271).
-    tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
-    if "patch_embed.proj.weight" in tensors and any(n.endswith("relative_position_bias_table") for n in tensors):
-        raise UserError(
-            f"{path}: a Swin V1 checkpoint (it has relative_position_bias_table); this needs SwinV2 weights"
-        )
-    if "patch_embed.proj.weight" not in tensors or not any(".attn.cpb_mlp." in name for name in tensors):
-        example = next(iter(tensors))
-        raise UserError(f"{path}: not a SwinV2 checkpoint of a known layout (its first key is {example!r})")
-    return layout, tensors
+def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict inside {'model': ...}, {'state_dict': ...} and a `module.` prefix, and what is to be told.
+
+    Averaged weights go before the plain ones, as timm has it: they are those that were tested.
+    """
+    notes: list[str] = []
+    for _ in WRAPPERS:
+        if not isinstance(content, Mapping) or all(isinstance(v, Tensor) for v in content.values()):
+            break
+        key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            whole = " (a whole model?)" if "_modules" in content else ""
+            found = ", ".join(sorted(map(str, content))[:5])
+            raise UserError(f"{file}: no state dict in it{whole}, only {found}; save model.state_dict()")
+        if key in AVERAGED:
+            notes.append(f"averaged weights ({key}) taken; the plain ones are left in the file")
+        content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file}: no state dict in it; save model.state_dict()")
+    state = {PREFIXES.sub("", str(name)): tensor for name, tensor in content.items()}
+    if len(state) != len(content):
+        raise UserError(f"{file}: two tensors of one name behind 'module.' or 'model.'; remove one")
+    return state, notes
 
 
-def norm_from_tables(derived: Mapping[str, Tensor]) -> list[tuple[int, ...]] | None:
+def norm_from_tables(derived: Mapping[str, Tensor]) -> list[Size] | None:
     """Read the normaliser back from coordinate tables (1, 2Wh - 1, 2Ww - 1, 2), one stage after the other.
 
     The last entry of an axis is log2(1 + 8 (W - 1) / (norm - 1)) / 3 with W known from the shape. None without tables,
     or if a window of 1 hides it.
     """
-    stages: dict[int, tuple[int, ...]] = {}
+    stages: dict[int, Size] = {}
     for name, table in derived.items():
         stage = re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_coords_table$", name)
         if stage is None:
             continue
+        if table.ndim not in (4, 5) or table.shape[-1] != table.ndim - 2 or table.numel() == 0:
+            return None
         sizes = [(n + 1) // 2 for n in table.shape[1:-1]]
-        corner = table.reshape(-1, len(sizes))[-1].double().tolist()
-        if any(w == 1 or not math.isfinite(t) or t <= 0 for w, t in zip(sizes, corner, strict=True)):
+        corner = table[(-1,) * (table.ndim - 1)].double().tolist()
+        # 0.05 is one step at a normaliser of 80, 4 a window of 500 at one of 2; NaN is outside as well.
+        if any(w == 1 or not 0.05 < t < 4 for w, t in zip(sizes, corner, strict=True)):
             return None
         stages[int(stage[1])] = tuple(
             round(8 * (w - 1) / (2 ** (3 * t) - 1)) + 1 for w, t in zip(sizes, corner, strict=True)

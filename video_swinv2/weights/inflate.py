@@ -7,6 +7,7 @@ offset in time (a bias that ignores it). Everything else has the same shape in b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.models.windows import Size
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 
 HEAD = ("head.weight", "head.bias")
+FINAL_NORM = ("norm.weight", "norm.bias")
 PATCH_KERNEL = "patch_embed.proj.weight"
 
 
@@ -32,15 +35,28 @@ def load_weights(
 ) -> Account:
     """Fill `model` from a checkpoint and say what became of every tensor; the account prints itself.
 
-    classes: the model's class names; the head is taken over only where the file's classes are the same, in any order.
-    cpb_norm: the normaliser per stage of a checkpoint that does not tell it (files of ours and files with Microsoft's
-    coordinate tables do); it is never guessed. time_noise: see `time_noise_of`; 0 inflates plainly. UserError, and an
-    untouched model, if anything stays unexplained.
+    path: a file or a Hub folder of any layout that `formats` knows. classes: the model's class names; the head is taken
+    over where the file knows its own and has all of these. cpb_norm: the normaliser per stage of a checkpoint that does
+    not tell it (`families` says which do); it is never guessed. time_noise: see `time_noise_of`; 0 inflates plainly.
+    UserError, and an untouched model, if anything stays unexplained.
     """
-    checkpoint = read_checkpoint(path)
-    account = Account(str(path), checkpoint.layout)
+    return fill(model, read_checkpoint(path), classes=classes, cpb_norm=cpb_norm, time_noise=time_noise, seed=seed)
+
+
+def fill(
+    model: SwinV2,
+    checkpoint: Checkpoint,
+    *,
+    classes: Sequence[str] | None = None,
+    cpb_norm: Sequence[Sequence[int]] | None = None,
+    time_noise: float = 0.0,
+    seed: int = 0,
+) -> Account:
+    """`load_weights` from a checkpoint that was read already."""
+    account = Account(str(checkpoint.source.path), checkpoint.layout, notes=list(checkpoint.notes))
     account.provenance = checkpoint.card.provenance if checkpoint.card is not None else {}
     account.derived = {name: "depends on the window; computed, not loaded" for name in checkpoint.derived}
+    account.unused = dict(checkpoint.dropped)
     norms = _normaliser(model, checkpoint, cpb_norm, account)
     target = model.state_dict()
     found = dict(checkpoint.tensors)
@@ -60,14 +76,9 @@ def load_weights(
         values[PATCH_KERNEL] = values[PATCH_KERNEL] + time_noise_of(values[PATCH_KERNEL], time_noise, seed)
         account.inflated[PATCH_KERNEL] += f"; plus noise that sums to zero over time ({time_noise:g} deviations)"
     for name in sorted(target.keys() - values.keys()):
-        if name in HEAD:
-            account.initialised[name] = head
-        elif name == "mask_token":
-            account.initialised[name] = "the file was not pre-trained with SimMIM"
-        else:
-            raise account.refuse(f"{name} is missing in the file", "the file is damaged or of another architecture")
-    if any(not torch.isfinite(value).all() for value in values.values()):
-        bad = next(name for name, value in values.items() if not torch.isfinite(value).all())
+        account.initialised[name] = _reason_initialised(name, found, head, account)
+    bad = next((name for name, value in values.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
         raise account.refuse(f"{bad} holds NaN or Inf", "take an earlier checkpoint of that run")
     model.load_state_dict(target | values)
     model.cpb_norm = norms
@@ -88,19 +99,24 @@ def time_noise_of(kernel: Tensor, strength: float, seed: int) -> Tensor:
 
 def _normaliser(
     model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
-) -> list[tuple[int, ...]]:
+) -> list[Size]:
     """The normaliser that comes with the weights; with an image's weights a clip model keeps its own in time."""
-    norms = [tuple(norm) for norm in given] if given is not None else checkpoint.cpb_norm
+    norms, origin = checkpoint.cpb_norm
+    if given is not None:
+        told = f"; {origin} would say {norms}" if norms is not None and norms != [tuple(n) for n in given] else ""
+        norms, origin = [tuple(norm) for norm in given], f"given{told}"
     if norms is None:
-        mend = "give it (cpb_norm=[[12,12],[12,12],[12,12],[6,6]] for the released SimMIM and 22K weights)"
+        mend = "give it: for weights pre-trained with 192 pixels and window 12 cpb_norm=[[12,12],[12,12],[12,12],[6,6]]"
+        mend += " (init_cpb_norm in a configuration, --cpb-norm 12,12,12,6 for convert)"
         raise account.refuse("the log-CPB normaliser is not in the file", mend)
     if len(norms) != len(model.depths):
         raise account.refuse(f"a model of {len(norms)} stages", f"this one has {len(model.depths)}")
     axes = len(model.window)
     if any(len(norm) > axes for norm in norms):
         raise account.refuse("a clip model", "its weights cannot go into an image model")
+    if any(len(norm) < 2 or not all(isinstance(n, int) and n > 0 for n in norm) for norm in norms):
+        raise account.refuse(f"log-CPB normaliser {norms}", "it is a positive (h, w) or (t, h, w) per stage")
     joined = [(*own[: axes - len(norm)], *norm) for own, norm in zip(model.cpb_norm, norms, strict=True)]
-    origin = "given" if given is not None else "from the file"
     account.notes.append(f"log-CPB normaliser per stage ({origin}): {joined}")
     return joined
 
@@ -111,19 +127,35 @@ def _head(
     """Decide on the head and bring its rows into the model's class order; "" if it is taken, else why not."""
     if model.num_classes == 0 or HEAD[0] not in found:
         return "the file has no classification head"
-    names = checkpoint.card.classes if checkpoint.card is not None else ()
+    rows = found[HEAD[0]].shape[0] if found[HEAD[0]].ndim else 0
+    names = checkpoint.classes if len(checkpoint.classes) == rows else ()
     if classes is not None and names:
-        if sorted(classes) != sorted(names):
-            return f"the file's {len(names)} classes are not this model's {len(classes)}"
-        order = torch.tensor([names.index(name) for name in classes])
+        # A name that stands twice (ImageNet has two cranes) belongs to no row for certain.
+        times = Counter(names)
+        row_of = {name: row for row, name in enumerate(names) if times[name] == 1}
+        absent = [name for name in classes if name not in row_of]
+        if absent:
+            return f"the file's {rows} classes have no one {absent[0]!r} ({len(absent)} of {len(classes)} not found)"
+        order = torch.tensor([row_of[name] for name in classes])
         for key in HEAD:
-            found[key] = found[key][order]
-        account.notes.append("head: classes matched by name")
-    elif found[HEAD[0]].shape[0] != model.num_classes:
-        return f"the file has {found[HEAD[0]].shape[0]} classes, this model {model.num_classes}"
+            if key in found and found[key].shape[0] == rows:
+                found[key] = found[key][order]
+        account.notes.append(f"head: {len(classes)} of the file's {rows} classes, by name")
+    elif rows != model.num_classes:
+        return f"the file has {rows} classes, this model {model.num_classes}"
     else:
         account.notes.append("head: class names unknown, their order is taken on trust")
     return ""
+
+
+def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account: Account) -> str:
+    if name in HEAD and head:
+        return head
+    if name == "mask_token":
+        return "the file was not pre-trained with SimMIM"
+    if name in FINAL_NORM and account.layout == "Hugging Face" and not found.keys() & {*FINAL_NORM, *HEAD}:
+        return "a backbone for feature maps has no final norm; the model keeps its own"
+    raise account.refuse(f"{name} is missing in the file", "the file is damaged or of another architecture")
 
 
 def _reason_unused(name: str, account: Account) -> str:
@@ -136,6 +168,8 @@ def _reason_unused(name: str, account: Account) -> str:
 
 def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
     """The tensor as it is, or inflated where the model has one more axis."""
+    if not tensor.is_floating_point():
+        raise account.refuse(f"{name} holds {tensor.dtype}", "weights must be floating-point numbers")
     if tensor.shape == target.shape:
         account.loaded.append(name)
         return tensor.to(target.dtype)

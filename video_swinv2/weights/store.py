@@ -111,7 +111,7 @@ def read_card(path: Path | str) -> ModelCard:
         raise UserError(f"{path}: no such model file")
     try:
         with safe_open(path, framework="pt") as file:
-            card = parse_card(file.metadata() or {})
+            card = parse_card(file.metadata() or {}, path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
     if card is None:
@@ -119,17 +119,23 @@ def read_card(path: Path | str) -> ModelCard:
     return card
 
 
-def parse_card(metadata: Mapping[str, str]) -> ModelCard | None:
-    """The card in the metadata of a safetensors file; None if there is none."""
+def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
+    """The card in the metadata of the safetensors file `path`; None if there is none, UserError if it is damaged."""
     if KEY not in metadata:
         return None
-    card = json.loads(metadata[KEY])
-    preprocessing: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
-    }
-    return ModelCard(
-        card["architecture"], tuple(card["classes"]), Preprocessing(**preprocessing), card.get("provenance", {})
-    )
+    try:
+        card = json.loads(metadata[KEY])
+        preprocessing: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
+        }
+        architecture = dict(card["architecture"])
+        if not {"name", "cpb_norm", "depths", "frames"} <= architecture.keys():
+            raise KeyError("architecture")
+        return ModelCard(
+            architecture, tuple(card["classes"]), Preprocessing(**preprocessing), dict(card.get("provenance", {}))
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its card cannot be read ({error!r}); copy or write the file again") from error
 
 
 def load_model(

@@ -1,0 +1,218 @@
+"""The plan of a run: allocations counted without memory are those of the real pass, states those of the engines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import video_swinv2 as vs
+from video_swinv2.cli import main
+from video_swinv2.config import Config, check
+from video_swinv2.errors import UsageError
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.tools.plan import Allocations, Plan, make_plan, pass_memory, show, state_bytes, without_memory
+
+
+def config(*, engine: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **model: Any) -> Config:
+    values = {
+        "out": "runs/none",
+        "init": "scratch",
+        "model": {"name": "swinv2_nano", "window": (2, 4, 4), **model},
+        "data": {"source": "/nowhere", "image_size": 32, "frames": 4, **(data or {})},
+        "optim": {"epochs": 2, "lr": 1e-3, "batch": 16, "micro_batch": 2},
+        "engine": {"device": "cpu", "precision": "fp32", **(engine or {})},
+    }
+    return check(values, "test")
+
+
+def small(attention: str, checkpoint_blocks: int = 0) -> SwinV2:
+    return SwinV2(
+        embed_dim=32,
+        depths=(2, 2),
+        num_heads=(1, 2),
+        num_classes=5,
+        frames=5,
+        image_size=40,
+        window=(2, 4, 4),
+        attention=attention,  # type: ignore[arg-type]  # one of the literals
+        checkpoint_blocks=checkpoint_blocks,
+        drop_path=0.1,
+    ).train()
+
+
+def clips(batch: int) -> tuple[torch.Tensor, ...]:
+    return (torch.zeros(batch, 3, 5, 40, 40),)
+
+
+@pytest.mark.parametrize(
+    ("attention", "recomputed", "bf16"), [("eager", 3, False), ("eager", 3, True), ("sequential", 0, False)]
+)
+def test_counting_without_memory_is_counting_with_it(attention: str, recomputed: int, bf16: bool) -> None:
+    """To the byte in fp32, with masks, padding, drop path and checkpointing.
+
+    Under autocast the CPU's LayerNorm keeps its statistics in bf16, and torch's account of it says fp32.
+    """
+    real = small(attention, recomputed)
+    measured = [pass_memory(real, clips, batch, bf16=bf16) for batch in (1, 3)]
+    with torch.device("meta"):
+        planned = small(attention, recomputed)
+    with without_memory(planned):
+        counted = [pass_memory(planned, clips, batch, bf16=bf16) for batch in (1, 3)]
+    assert counted == (pytest.approx(measured, rel=0.005) if bf16 else measured)
+    assert measured[1] > 2 * measured[0] > 0
+
+
+def test_allocations_are_those_alive() -> None:
+    given = torch.zeros(1000)
+    with Allocations([given]) as allocations:
+        doubled = given * 2
+        view = doubled[:10]
+        given.mul_(3)
+        assert allocations.now == 4000
+        tripled = torch.cat([doubled, doubled, doubled])
+        del doubled
+        assert allocations.now == 16_000  # the view keeps it
+        del view
+        assert (allocations.now, allocations.peak) == (12_000, 16_000)
+    assert tripled.numel() == 3000
+
+
+def test_memory_beyond_what_is_measured_is_linear() -> None:
+    model = small("eager")
+    three, four, seven = (pass_memory(model, clips, batch, bf16=False) for batch in (3, 4, 7))
+    assert seven == pytest.approx(four + 3 * (four - three), rel=0.01)
+
+
+def test_recomputed_blocks_take_less() -> None:
+    assert pass_memory(small("eager", 4), clips, 3, bf16=False) < 0.5 * pass_memory(
+        small("eager"), clips, 3, bf16=False
+    )
+
+
+def test_a_gpu_gets_the_fused_kernel() -> None:
+    """`auto` on a GPU, recomputed blocks included: less than with logits kept for the backward pass."""
+    values: dict[str, Any] = {"data": {"frames": None}, "window": 4, "checkpoint_blocks": 1}
+    gpu = make_plan(config(engine={"device": "auto"}, **values))
+    eager = make_plan(config(engine={"device": "auto"}, attention="eager", **values))
+    assert gpu.device == "cuda"
+    assert set(gpu.backends) == {"sdpa"}
+    assert gpu.activations < eager.activations
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plan:
+    return make_plan(config(engine={"engine": "plain"}, attention="eager"), samples=100, classes=7)
+
+
+def test_figures_of_a_run(plain: Plan) -> None:
+    plan = plain
+    with torch.device("meta"):
+        model = vs.create_model("swinv2_nano", num_classes=7, frames=4, image_size=32, window=(2, 4, 4))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert plan.parameters == parameters
+    assert (plan.weights, plan.gradients, plan.optimizer, plan.buffers) == tuple(
+        4 * parameters * times for times in (1, 1, 2, 0)
+    )
+    assert (plan.batch, plan.micro_batch, plan.accumulation) == (16, 2, 8)
+    assert plan.steps == 12  # 2 epochs of 100 samples in batches of 16
+    assert plan.steps_per_epoch == pytest.approx(6.25)
+    text = show(plan, memory=plan.peak)
+    assert f"{parameters:,} parameters" in text
+    assert "fits" in text
+    assert "does not fit" in show(plan, memory=plan.peak - 1)
+
+
+def test_giant_fits_where_zero_3_shares_it() -> None:
+    """The paper's 3.0 B: alone its states need 56 GB; 8 devices hold an eighth each, and what is gathered."""
+    alone = state_bytes(config(engine={"zero_stage": 1}), 3_000_000_000, 1, 1)
+    shared = state_bytes(config(engine={"zero_stage": 3}), 3_000_000_000, 8, 1)
+    assert alone["weights"] + alone["gradients"] + alone["optimizer"] == 60e9
+    assert shared["weights"] + shared["gradients"] + shared["optimizer"] == 7.5e9
+
+
+def test_pretraining_has_a_decoder_and_masks(plain: Plan) -> None:
+    masked = make_plan(config(data={"frames": None}, window=4), pretraining=True)
+    assert masked.parameters > plain.parameters
+    assert masked.activations > 0
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "out: runs/a\ninit: scratch\nmodel: {name: swinv2_nano, window: 4}\ndata: {source: nowhere, image_size: 32}\n"
+        "optim: {epochs: 1, lr: 1.e-3, batch: 8, micro_batch: 4}\nengine: {engine: plain, device: cpu}\n"
+    )
+    arguments = ["plan", str(file), "--samples", "80", "--classes", "3", "--json"]
+    assert main([*arguments, "--memory", "0.01GB"]) == 1, "it does not fit"
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["steps"] == 10
+    assert answer["activations"] > 0
+    assert main(["plan", str(file), "--processes", "2"]) == 2
+    assert "--processes" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="multiple of 3"):
+        make_plan(config(), processes=3)
+
+
+GROWTH = """
+import resource, torch, video_swinv2 as vs
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.tools.plan import pass_memory
+
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+"""
+
+
+def run(script: str) -> list[float]:
+    """The numbers that a fresh process prints: only there is the most resident memory that of the script."""
+    done = subprocess.run([sys.executable, "-c", GROWTH + script], capture_output=True, text=True, check=True)
+    return [float(number) for number in done.stdout.split()]
+
+
+@pytest.mark.slow
+def test_peak_of_a_process_is_near_the_plan() -> None:
+    """The resident memory that a forward and backward pass adds on a CPU."""
+    counted, grown = run(
+        "m = vs.create_model('swinv2_tiny', num_classes=5, frames=8, image_size=112, attention='eager').train()\n"
+        "clips = lambda n: (torch.zeros(n, 3, 8, 112, 112),)\n"
+        "pass_memory(m, lambda n: (torch.zeros(n, 3, 2, 32, 32),), 1, bf16=False)\n"
+        "before = resident()\n"
+        "counted = pass_memory(m, clips, 4, bf16=False)\n"
+        "print(counted, resident() - before)\n"
+    )
+    assert grown == pytest.approx(counted, rel=0.2)
+
+
+@pytest.mark.slow
+def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
+    """The paper's 3.0 B at its true widths, 512 to 4096, one block per stage: 5 GB of states."""
+    parameters, grown, counted, first, second = run(
+        "from video_swinv2.training.engine import EngineSettings, make_engine\n"
+        "from video_swinv2.training.optim import parameter_groups\n"
+        "from video_swinv2.training.runtime import World\n"
+        "before = resident()\n"
+        "m = SwinV2(embed_dim=512, depths=(1, 1, 1, 1), num_heads=(16, 32, 64, 128), extra_norm_every=1,\n"
+        "           num_classes=10, frames=4, image_size=64, window=(2, 4, 4), checkpoint_blocks=4).train()\n"
+        "x, y = torch.randn(2, 3, 4, 64, 64), torch.tensor([3, 7])\n"
+        "groups = parameter_groups(m, m.depths, weight_decay=0.05)\n"
+        "settings = EngineSettings(engine='plain', precision='fp32', clip_norm=1.0)\n"
+        "world = World(0, 1, 0, torch.device('cpu'))\n"
+        "engine = make_engine(m, groups, settings, world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8)\n"
+        "losses = []\n"
+        "for _ in range(2):\n"
+        "    loss = torch.nn.functional.cross_entropy(engine.forward(x), y)\n"
+        "    engine.backward(loss); losses.append(loss.item()); engine.step()\n"
+        "grown = resident() - before\n"
+        "counted = pass_memory(m, lambda n: (x,), 2, bf16=False)\n"
+        "print(sum(p.numel() for p in m.parameters()), grown, counted, *losses)\n"
+    )
+    states = sum(state_bytes(config(engine={"engine": "plain"}), int(parameters), 1, 1).values())
+    assert parameters > 3e8
+    assert second < first
+    assert grown == pytest.approx(states + counted, rel=0.2)

@@ -1,0 +1,53 @@
+"""What an optimizer needs to know of a parameter, by its name: how deep it sits, and whether it decays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor
+
+_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
+_DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
+_UNDECAYED_NAMES = ("absolute_pos_embed", "mask_token")
+_UNDECAYED_PARTS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
+
+
+def layer_id(name: str, depths: Sequence[int]) -> int:
+    """Depth of a parameter, 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
+
+    As ``get_swin_layer`` of Microsoft's SimMIM: the k-th block of the network is k + 1, and the patch merging after
+    a stage shares the number of the stage's last block. Raises ValueError for a block that ``depths`` does not have.
+    """
+    name = name.removeprefix("encoder.")
+    if name.startswith("patch_embed.") or name == "mask_token":
+        return 0
+    if found := _BLOCK.match(name):
+        stage, block = int(found[1]), int(found[2])
+        if stage < len(depths) and block < depths[stage]:
+            return sum(depths[:stage]) + block + 1
+    elif found := _DOWNSAMPLE.match(name):
+        if int(found[1]) < len(depths):
+            return sum(depths[: int(found[1]) + 1])
+    else:
+        return sum(depths) + 1
+    raise ValueError(f"parameter {name}: depths {tuple(depths)} have no such block; pass the model's own depths")
+
+
+def stage_id(name: str, depths: Sequence[int]) -> int:
+    """The coarse depth: 0 for the patch embedding, i + 1 for stage i and its merging, then final norm and head."""
+    layer = layer_id(name, depths)
+    return sum(layer > sum(depths[:stage]) for stage in range(len(depths) + 1))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the position-bias MLP.
+
+    As SwinV2's ``no_weight_decay`` lists mean it. Microsoft's SimMIM pre-training misses its own keywords (it looks
+    for ``encoder.cpb_mlp``, which no name contains) and so decays logit scales and position-bias MLPs; this does not.
+    """
+    name = name.removeprefix("encoder.")
+    axes = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in a parameter's place
+    if axes <= 1 or name.endswith(".bias") or name in _UNDECAYED_NAMES:
+        return False
+    return not any(part in name for part in _UNDECAYED_PARTS)

@@ -1,0 +1,272 @@
+"""Speed and memory of the model, measured: against torchvision's Video Swin, and backend against backend.
+
+Two models take turns in one process, so that what else the machine does hits both, and medians of ratios are told. On
+CPUs time is CPU time of this process: with one thread it hardly depends on others. Memory is measured in a process of
+its own for each case.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from video_swinv2.errors import UsageError
+from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
+from video_swinv2.models.variants import create_model, find_variant
+from video_swinv2.models.windows import layout, partition
+
+FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)  # what torchvision's Video Swin is built for
+PEERS = {"swinv2_tiny": "swin3d_t", "swinv2_small": "swin3d_s", "swinv2_base": "swin3d_b"}
+LAYER_CASES = ((224, (8, 7, 7)), (256, (8, 16, 16)), (384, (8, 24, 24)))  # pixels and window
+KINDS = {  # where time goes, by the names of torch's operators
+    "matrix products of linear layers": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::baddbmm", "scaled_dot_product", "softmax", "_Sequential"),
+    "GELU": ("aten::gelu",),
+    "LayerNorm": ("native_layer_norm",),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::roll", "aten::index"),
+}
+
+
+@dataclass(frozen=True)
+class Race:
+    """Ours against a peer: seconds per run in turns, and the median of peer / ours."""
+
+    what: str
+    ours: list[float]
+    peer: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast ours is."""
+        return statistics.median(peer / ours for ours, peer in zip(self.ours, self.peer, strict=True))
+
+
+def bench_model(name: str, *, batch: int, rounds: int, threads: int, device: str) -> dict[str, Any]:
+    """`name` at 16 x 224 x 224 and window (8, 7, 7) against torchvision's model of that size: time, memory, floor."""
+    if name not in PEERS:
+        raise UsageError(f"--model {name}: torchvision has no such size; there are {', '.join(PEERS)}")
+    where = torch.device(device)
+    torch.set_num_threads(threads)
+    clock = _clock(where)
+    models = [_build(kind, name).to(where) for kind in ("ours", "peer")]
+    x = torch.randn(batch, 3, FRAMES, PIXELS, PIXELS, device=where)
+    races = [_race(what, models, x, rounds, clock) for what in ("forward", "training step")]
+    gigaflops = _product_speed(where, clock)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        create_model(name, num_classes=400, frames=FRAMES, image_size=PIXELS, window=WINDOW).to("meta")(x.to("meta"))
+    floor = counter.get_total_flops() / gigaflops / 1e9
+    return {
+        "model": name,
+        "peer": PEERS[name],
+        "input": [batch, 3, FRAMES, PIXELS, PIXELS],
+        "window": WINDOW,
+        "device": device,
+        "threads": threads,
+        "torch": torch.__version__,
+        "races": [asdict(race) | {"ratio": race.ratio} for race in races],
+        "peak_bytes": {kind: _in_process(_training_peak, kind, name, batch, device) for kind in ("ours", "peer")},
+        "product_gigaflops_per_second": gigaflops,
+        "floor_seconds": {"forward": floor, "training step": 3 * floor},
+        "share_of_floor": {race.what: f * floor / min(race.ours) for race, f in zip(races, (1, 3), strict=True)},
+        "where_time_goes": {race.what: _profile(models[0], x, race.what) for race in races},
+    }
+
+
+def bench_layer(name: str, *, rounds: int, threads: int, device: str) -> list[dict[str, Any]]:
+    """Every backend in one shifted first-stage attention layer of 16 frames: seconds and peak memory, or why not."""
+    try:
+        heads = find_variant(name).num_heads[0]
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from error
+    rows = []
+    for pixels, window in LAYER_CASES:
+        for backend in BACKENDS[1:]:
+            for gradients in (False, True):
+                case = {"pixels": pixels, "window": window, "backend": backend, "gradients": gradients}
+                rows.append(case | _in_process(_layer, case, heads, rounds, threads, device))
+    return rows
+
+
+def _build(kind: str, name: str) -> nn.Module:
+    if kind == "ours":
+        return create_model(name, num_classes=400, frames=FRAMES, image_size=PIXELS, window=WINDOW)
+    from torchvision.models import video
+
+    peer: nn.Module = getattr(video, PEERS[name])(weights=None)
+    return peer
+
+
+def _race(what: str, models: list[nn.Module], x: Tensor, rounds: int, clock: Callable[[], float]) -> Race:
+    seconds: list[list[float]] = [[], []]
+    for number in range(rounds + 1):  # the first round warms up
+        for model, taken in zip(models, seconds, strict=True):
+            started = clock()
+            _run(model, x, what)
+            if number:
+                taken.append(clock() - started)
+    return Race(what, *seconds)
+
+
+def _run(model: nn.Module, x: Tensor, what: str) -> None:
+    if what == "forward":
+        with torch.inference_mode():
+            model.eval()(x)
+        return
+    model.train().zero_grad()
+    model(x).square().mean().backward()
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def _product_speed(device: torch.device, clock: Callable[[], float]) -> float:
+    """GFLOP/s of a large matrix product: what no model of products can exceed here."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = clock()
+        a @ b
+        best = min(best, clock() - started)
+    return 2 * 2048**3 / best / 1e9
+
+
+def _profile(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
+    """Shares of the CPU's (or GPU's) own time by kind of operator; the remainder is elementwise work and overhead."""
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CPU] + ([activity.CUDA] if x.is_cuda else [])
+    with torch.profiler.profile(activities=activities) as profile:
+        _run(model, x, what)
+    own = {
+        event.key: event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    total = sum(own.values())
+    shares = {
+        kind: sum(t for key, t in own.items() if any(part in key for part in parts)) / total
+        for kind, parts in KINDS.items()
+    }
+    return shares | {"elementwise work and overhead": 1 - sum(shares.values())}
+
+
+def _training_peak(kind: str, name: str, batch: int, device: str) -> int:
+    """Bytes that one training step needs beyond the model, its gradients included."""
+    where = torch.device(device)
+    torch.set_num_threads(1)
+    model = _build(kind, name).to(where)
+    x = torch.randn(batch, 3, FRAMES, PIXELS, PIXELS, device=where)
+    return _peak(lambda: _run(model, x, "training step"), where)
+
+
+def _peak(work: Callable[[], None], device: torch.device) -> int:
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    # The kernel's high-water mark of this process, set back first; ru_maxrss would also count the parent's.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _status_bytes("VmHWM")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
+    """The result of `work` in a fresh process, which may use the memory that is free now and no more."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_limited, work, *arguments).result()
+
+
+def _limited(work: Callable[..., Any], *arguments: object) -> Any:
+    if "cpu" in arguments:
+        sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(0.8 * free), resource.RLIM_INFINITY))
+    return work(*arguments)
+
+
+def _layer(case: dict[str, Any], heads: int, rounds: int, threads: int, device: str) -> dict[str, Any]:
+    """One attention layer with 32 channels per head, as the first stage of a clip model has it."""
+    where = torch.device(device)
+    torch.set_num_threads(threads)
+    side = case["pixels"] // 4
+    plan = layout((FRAMES // 2, side, side), case["window"], True, where)
+    backend: Backend = case["backend"]
+    if backend == "flex" and where.type != "cuda":
+        return {"not_run": "compiled on CUDA only"}
+    module = WindowAttention(32 * heads, heads, 3, backend).to(where).train(case["gradients"])
+    x = partition(torch.randn(1, *plan.padded, 32 * heads, device=where), plan.window)
+    x.requires_grad_(case["gradients"])
+    clock, seconds = _clock(where), []
+
+    def once() -> None:
+        with torch.set_grad_enabled(case["gradients"]):
+            out = module(x, plan, plan.window)
+            if case["gradients"]:
+                out.square().mean().backward()
+
+    try:
+        peak = _peak(once, where)
+    except RuntimeError as error:  # out of memory is one, on CPUs and on GPUs
+        return {"not_run": f"more memory than there is ({str(error).splitlines()[0][-80:]})"}
+    for _ in range(rounds):
+        started = clock()
+        once()
+        seconds.append(clock() - started)
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak}
+
+
+def show_model(result: dict[str, Any]) -> str:
+    """The result of `bench_model` for people."""
+    ours, peer = result["model"], result["peer"]
+    lines = [f"{ours} against torchvision {peer}: {result['input']}, window {result['window']}, {result['device']},"]
+    lines[0] += f" {result['threads']} thread(s), torch {result['torch']}"
+    for race in result["races"]:
+        medians = [statistics.median(race[kind]) for kind in ("ours", "peer")]
+        lines.append(
+            f"  {race['what']:14s} ours {medians[0]:6.2f} s, peer {medians[1]:6.2f} s, peer / ours {race['ratio']:.2f} "
+            f"(median of {len(race['ours'])}), {result['share_of_floor'][race['what']]:.0%} of the floor reached"
+        )
+    peaks = [result["peak_bytes"][kind] / 2**30 for kind in ("ours", "peer")]
+    lines.append(f"  peak memory of a training step: ours {peaks[0]:.2f} GiB, peer {peaks[1]:.2f} GiB")
+    lines.append(f"  floor: all products at the {result['product_gigaflops_per_second']:.0f} GFLOP/s of a large one")
+    for what, shares in result["where_time_goes"].items():
+        lines.append(f"  where the time of a {what} goes: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()))
+    return "\n".join(lines)
+
+
+def show_layer(rows: list[dict[str, Any]]) -> str:
+    """The rows of `bench_layer` as a Markdown table."""
+    lines = ["| window | pixels | backend | pass | seconds | peak MiB |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        what = "forward and backward" if row["gradients"] else "forward"
+        figures = (
+            f"{row['seconds']:.3f} | {row['peak_bytes'] / 2**20:.0f}" if "seconds" in row else row["not_run"] + " |"
+        )
+        window = ", ".join(map(str, row["window"]))
+        lines.append(f"| {window} | {row['pixels']} | {row['backend']} | {what} | {figures} |")
+    return "\n".join(lines)

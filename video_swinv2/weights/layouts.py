@@ -1,0 +1,149 @@
+"""Whose names are these: every known layout of SwinV2 tensors, and its way to Microsoft's names.
+
+The layout is told by the names and shapes themselves, never by the file's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+
+V1_TABLE = "relative_position_bias_table"
+FOREIGN = {
+    ".w_msa.": "an OpenMMLab layout; convert the weights of the original release instead",
+    ".meta_mlp.": "timm's swinv2_cr, whose position bias and merging are other functions than SwinV2's as released",
+}
+
+
+class UnknownLayoutError(ValueError):
+    """The tensors are not those of a SwinV2; the message says why and what to do."""
+
+
+@dataclass
+class Named:
+    """Tensors under Microsoft's names; what SimMIM adds is `mask_token` and `decoder.*`."""
+
+    layout: str
+    tensors: dict[str, Tensor]
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Parts of the file that say nothing, with the reason."""
+
+
+# Hugging Face calls the norms by their place in SwinV1 blocks; they come after attention and MLP here as well.
+HUGGING_FACE: tuple[Rule, ...] = (
+    (r"^swinv2\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.mask_token$", "mask_token"),
+    (r"^encoder\.layers\.", "layers."),
+    (r"\.attention\.self\.continuous_position_bias_mlp\.", ".attn.cpb_mlp."),
+    (r"\.attention\.self\.query\.bias$", ".attn.q_bias"),
+    (r"\.attention\.self\.value\.bias$", ".attn.v_bias"),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+# timm puts the merging at the start of the next stage.
+TIMM: tuple[Rule, ...] = (
+    (r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
+    (r"^head\.fc\.", "head."),
+)
+# features.0 is the patch embedding; then stages and mergings take turns.
+TORCHVISION: tuple[Rule, ...] = (
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    (r"^features\.(\d+)\.(reduction|norm)\.", lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample.{m[2]}."),
+    (r"^features\.(\d+)\.(\d+)\.", lambda m: f"layers.{int(m[1]) // 2}.blocks.{m[2]}."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+)
+# The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271); huge and giant models have a
+# norm on the main branch, which is enorm at Microsoft and norm3 in timm.
+ALWAYS: tuple[Rule, ...] = (
+    (r"\.rpe_mlp\.", ".cpb_mlp."),
+    (r"^(layers\.\d+\.blocks\.\d+\.)norm3\.", r"\1enorm."),
+)
+
+
+def to_microsoft(tensors: Tensors) -> Named:
+    """The layout's name and the tensors under Microsoft's names; UnknownLayoutError for anything but a SwinV2."""
+    _refuse_foreign(tensors)
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
+        named = Named("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
+    elif "features.0.0.weight" in tensors:
+        named = _split_bias(_rename(tensors, TORCHVISION))
+    elif any(name.startswith("encoder.") for name in tensors):
+        named = Named("SimMIM", _rename(tensors, ((r"^encoder\.", ""),)))
+    elif "head.fc.weight" in tensors or _merges_at_the_start(tensors):
+        named = Named("timm", _rename(tensors, TIMM))
+    else:
+        named = Named("Microsoft SwinV2", dict(tensors))
+    named.tensors = _rename(named.tensors, ALWAYS)
+    if "patch_embed.proj.weight" not in named.tensors:
+        raise UnknownLayoutError(
+            f"not a SwinV2 checkpoint of a known layout (its first key is {next(iter(tensors))!r})"
+        )
+    if not any(".attn.cpb_mlp." in name for name in named.tensors):
+        raise UnknownLayoutError("not a SwinV2: it has no log-CPB network (attn.cpb_mlp); take SwinV2 weights")
+    return named
+
+
+def _refuse_foreign(tensors: Tensors) -> None:
+    if any(name.endswith(V1_TABLE) for name in tensors):
+        video = any(name.endswith("patch_embed.proj.weight") and t.ndim == 5 for name, t in tensors.items())
+        raise UnknownLayoutError(
+            f"a {'Video Swin' if video else 'Swin'} V1 checkpoint: a learned table ({V1_TABLE}), norms in front and "
+            "dot products make another function than SwinV2's, and no conversion leads over; take SwinV2 weights"
+        )
+    for part, what in FOREIGN.items():
+        if any(part in name for name in tensors):
+            raise UnknownLayoutError(f"{what} (it has {part.strip('.')})")
+
+
+def _merges_at_the_start(tensors: Tensors) -> bool:
+    merges = [int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.downsample\.", name))]
+    return bool(merges) and min(merges) == 1
+
+
+def _rename(tensors: Tensors, rules: tuple[Rule, ...]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for old, tensor in tensors.items():
+        name = old
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise UnknownLayoutError(f"two tensors of it are {name!r}, one of them {old!r}; remove one")
+        renamed[name] = tensor
+    return renamed
+
+
+def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Three matrices (C, C) to one (3C, C), rows in the order query, key, value."""
+    for query in [name for name in tensors if name.endswith(".attn.query.weight")]:
+        parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[query.replace(".query.", ".qkv.")] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors
+
+
+def _split_bias(tensors: dict[str, Tensor]) -> Named:
+    """torchvision's qkv.bias (3C) to q_bias and v_bias; the key's third is set to zero on every forward pass there."""
+    named = Named("torchvision", tensors)
+    for name in [name for name in tensors if name.endswith(".attn.qkv.bias")]:
+        q_bias, _, v_bias = tensors.pop(name).chunk(3)
+        attention = name.removesuffix("qkv.bias")
+        tensors |= {f"{attention}q_bias": q_bias, f"{attention}v_bias": v_bias}
+        named.dropped[f"{attention}k_bias"] = "torchvision sets the key's bias to zero in every forward pass"
+    return named

@@ -1,0 +1,175 @@
+"""A model from any checkpoint: its size from the tensors, pixels and windows from what is known; Hub-style folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import write_json
+from video_swinv2.models.swinv2 import Axes, SwinV2
+from video_swinv2.models.variants import find_variant, variant_name
+from video_swinv2.models.windows import Size
+from video_swinv2.weights.account import Account
+from video_swinv2.weights.formats import Checkpoint
+from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill
+from video_swinv2.weights.store import Preprocessing, save_model
+
+WINDOW_IN_TIME = 8  # Video Swin's, and this project's default
+PATCH_IN_TIME = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a user wants other than in the checkpoint; None keeps it."""
+
+    frames: int | None = None
+    image_size: Axes | None = None
+    patch_size: Axes | None = None
+    window: Axes | None = None
+
+
+def open_model(
+    checkpoint: Checkpoint,
+    sizes: Sizes,
+    *,
+    name: str | None = None,
+    cpb_norm: Sequence[Sequence[int]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[SwinV2, Account]:
+    """A model of the checkpoint's own size with its weights, in eval mode, and the account of them.
+
+    `sizes.frames` makes a clip model of an image model. name: a size of `list_models`, where it is not to be told from
+    the tensors. classes: names of the head's rows wanted, in this order. UserError for weights that do not fit,
+    UsageError for sizes that do not or that nothing tells.
+    """
+    try:
+        architecture = _architecture(checkpoint, name) | _sizes(checkpoint, sizes)
+        if classes is not None:
+            architecture["num_classes"] = len(classes)
+        model = SwinV2(**architecture).eval()
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more memory than there is
+        raise UsageError(
+            f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
+        ) from error
+    return model, fill(model, checkpoint, classes=classes, cpb_norm=cpb_norm)
+
+
+def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
+    """Everything but the sizes: from the card, else counted in the tensors, else those of the variant asked for."""
+    tensors = checkpoint.tensors
+    if checkpoint.card is not None:
+        found = dict(checkpoint.card.architecture)
+    else:
+        depths, heads, extra = _count(checkpoint)
+        width = tensors[PATCH_KERNEL].shape[0]
+        rows = sum(tensors[HEAD[0]].shape[:1]) if HEAD[0] in tensors else 0
+        found = {"embed_dim": width, "depths": depths, "num_heads": heads, "extra_norm_every": extra}
+        found |= {"name": variant_name(width, depths), "num_classes": rows}
+    if name is not None:
+        variant = find_variant(name)
+        found |= {"name": name, "embed_dim": variant.embed_dim, "depths": variant.depths}
+        found |= {"num_heads": variant.num_heads, "extra_norm_every": variant.extra_norm_every}
+    return found
+
+
+def _count(checkpoint: Checkpoint) -> tuple[Size, Size, int]:
+    """Depths, heads per stage, and the distance of extra norms (0 without), all from names and shapes."""
+    blocks: dict[int, dict[int, int]] = {}
+    extra = set()
+    for key, tensor in checkpoint.tensors.items():
+        if found := re.fullmatch(r"layers\.(\d+)\.blocks\.(\d+)\.(attn\.logit_scale|enorm\.weight)", key):
+            stage, block = int(found[1]), int(found[2])
+            if found[3] == "enorm.weight":
+                extra.add(block + 1)
+            else:
+                blocks.setdefault(stage, {})[block] = tensor.shape[0] if tensor.ndim else 0
+    stages = sorted(blocks)
+    if not stages or stages != list(range(len(stages))) or any(len(b) != max(b) + 1 for b in blocks.values()):
+        raise UserError(f"{checkpoint.source.path}: blocks or their attn.logit_scale are missing; the file is damaged")
+    depths = tuple(len(blocks[stage]) for stage in stages)
+    heads = tuple(blocks[stage][0] for stage in stages)
+    return depths, heads, min(extra, default=0)
+
+
+def _sizes(checkpoint: Checkpoint, wanted: Sizes) -> dict[str, Any]:
+    """Frames, pixels, patches and windows of the model: as wanted, else as the weights were trained."""
+    card, training = checkpoint.card, checkpoint.training
+    frames: Any = card.architecture["frames"] if card is not None else None
+    kernel: Size = tuple(checkpoint.tensors[PATCH_KERNEL].shape[2:])
+    window: Any = card.architecture["window"] if card is not None else _table_window(checkpoint)
+    image_size: Any = card.architecture["image_size"] if card is not None else None
+    if window is None and training is not None:
+        window = (training.window,) * 2
+    if image_size is None:
+        image_size = training.image_size if training is not None else _masked_size(checkpoint)
+    inflated = wanted.frames is not None and frames is None and len(kernel) == 2
+    if inflated:
+        kernel, window = (PATCH_IN_TIME, *kernel), window and (WINDOW_IN_TIME, *window)
+    sizes = {
+        "frames": frames if wanted.frames is None else wanted.frames,
+        "image_size": image_size if wanted.image_size is None else wanted.image_size,
+        "patch_size": kernel if wanted.patch_size is None else wanted.patch_size,
+        "window": window if wanted.window is None else wanted.window,
+    }
+    if len(kernel) == 3 and sizes["frames"] is None:
+        raise UsageError(f"{checkpoint.source.path}: weights of a clip model; give frames (--frames 16)")
+    for key, example in (("image_size", "224"), ("window", "8,7,7" if inflated else "7")):
+        if sizes[key] is None:
+            option = f"--{key.replace('_', '-')} {example}"
+            raise UsageError(f"{checkpoint.source.path}: nothing in it tells {key}; give it ({option})")
+    # The clip model's normaliser in time is its own, and in space it comes with the weights.
+    return sizes | {"cpb_norm": None} if inflated else sizes
+
+
+def _table_window(checkpoint: Checkpoint) -> Size | None:
+    """The window of Microsoft's coordinate table (1, 2Wh - 1, 2Ww - 1, 2) in the first block."""
+    table = checkpoint.derived.get("layers.0.blocks.0.attn.relative_coords_table")
+    return None if table is None else tuple((n + 1) // 2 for n in table.shape[1:-1])
+
+
+def _masked_size(checkpoint: Checkpoint) -> Size | None:
+    """(H, W) that Microsoft's mask (windows, N, N) of the first shifted block was made for; its images are square."""
+    mask = checkpoint.derived.get("layers.0.blocks.1.attn_mask")
+    if mask is None or mask.ndim != 3:
+        return None
+    side = math.isqrt(mask.shape[0]) * math.isqrt(mask.shape[1]) * checkpoint.tensors[PATCH_KERNEL].shape[-1]
+    return (side, side)
+
+
+def save_pretrained(
+    model: SwinV2,
+    folder: Path | str,
+    *,
+    classes: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    provenance: Mapping[str, object] | None = None,
+) -> None:
+    """A Hub-style folder: `model.safetensors`, and `config.json` with a readable copy of the card inside of it.
+
+    preprocessing: by default the model's own frames and size, neighbouring frames, ImageNet's mean and deviation.
+    """
+    folder = Path(folder)
+    if preprocessing is None:
+        height, width = model.image_size
+        preprocessing = Preprocessing(model.frames, 1, (height, width))
+    save_model(
+        model,
+        folder / "model.safetensors",
+        classes=classes,
+        preprocessing=preprocessing,
+        provenance=provenance,
+    )
+    config = {
+        "library_name": "video_swinv2",
+        "architecture": model.architecture(),
+        "classes": list(classes),
+        "preprocessing": dataclasses.asdict(preprocessing),
+        "provenance": dict(provenance or {}),
+    }
+    write_json(folder / "config.json", config)
