@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
@@ -121,7 +122,14 @@ def _start(work: Callable[[Job, Allow], Result], memory_gib: float | None) -> _W
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work, memory_gib), daemon=True)
-    process.start()
+    # Ctrl-C is the parent's to handle, and a child takes over what is blocked: none may come while it still imports.
+    # The tracker, which the first start would bring up, unblocks it on the way.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _Worker(process, ours)
 
@@ -140,7 +148,6 @@ def _dismiss(worker: _Worker[Job]) -> None:
 
 
 def _serve(pipe: Connection, work: Callable[[Job, Allow], Result], memory_gib: float | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
         # A parent killed outright cannot stop its children; the kernel does.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
