@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+import video_swinv2.models.sequential as pieces
 from tests.models.equivalence import answers, can_differentiate
 from tests.models.parity import KINDS
 from tests.models.reference import GRIDS, Grid, features, randomise, reference_differences
@@ -50,6 +51,18 @@ def test_backends_have_the_same_gradients(backend, frames, size):
     torch.testing.assert_close(got["logits"], expected["logits"], rtol=0, atol=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("piece", [1, 2**10, 2**19])
+@pytest.mark.parametrize("frames", [1, 8])
+def test_sequential_makes_weights_again_or_keeps_them(monkeypatch, piece, frames):
+    """A window and head at a time, several, and all at once; small problems keep their weights, others do not."""
+    kept = answers("sequential", frames, (70, 57))
+    monkeypatch.setattr(pieces, "KEPT", 0)
+    monkeypatch.setattr(pieces, "CACHED", piece)
+    again = answers("sequential", frames, (70, 57))
+    for name, expected in kept.items():
+        torch.testing.assert_close(again[name], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()), msg=name)
 
 
 def test_padding_is_never_attended_to():

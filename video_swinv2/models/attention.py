@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from video_swinv2.models.position_bias import bias_table, expand, token_codes, without_autocast
+from video_swinv2.models.position_bias import NarrowLinear, bias_table, expand, token_codes, without_autocast
 from video_swinv2.models.sequential import sequential
 from video_swinv2.models.windows import Layout, Size
 
@@ -37,7 +37,7 @@ class WindowAttention(nn.Module):
         self.heads = heads
         self.attention = attention
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))
-        self.cpb_mlp = nn.Sequential(nn.Linear(axes, 512), nn.ReLU(inplace=True), nn.Linear(512, heads, bias=False))
+        self.cpb_mlp = nn.Sequential(NarrowLinear(axes, 512), nn.ReLU(inplace=True), nn.Linear(512, heads, bias=False))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def offsets(window: Sequence[int], device: torch.device | None = None) -> Tensor:
@@ -31,7 +31,18 @@ def log_coordinates(offset: Tensor, norm: Sequence[int]) -> Tensor:
     return scaled.sign() * torch.log2(1 + scaled.abs()) / 3
 
 
-def bias_table(mlp: torch.nn.Module, window: Sequence[int], norm: Sequence[int], device: torch.device) -> Tensor:
+class NarrowLinear(nn.Linear):
+    """A Linear of very few inputs, such as coordinates. The same numbers; the gradient's product is 14 times as fast.
+
+    Autograd forms the weight's gradient in the layout in which the weight entered the product. As it is stored that
+    means a product whose result is three columns wide, the worst case of a CPU's BLAS: 1 % of a training step.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.addmm(self.bias, input, self.weight.t().contiguous())
+
+
+def bias_table(mlp: nn.Module, window: Sequence[int], norm: Sequence[int], device: torch.device) -> Tensor:
     """(G, R): 16 * sigmoid(mlp(log coordinates)) for every offset of `offsets(window)`, in fp32 or wider.
 
     Outside autocast: the MLP's output is multiplied by 16, which would magnify the rounding of half precision.

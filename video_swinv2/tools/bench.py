@@ -11,7 +11,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from video_swinv2.errors import UsageError
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.variants import create_model, find_variant
-from video_swinv2.models.windows import layout, partition
+from video_swinv2.models.windows import Size, layout, partition
 
 FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)  # what torchvision's Video Swin is built for
 PEERS = {"swinv2_tiny": "swin3d_t", "swinv2_small": "swin3d_s", "swinv2_base": "swin3d_b"}
@@ -52,30 +52,33 @@ class Race:
         return statistics.median(peer / ours for ours, peer in zip(self.ours, self.peer, strict=True))
 
 
-def bench_model(name: str, *, batch: int, rounds: int, threads: int, device: str) -> dict[str, Any]:
-    """`name` at 16 x 224 x 224 and window (8, 7, 7) against torchvision's model of that size: time, memory, floor."""
+def bench_model(
+    name: str, *, rounds: int, threads: int, device: str, batch: int = 1, frames: int = FRAMES, pixels: int = PIXELS
+) -> dict[str, Any]:
+    """`name` with window (8, 7, 7) against torchvision's model of that size: time, memory, floor."""
     if name not in PEERS:
         raise UsageError(f"--model {name}: torchvision has no such size; there are {', '.join(PEERS)}")
     where = torch.device(device)
     torch.set_num_threads(threads)
     clock = _clock(where)
-    models = [_build(kind, name).to(where) for kind in ("ours", "peer")]
-    x = torch.randn(batch, 3, FRAMES, PIXELS, PIXELS, device=where)
+    shape = (batch, 3, frames, pixels, pixels)
+    models = [_build(kind, name, shape).to(where) for kind in ("ours", "peer")]
+    x = torch.randn(shape, device=where)
     races = [_race(what, models, x, rounds, clock) for what in ("forward", "training step")]
     gigaflops = _product_speed(where, clock)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        create_model(name, num_classes=400, frames=FRAMES, image_size=PIXELS, window=WINDOW).to("meta")(x.to("meta"))
+        _build("ours", name, shape).to("meta")(x.to("meta"))
     floor = counter.get_total_flops() / gigaflops / 1e9
     return {
         "model": name,
         "peer": PEERS[name],
-        "input": [batch, 3, FRAMES, PIXELS, PIXELS],
+        "input": list(shape),
         "window": WINDOW,
         "device": device,
         "threads": threads,
         "torch": torch.__version__,
         "races": [asdict(race) | {"ratio": race.ratio} for race in races],
-        "peak_bytes": {kind: _in_process(_training_peak, kind, name, batch, device) for kind in ("ours", "peer")},
+        "peak_bytes": {kind: _in_process(_training_peak, kind, name, shape, device) for kind in ("ours", "peer")},
         "product_gigaflops_per_second": gigaflops,
         "floor_seconds": {"forward": floor, "training step": 3 * floor},
         "share_of_floor": {race.what: f * floor / min(race.ours) for race, f in zip(races, (1, 3), strict=True)},
@@ -83,14 +86,16 @@ def bench_model(name: str, *, batch: int, rounds: int, threads: int, device: str
     }
 
 
-def bench_layer(name: str, *, rounds: int, threads: int, device: str) -> list[dict[str, Any]]:
+def bench_layer(
+    name: str, *, rounds: int, threads: int, device: str, cases: Sequence[tuple[int, Size]] = LAYER_CASES
+) -> list[dict[str, Any]]:
     """Every backend in one shifted first-stage attention layer of 16 frames: seconds and peak memory, or why not."""
     try:
         heads = find_variant(name).num_heads[0]
     except ValueError as error:
         raise UsageError(f"--model: {error}") from error
     rows = []
-    for pixels, window in LAYER_CASES:
+    for pixels, window in cases:
         for backend in BACKENDS[1:]:
             for gradients in (False, True):
                 case = {"pixels": pixels, "window": window, "backend": backend, "gradients": gradients}
@@ -98,9 +103,9 @@ def bench_layer(name: str, *, rounds: int, threads: int, device: str) -> list[di
     return rows
 
 
-def _build(kind: str, name: str) -> nn.Module:
+def _build(kind: str, name: str, shape: Sequence[int]) -> nn.Module:
     if kind == "ours":
-        return create_model(name, num_classes=400, frames=FRAMES, image_size=PIXELS, window=WINDOW)
+        return create_model(name, num_classes=400, frames=shape[2], image_size=shape[3], window=WINDOW)
     from torchvision.models import video
 
     peer: nn.Module = getattr(video, PEERS[name])(weights=None)
@@ -167,12 +172,12 @@ def _profile(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
     return shares | {"elementwise work and overhead": 1 - sum(shares.values())}
 
 
-def _training_peak(kind: str, name: str, batch: int, device: str) -> int:
+def _training_peak(kind: str, name: str, shape: Sequence[int], device: str) -> int:
     """Bytes that one training step needs beyond the model, its gradients included."""
     where = torch.device(device)
     torch.set_num_threads(1)
-    model = _build(kind, name).to(where)
-    x = torch.randn(batch, 3, FRAMES, PIXELS, PIXELS, device=where)
+    model = _build(kind, name, shape).to(where)
+    x = torch.randn(tuple(shape), device=where)
     return _peak(lambda: _run(model, x, "training step"), where)
 
 
