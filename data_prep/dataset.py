@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,8 @@ from typing import Any
 
 import av
 
+from data_prep.account import account
+from data_prep.state import SplitCount
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
 from video_swinv2.errors import UserError
@@ -41,36 +44,58 @@ class Failed:
 
 @dataclass(frozen=True)
 class SplitContent:
-    """What became of the videos of one split."""
+    """What became of the videos of one split; `excluded` is how many of those listed were not wanted after all."""
 
     ok: Sequence[Listed]
     failed: Sequence[Failed] = ()
+    excluded: int = 0
 
 
 def write_dataset(
-    out: Path, *, name: str, classes: Sequence[str], splits: Mapping[str, SplitContent], settings: Mapping[str, Any]
+    out: Path,
+    *,
+    name: str,
+    classes: Sequence[str],
+    splits: Mapping[str, SplitContent],
+    settings: Mapping[str, Any],
+    extra: Sequence[str] = (),
 ) -> None:
-    """Write SPLIT.csv, failed.csv and, last, dataset.json. Raises UserError where the folder cannot be written."""
+    """Write SPLIT.csv, failed.csv, extra.csv (the files of the source that nothing lists, if any), last dataset.json.
+
+    Raises UserError where the folder cannot be written.
+    """
     record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
-    prints = {}
-    counts = {}
-    for split, content in splits.items():
-        rows = [(item.path, item.label) for item in content.ok]
-        text = _table(("path", "label"), rows)
-        write_text(out / f"{split}.csv", text)
-        prints[split] = content_fingerprint([(item.path, item.label, item.sha256) for item in content.ok])
-        counts[split] = {
-            "listed": len(content.ok) + len(content.failed),
-            "ok": len(content.ok),
-            "failed": len(content.failed),
-            "fingerprint": prints[split],
-            "list_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        }
+    counts = {split: _write_list(out / f"{split}.csv", content) for split, content in splits.items()}
     failed = [(item.path, item.reason, item.detail) for content in splits.values() for item in content.failed]
     write_text(out / "failed.csv", _table(("path", "reason", "detail"), failed))
-    record["fingerprint"] = hashlib.sha256("\n".join(f"{s} {p}" for s, p in prints.items()).encode()).hexdigest()
-    record |= {"splits": counts, "settings": dict(settings), "versions": versions()}
+    if extra:
+        write_text(out / "extra.csv", _table(("path",), [(path,) for path in extra]))
+    else:
+        (out / "extra.csv").unlink(missing_ok=True)
+    prints = "\n".join(f"{split} {count['fingerprint']}" for split, count in counts.items())
+    record["fingerprint"] = hashlib.sha256(prints.encode()).hexdigest()
+    record |= {"splits": counts, "extra": len(extra), "settings": dict(settings), "versions": versions()}
     write_json(out / "dataset.json", record)
+
+
+def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
+    """Write the list of a split; returns what dataset.json says of it."""
+    text = _table(("path", "label"), [(item.path, item.label) for item in content.ok])
+    write_text(path, text)
+    reasons = dict(Counter(item.reason for item in content.failed))
+    ok, failed, excluded = len(content.ok), len(content.failed), content.excluded
+    counts = SplitCount(
+        listed=ok + failed + excluded, ok=ok, pending=0, failed=reasons, excluded={"duplicate": excluded}
+    )
+    ends = account(counts)
+    return {
+        "listed": ends["listed"],
+        "ok": ok,
+        "failed": failed,
+        **{end: ends[end] for end in ("missing", "broken", "too_short", "excluded")},
+        "fingerprint": content_fingerprint([(item.path, item.label, item.sha256) for item in content.ok]),
+        "list_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def read_record(out: Path) -> dict[str, Any] | None:

@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from sqlite3 import Row
 
-from data_prep.clip import Outcome, Task, prepare_clip, seconds_to_index, sweep
+from data_prep import executors, shards
+from data_prep.account import account
+from data_prep.clip import Outcome, Settings, Task, prepare_clip, seconds_for, size_and_time, sweep, task_of
 from data_prep.dataset import Failed, Listed, SplitContent, versions, write_dataset
-from data_prep.encode import H264
-from data_prep.pool import Lost, run_jobs
-from data_prep.state import SplitCount, State, Wanted, split_order
-from video_swinv2.data.manifest import find_splits, read_manifest
+from data_prep.pool import Crew, Lost, each
+from data_prep.preflight import Preflight, preflight, sample_size
+from data_prep.shards import Shard
+from data_prep.sources import plan
+from data_prep.state import REASONS, STATE_NAME, SplitCount, State, Wanted, split_order
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import keep
 from video_swinv2.progress import track
 
-# Raised when the same settings would give other bytes; part of what decides whether an old output still counts.
-FORM = 1
 MEMORY_GIB = 8.0
-LOCK_NAME = ".prep.lock"
-LONGEST_NAME = 150
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How every video of the data set is made."""
-
-    short_side: int = 320
-    gop: int = 16
-
-    def record(self) -> dict[str, object]:
-        """All that decides the form of an output, for dataset.json."""
-        return {"made_by": "prepare", "form": FORM, "short_side": self.short_side, **asdict(H264(gop=self.gop))}
-
-    def hash(self) -> str:
-        """sha256 of the record."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+PREFLIGHT_FOLDER = ".preflight"
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended: counts by split, and what it found changed since the run before."""
+    """How a run ended: counts by split."""
 
     counts: dict[str, SplitCount]
-    notes: tuple[str, ...]
 
     def failed_share(self) -> float:
-        """Failed videos over listed ones."""
-        listed = sum(count.listed for count in self.counts.values())
-        return sum(sum(count.failed.values()) for count in self.counts.values()) / max(listed, 1)
+        """Videos missing, broken or too short over those listed and wanted."""
+        ends = [account(count) for count in self.counts.values()]
+        wanted = sum(end["listed"] - end["excluded"] for end in ends)
+        return sum(end["missing"] + end["broken"] + end["too_short"] for end in ends) / max(wanted, 1)
 
 
 def prepare(
@@ -62,190 +46,226 @@ def prepare(
     out: Path,
     settings: Settings,
     *,
-    annotations: Path | None = None,
+    annotations: Sequence[Path] = (),
+    held_out: Sequence[Path] = (),
+    official_split: int = 1,
     name: str | None = None,
     workers: int = 1,
-    retry_failed: bool = False,
+    executor: str = "local",
+    shard: Shard | None = None,
+    retry_failed: Collection[str] | None = None,
+    say: Say = print,
 ) -> Report:
-    """Prepare every video that `source` lists and write the data set.
+    """Prepare every video that `source` lists, or those of one shard, and write the data set (a shard: its state).
 
-    Raises UsageError for a source or labels that make no sense, UserError where the disk or another run is in the way.
+    `retry_failed` names reasons whose videos are tried again, () all of them; `say` is given lines to read meanwhile.
+    Raises UsageError for a source or labels that make no sense, UserError where the machine, the disk, the cluster or
+    another run is in the way.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
-    _check(source, out, settings)
-    classes, wanted = plan(source, annotations)
+    _check(source, out, settings, retry_failed)
+    listed = plan(source, annotations, held_out=held_out, official_split=official_split)
+    wanted = [item for item in listed.wanted if shard is None or shard.holds(item.name)]
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out), State(out, create=True) as state:
-        notes = _bring_up_to_date(state, out, wanted, settings, retry_failed=retry_failed)
-        state.remember("classes", json.dumps(classes))
+    path = None if shard is None else shard.state_path(out)
+    with shards.lock(out, shard), State(out, create=True, path=path) as state:
+        for note in listed.notes:
+            say(note)
+        _bring_up_to_date(state, out, wanted, settings, shard, retry_failed, say)
+        state.remember("classes", json.dumps(listed.classes))
         state.remember("name", name or (source.name if source.is_dir() else source.stem))
         state.remember("settings", json.dumps(settings.record()))
-        _work(state, out, settings, workers)
-        write_lists(state, out)
-        return Report(state.counts(), tuple(notes))
+        state.remember("extra", json.dumps(listed.extra))
+        state.remember("listing", _listing_hash(listed.wanted))
+        _work(state, out, settings, executor, workers, say)
+        if shard is None:
+            write_lists(state, out)
+        else:
+            say(f"shard {shard} is done; when all {shard.count} are: python -m data_prep merge {out}")
+        return Report(state.counts())
 
 
-def plan(source: Path, annotations: Path | None) -> tuple[list[str], list[Wanted]]:
-    """The ordered classes, and every video with the place it will have. Raises UsageError."""
-    splits = find_splits(source, annotations)
-    manifests = [read_manifest(source, split, annotations=annotations) for split in splits]
-    if not manifests:
-        raise UsageError(f"{source}: no videos found; give a folder of videos, lists or a CSV")
-    classes = manifests[0].classes
-    wanted: list[Wanted] = []
-    folders = _distinct_names(classes)
-    for manifest in manifests:
-        names = [entry.name for entry in manifest.entries]
-        labels = ["" if entry.label < 0 else classes[entry.label] for entry in manifest.entries]
-        homes = [
-            f"videos/{manifest.split}/{folders[label]}/" if label else f"videos/{manifest.split}/" for label in labels
-        ]
-        files = _file_names(names, homes)
-        for place, (entry, label, home) in enumerate(zip(manifest.entries, labels, homes, strict=True)):
-            _refuse_undecodable_name(entry.path)
-            target = f"{home}{files[place]}.mp4"
-            wanted.append(Wanted(manifest.split, place, entry.name, label, str(entry.path), target))
-    return list(classes), wanted
+def look_ahead(
+    source: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    annotations: Sequence[Path] = (),
+    held_out: Sequence[Path] = (),
+    official_split: int = 1,
+    workers: int = 1,
+    executor: str = "local",
+) -> Preflight:
+    """What preparing all of it would come to, by a sample that is made and removed; nothing else is touched.
+
+    Raises as `prepare`.
+    """
+    source, out = Path(source).absolute(), Path(out).absolute()
+    _check(source, out, settings, None)
+    listed = plan(source, annotations, held_out=held_out, official_split=official_split)
+    wanted = [item for item in listed.wanted if not item.excluded]
+    count = sample_size(len(wanted), asked=True)
+    chosen = [wanted[(2 * place + 1) * len(wanted) // (2 * count)] for place in range(count)]
+    tasks = [
+        Task(place, Path(item.source), out / item.target, settings, item.start, item.end)
+        for place, item in enumerate(chosen)
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    with shards.lock(out), executors.start(executor, workers, seconds_for, MEMORY_GIB) as crew:
+        return preflight(crew, tasks, pending=len(wanted), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
+
+
+def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Report:
+    """Make one data set in `out` of the shards prepared there and in `others`. Raises UserError, UsageError."""
+    out, others = out.absolute(), [other.absolute() for other in others]
+    for folder in (out, *others):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; name one in which shards were prepared")
+    whole, part = out / STATE_NAME, out / f".{STATE_NAME}.part"
+    with shards.lock_all([out, *others]):
+        note = "the shards were merged before"
+        if not whole.is_file():  # which it becomes when all is in it, so that no later run takes half of it for all
+            for left in (part, part.with_name(f"{part.name}-journal")):
+                left.unlink(missing_ok=True)
+            with State(out, create=True, path=part) as state:
+                note = f"{shards.join(state, out, others)} shards merged"
+            keep(part, whole)
+        with State(out) as state:
+            if not state.fact("merged"):
+                raise UserError(f"{out}: was prepared as a whole, there is nothing to merge; give another folder")
+            write_lists(state, out)
+            say(note)
+            return Report(state.counts())
 
 
 def write_lists(state: State, out: Path) -> None:
     """dataset.json, the lists and failed.csv from what the state knows."""
-    splits: dict[str, tuple[list[Listed], list[Failed]]] = {}
-    for row in state.rows():
-        ok, failed = splits.setdefault(row["split"], ([], []))
-        if row["status"] == "ok":
-            ok.append(Listed(row["target"], row["label"], row["sha256"]))
-        elif row["status"] == "failed":
-            failed.append(Failed(row["name"], row["reason"], row["detail"] or ""))
-    content = {split: SplitContent(*splits[split]) for split in sorted(splits, key=split_order)}
-    classes, settings = (json.loads(state.fact(key) or "null") for key in ("classes", "settings"))
-    write_dataset(out, name=state.fact("name") or out.name, classes=classes, splits=content, settings=settings)
+    ok: dict[str, list[Listed]] = {}
+    failed: dict[str, list[Failed]] = {}
+    for row in state.rows("ok", ("target", "label", "sha256")):
+        ok.setdefault(row["split"], []).append(Listed(row["target"], row["label"], row["sha256"]))
+    for row in state.rows("failed", ("name", "reason", "detail")):
+        failed.setdefault(row["split"], []).append(Failed(row["name"], row["reason"], row["detail"] or ""))
+    content = {
+        split: SplitContent(ok.get(split, []), failed.get(split, []), sum(count.excluded.values()))
+        for split, count in state.counts().items()
+    }
+    facts = {key: json.loads(state.fact(key) or "null") for key in ("classes", "settings", "extra")}
+    write_dataset(
+        out,
+        name=state.fact("name") or out.name,
+        classes=facts["classes"],
+        splits=dict(sorted(content.items(), key=lambda item: split_order(item[0]))),
+        settings=facts["settings"],
+        extra=facts["extra"] or (),
+    )
 
 
-def _check(source: Path, out: Path, settings: Settings) -> None:
+def _check(source: Path, out: Path, settings: Settings, retry_failed: Collection[str] | None) -> None:
     if settings.short_side < 16 or settings.short_side % 2:
         raise UsageError(f"--short-side {settings.short_side}: must be even and at least 16")
     if settings.gop < 1:
         raise UsageError(f"--gop {settings.gop}: must be at least 1")
+    if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
+        raise UsageError(f"--fps {settings.fps:g}: must lie between 0.1 and 1000")
+    if not 0 <= settings.min_seconds < float("inf"):
+        raise UsageError(f"--min-seconds {settings.min_seconds:g}: must not be negative")
+    for reason in retry_failed or ():
+        if reason not in REASONS:
+            raise UsageError(f"--retry-failed {reason}: is no reason; known are {', '.join(REASONS)}")
     if source.is_dir() and (out == source or source in out.parents):
         raise UsageError(f"{out}: lies inside the source {source}; give a folder outside it")
 
 
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    with (out / LOCK_NAME).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
-            raise UserError(f"{out}: another run is preparing this data set; wait for it or stop it") from fault
-        yield
+def _listing_hash(wanted: Sequence[Wanted]) -> str:
+    """What all shards of one preparation share; where the sources lie may differ from machine to machine."""
+    digest = hashlib.sha256()
+    for item in wanted:
+        digest.update(f"{item.split}\0{item.position}\0{item.name}\0{item.label}\0{item.excluded}\n".encode())
+    return digest.hexdigest()
 
 
 def _bring_up_to_date(
-    state: State, out: Path, wanted: list[Wanted], settings: Settings, *, retry_failed: bool
-) -> list[str]:
-    """Make the state that of the listing and decide what has to be done again; returns what to tell."""
-    notes = []
-    swept = sweep(out / "videos")
+    state: State,
+    out: Path,
+    wanted: Sequence[Wanted],
+    settings: Settings,
+    shard: Shard | None,
+    retry_failed: Collection[str] | None,
+    say: Say,
+) -> None:
+    """Make the state that of the listing, and pending what has to be done again."""
+    if shard is None:
+        swept = sweep(out / "videos")
+    else:  # others may be at work in the same folder
+        ours = {item.target for item in wanted}
+        swept = sweep(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
     if swept:
-        notes.append(f"{swept} half-written files of an interrupted run removed")
+        say(f"{swept} half-written files of an interrupted run removed")
     gone = state.sync(wanted)
     for target in gone:
         (out / target).unlink(missing_ok=True)
     if gone:
-        notes.append(f"{len(gone)} videos are no longer listed: removed")
+        say(f"{len(gone)} videos are no longer listed: removed")
     again: dict[str, list[int]] = {}
-    for row in state.rows():
-        why = _why_again(row, out, settings.hash(), retry_failed)
-        if why:
-            again.setdefault(why, []).append(row["id"])
+    known = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
+    form = settings.hash()
+    for status in ("ok", "failed"):
+        for row in state.rows(status, known):
+            if why := _why_again(row, out, form, retry_failed):
+                again.setdefault(why, []).append(row["id"])
     for why, ids in again.items():
         state.reset(ids)
-        notes.append(f"{len(ids)} videos are prepared again: {why}")
-    return notes
+        say(f"{len(ids)} videos are prepared again: {why}")
 
 
-def _why_again(row: object, out: Path, settings_hash: str, retry_failed: bool) -> str | None:
-    known = dict(row)  # type: ignore[call-overload]  # sqlite3.Row, which dict() takes
-    if known["status"] == "pending":
-        return None
-    if known["settings_hash"] != settings_hash:
+def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | None) -> str | None:
+    if row["settings_hash"] != form:
         return "the settings have changed"
-    source = Path(known["source"])
-    status = source.stat() if source.exists() else None
-    size, changed = (status.st_size, status.st_mtime_ns) if status else (None, None)
+    ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
+    now = size_and_time(row["source"])
     # A source that went away after its video was made takes nothing from the video.
-    if (status or known["status"] == "failed") and (size, changed) != (known["source_size"], known["source_mtime_ns"]):
+    if now != before and not (ok and now == (None, None)):
         return "their sources have changed"
-    if known["status"] == "ok" and not (out / known["target"]).is_file():
+    if ok and not os.path.isfile(out / row["target"]):
         return "the prepared files are gone"
-    if known["status"] == "failed" and retry_failed:
+    if not ok and retry_failed is not None and (not retry_failed or row["reason"] in retry_failed):
         return "--retry-failed"
     return None
 
 
-def _work(state: State, out: Path, settings: Settings, workers: int) -> None:
-    encoding = H264(gop=settings.gop)
-    tasks = [
-        Task(row["id"], Path(row["source"]), out / row["target"], settings.short_side, encoding)
-        for row in state.rows("pending")
-    ]
-    for folder in dict.fromkeys(task.target.parent for task in tasks):
-        folder.mkdir(parents=True, exist_ok=True)
+def _work(state: State, out: Path, settings: Settings, executor: str, workers: int, say: Say) -> None:
+    """Prepare what is pending. Only this process writes the state, a row at a time as the outcomes come."""
+    pending = sum(count.pending for count in state.counts().values())
+    if not pending:
+        return
+    tasks = (task_of(row, out, settings) for row in state.rows("pending"))
     mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
-    done = run_jobs(prepare_clip, tasks, workers=workers, seconds_for=_seconds_for, memory_gib=MEMORY_GIB)
-    for task, outcome in track(done, "prepare", len(tasks), "clips"):
-        if isinstance(outcome, Lost):
-            outcome = _of_lost(task, outcome)
-        if outcome.reason == "disk":
-            raise UserError(f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on")
-        state.finish(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
+    with executors.start(executor, min(workers, pending), seconds_for, MEMORY_GIB) as crew:
+        ahead = _look_at_pending(crew, state, out, settings, pending)
+        if ahead.trials:
+            say(ahead.as_text())
+        if ahead.problems and not executor.startswith("dask:"):  # of another machine's memory we know nothing
+            raise UserError(ahead.problems[0])
+        for task, outcome in track(each(crew, prepare_clip, tasks), "prepare", pending, "clips"):
+            if isinstance(outcome, Lost):
+                size, changed = size_and_time(task.source)
+                outcome = Outcome(outcome.reason, outcome.detail, source_size=size, source_mtime_ns=changed)
+            if outcome.reason == "disk":
+                raise UserError(
+                    f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on"
+                )
+            state.finish(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
 
 
-def _seconds_for(task: Task) -> float:
-    return seconds_to_index(task.source.stat().st_size if task.source.is_file() else 0)
-
-
-def _of_lost(task: Task, lost: Lost) -> Outcome:
-    status = task.source.stat() if task.source.exists() else None
-    size, changed = (status.st_size, status.st_mtime_ns) if status else (None, None)
-    return Outcome(reason=lost.reason, detail=lost.detail, source_size=size, source_mtime_ns=changed)
-
-
-def _distinct_names(names: tuple[str, ...]) -> dict[str, str]:
-    """A folder name for each class name, itself wherever a file system allows it."""
-    safe = {name: _safe(name) for name in names}
-    taken = Counter(folder.casefold() for folder in safe.values())
-    return {name: folder if taken[folder.casefold()] == 1 else _marked(folder, name) for name, folder in safe.items()}
-
-
-def _file_names(names: list[str], homes: list[str]) -> list[str]:
-    """A file name (no suffix) for each video, its own unless two would meet in one folder."""
-    stems = [_safe(Path(name).stem) for name in names]
-    taken = Counter((home, stem.casefold()) for home, stem in zip(homes, stems, strict=True))
-    return [
-        stem if taken[home, stem.casefold()] == 1 else _marked(stem, name)
-        for name, home, stem in zip(names, homes, stems, strict=True)
-    ]
-
-
-def _safe(name: str) -> str:
-    """A name without separators, control characters and a leading dot, short enough for a file system."""
-    plain = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)
-    plain = re.sub(r"^\.", "_", plain) or "_"
-    return (
-        plain
-        if len(plain.encode()) <= LONGEST_NAME
-        else _marked(plain.encode()[:LONGEST_NAME].decode("utf-8", "ignore"), name)
-    )
-
-
-def _marked(name: str, whole: str) -> str:
-    return f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-
-
-def _refuse_undecodable_name(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as fault:
-        raise UsageError(f"{str(path)!a}: the file name is not UTF-8; rename it") from fault
+def _look_at_pending(crew: Crew, state: State, out: Path, settings: Settings, pending: int) -> Preflight:
+    """What the rest will come to. A sample is made once, and only where it is small beside the rest."""
+    seen = state.fact("sampled") == settings.hash()
+    size = 0 if seen else sample_size(pending, asked=False)
+    tasks = [task_of(row, out, settings) for row in state.sample(size)]
+    # A shard's own folder: others may look ahead in the same place.
+    folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
+    found = preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)
+    if tasks and not found.problems:
+        state.remember("sampled", settings.hash())
+    return found

@@ -1,40 +1,198 @@
-"""What a preparation has come to, as a table or as JSON. Reads the state only, also while a run is at work."""
+"""What a preparation has come to, as tables or as JSON. Reads the state only, also while runs are at work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.state import REASONS, SplitCount, State
+from data_prep.account import account
+from data_prep.state import EXCLUDED, REASONS, STATE_NAME, SplitCount, State, split_order
+
+RATE_WINDOW_SECONDS = 300.0
+QUIET_SECONDS = 600.0  # nothing finished for so long: most likely no run is at work
+LOST = ("missing", "broken", "too_short")
+MOST_CLASSES = 10
+SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
-def status(out: Path) -> dict[str, object]:
-    """The counts by split, the failures by reason and the rate, ready for JSON. Raises UsageError."""
-    with State(out) as state:
-        counts = state.counts()
-        rate = state.clips_per_second()
+@dataclass(frozen=True)
+class Standing:
+    """Counts by split and by class, over all shards where there are any.
+
+    `shards` is how many of how many have begun, `rate` clips per second over the last minutes of work, `last` when the
+    newest outcome was written, in seconds of the epoch; all None where unknown.
+    """
+
+    splits: dict[str, SplitCount]
+    classes: dict[str, SplitCount]
+    shards: tuple[int, int] | None
+    rate: float | None
+    last: float | None
+
+    @property
+    def pending(self) -> int:
+        """Videos still to do, as far as the shards that have begun know."""
+        return sum(count.pending for count in self.splits.values())
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate of the last minutes; None where that is unknown."""
+        return self.pending / self.rate if self.rate else None
+
+
+@contextlib.contextmanager
+def open_states(out: Path) -> Iterator[list[State]]:
+    """The state of the data set, or those of its shards as long as they are not merged. Raises UsageError."""
+    shards = sorted((out / "shards").glob("*-of-*.sqlite"))
+    with contextlib.ExitStack() as stack:
+        if (out / STATE_NAME).is_file() or not shards:
+            yield [stack.enter_context(State(out))]
+        else:
+            yield [stack.enter_context(State(out, path=path)) for path in shards]
+
+
+def standing(states: Sequence[State]) -> Standing:
+    """What the states say together."""
+    splits = _sum_by_name([state.counts() for state in states])
+    last = max((when for state in states if (when := state.last_finished()) is not None), default=None)
+    return Standing(
+        splits={split: splits[split] for split in sorted(splits, key=split_order)},
+        classes=_sum_by_name([state.classes() for state in states]),
+        shards=_shards(states),
+        rate=None if last is None else _rate(states, last),
+        last=last,
+    )
+
+
+def as_json(now: Standing) -> dict[str, object]:
+    """The standing for machines: the account of every split and class, and the reasons of what was not prepared."""
     return {
-        "splits": {
-            split: {"listed": c.listed, "ok": c.ok, "pending": c.pending, "failed": c.failed}
-            for split, c in counts.items()
-        },
-        "clips_per_second": rate,
+        "splits": {split: account(count) | {"reasons": _reasons(count)} for split, count in now.splits.items()},
+        "classes": {label: account(count) for label, count in now.classes.items() if label},
+        "shards": None if now.shards is None else {"begun": now.shards[0], "of": now.shards[1]},
+        "clips_per_second": now.rate,
+        "seconds_left": now.seconds_left,
+        "last_finished_at": now.last,
     }
 
 
+def as_text(now: Standing) -> str:
+    """The standing for people: the account by split, how far it is, why videos failed, which classes lost most."""
+    parts = [table(now.splits), progress(now)]
+    losers = worst_classes(now.classes)[:MOST_CLASSES]
+    if losers:
+        rows = [[label, str(lost), f"{ended}", f"{lost / ended:.1%}"] for label, lost, ended in losers]
+        parts.append(_columns([["classes that lost most", "lost", "of", "share"], *rows]))
+    return "\n\n".join(parts)
+
+
 def table(counts: Mapping[str, SplitCount]) -> str:
-    """Splits by rows; columns listed, ok, pending, failed and one for each reason that occurs, then what these mean."""
-    reasons = [reason for reason in REASONS if any(reason in count.failed for count in counts.values())]
-    lines = [["split", "listed", "ok", "pending", "failed", *reasons]]
-    for split, count in counts.items():
-        numbers = [count.listed, count.ok, count.pending, sum(count.failed.values())]
-        lines.append([split, *map(str, numbers), *(str(count.failed.get(reason, 0)) for reason in reasons)])
-    if len(counts) > 1:
-        sums = [sum(int(line[column]) for line in lines[1:]) for column in range(1, len(lines[0]))]
-        lines.append(["all", *map(str, sums)])
+    """The account of every split, and of all together; below it every reason that occurs, with what it means."""
+    accounts = {split: account(count) for split, count in counts.items()}
+    if len(accounts) > 1:
+        accounts["all"] = account(total(counts.values()))
+    words = list(next(iter(accounts.values()), {}))
+    text = _columns([["split", *words], *([split, *map(str, sums.values())] for split, sums in accounts.items())])
+    reasons = _reasons(total(counts.values()))
+    if not reasons:
+        return text
+    meaning = REASONS | EXCLUDED
+    lines = [["reason", "videos", ""]]
+    lines += [[reason, str(n), meaning.get(reason, "")] for reason, n in reasons.items()]
+    return f"{text}\n\n{_columns(lines, left=(0, 2))}"
+
+
+def progress(now: Standing) -> str:
+    """One line: how far it is, how fast, how long it will take."""
+    sums = total(now.splits.values())
+    done = sums.listed - sums.pending
+    parts = [f"{done} of {sums.listed} done ({done / max(sums.listed, 1):.1%})"]
+    if now.shards is not None:
+        parts.append(f"{now.shards[0]} of {now.shards[1]} shards have begun")
+    if now.rate is not None:
+        parts.append(f"{now.rate:.2g} clips/s" if now.rate < 10 else f"{now.rate:.0f} clips/s")
+    if now.pending and now.seconds_left is not None:
+        parts.append(f"about {duration(now.seconds_left)} left")
+    if now.pending and now.last is not None and time.time() - now.last > QUIET_SECONDS:
+        parts.append(f"nothing finished for {duration(time.time() - now.last)}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def total(counts: Iterable[SplitCount]) -> SplitCount:
+    """Counts added up."""
+    every = list(counts)
+    return SplitCount(
+        sum(count.listed for count in every),
+        sum(count.ok for count in every),
+        sum(count.pending for count in every),
+        _sums(count.failed for count in every),
+        _sums(count.excluded for count in every),
+    )
+
+
+def worst_classes(classes: Mapping[str, SplitCount]) -> list[tuple[str, int, int]]:
+    """(class, videos lost, videos of which it is known) of the classes that lost any, the largest share first."""
+    found = []
+    for label, count in classes.items():
+        sums = account(count)
+        lost = sum(sums[word] for word in LOST)
+        if lost and label:
+            found.append((label, lost, lost + sums["ok"]))
+    return sorted(found, key=lambda row: (-row[1] / row[2], -row[1], row[0]))
+
+
+def _reasons(count: SplitCount) -> dict[str, int]:
+    """Reasons of failed and excluded videos, in the order in which they are documented."""
+    known = count.failed | count.excluded
+    order = {reason: place for place, reason in enumerate(REASONS | EXCLUDED)}
+    return dict(sorted(known.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _sum_by_name(found: Sequence[Mapping[str, SplitCount]]) -> dict[str, SplitCount]:
+    names = sorted({name for counts in found for name in counts})
+    return {name: total([counts[name] for counts in found if name in counts]) for name in names}
+
+
+def _sums(found: Iterable[dict[str, int]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for counts in found:
+        for reason, n in counts.items():
+            sums[reason] = sums.get(reason, 0) + n
+    return sums
+
+
+def _shards(states: Sequence[State]) -> tuple[int, int] | None:
+    named = [match for state in states if (match := SHARD_NAME.fullmatch(state.path.stem))]
+    return (len(named), int(named[0][2])) if named else None
+
+
+def _rate(states: Sequence[State], last: float) -> float | None:
+    found = [state.finished_since(last - RATE_WINDOW_SECONDS) for state in states]
+    number, first = sum(n for n, _ in found), min(moment for n, moment in found if n)
+    return (number - 1) / (last - first) if number > 1 and last > first else None
+
+
+def _columns(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Lines of cells set in columns; those of `left` begin at the same place, the others end there."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = [
-        "  ".join(cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True)))
+    set_in = [
+        [cell.ljust(width) if place in left else cell.rjust(width) for place, (cell, width) in
+         enumerate(zip(line, widths, strict=True))]
         for line in lines
-    ]
-    return "\n".join([*rows, *(f"  {reason}: {REASONS[reason]}" for reason in reasons)])
+    ]  # fmt: skip
+    return "\n".join("  ".join(cells).rstrip() for cells in set_in)

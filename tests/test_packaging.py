@@ -27,6 +27,13 @@ def test_every_package_is_listed():
     assert set(project()["tool"]["setuptools"]["packages"]) == there | {"video_swinv2.configs"}
 
 
+def test_every_page_travels_in_the_wheel():
+    data = project()["tool"]["setuptools"]["package-data"]
+    pages = {path.parent.relative_to(REPOSITORY) for path in REPOSITORY.glob("[dv]*/**/*.j2")}
+    assert pages
+    assert all("*.j2" in data[".".join(folder.parts)] for folder in pages)
+
+
 def test_every_dependency_is_pinned():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}

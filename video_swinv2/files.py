@@ -23,6 +23,7 @@ def keep(part: Path, path: Path) -> None:
     """Give a whole file its name; after this neither a crash nor a power cut can leave half of it."""
     sync(part)
     os.replace(part, path)
+    sync(path.parent)  # the name too, or a row that claims the file could outlive it
 
 
 @contextlib.contextmanager

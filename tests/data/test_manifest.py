@@ -133,9 +133,44 @@ def test_annotations_beside_another_folder(tmp_path: Path) -> None:
     touch(tmp_path / "clips" / "aaaaaaaaaaa_000000_000010.mp4")
     table = tmp_path / "lists" / "k.csv"
     touch(table, b"label,youtube_id,time_start,time_end,split\nrun,aaaaaaaaaaa,0,10,test\n")
-    manifest = read_manifest(tmp_path / "clips", "test", annotations=table)
+    manifest = read_manifest(tmp_path / "clips", "test", annotations=[table])
     assert manifest.entries[0].path == tmp_path / "clips" / "aaaaaaaaaaa_000000_000010.mp4"
-    assert find_splits(tmp_path / "clips", table) == ("test",)
+    assert find_splits(tmp_path / "clips", [table]) == ("test",)
+
+
+def test_several_lists_and_folders_of_lists_are_joined(tmp_path: Path) -> None:
+    touch(tmp_path / "lists" / "my_train.txt", b"a.mp4 1\n")
+    touch(tmp_path / "lists" / "my-validation.csv", b"b.mp4 0\n")
+    touch(tmp_path / "more" / "train.txt", b"label,youtube_id,time_start,time_end\nrun,aaaaaaaaaaa,0,10\n")
+    touch(tmp_path / "more" / "train.csv", b"label,youtube_id,time_start,time_end\n")  # .txt wins
+    touch(tmp_path / "more" / "classes.txt", b"walk\nrun\n")
+    (tmp_path / "clips").mkdir()
+    lists = [tmp_path / "lists" / "my_train.txt", tmp_path / "lists" / "my-validation.csv", tmp_path / "more"]
+    assert find_splits(tmp_path / "clips", lists) == ("train", "val")
+    train = read_manifest(tmp_path / "clips", "train", annotations=lists)
+    assert labels(train) == [("a.mp4", "run"), ("aaaaaaaaaaa_000000_000010.mp4", "run")]
+    assert labels(read_manifest(tmp_path / "clips", "val", annotations=lists)) == [("b.mp4", "walk")]
+
+
+def test_lists_in_a_folder_annotations_beside_the_videos(tmp_path: Path) -> None:
+    touch(tmp_path / "val" / "aaaaaaaaaaa_000000_000010.mp4")
+    header = b"label,youtube_id,time_start,time_end,split\n"
+    touch(tmp_path / "annotations" / "validate.csv", header + b"run,aaaaaaaaaaa,0,10,validate\n")
+    assert find_splits(tmp_path) == ("val",)
+    assert labels(read_manifest(tmp_path, "val")) == [("val/aaaaaaaaaaa_000000_000010.mp4", "run")]
+
+
+def test_of_two_copies_the_one_in_the_folder_of_the_split_is_taken(tmp_path: Path) -> None:
+    for folder in ("copies", "val"):
+        touch(tmp_path / folder / "aaaaaaaaaaa_000000_000010.mp4")
+    touch(tmp_path / "val.csv", b"label,youtube_id,time_start,time_end\nrun,aaaaaaaaaaa,0,10\n")
+    assert read_manifest(tmp_path, "val").entries[0].name == "val/aaaaaaaaaaa_000000_000010.mp4"
+
+
+def test_a_column_of_splits_has_no_gaps(tmp_path: Path) -> None:
+    touch(tmp_path / "k.csv", b"path,label,split\na.mp4,run,train\nb.mp4,run,\n")
+    with pytest.raises(UsageError, match="some lines have no split, others have"):
+        find_splits(tmp_path / "k.csv")
 
 
 def test_official_kinetics_lists(outside_data: Path) -> None:

@@ -71,7 +71,7 @@ def test_class_folders_end_to_end(write_video: Writer, tmp_path: Path, capsys: p
     (source / "run" / "broken.mp4").write_bytes(b"<html>")
     (source / "run" / "empty.mp4").write_bytes(b"")
     assert run(source, out, "--short-side", 32, "--max-fail-rate", 0.5) == 0
-    assert "not_video: no container" in capsys.readouterr().out
+    assert "no container FFmpeg knows" in capsys.readouterr().out
     manifest = read_manifest(out, "train")
     assert manifest.classes == ("run", "walk it's")
     assert len(manifest.entries) == 4
@@ -209,8 +209,12 @@ def test_finished_work_is_kept_and_changes_are_noticed(
     assert set(attempts().values()) == {1}
     assert (out / "dataset.json").read_bytes() == first
 
-    assert run(source, out, *common, "--retry-failed") == 0
+    assert run(source, out, *common, "--retry-failed", "timeout", "crashed") == 0
+    assert set(attempts().values()) == {1}
+    assert run(source, out, *common, "--retry-failed", "timeout", "not_video") == 0
     assert attempts() == {"a/1.mp4": 1, "a/2.mp4": 1, "b/3.mp4": 1, "b/4.mp4": 2}
+    assert run(source, out, *common, "--retry-failed") == 0
+    assert attempts()["b/4.mp4"] == 3
 
     write_video(source / "a" / "1.mp4", noise(count=9))  # a new source
     (out / "videos/train/a/2.mp4").unlink()  # a lost output
@@ -221,7 +225,7 @@ def test_finished_work_is_kept_and_changes_are_noticed(
     told = capsys.readouterr().out
     assert "1 videos are no longer listed: removed" in told
     assert "2 videos are prepared again: their sources have changed" in told
-    assert attempts() == {"a/1.mp4": 2, "a/2.mp4": 2, "b/4.mp4": 3}
+    assert attempts() == {"a/1.mp4": 2, "a/2.mp4": 2, "b/4.mp4": 4}
     assert not (out / "videos/train/b/3.mp4").exists()
 
     assert run(source, out, "--short-side", 16) == 0
@@ -254,6 +258,18 @@ def test_kill_minus_nine_and_resume(write_video: Writer, tmp_path: Path) -> None
     assert all(row["attempts"] == 1 for row in after.values())
     assert not list(out.rglob("*.part"))
     assert len(read_manifest(out, "train").entries) == 12
+
+
+def test_killed_many_times_it_comes_to_the_same(write_video: Writer, tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    for number in range(10):
+        write_video(source / "a" / f"{number}.mp4", noise(count=40, height=160, width=208, seed=number))
+    (source / "a" / "broken.mp4").write_bytes(b"junk")
+    command = [sys.executable, "-m", "tests.data_prep.kill", str(source), str(tmp_path), "--kills", "4"]
+    # Many of so few clips are begun twice; how much is allowed for is measured on more (see kill.py).
+    done = subprocess.run([*command, "--excess", "3", "--workers", "2"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same in every file and row" in done.stdout
 
 
 def finished(out: Path) -> int:
@@ -314,6 +330,11 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
         ((tmp_path / "out", "--short-side", 31), "--short-side 31"),
         ((tmp_path / "out", "--gop", 0), "--gop 0"),
         ((tmp_path / "out", "--max-fail-rate", 5), "--max-fail-rate 5.0"),
+        ((tmp_path / "out", "--fps", 0), "--fps 0"),
+        ((tmp_path / "out", "--min-seconds", -1), "--min-seconds -1"),
+        ((tmp_path / "out", "--retry-failed", "bored"), "--retry-failed bored: is no reason; known are missing"),
+        ((tmp_path / "out", "--shard", "8/8"), "--shard 8/8: must be i/n"),
+        ((tmp_path / "out", "--executor", "ray"), "--executor ray: is none of local, dask"),
     ]:
         assert run(tmp_path / "raw", *arguments) == 2
         assert words in capsys.readouterr().err
@@ -344,22 +365,6 @@ def test_split_takes_a_share_of_each_class_and_prepare_keeps_it(
     assert "run `prepare SRC" in capsys.readouterr().err
 
 
-def test_status_as_table_and_json(write_video: Writer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_video(tmp_path / "raw" / "a" / "1.mp4", noise())
-    write_video(tmp_path / "raw" / "a" / "2.mp4", noise())
-    (tmp_path / "raw" / "a" / "3.mp4").write_bytes(b"")
-    run(tmp_path / "raw", tmp_path / "out", "--max-fail-rate", 1)
-    capsys.readouterr()
-    assert main(["status", str(tmp_path / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["splits"] == {"train": {"listed": 3, "ok": 2, "pending": 0, "failed": {"empty": 1}}}
-    assert main(["status", str(tmp_path / "out")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["split", "listed", "ok", "pending", "failed", "empty"]
-    assert lines[1].split() == ["train", "3", "2", "0", "1", "1"]
-    assert main(["status", str(tmp_path)]) == 2
-
-
 def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     code = "import sys; from data_prep.cli import main; main(['status', sys.argv[1]]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
@@ -369,7 +374,7 @@ def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-@pytest.mark.parametrize("verb", ["synth", "prepare", "status", "split"])
+@pytest.mark.parametrize("verb", ["synth", "prepare", "merge", "status", "verify", "split"])
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])

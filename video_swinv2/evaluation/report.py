@@ -7,13 +7,11 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -24,6 +22,7 @@ from video_swinv2.evaluation.metrics import ClassAccuracy, Metrics, compute_metr
 from video_swinv2.evaluation.reading import VideoGroups
 from video_swinv2.evaluation.scores import Scores, load_scores, read_arrays, write_arrays
 from video_swinv2.files import whole
+from video_swinv2.pages import render
 
 MOST_MISTAKES = 12
 STRIP_FRAMES = 8
@@ -108,37 +107,34 @@ def write_report(out_dir: Path | str) -> Path:
     metrics = compute_metrics(
         scores, average=scores.metadata.get("average", "prob"), seed=scores.metadata.get("seed", 0)
     )
-    page = render(scores, metrics, _read_strips(out / "strips.npz"))
+    values = contents(scores, metrics, _read_strips(out / "strips.npz"))
     path = out / "report.html"
     with whole(path) as part:
-        # A file name may hold bytes that are no text; the page must not fail for them.
-        part.write_bytes(page.encode("utf-8", "replace"))
+        part.write_bytes(render("video_swinv2.evaluation", "report.html.j2", values))
     return path
 
 
-def render(scores: Scores, metrics: Metrics, strips: dict[int, str]) -> str:
-    """The page. strips: place in the list -> data URI of what the model saw."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = _percent
-    template = files("video_swinv2.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+def contents(scores: Scores, metrics: Metrics, strips: dict[int, str]) -> dict[str, object]:
+    """What the template shows. strips: place in the list -> data URI of what the model saw."""
     shown, rest = split_classes(metrics.per_class)
     failures = [(path, reason) for path, reason in zip(scores.paths, scores.reasons, strict=True) if reason]
-    return environment.from_string(template).render(
-        metrics=metrics,
-        record=scores.metadata,
-        record_lines=list(flatten(scores.metadata)),
-        digits=1 if metrics.scored < 5000 else 2,
-        n_classes=len(scores.classes),
-        classes_shown=shown,
-        classes_rest=rest,
-        matrix=draw_matrix(metrics.confusion, scores.classes),
-        pairs=metrics.confused_pairs,
-        mistakes=surest_mistakes(scores),
-        strips=strips,
-        lost=metrics.failed - len(failures),
-        failures=failures[:MOST_FAILURES],
-        failures_left=max(0, len(failures) - MOST_FAILURES),
-    )
+    return {
+        "metrics": metrics,
+        "record": scores.metadata,
+        "unit": scores.metadata.get("unit", "videos"),
+        "record_lines": list(flatten(scores.metadata)),
+        "digits": 1 if metrics.scored < 5000 else 2,
+        "n_classes": len(scores.classes),
+        "classes_shown": shown,
+        "classes_rest": rest,
+        "matrix": draw_matrix(metrics.confusion, scores.classes),
+        "pairs": metrics.confused_pairs,
+        "mistakes": surest_mistakes(scores),
+        "strips": strips,
+        "lost": metrics.failed - len(failures),
+        "failures": failures[:MOST_FAILURES],
+        "failures_left": max(0, len(failures) - MOST_FAILURES),
+    }
 
 
 def split_classes(rows: tuple[ClassAccuracy, ...]) -> tuple[list[ClassAccuracy], list[ClassAccuracy]]:
@@ -155,10 +151,6 @@ def flatten(record: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]
             yield from flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value)
-
-
-def _percent(fraction: float, digits: int = 1) -> str:
-    return f"{100 * fraction:.{digits}f}"
 
 
 def _read_strips(path: Path) -> dict[int, str]:

@@ -1,0 +1,364 @@
+"""Whether a prepared data set is still what it was: by header, by decoding all of it, or byte for byte."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+
+from data_prep.clip import seconds_to_encode, seconds_to_index
+from data_prep.dataset import read_record
+from data_prep.pool import Allow, Lost, run_jobs
+from data_prep.state import STATE_NAME, State
+from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.manifest import content_fingerprint
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import sha256, whole
+from video_swinv2.progress import track
+
+LEVELS = {
+    "header": "each file opens, and holds what it should by its index: seconds for thousands",
+    "full": "every frame decodes too, as many as were written, over as long",
+    "hash": "header, and every byte is the one written: alone finds a bit that turned over",
+}
+FAULTS = {
+    "missing": "listed, but not there",
+    "empty": "has 0 bytes",
+    "not_video": "no video that FFmpeg opens",
+    "form": "not one H.264 stream of 4:2:0 pictures",
+    "size": "other height or width than written",
+    "frames": "other number of frames than written",
+    "cut_short": "the file ends before its last frame",
+    "decode_error": "not every frame decodes",
+    "duration": "lasts longer or shorter than written",
+    "hash": "other bytes than written",
+    "timeout": "not read within a time far beyond its length",
+    "crashed": "the process that read it died",
+    "list": "a list is gone or was changed since the preparation",
+    "fingerprint": "some file of the split has other bytes than when prepared",
+}
+COLUMNS = ("frames", "height", "width", "duration_seconds", "sha256")
+LEDGER_NAME = "verify.sqlite"
+MEMORY_GIB = 8.0
+SAVE_EVERY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the preparation wrote down of a file; None where that is not known."""
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    duration_seconds: float | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """A file to look at: `name` as listed."""
+
+    name: str
+    path: Path
+    level: str
+    expected: Expected
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a file turned out to be; `reason` is '' for a good one, else of FAULTS. Size in bytes, None: not there."""
+
+    name: str
+    reason: str = ""
+    detail: str = ""
+    size: int | None = None
+    mtime_ns: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`checked` files, of which `before` by an interrupted run; the bad ones, and files on disk that no list names."""
+
+    level: str
+    checked: int
+    before: int
+    bad: tuple[Finding, ...]
+    extra: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """The same for machines."""
+        bad = [{"path": item.name, "reason": item.reason, "detail": item.detail} for item in self.bad]
+        return asdict(self) | {"bad": bad}
+
+
+class FaultError(Exception):
+    """A file is not what it should be; `reason` is of FAULTS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def verify(out: Path, level: str, *, workers: int) -> Verified:
+    """Look at every file that the lists of a prepared data set name; the bad ones go to verify.csv.
+
+    What an interrupted run has found is not looked at again, as long as size and time of the file are the same; a run
+    after one that ended looks at everything. Raises UsageError where nothing is prepared, UserError for a record that
+    cannot be read or written.
+    """
+    out = out.absolute()
+    record = read_record(out)
+    if record is None:
+        raise UsageError(f"{out}: no dataset.json, so this is no prepared data set; run `prepare SRC {out}` first")
+    rows, bad_lists = _listed(out, record)
+    expected = _expected(out)
+    checks = [Check(name, out / name, level, expected.get(name, Expected())) for _, name, _ in rows]
+    found: dict[str, Finding] = {}
+    with Ledger(out / LEDGER_NAME, level) as ledger:
+        known = ledger.begin()
+        found = {check.name: at for check in checks if (at := known.get(check.name)) and _untouched(check.path, at)}
+        before = len(found)
+        todo = [check for check in checks if check.name not in found]
+        done = run_jobs(check_file, todo, workers=workers, seconds_for=_seconds_for, memory_gib=MEMORY_GIB)
+        for check, outcome in track(done, f"verify {level}", len(todo), "files"):
+            if isinstance(outcome, Lost):
+                outcome = Finding(check.name, outcome.reason, outcome.detail, *_stat(check.path))
+            found[check.name] = outcome
+            ledger.write(outcome)
+        ledger.end()
+    bad = [found[name] for _, name, _ in rows if found[name].reason]
+    if level == "hash" and not bad and not bad_lists:
+        bad_lists = _wrong_fingerprints(rows, found, record)
+    verified = Verified(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
+    _write_bad(out / "verify.csv", verified)
+    return verified
+
+
+def as_text(result: Verified, out: Path) -> str:
+    """The result for people."""
+    before = f", {result.before} of them by an earlier run" if result.before else ""
+    lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
+    for item in result.bad[:10]:
+        lines.append(f"  {item.name}: {item.reason}: {item.detail or FAULTS[item.reason]}")
+    if result.bad:
+        lines.append(f"{out / 'verify.csv'} names all {len(result.bad)}; remove those and run prepare again")
+    if result.extra:
+        names = ", ".join(result.extra[:5]) + (" ..." if len(result.extra) > 5 else "")
+        lines.append(f"{len(result.extra)} files that no list names: {names}")
+    return "\n".join(lines)
+
+
+def check_file(check: Check, allow: Allow) -> Finding:
+    """Look at one file; never raises."""
+    size, mtime_ns = _stat(check.path)
+    digest = None
+    try:
+        _check_header(check.path, size, check.expected)
+        if check.level == "full":
+            _check_frames(check.path, check.expected, allow)
+        if check.level == "hash":
+            digest = sha256(check.path)
+            if check.expected.sha256 not in (None, digest):
+                raise FaultError("hash", f"sha256 is {digest[:12]}..., written was {check.expected.sha256[:12]}...")
+    except FaultError as fault:
+        return Finding(check.name, fault.reason, fault.detail, size, mtime_ns, digest)
+    except DecodeError as fault:
+        return Finding(check.name, fault.reason, str(fault).partition(": ")[2], size, mtime_ns)
+    except OSError as fault:
+        return Finding(check.name, "decode_error", fault.strerror or str(fault), size, mtime_ns)
+    return Finding(check.name, "", "", size, mtime_ns, digest)
+
+
+def _check_header(path: Path, size: int | None, expected: Expected) -> None:
+    """Only the index of the file is read. Raises FaultError."""
+    if size is None:
+        raise FaultError("missing", "")
+    if not size:
+        raise FaultError("empty", "")
+    try:
+        container = av.open(str(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as fault:
+        raise FaultError("not_video", getattr(fault, "strerror", None) or str(fault)) from fault
+    with container:
+        kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
+        if kinds != ["video h264"]:
+            raise FaultError("form", f"holds {', '.join(kinds) or 'nothing'}")
+        stream = container.streams.video[0]
+        picture = stream.codec_context
+        if picture.pix_fmt != "yuv420p":
+            raise FaultError("form", f"pictures are {picture.pix_fmt}")
+        for what, found, wanted in (
+            ("size", (picture.height, picture.width), (expected.height, expected.width)),
+            ("frames", stream.frames, expected.frames),
+        ):
+            if wanted not in (None, (None, None), found):
+                raise FaultError(what, f"{found} by the index, written were {wanted}")
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if not end or end > size:
+            raise FaultError("cut_short", f"{size} bytes, the last frame ends at {end}")
+
+
+def _check_frames(path: Path, expected: Expected, allow: Allow) -> None:
+    """Every frame is decoded. Raises FaultError, DecodeError."""
+    with VideoReader(path, time_limit_seconds=float("inf")) as reader:
+        duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
+        allow(seconds_to_encode(duration, reader.size[0] * reader.size[1]))
+        decoded = sum(1 for _ in reader.sequence())
+        if decoded != len(reader):
+            raise FaultError("decode_error", f"{decoded} of {len(reader)} frames decode")
+        if expected.frames not in (None, decoded):
+            raise FaultError("frames", f"{decoded} decode, written were {expected.frames}")
+        # A part cut out, or a rate made constant, may be off by a frame at each end.
+        if expected.duration_seconds is not None and abs(duration - expected.duration_seconds) > 2 / reader.fps + 0.01:
+            raise FaultError("duration", f"{duration:.3f} s, written were {expected.duration_seconds:.3f} s")
+
+
+class Ledger:
+    """verify.sqlite: what runs have found so far, by file and level, so that one cut off can go on. A context manager.
+
+    Saved every second; what is lost with a crash is only looked at again.
+    """
+
+    def __init__(self, path: Path, level: str) -> None:
+        self._path, self._level = path, level
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Ledger:
+        try:
+            self._db = sqlite3.connect(self._path, isolation_level=None)
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS files (path TEXT, level TEXT, reason TEXT, detail TEXT, size INTEGER,"
+                " mtime_ns INTEGER, sha256 TEXT, PRIMARY KEY (path, level))"
+            )
+            self._db.execute("CREATE TABLE IF NOT EXISTS ended (level TEXT PRIMARY KEY)")
+        except sqlite3.Error as fault:
+            raise self._error(fault) from fault
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
+        except sqlite3.Error as fault:
+            raise self._error(fault) from error
+        finally:
+            self._db.close()
+        if isinstance(error, sqlite3.Error):
+            raise self._error(error) from error
+
+    def _error(self, fault: Exception) -> UserError:
+        return UserError(f"{self._path}: {fault}; its folder must be writable; if it is damaged, remove it")
+
+    def begin(self) -> dict[str, Finding]:
+        """What a run of this level that did not end has found, by name; forgets what one that ended has."""
+        self._db.execute("BEGIN IMMEDIATE")
+        if self._db.execute("SELECT 1 FROM ended WHERE level = ?", (self._level,)).fetchone():
+            self._db.execute("DELETE FROM files WHERE level = ?", (self._level,))
+            self._db.execute("DELETE FROM ended WHERE level = ?", (self._level,))
+        self._db.execute("COMMIT")
+        query = "SELECT path, reason, detail, size, mtime_ns, sha256 FROM files WHERE level = ?"
+        return {row[0]: Finding(*row) for row in self._db.execute(query, (self._level,))}
+
+    def write(self, found: Finding) -> None:
+        """Keep a finding."""
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        row = (found.name, self._level, found.reason, found.detail, found.size, found.mtime_ns, found.sha256)
+        self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        if time.monotonic() > self._saved + SAVE_EVERY_SECONDS:
+            self._db.execute("COMMIT")
+            self._saved = time.monotonic()
+
+    def end(self) -> None:
+        """The run has seen everything: the next one begins afresh."""
+        self._db.execute("INSERT OR REPLACE INTO ended VALUES (?)", (self._level,))
+
+
+def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+    """(split, path, label) of every listed file, and the lists that are not as they were written."""
+    rows: list[tuple[str, str, str]] = []
+    bad = []
+    for split, known in record.get("splits", {}).items():
+        path = out / f"{split}.csv"
+        try:
+            data = path.read_bytes()
+            lines = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+            rows += [(split, line["path"], line["label"]) for line in lines]
+        except (OSError, ValueError, KeyError, csv.Error) as fault:
+            bad.append(Finding(path.name, "list", f"cannot be read ({type(fault).__name__}: {fault})"))
+            continue
+        if known.get("list_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+            bad.append(Finding(path.name, "list", "was changed since the preparation"))
+    return rows, bad
+
+
+def _expected(out: Path) -> dict[str, Expected]:
+    """By path, what the state knows of the videos prepared; nothing where the data set came without its state."""
+    if not (out / STATE_NAME).is_file():
+        return {}
+    with State(out) as state:
+        return {
+            row["target"]: Expected(*(row[column] for column in COLUMNS))
+            for row in state.rows("ok", ("target", *COLUMNS))
+        }
+
+
+def _wrong_fingerprints(
+    rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: dict[str, Any]
+) -> list[Finding]:
+    """The splits whose content is not that of dataset.json: all there is to tell where no file's hash is known."""
+    wrong = []
+    for split, known in record["splits"].items():
+        content = [(name, label, found[name].sha256 or "") for at, name, label in rows if at == split]
+        if known.get("fingerprint") not in (None, content_fingerprint(content)):
+            wrong.append(Finding(f"{split}.csv", "fingerprint", FAULTS["fingerprint"]))
+    return wrong
+
+
+def _write_bad(path: Path, verified: Verified) -> None:
+    with whole(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "level", "reason", "detail"))
+        writer.writerows((item.name, verified.level, item.reason, item.detail) for item in verified.bad)
+
+
+def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
+    """Files below videos/ that no list names."""
+    for parent, folders, files in os.walk(out / "videos"):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(parent, name).relative_to(out).as_posix()
+            if path not in listed:
+                yield path
+
+
+def _stat(path: Path) -> tuple[int | None, int | None]:
+    """(bytes, time of change) of a file; (None, None) where there is none, or a thing that is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None, None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (None, None)
+
+
+def _untouched(path: Path, before: Finding) -> bool:
+    size, mtime_ns = _stat(path)
+    return size is not None and (size, mtime_ns) == (before.size, before.mtime_ns)
+
+
+def _seconds_for(check: Check) -> float:
+    return seconds_to_index(_stat(check.path)[0] or 0)

@@ -1,0 +1,63 @@
+"""The account: every listed video ends in exactly one word, and the files of a data set say so."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.account import account
+from data_prep.dataset import Failed, Listed, SplitContent, write_dataset
+from data_prep.state import REASONS, SplitCount
+from video_swinv2.data.manifest import read_manifest
+from video_swinv2.errors import UserError
+
+
+def test_every_reason_is_accounted_for_once() -> None:
+    failed = {reason: place + 1 for place, reason in enumerate(REASONS)}
+    total = sum(failed.values()) + 10 + 3 + 4
+    ends = account(SplitCount(listed=total, ok=10, pending=3, failed=failed, excluded={"duplicate": 4}))
+    assert ends == {
+        "listed": total,
+        "ok": 10,
+        "missing": failed["missing"],
+        "broken": sum(failed.values()) - failed["missing"] - failed["too_short"],
+        "too_short": failed["too_short"],
+        "excluded": 4,
+        "pending": 3,
+    }
+
+
+def test_an_account_that_does_not_add_up_is_refused() -> None:
+    with pytest.raises(UserError, match="5 videos are listed, but accounted for are 3 ok, 0 missing, 1 broken"):
+        account(SplitCount(listed=5, ok=3, pending=0, failed={"crashed": 1}, excluded={}))
+
+
+def test_the_data_set_keeps_the_account_and_is_read_with_it(tmp_path: Path) -> None:
+    ok = [Listed("videos/a.mp4", "run", "1" * 64), Listed("videos/b.mp4", "walk", "2" * 64)]
+    failed = [Failed(f"{n}.mp4", reason, "") for n, reason in enumerate(("missing", "missing", "timeout", "too_short"))]
+
+    def write(extra: list[str], train: list[Listed]) -> dict[str, object]:
+        splits = {"train": SplitContent(train), "test": SplitContent(ok, failed, excluded=3)}
+        write_dataset(tmp_path, name="x", classes=["run", "walk"], splits=splits, settings={}, extra=extra)
+        return dict(json.loads((tmp_path / "dataset.json").read_text()))
+
+    record = write(['say "a", b.mp4', "c.mp4"], ok[:1])
+    test = record["splits"]["test"]  # type: ignore[index]  # JSON
+    numbers = {key: value for key, value in test.items() if isinstance(value, int)}
+    assert numbers == {"listed": 9, "ok": 2, "failed": 4, "missing": 2, "broken": 1, "too_short": 1, "excluded": 3}
+    assert record["extra"] == 2
+    with (tmp_path / "extra.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["path"], ['say "a", b.mp4'], ["c.mp4"]]
+    manifest = read_manifest(tmp_path, "test")
+    assert (manifest.lost, manifest.fingerprint) == (4, test["fingerprint"])
+    assert [entry.label for entry in manifest.entries] == [0, 1]
+    # What the test material is does not depend on what was lost or listed beside it, only on what is there, in order.
+    again = write([], ok)
+    assert not (tmp_path / "extra.csv").exists()
+    assert again["extra"] == 0
+    assert again["splits"]["test"]["fingerprint"] == test["fingerprint"]  # type: ignore[index]  # JSON
+    ok.reverse()
+    assert write([], ok)["splits"]["test"]["fingerprint"] != test["fingerprint"]  # type: ignore[index]  # JSON

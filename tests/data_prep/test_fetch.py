@@ -1,0 +1,121 @@
+"""One file from a server that drops, lies, changes its mind and comes back: whole and right, or refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from data_prep import fetch as fetching
+from data_prep.fetch import AbsentError, DiskError, StopError, fetch
+from data_prep.unpack import not_an_archive
+from tests.data_prep.mirror import (
+    Server,
+    busy,
+    changed,
+    cut_off,
+    dropped,
+    falsified,
+    from_the_start,
+    noise,
+    other_mark,
+    serving,
+    short,
+    too_long,
+    unsatisfiable,
+    wrong_range,
+)
+from video_swinv2.errors import UserError
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.001)
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("faults", "tries"),
+    [
+        ([short], 2),
+        ([dropped, dropped, short], 4),
+        ([busy, short, busy], 4),
+        ([short, from_the_start], 2),
+        ([short, wrong_range], 3),
+        ([short, unsatisfiable], 3),
+        ([short, other_mark], 3),
+        ([short, changed], 2),
+    ],
+)
+def test_a_file_comes_whole_through_faults_that_pass(server, tmp_path, faults, tries):
+    path, content = "400/train/part_0.tar.gz", noise(300_000)
+    server.files[path], server.faults[path] = content, list(faults)
+    target = tmp_path / "a.tar.gz"
+    fetched = fetch(f"{server.base}/{path}", target, fault_of=lambda path: "")
+    content = server.files[path]
+    assert target.read_bytes() == content
+    assert (fetched.size, fetched.sha256) == (300_000, hashlib.sha256(content).hexdigest())
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+    assert len(server.asked) == tries
+    if not {from_the_start, wrong_range, unsatisfiable, other_mark, changed} & set(faults):
+        assert server.sent <= 300_000 + fetching.BLOCK * faults.count(dropped)  # nothing twice but what a reset loses
+
+
+def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
+    path, target = "400/train/part_0.tar.gz", tmp_path / "a.tar.gz"
+    for content, faults, error, words in (
+        (b"", [], AbsentError, "the server answers 403 Forbidden"),
+        (b"", [lambda h, c: h.head(404, 0)], AbsentError, "the server answers 404 Not Found"),
+        (noise(90_000), [busy] * 99, UserError, f"{fetching.TRIES} tries were vain"),
+        (noise(90_000), [short, too_long], UserError, "sends more than the 90000 bytes promised"),
+        (noise(90_000), [falsified], UserError, "its MD5 is not"),
+        (noise(90_000), [cut_off], UserError, "its MD5 is not"),
+        (noise(90_000), [lambda h, c: h.head(200, 1 << 60)], DiskError, "GB more"),
+        (b"<html>sign in</html>", [], UserError, "a web page or an error message, not a tar archive"),
+    ):
+        server.asked.clear()
+        server.files[path], server.faults[path] = content, list(faults)
+        with pytest.raises(error) as caught:
+            fetch(f"{server.base}/{path}", target, fault_of=not_an_archive)
+        assert words in str(caught.value)
+        assert str(tmp_path if error is DiskError else f"{server.base}/{path}") in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(server.asked) == {busy: fetching.TRIES, short: 2}.get((faults or [None])[0], 1)
+        assert not target.exists()
+        for left in tmp_path.iterdir():
+            left.unlink()
+
+
+def test_tries_that_bring_something_do_not_count_as_vain(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "PROGRESS_BYTES", 40_000)
+    path = "400/train/part_0.tar.gz"
+    server.files[path], server.faults[path] = noise(1_000_000), [short] * 24
+    fetch(f"{server.base}/{path}", tmp_path / "a", fault_of=lambda path: "")
+    assert (tmp_path / "a").read_bytes() == server.files[path]
+    assert server.sent == 1_000_000
+    # A server that drops and cannot resume brings the same again and again.
+    server.faults[path] = [lambda h, c: (h.head(200, len(c)), h.body(c[:100_000]))] * 99
+    server.asked.clear()
+    with pytest.raises(UserError, match="8 tries were vain"):
+        fetch(f"{server.base}/{path}", tmp_path / "b", fault_of=lambda path: "")
+    assert len(server.asked) == fetching.TRIES
+    assert {span for _, span in server.asked} == {None}
+
+
+def test_an_unreachable_server_and_a_stop_while_waiting(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/a"
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(StopError):
+        fetch(address, tmp_path / "a", fault_of=lambda path: "", stop=stop)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.001)
+    with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:\d+/a: .*[Rr]efused"):
+        fetch(address, tmp_path / "a", fault_of=lambda path: "")

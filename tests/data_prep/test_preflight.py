@@ -1,0 +1,165 @@
+"""Preflight: the sample is really made and leaves nothing; what stands in the way is said with its mend."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.clip import Settings, Task, seconds_for
+from data_prep.pool import Pool
+from data_prep.preflight import (
+    Preflight,
+    Trial,
+    _disk,
+    _encoder,
+    _mean,
+    _memory,
+    _open_files,
+    _peak_bytes,
+    memory_available,
+    preflight,
+    sample_size,
+)
+from video_swinv2.errors import UserError
+
+Writer = Callable[..., Path]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, write_video: Writer) -> list[Task]:
+    """Five videos, of which one is broken and one not there."""
+    frames = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    made = [write_video(tmp_path / "raw" / f"{n}.mp4", frames) for n in range(3)]
+    (tmp_path / "raw" / "3.mp4").write_bytes(b"<html>")
+    made += [tmp_path / "raw" / "3.mp4", tmp_path / "raw" / "4.mp4"]
+    return [Task(n, path, tmp_path / "out" / f"{n}.mp4", Settings(short_side=32)) for n, path in enumerate(made)]
+
+
+def test_a_sample_is_made_and_leaves_nothing(tasks: list[Task], tmp_path: Path) -> None:
+    folder = tmp_path / "out" / ".preflight"
+    folder.mkdir(parents=True)
+    (folder / "of a killed run.mp4").write_bytes(b"half")
+    with Pool(2, seconds_for, 8.0) as crew:
+        found = preflight(crew, tasks, pending=1000, workers=2, folder=folder)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert found.problems == ()
+    assert found.reasons == {"not_video": 1, "missing": 1}
+    assert len(found.trials) == 5
+    good = [trial for trial in found.trials if not trial.reason]
+    assert all(trial.size > 1000 and trial.seconds > 0 and 2**24 < trial.peak_bytes < 2**31 for trial in good)
+    assert [trial.size for trial in found.trials if trial.reason] == [0, 0]
+    assert found.bytes is not None
+    assert found.hours is not None
+    mean = sum(trial.size for trial in found.trials) / 5
+    assert found.bytes[0] < 1000 * mean < found.bytes[1]
+    seconds = sum(trial.seconds for trial in found.trials) / 5
+    assert found.hours[0] < 1000 * seconds / 2 / 3600 < found.hours[1]
+    text = found.as_text().splitlines()
+    assert text[0] == "1000 videos to prepare on 2 workers"
+    assert "5 videos" in text[1]
+    assert "2 failed (40%, 1 not_video, 1 missing)" in text[1] or "2 failed (40%, 1 missing, 1 not_video)" in text[1]
+    assert text[2].startswith("expected: ")
+    assert "free" in text[2]
+
+
+def test_without_a_sample_only_the_machine_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / ".preflight").mkdir()
+    with Pool(1, seconds_for) as crew:
+        found = preflight(crew, [], pending=7, workers=1, folder=tmp_path / ".preflight")
+    assert (found.trials, found.hours, found.bytes, found.problems) == ((), None, None, ())
+    assert found.as_text() == "7 videos to prepare on 1 workers"
+    assert not (tmp_path / ".preflight").exists()
+
+
+@pytest.mark.parametrize(
+    ("pending", "asked", "size"),
+    [(300_000, False, 20), (300_000, True, 20), (7, True, 7), (49, False, 0), (500, False, 10)],
+)
+def test_a_sample_nobody_asked_for_costs_little(pending: int, asked: bool, size: int) -> None:
+    assert sample_size(pending, asked=asked) == size
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[Task], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with Pool(1, seconds_for) as crew, pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"):
+        preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
+
+
+def test_a_disk_too_small_is_a_problem_with_its_mend(tmp_path: Path) -> None:
+    assert _disk(tmp_path, 1e3, 10**9, 5) == []
+    (problem,) = _disk(tmp_path, 4.4e11, 3 * 10**11, 5)
+    assert problem == (
+        f"{tmp_path}: 300 GB are free, at least 440 GB are needed;"
+        " free space, choose another folder or a smaller --short-side"
+    )
+    if os.statvfs(tmp_path).f_files:
+        assert "more files, 1000000000000 are to come" in _disk(tmp_path, 1e3, 10**9, 10**12)[0]
+
+
+def test_too_little_memory_says_how_many_workers_fit() -> None:
+    assert _memory(2**28, 8, 2**31) == []
+    assert _memory(2**40, 8, None) == []
+    (problem,) = _memory(10**9, 64, 10 * 10**9)
+    assert problem == ("a worker took 1 GB of memory, 64 of them take 64 GB, 10 GB are available; use --workers 10")
+    available = memory_available()
+    assert available is None or 2**24 < available < 2**50
+
+
+def test_memory_is_that_of_the_process_itself() -> None:
+    """getrusage would count what its parent held when it was started."""
+    held = bytearray(400 * 2**20)
+    code = "from data_prep.preflight import _peak_bytes; print(_peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert 2**23 < int(done.stdout) < len(held)
+    assert _peak_bytes() > len(held)
+
+
+def test_too_few_open_files_say_what_to_run() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert _open_files(16) == []
+        assert _open_files(64) == ["256 open files are allowed, 64 workers need 576; run `ulimit -n 576` first"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_pool_needs_no_more_open_files_than_it_is_given() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with Pool(4, lambda job: 60.0) as crew:
+        for future in [crew.submit(count_of, n) for n in range(8)]:
+            assert future.result() >= 0
+        used = len(os.listdir("/proc/self/fd")) - before
+    assert 0 < used <= 4 * 8
+
+
+def count_of(number: int, allow: object) -> int:
+    """Work of the test above."""
+    return number
+
+
+def test_this_machine_can_encode() -> None:
+    assert _encoder() == []
+
+
+def test_the_doubt_of_a_sample() -> None:
+    assert _mean([2.0]) == (2.0, 2.0)
+    assert _mean([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    low, high = _mean([1.0, 3.0])
+    assert (low, high) == (0.0, 4.0)
+
+
+def test_problems_are_said_last() -> None:
+    trial = Trial(2.0, 10**6, "", "", 10**8)
+    found = Preflight(360_000, 4, (trial,), (50.0, 50.0), (3.6e11, 4e11), 10**12, ("one", "two"))
+    lines = found.as_text().splitlines()
+    assert lines[2] == "expected: 2 d 2 h, 360 GB to 400 GB of output, 1 TB free"
+    assert lines[3:] == ["problem: one", "problem: two"]

@@ -1,0 +1,229 @@
+"""Verification: real files, really damaged; each depth finds what it should and says so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data_prep.cli import main
+from data_prep.verify import FAULTS, LEVELS, Verified, verify
+from video_swinv2.errors import UsageError, UserError
+
+Writer = Callable[..., Path]
+REPOSITORY = Path(__file__).resolve().parents[2]
+COUNT = 9
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, write_video: Writer) -> Path:
+    """A data set of nine videos in two classes, prepared in earnest."""
+    folder = tmp_path_factory.mktemp("verify")
+    rng = np.random.default_rng(0)
+    for n in range(COUNT):
+        frames = rng.integers(0, 255, (20, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+        write_video(folder / "raw" / "ab"[n % 2] / f"{n}.mp4", frames)
+    command = ["prepare", str(folder / "raw"), str(folder / "out"), "--short-side", "64", "--workers", "2"]
+    assert main(command) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def out(prepared: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "out"))
+
+
+def bad(result: Verified) -> dict[str, str]:
+    return {Path(item.name).name: item.reason for item in result.bad}
+
+
+def video(out: Path, n: int) -> Path:
+    return out / "videos" / "train" / "ab"[n % 2] / f"{n}.mp4"
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the pictures, well behind the index, and without a new time."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_sound_data_set_is_sound(out: Path, level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(out), "--level", level, "--workers", "2"]) == 0
+    assert f"{COUNT} files checked ({level}), 0 bad" in capsys.readouterr().out
+    assert (out / "verify.csv").read_text() == "path,level,reason,detail\n"
+
+
+def damage(out: Path, write_video: Writer) -> None:
+    """One file of every kind of damage; 7 and 8 stay sound."""
+    for n, keep in ((0, 0.5), (1, 0.97)):
+        with video(out, n).open("r+b") as file:
+            file.truncate(int(video(out, n).stat().st_size * keep))
+    video(out, 2).write_bytes(b"")
+    video(out, 3).unlink()
+    video(out, 4).write_bytes(b"<html>not found</html>")
+    shutil.copyfile(video(out, 8), video(out, 5))  # a whole video, but of another source
+    content = np.zeros((30, 48, 48, 3), np.uint8)
+    write_video(video(out, 6), content, codec="mpeg4")
+
+
+def test_header_finds_files_cut_short_empty_gone_and_foreign(out: Path, write_video: Writer) -> None:
+    damage(out, write_video)
+    (out / "videos" / "train" / "a" / ".left.mp4.part").write_bytes(b"half")
+    (out / "videos" / "train" / "z.mp4").write_bytes(b"extra")
+    result = verify(out, "header", workers=2)
+    assert bad(result) == {
+        "0.mp4": "cut_short",
+        "1.mp4": "cut_short",
+        "2.mp4": "empty",
+        "3.mp4": "missing",
+        "4.mp4": "not_video",
+        "6.mp4": "form",
+    }
+    assert set(bad(result).values()) <= set(FAULTS)
+    assert result.extra == ("videos/train/z.mp4", "videos/train/a/.left.mp4.part")
+    with (out / "verify.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {Path(line["path"]).name: line["reason"] for line in lines} == bad(result)
+    assert {line["level"] for line in lines} == {"header"}
+    assert next(line["detail"] for line in lines if line["reason"] == "form") == "holds video mpeg4"
+
+
+def test_a_bit_that_turned_over_is_found_by_hash_alone(out: Path) -> None:
+    flip_a_bit(video(out, 0))
+    assert verify(out, "header", workers=1).bad == ()
+    assert verify(out, "full", workers=1).bad == ()
+    assert bad(verify(out, "hash", workers=1)) == {"0.mp4": "hash"}
+
+
+def test_hash_finds_everything_else_too(out: Path, write_video: Writer) -> None:
+    damage(out, write_video)
+    result = bad(verify(out, "hash", workers=2))
+    assert result.pop("5.mp4") == "hash"
+    assert sorted(result) == [f"{n}.mp4" for n in (0, 1, 2, 3, 4, 6)]
+
+
+def test_full_decodes_every_frame(out: Path) -> None:
+    with video(out, 0).open("r+b") as file:  # the last pictures are wiped out, the index is whole
+        size = video(out, 0).stat().st_size
+        file.seek(int(size * 0.6))
+        file.write(bytes(size - int(size * 0.6)))
+    shutil.copyfile(video(out, 1), video(out, 3))
+    with sqlite3.connect(out / "prep.sqlite") as db:  # written down of number 3: other frames, of 5: another length
+        db.execute("UPDATE clips SET frames = 21 WHERE name LIKE '%3.mp4'")
+        db.execute("UPDATE clips SET duration_seconds = 1.5 WHERE name LIKE '%5.mp4'")
+        db.execute("UPDATE clips SET width = 66 WHERE name LIKE '%7.mp4'")
+    db.close()
+    assert bad(verify(out, "header", workers=1)) == {"3.mp4": "frames", "7.mp4": "size"}
+    full = verify(out, "full", workers=2)
+    assert bad(full) == {"0.mp4": "decode_error", "3.mp4": "frames", "5.mp4": "duration", "7.mp4": "size"}
+    assert next(item.detail for item in full.bad if item.reason == "duration") == "0.800 s, written were 1.500 s"
+
+
+def test_without_its_state_the_fingerprint_tells(out: Path) -> None:
+    (out / "prep.sqlite").unlink()
+    assert verify(out, "hash", workers=1).bad == ()
+    flip_a_bit(video(out, 0))
+    assert bad(verify(out, "full", workers=1)) == {}
+    assert bad(verify(out, "hash", workers=1)) == {"train.csv": "fingerprint"}
+
+
+def test_a_list_that_was_changed_or_is_gone(out: Path) -> None:
+    lines = (out / "train.csv").read_text().splitlines(keepends=True)
+    (out / "train.csv").write_text("".join(lines[:-1]))
+    result = verify(out, "header", workers=1)
+    assert bad(result) == {"train.csv": "list"}
+    assert result.extra == (lines[-1].split(",")[0],)
+    (out / "train.csv").unlink()
+    result = verify(out, "header", workers=1)
+    assert bad(result) == {"train.csv": "list"}
+    assert result.checked == 0
+    assert len(result.extra) == COUNT
+
+
+def test_a_run_cut_off_goes_on_and_the_next_looks_at_everything(out: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+import data_prep.verify as module
+module.SAVE_EVERY_SECONDS = 0.0
+write, seen = module.Ledger.write, []
+def cut_off(ledger, found):
+    write(ledger, found)
+    seen.append(found)
+    if len(seen) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+module.Ledger.write = cut_off
+module.verify(Path(sys.argv[1]), "full", workers=1)
+"""
+    flip_a_bit(video(out, 8))
+    video(out, 0).write_bytes(b"")
+    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=REPOSITORY, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with sqlite3.connect(out / "verify.sqlite") as db:
+        known = [row[0] for row in db.execute("SELECT path FROM files WHERE level = 'full' ORDER BY rowid")]
+    db.close()
+    assert len(known) == 4
+    (out / known[1]).write_bytes((out / known[1]).read_bytes())  # touched since: looked at again
+    assert verify(out, "header", workers=1).before == 0, "another level knows nothing"
+    result = verify(out, "full", workers=1)
+    assert (result.checked, result.before) == (COUNT, 3)
+    assert bad(result) == {"0.mp4": "empty"}, "found before the run was cut off, and still told"
+    assert verify(out, "full", workers=1).before == 0, "a run that ended leaves nothing to go on from"
+
+
+def test_json_and_exit_code(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video(out, 4).unlink()
+    assert main(["verify", str(out), "--json", "--workers", "1"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["level"], found["checked"], found["extra"]) == ("hash", COUNT, [])
+    assert [(item["path"], item["reason"]) for item in found["bad"]] == [("videos/train/a/4.mp4", "missing")]
+    assert main(["verify", str(out), "--workers", "1"]) == 1
+    text = capsys.readouterr().out
+    assert "videos/train/a/4.mp4: missing: listed, but not there" in text
+    assert "verify.csv names all 1" in text
+
+
+def test_what_cannot_be_verified_is_one_line(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no dataset\.json"):
+        verify(tmp_path, "header", workers=1)
+    (out / "verify.sqlite").write_bytes(b"junk" * 1000)
+    with pytest.raises(UserError, match=r"verify\.sqlite: file is not a database") as caught:
+        verify(out, "header", workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_not_waited_for(out: Path) -> None:
+    """Whoever opens a pipe that nobody writes to waits for ever."""
+    video(out, 2).unlink()
+    os.mkfifo(video(out, 2))
+    video(out, 4).unlink()
+    video(out, 4).mkdir()
+    assert bad(verify(out, "hash", workers=1)) == {"2.mp4": "missing", "4.mp4": "missing"}
+
+
+def test_another_kind_of_picture_is_told(out: Path, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv444p"
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    shutil.copyfile(tmp_path / "x.mp4", video(out, 1))
+    result = verify(out, "header", workers=1)
+    assert [item.detail for item in result.bad] == ["pictures are yuv444p"]
