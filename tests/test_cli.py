@@ -9,7 +9,7 @@ from video_swinv2 import __version__
 from video_swinv2.cli import main, make_parser
 from video_swinv2.command import parse
 
-VERBS = ("pretrain", "train", "test", "report", "predict", "convert", "export", "plan", "bench", "demo")
+VERBS = ("pretrain", "train", "test", "report", "predict", "probe", "convert", "export", "plan", "bench", "demo")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,14 +1,21 @@
 """The configuration: every recipe of the repository is valid, every mistake is one line that names the key."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from video_swinv2.config import Config, check, known_keys, load_config, to_yaml
 from video_swinv2.errors import UsageError
+from video_swinv2.models.simmim import hidden_cells, mask_cells
+from video_swinv2.training.tasks import build_model, resolved_mask
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+PRETRAIN, IMAGE = (sorted((CONFIGS / room).glob("*.yaml")) for room in ("pretrain", "image"))
+CHAIN = [(12, 12), (12, 12), (12, 12), (6, 6)]
 
 
 def smallest() -> dict[str, object]:
@@ -87,3 +94,44 @@ def test_every_key_is_known_by_its_full_name():
     keys = set(known_keys())
     assert {"optim.lr", "data.frames", "model.window", "seed"} <= keys
     assert not any(hasattr(Config, key) and "." in key for key in keys)
+
+
+def built(path, classes):
+    """The model of a recipe, without memory."""
+    with torch.device("meta"):
+        return build_model(load_config(path), classes)
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
+def test_pretraining_recipes_start_the_chain(path):
+    config, encoder = load_config(path), built(path, 0)
+    assert encoder.cpb_norm == CHAIN
+    assert config.model.name == f"swinv2_{path.stem}"
+    assert resolved_mask(config, encoder).unit == (32, 32)
+    cells = mask_cells(config.data.image_size, config.mask.unit, 2)
+    assert (math.prod(cells), hidden_cells(cells, config.mask.ratio)) == (36, 22)
+    head = path.read_text().split("out:")[0]
+    assert all(word in head for word in ("# source:", "# command:", "# not measured"))
+
+
+@pytest.mark.parametrize("path", IMAGE, ids=lambda p: p.stem)
+def test_image_recipes_take_the_pretrained_models_over(path):
+    """The file `init` names is what the recipe of that size writes, and has a tensor of each shape that is needed."""
+    config, model = load_config(path), built(path, 1000)
+    before = config.init.split("/")
+    if before[:2] == ["runs", "pretrain"]:
+        ancestor = next(other for other in PRETRAIN if other.stem == before[2])
+        assert load_config(ancestor).out == "/".join(before[:3])
+        encoder = built(ancestor, 0)
+        given = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+        wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+        assert wanted == given
+        model.cpb_norm = encoder.cpb_norm  # as `fill` does
+        assert model.cpb_norm == CHAIN
+    assert config.data.image_size == 16 * model.window[0], "stage 3 is one window"
+    assert config.optim.layer_decay < 1 or before[:2] != ["runs", "pretrain"]
+    augment = config.augment
+    assert (augment.rand_augment, augment.rand_magnitude, augment.rand_noise) == (2, 9, 0.5)
+    assert (augment.erasing, augment.mixup, augment.cutmix, config.optim.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
+    head = path.read_text().split("out:")[0]
+    assert all(word in head for word in ("# source:", "# command:", "# not measured", "# normaliser:"))

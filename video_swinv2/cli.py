@@ -44,7 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("data", type=Path, metavar="DATA")
     verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
-    verb.add_argument("--split", default="test", help="default %(default)s")
+    verb.add_argument("--split", default="test", help="default %(default)s; all: every image of a tree")
+    verb.add_argument(
+        "--classes-by",
+        choices=("name", "index"),
+        default="name",
+        help="index: class folders of images are places in the model's classes, as ImageNet-V2's are",
+    )
     verb.add_argument("--out", type=Path, required=True, help="folder for scores, result.json and report.html")
     verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.frame_stride=4")
@@ -62,6 +68,22 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
+    example = "video-swinv2 probe runs/pre/model.safetensors data/photos --random-weights --out runs/pre/probe"
+    verb = add_verb(verbs, "probe", _probe, "what frozen features are worth: k-NN and a linear probe", example)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="file or Hub-style folder of any known layout")
+    verb.add_argument("data", type=Path, metavar="DATA", help="images or videos with labels")
+    verb.add_argument("--method", choices=("knn", "linear", "both"), default="both", help="default %(default)s")
+    verb.add_argument("--train-split", metavar="NAME", help="to learn from; default train")
+    verb.add_argument(
+        "--test-split", metavar="NAME", help="default val; without splits a share of each class is drawn by the seed"
+    )
+    verb.add_argument("--k", type=int, default=20, metavar="N", help="neighbours, default %(default)s")
+    verb.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions, default %(default)s")
+    verb.add_argument("--random-weights", action="store_true", help="also the same architecture untrained")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="keep features there for the next probe, and probe.json")
+    verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.image_size=256")
+
     example = "video-swinv2 convert swinv2_tiny_patch4_window8_256.pth tiny.safetensors --frames 16 --window 8,7,7"
     verb = add_verb(
         verbs, "convert", _convert, "any known checkpoint to a model file, or ours to other windows", example
@@ -78,18 +100,24 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--cpb-norm", type=_integers, metavar="12,12,12,6", help="of weights that do not tell it")
     verb.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     verb.add_argument(
+        "--class-map", type=Path, metavar="FILE", help="rows of the head to keep, one number per line (map22kto1k.txt)"
+    )
+    verb.add_argument(
         "--frame-stride", type=int, metavar="N", help="distance of frames in a clip; default as trained, or 1"
     )
     verb.add_argument("--json", action="store_true", help="print the account as JSON")
 
     example = "video-swinv2 bench model --against torchvision"
     verb = add_verb(verbs, "bench", _bench, "speed and memory, measured on this machine", example)
-    verb.add_argument("what", choices=("model",), help="model: against torchvision, or backend against backend")
+    verb.add_argument("what", choices=("model",), help="model: against another library's, or backend by backend")
     verb.add_argument(
-        "--against", choices=("torchvision", "backends"), default="torchvision", help="default %(default)s"
+        "--against",
+        choices=("torchvision", "timm", "backends"),
+        default="torchvision",
+        help="clips against Video Swin, SimMIM of images against SwinV2, or backend by backend; default %(default)s",
     )
-    verb.add_argument("--model", default="swinv2_tiny", metavar="NAME", help="default %(default)s")
-    verb.add_argument("--batch", type=int, default=1, metavar="N", help="clips, default %(default)s")
+    verb.add_argument("--model", metavar="NAME", help="default swinv2_tiny, against timm swinv2_base")
+    verb.add_argument("--batch", type=int, metavar="N", help="samples; default 1 clip, 8 images")
     verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
     verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
@@ -147,11 +175,31 @@ def _test(options: argparse.Namespace) -> None:
         options.data,
         protocol=options.protocol,
         split=options.split,
+        classes_by=options.classes_by,
         out=options.out,
         overrides=overrides,
     )
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, indent=1) if options.json else summary(result, options.out))
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from video_swinv2.evaluation.overrides import parse_overrides
+    from video_swinv2.evaluation.probe import run_probe, show
+
+    result = run_probe(
+        options.model,
+        options.data,
+        methods=("knn", "linear") if options.method == "both" else (options.method,),
+        train_split=options.train_split,
+        test_split=options.test_split,
+        k=options.k,
+        seeds=options.seeds,
+        random_weights=options.random_weights,
+        out=options.out,
+        overrides=parse_overrides(options.overrides),
+    )
+    print(json.dumps(result, indent=1) if options.json else show(result))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -180,6 +228,7 @@ def _convert(options: argparse.Namespace) -> None:
         name=options.model,
         cpb_norm=options.cpb_norm,
         classes=options.classes,
+        class_map=options.class_map,
         frame_stride=options.frame_stride,
     )
     print(json.dumps(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
@@ -189,12 +238,13 @@ def _bench(options: argparse.Namespace) -> None:
     from video_swinv2.tools import bench
 
     common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
-    if options.against == "torchvision":
-        result = bench.bench_model(options.model, batch=options.batch, **common)
-        print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
-    else:
-        rows = bench.bench_layer(options.model, **common)
+    if options.against == "backends":
+        rows = bench.bench_layer(options.model or "swinv2_tiny", **common)
         print(json.dumps(rows, indent=1) if options.json else bench.show_layer(rows))
+        return
+    name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
+    result = bench.bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
+    print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
 
 
 def _export(options: argparse.Namespace) -> None:

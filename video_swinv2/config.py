@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.errors import UsageError
@@ -24,7 +24,33 @@ Fraction01 = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Size = int | tuple[int, ...]
-Paths = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+@dataclass(config=STRICT, frozen=True)
+class WeightedSource:
+    """A source of a mixture; usable as a path."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)]
+    """The share of the samples drawn from it, as its part of the sum of all weights."""
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+
+KINDS = ("a path", "a weighted path")  # no key is called so: what pydantic puts among the keys is taken out again
+Source = Annotated[
+    Annotated[str, Tag(KINDS[0])] | Annotated[WeightedSource, Tag(KINDS[1])],
+    Discriminator(lambda value: KINDS[isinstance(value, (dict, WeightedSource))]),
+]
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else (value,)),
+]
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -45,8 +71,9 @@ class ModelConfig:
 class DataConfig:
     """Where the samples are and what is cut out of them."""
 
-    source: Paths
-    """Data sets or image folders; `train` takes one, `pretrain` any number."""
+    source: Sources
+    """Data sets of videos, folders of images, or tar shards (a folder or a pattern `name-{000..146}.tar`), each a path
+    or `{path: ..., weight: ...}`; `train` takes one, `pretrain` any number, weighted or all used once an epoch."""
     image_size: Size
     """Pixels given to the model: an int or [H, W]."""
     frames: Positive | None = None
@@ -55,7 +82,7 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     frames_per_video: Positive = 1
-    """How many images `pretrain` draws from each video in an epoch."""
+    """How many samples `pretrain` draws from each video in an epoch, spread over it and decoded together."""
     short_side: Positive | None = None
     """Videos are scaled to this short side before the random crop; leave away to keep their own size."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -75,11 +102,15 @@ class AugmentConfig:
     flip: Fraction01 = 0.5
     """Probability of a horizontal flip; 0 where left and right are different classes."""
     rand_augment: Annotated[int, Field(ge=0)] = 0
-    """Operations per clip; 0 switches RandAugment off."""
-    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Operations drawn per sample, each then applied with probability 0.5; 0 switches RandAugment off."""
+    rand_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """Out of 10, as `m9` of the published recipes means it (torchvision counts to 30)."""
+    rand_noise: NotNegative = 0.5
+    """Standard deviation of each operation's magnitude (`mstd0.5`)."""
     erasing: Fraction01 = 0.0
+    """Probability that a rectangle of 2 % to a third of the area becomes noise."""
     mixup: NotNegative = 0.0
-    """Alpha of the Beta distribution; 0 switches it off."""
+    """Alpha of the Beta distribution; 0 switches it off. With CutMix too, each batch gets one of the two at random."""
     cutmix: NotNegative = 0.0
 
 
@@ -88,10 +119,12 @@ class MaskConfig:
     """SimMIM: what is hidden and what is to be predicted."""
 
     unit: Size = 32
-    """Side of a mask cell in pixels (and frames, for clips)."""
+    """Side of a mask cell in pixels (and frames, for clips): an int, [H, W] or [T, H, W]."""
+    shape: Literal["block", "tube"] = "block"
+    """`block`: cells end in time as in space; `tube`: one mask for all frames of a clip, whatever `unit` says."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     normalise_target: Annotated[int, Field(ge=0)] = 0
-    """Side of the window that normalises the target (47 in the SwinV2 recipes); 0 predicts plain pixels."""
+    """Side, odd, of the window that normalises the target (47 in the SwinV2 recipes); 0 predicts plain pixels."""
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -117,6 +150,8 @@ class OptimConfig:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_smoothing: Fraction01 = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of an average of the weights, which then is what is validated and saved; 0 keeps none."""
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -154,7 +189,9 @@ class Config:
     log_every: Positive = 10
     """Steps between two lines of metrics.jsonl."""
     val_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Epochs between two validations; the last step is always validated."""
+    """Epochs between two validations; one more comes before the first step, one after the last."""
+    pictures_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Epochs between two sets of SimMIM's pictures, which are made at validations; by default at each."""
     checkpoint_minutes: NotNegative = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -205,7 +242,7 @@ def check(values: Mapping[str, Any], origin: str) -> Config:
 
 def _explain(error: ValidationError) -> str:
     fault = error.errors()[0]
-    names = [str(part) for part in fault["loc"]]
+    names = [str(part) for part in fault["loc"] if part not in KINDS]
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = sorted([*known_keys(), *INNER])
         near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data.datasets import BROKEN, SampleDataset, image_files, labelled, read_image, unlabelled
-from video_swinv2.data.decode import DecodeError
+from video_swinv2.data import datasets
+from video_swinv2.data.datasets import BROKEN, SampleDataset, labelled, unlabelled
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.errors import UsageError, UserError
@@ -127,41 +127,71 @@ def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
         Image.new("RGB", (40, 30), (i, 0, 0)).save(photos / f"{i % 3}" / f"{i}.png")
     data = config(clips, source=[str(clips), str(photos)], frames=None, frames_per_video=2)
     train, val = unlabelled(data, validation=False), unlabelled(data, validation=True)
-    images = [e for e in train if e.path.suffix == ".png"]
-    held = [e for e in val if e.path.suffix == ".png"]
-    assert len(images) + len(held) == 60
-    assert 0 < len(held) < 12
-    assert not {e.path for e in images} & {e.path for e in held}
-    assert len(train) - len(images) == 12
-    assert len(image_files(photos)) == 60
+    paths = [train[i].entry.path for i in range(len(train))]
+    images = {path for path in paths if path.suffix == ".png"}
+    held = {path for path in (val[i].entry.path for i in range(len(val))) if path.suffix == ".png"}
+    assert (len(paths), len(images), len(held)) == (12 + 57, 57, 3)  # one in twenty of each class folder
+    assert not images & held
+    samples = SampleDataset(train, data, AUGMENT, 0, None)
+    assert {samples[(0, i)].pixels.shape for i in (0, 1, 68)} == {(3, 32, 32)}
+    with pytest.raises(UsageError, match=r"photos: holds images, and data\.frames asks for clips"):
+        unlabelled(config(photos), validation=False)
     (photos / "clip.mp4").write_bytes((clips / "clip 1.mp4").read_bytes())
-    with pytest.raises(UsageError, match="holds both images and videos"):
-        image_files(photos)
+    with pytest.raises(UsageError, match="both images and videos"):
+        unlabelled(data, validation=False)
     with pytest.raises(UserError, match="no such data set"):
         unlabelled(config(tmp_path / "absent"), validation=False)
 
 
-def test_images_are_read_as_shown(tmp_path):
-    image = Image.new("RGB", (20, 10), (200, 0, 0))
-    exif = image.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 20, 10)
-    for mode in ("L", "P", "RGBA", "I;16"):
-        Image.new(mode, (6, 5)).save(tmp_path / "odd.png")
-        assert read_image(tmp_path / "odd.png").shape == (3, 5, 6)
-    Image.new("CMYK", (6, 5)).save(tmp_path / "cmyk.jpg")
-    assert read_image(tmp_path / "cmyk.jpg").shape == (3, 5, 6)
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:150])
-    for name in ("cut.jpg", "absent.jpg"):
-        with pytest.raises(DecodeError, match=name):
-            read_image(tmp_path / name)
+def test_test_clips_are_never_for_training(clips):
+    (clips / "test.txt").write_text("clip 0.mp4 0\n")
+    for changes in ({"train_split": "test"}, {"val_split": "test"}):
+        with pytest.raises(UsageError, match="neither for training nor for choosing"):
+            unlabelled(config(clips, **changes), validation="val_split" in changes)
+
+
+def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
+    """Whatever the order: all frames of a video come in a row, differ, and one opening of the file gives them."""
+    opened = []
+    reader = datasets.VideoReader
+    monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
+    data = config(clips, frames=None, frames_per_video=3, frame_stride=1, image_size=[48, 64])
+    plain = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0)
+    samples = SampleDataset(unlabelled(data, validation=False), data, plain, 0, None)
+    plan = plan_batch(6, 3, 1)
+    batches = list(training_loader(samples, plan, seed=0, rank=0, first=0, last=3, pin=False))
+    assert len(opened) == len(set(opened)) == 6
+    for batch in batches:
+        rows = [int(frame[0].float().mean(1).argmax()) // 4 for frame in batch.pixels]
+        assert rows[0] < rows[1] < rows[2]  # one of each third of the twelve frames
+        assert [row // 4 for row in rows] == [0, 1, 2]
+    alone = SampleDataset(unlabelled(data, validation=False), data, plain, 0, None)
+    number = int(samples.mixture.order(0, 0)[4])
+    assert torch.equal(alone[(0, number)].pixels, batches[1].pixels[1])  # addressable without its neighbours
+    assert len({alone[(epoch, number)].pixels.numpy().tobytes() for epoch in range(12)}) == 4  # all of its third
+    assert len(unlabelled(data, validation=True)) == 6
+
+
+def test_a_broken_video_is_opened_once_for_all_its_frames(clips, monkeypatch):
+    (clips / "clip 2.mp4").write_bytes(b"not a video")
+    data = config(clips, frames=None, frames_per_video=3)
+    samples = SampleDataset(unlabelled(data, validation=False), data, AUGMENT, 0, None)
+    opened = []
+    reader = datasets.VideoReader
+    monkeypatch.setattr(
+        datasets, "VideoReader", lambda path, **limits: opened.append(path.name) or reader(path, **limits)
+    )
+    assert len(samples[(0, 6)].broken) == 1
+    assert opened == ["clip 2.mp4", "clip 3.mp4"]
 
 
 def test_order_is_a_permutation_an_epoch_and_does_not_depend_on_the_processes():
+    def order(epoch):
+        return np.random.default_rng((3, epoch)).permutation(10)
+
     def addresses(world, first=0, last=7):
         plan = plan_batch(6, 2, world)
-        ranks = [list(StepSampler(10, plan, seed=3, rank=r, first=first, last=last)) for r in range(world)]
+        ranks = [list(StepSampler(10, order, plan, rank=r, first=first, last=last)) for r in range(world)]
         pieces = plan.accumulation
         return [
             [a for rank in ranks for piece in rank[step * pieces : (step + 1) * pieces] for a in piece]

@@ -2,12 +2,24 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import video_swinv2 as vs
-from video_swinv2.models.simmim import grow, mask_cells, masked_l1, normalise_target, pixel_shuffle, random_mask
+from video_swinv2.models.simmim import (
+    grow,
+    hidden_cells,
+    mask_cells,
+    masked_l1,
+    masked_mean,
+    normalise_target,
+    pixel_shuffle,
+    random_mask,
+    restore_target,
+    tube_unit,
+)
 
 
 def pretraining(**changes):
@@ -93,15 +105,84 @@ def test_clips_are_masked_and_rebuilt_in_three_axes():
     assert model(torch.randn(1, 3, 8, 64, 64), mask).shape == (1, 3, 8, 64, 64)
 
 
-def test_normalised_target_is_brute_force():
-    x = torch.randn(1, 3, 20, 24)
-    got = normalise_target(x, 7)
-    for channel, row, column in [(0, 0, 0), (1, 10, 12), (2, 19, 3)]:
-        around = x[0, channel, max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4]
-        expected = (x[0, channel, row, column] - around.mean()) / math.sqrt(around.var().item() + 1e-6)
-        assert got[0, channel, row, column].item() == pytest.approx(expected.item(), abs=1e-4)
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.55, 0.6, 0.7, 0.9])
+@pytest.mark.parametrize("cells", [(6, 6), (2, 5), (7, 4, 5), (1, 3, 3)])
+def test_exactly_the_share_is_hidden(cells, ratio):
+    count = math.prod(cells)
+    hidden = hidden_cells(cells, ratio)
+    assert hidden == -(-round(ratio * 100) * count // 100)  # in whole numbers, since 0.55 * 20 is a little over 11
+    assert int(random_mask(cells, ratio, torch.Generator()).sum()) == hidden
+
+
+def test_every_choice_of_cells_is_equally_likely():
+    """3 of 5 cells: the ten choices, 4,000 draws, within five deviations of 400."""
+    generator = torch.Generator().manual_seed(1)
+    draws = [tuple(random_mask((5,), 0.6, generator).tolist()) for _ in range(4000)]
+    counts = [draws.count(choice) for choice in set(draws)]
+    assert len(counts) == 10
+    assert all(abs(count - 400) < 5 * math.sqrt(400 * 0.9) for count in counts)
+
+
+@pytest.mark.parametrize(
+    ("frames", "patch", "unit"),
+    [(None, 4, 32), (None, 8, 16), (None, 2, 2), (None, 4, (8, 16)), (4, (2, 4, 4), (2, 8, 8)), (5, (1, 8, 8), 16)],
+)
+def test_any_patch_and_unit(frames, patch, unit):
+    """Whole cells are hidden and nothing else: the mask of tokens is that of pixels; the prediction has their size."""
+    encoder = vs.create_model(
+        "swinv2_nano", num_classes=0, frames=frames, image_size=(32, 48), patch_size=patch, window=2
+    )
+    model = vs.SimMIM(encoder, unit)
+    pixels = (32, 48) if frames is None else (frames, 32, 48)
+    mask = random_mask(mask_cells(pixels, unit, len(pixels)), 0.5, torch.Generator())[None]
+    hidden = grow(mask, model.mask_unit, pixels)
+    factors = [u // p for u, p in zip(model.mask_unit, encoder.patch_size, strict=True)]
+    tokens = grow(mask, factors, tuple(-(-n // p) for n, p in zip(pixels, encoder.patch_size, strict=True)))
+    assert torch.equal(grow(tokens, encoder.patch_size, pixels), hidden)
+    assert model(torch.randn(1, 3, *pixels), mask).shape == (1, 3, *pixels)
+
+
+def test_a_tube_hides_the_same_in_all_frames():
+    assert tube_unit((4, 8, 8), 7, 2) == (8, 8, 8)
+    mask = random_mask(mask_cells((7, 16, 16), tube_unit(8, 7, 2), 3), 0.5, torch.Generator())[None]
+    hidden = grow(mask, tube_unit(8, 7, 2), (7, 16, 16))
+    assert hidden[0, 0].sum() == 128
+    assert all(torch.equal(hidden[0, 0], frame) for frame in hidden[0, 1:])
+
+
+def by_brute_force(image, patch):
+    """Window by window in fp64, as the official recipes define it: (3, H, W) -> (3, H, W)."""
+    reach = patch // 2
+    out = np.empty(image.shape)
+    for channel, row, column in np.ndindex(image.shape):
+        around = image[channel, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1]
+        out[channel, row, column] = (image[channel, row, column] - around.mean()) / np.sqrt(around.var(ddof=1) + 1e-6)
+    return out
+
+
+@pytest.mark.parametrize(("patch", "size"), [(47, (40, 52)), (7, (12, 20)), (3, (5, 4))])
+def test_normalised_target_is_brute_force(patch, size):
+    """Every pixel, borders included; the window may be larger than the image."""
+    x = torch.randn(1, 3, *size) * 2 + 0.5
+    got = normalise_target(x, patch)
+    np.testing.assert_allclose(got[0].numpy(), by_brute_force(x[0].double().numpy(), patch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(restore_target(got, x, patch), x, rtol=0, atol=1e-5)
+
+
+def test_frames_are_normalised_one_by_one():
     clip = torch.randn(2, 3, 4, 20, 24)
     torch.testing.assert_close(normalise_target(clip, 7)[1, :, 2], normalise_target(clip[1:, :, 2], 7)[0])
+
+
+def test_the_masked_mean_is_the_best_of_all_flat_pictures_in_squares():
+    """It is the mean of what is hidden, per sample and channel, and nothing else."""
+    x = torch.randn(2, 3, 16, 16)
+    mask = torch.tensor([[[True, False], [False, False]], [[False, True], [True, True]]])
+    got = masked_mean(x, mask, (8, 8))
+    assert got.shape == (2, 3, 1, 1)
+    torch.testing.assert_close(got[0, :, 0, 0], x[0, :, :8, :8].mean((1, 2)))
+    hidden = torch.cat([x[1, :, :8, 8:].flatten(1), x[1, :, 8:].flatten(1)], dim=1)
+    torch.testing.assert_close(got[1, :, 0, 0], hidden.mean(1))
 
 
 def test_mask_unit_must_be_whole_patches():

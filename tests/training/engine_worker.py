@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from video_swinv2.training import runtime
@@ -140,6 +141,7 @@ def keep(folder: Path, name: str, portable: Portable | None, records: list[dict[
         tensors = {f"weights/{key}": value for key, value in portable.weights.items()}
         tensors |= {f"exp_avg/{key}": value for key, value in portable.exp_avg.items()}
         tensors |= {f"exp_avg_sq/{key}": value for key, value in portable.exp_avg_sq.items()}
+        tensors |= {f"ema/{key}": value for key, value in portable.ema.items()}
         save_file(tensors, folder / f"{name}.safetensors")
         note = {"steps": portable.optimizer_step, "records": records}
         (folder / f"{name}.json").write_text(json.dumps(note))
@@ -253,6 +255,38 @@ def halves(world: runtime.World, folder: Path) -> None:
             keep(folder, f"bf16-{stage}-{accumulation}", engine.states(), records)
 
 
+def averaged(world: runtime.World, folder: Path) -> None:
+    """Two steps with averaged weights, a checkpoint, a look at the averages, and two more steps from each."""
+    for stage in range(4):
+        engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
+        train(engine, world, 1, 0, 2)
+        checkpoints = Checkpoints(folder / f"averaged-{stage}")
+        portable = engine.states()
+        if portable is not None:
+            checkpoints.save(portable, {}, step=2)
+            checkpoints.wait()
+        trained, average = engine.weights(), engine.averaged_weights()
+        engine.write_weights(average)
+        with torch.no_grad():
+            logits = engine.forward(batch(9)[0])
+        shown = engine.weights()
+        engine.write_weights(trained)
+        if shown is not None and average is not None:
+            if not all(torch.equal(shown[name], average[name]) for name in average):
+                raise RuntimeError("the module does not hold the averages")
+            if not torch.equal(logits, functional_call(Tiny(0), average, (batch(9)[0],))):
+                raise RuntimeError("the averages are not what the module computes with")
+        keep(folder, f"straight-averaged-{stage}", engine.states() if train(engine, world, 1, 2, 4) else None, [])
+        dist.barrier()
+        found = checkpoints.newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        other = build(world, seed=7, zero_stage=stage, precision="fp32", ema=0.6)
+        other.load(found[1])
+        train(other, world, 1, 2, 4)
+        keep(folder, f"resumed-averaged-{stage}", other.states(), [])
+
+
 CASES: dict[str, Callable[[runtime.World, Path], None]] = {
     "parity": parity,
     "resume": resume,
@@ -260,6 +294,7 @@ CASES: dict[str, Callable[[runtime.World, Path], None]] = {
     "spoilt": spoilt,
     "bf16": halves,
     "alone": alone,
+    "averaged": averaged,
 }
 
 

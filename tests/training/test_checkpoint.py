@@ -74,19 +74,6 @@ def test_what_was_saved_comes_back(tmp_path: Path, ema: bool) -> None:
     assert _same(again, given)
 
 
-def test_the_ema_may_go_on_changing_after_save(tmp_path: Path) -> None:
-    given = _portable(1, ema=True)
-    expected = {name: tensor.clone() for name, tensor in given.ema.items()}
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(given, {}, step=1)
-    for tensor in given.ema.values():
-        tensor.zero_()
-    checkpoints.wait()
-    found = checkpoints.newest()
-    assert found is not None
-    assert all(torch.equal(found[1].ema[name], expected[name]) for name in expected)
-
-
 def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "absent").newest() is None
     assert Checkpoints(tmp_path).newest() is None

@@ -82,7 +82,7 @@ def _run(folder: Path, cases: str, size: int) -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes, then one, wrote what came of all the cases."""
     folder = tmp_path_factory.mktemp("engines")
-    _run(folder, "parity,first,resume,spoilt,bf16", 2)
+    _run(folder, "parity,first,resume,spoilt,bf16,averaged", 2)
     _run(folder, "alone", 1)
     return folder
 
@@ -92,9 +92,9 @@ def _outcome(folder: Path, name: str) -> tuple[Portable, list[dict[str, Any]]]:
     note = json.loads((folder / f"{name}.json").read_text())
     kinds = [
         {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
-        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
     ]
-    return Portable(*kinds, optimizer_step=note["steps"]), note["records"]
+    return Portable(*kinds[:3], optimizer_step=note["steps"], ema=kinds[3]), note["records"]
 
 
 def _plain(accumulation: int = 1, steps: int = 4, **settings: Any) -> tuple[Portable, list[dict[str, Any]]]:
@@ -106,7 +106,7 @@ def _plain(accumulation: int = 1, steps: int = 4, **settings: Any) -> tuple[Port
 def _difference(first: Portable, second: Portable) -> float:
     """Largest difference of any element, relative to the largest of its tensor."""
     worst = 0.0
-    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = getattr(first, kind), getattr(second, kind)
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -118,7 +118,7 @@ def _difference(first: Portable, second: Portable) -> float:
 
 def _identical(first: Portable, second: Portable) -> bool:
     same = first.optimizer_step == second.optimizer_step
-    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = getattr(first, kind), getattr(second, kind)
         same = same and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     return same
@@ -244,6 +244,39 @@ def test_plain_bf16_takes_the_same_path() -> None:
     engine = worker.build(ALONE, engine="plain", precision="bf16")
     assert engine.forward(worker.batch(0)[0]).dtype == torch.bfloat16
     assert engine.states().weights["head.weight"].dtype == torch.float32
+
+
+def test_the_average_is_what_its_formula_says() -> None:
+    engine = worker.build(ALONE, engine="plain", precision="fp32", ema=0.6)
+    expected = engine.weights()
+    for step in range(4):
+        worker.train(engine, ALONE, 1, step, step + 1)
+        expected = {name: 0.6 * expected[name] + 0.4 * tensor for name, tensor in engine.weights().items()}
+    found = engine.averaged_weights()
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found["head.weight"], engine.weights()["head.weight"])
+    assert "patch_embed.norm.weight" not in engine.states().ema, "frozen parameters need no average"
+
+
+def test_a_step_that_was_dropped_leaves_the_average_alone() -> None:
+    engine = worker.build(ALONE, engine="plain", precision="fp32", ema=0.6)
+    worker.train(engine, ALONE, 1, 0, 1)
+    before = engine.averaged_weights()
+    worker.train(engine, ALONE, 1, 1, 2, lambda step, micro, loss: loss * math.nan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.averaged_weights().items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_averages_are_kept_by_pieces_validated_and_resumed(outcomes: Path, stage: int) -> None:
+    """Putting averages into the module and taking them out again changes no bit of what follows."""
+    reference, _ = _plain(ema=0.6)
+    straight, _ = _outcome(outcomes, f"straight-averaged-{stage}")
+    resumed, _ = _outcome(outcomes, f"resumed-averaged-{stage}")
+    assert straight.ema.keys() == reference.ema.keys()
+    assert _difference(straight, reference) < 1e-4
+    assert _identical(resumed, straight)
+    untouched, _ = _outcome(outcomes, f"parity-{stage}-1")
+    assert all(torch.equal(tensor, straight.weights[name]) for name, tensor in untouched.weights.items())
 
 
 def test_states_are_copies() -> None:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
+from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig, WeightedSource
+from video_swinv2.data.collection import EVERYTHING, Collection
 from video_swinv2.data.decode import DecodeError, VideoReader
-from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry, Manifest, find_splits, read_manifest
-from video_swinv2.data.sampling import centre_clip, random_clip, seeded
+from video_swinv2.data.images import IMAGE_SUFFIXES, image_tree, read_image, read_member
+from video_swinv2.data.index import Indexed, Listed, Member
+from video_swinv2.data.manifest import Entry, Manifest, find_splits, read_manifest
+from video_swinv2.data.mixture import Mixture, Part, Place
+from video_swinv2.data.sampling import centre_clip, frame_indices, random_clip, seeded
+from video_swinv2.data.shards import shard_collection
 from video_swinv2.data.transforms import training_transform, validation_transform
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import mask_cells, random_mask
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-HELD_OUT = 20  # one image in this many validates, where a folder of images has no val folder
+LISTS = ("dataset.json", "train.csv", "train.txt")  # a folder with one of them is what it says, whatever else it holds
 BROKEN = -100  # the label of a validation sample that could not be read: cross_entropy ignores it, no answer equals it
 Address = tuple[int, int]
 
@@ -76,13 +78,13 @@ class SampleDataset(Dataset[Sample]):
     """Clips or images cut out of videos and image files.
 
     With `augment`, samples are random: a function of (seed, epoch, index). Without, they are the centre clip and crop.
-    A file that cannot be read is named in the sample and replaced by the next of the list; a labelled validation sample
+    A file that cannot be read is named in the sample and replaced by the next one; a labelled validation sample
     is not replaced but gets the label BROKEN, which counts as a wrong answer.
     """
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[Entry] | Mixture,
         data: DataConfig,
         augment: AugmentConfig | None,
         seed: int,
@@ -91,7 +93,8 @@ class SampleDataset(Dataset[Sample]):
         size = (data.image_size,) * 2 if isinstance(data.image_size, int) else data.image_size
         if len(size) != 2:
             raise UsageError(f"data.image_size: {list(size)} is not a number or [H, W]")
-        self.entries = entries
+        self.mixture = entries if isinstance(entries, Mixture) else Mixture([Part(compact(entries))])
+        self.decoded: tuple[tuple[int, int], Tensor | DecodeError] | None = None
         self.data = data
         self.size = size
         self.seed = seed
@@ -103,53 +106,80 @@ class SampleDataset(Dataset[Sample]):
         self.transform = validation_transform(size) if augment is None else training_transform(augment, size)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.mixture)
 
     def __getitem__(self, address: Address) -> Sample:
-        """The sample at (epoch, index); UserError if no file at all can be read."""
-        epoch, index = address
+        """The sample at (epoch, number); UserError if no file at all can be read."""
+        epoch, number = address
         broken: list[str] = []
-        for step in range(len(self)):
-            entry = self.entries[(index + step) % len(self)]
-            with seeded(self.seed, epoch, index) as generator:
+        for step in range(self.mixture.total):
+            place = self.mixture[number + step]
+            label = place.entry.label
+            with seeded(self.seed, epoch, number) as generator:
                 try:
-                    pixels = self.transform(self._read(entry))
+                    pixels = self.transform(self._read(place, epoch))
                 except DecodeError as error:
                     broken.append(str(error))
-                    if self.random or entry.label < 0:
+                    if self.random or label < 0:
                         continue
-                    shape = (self.data.frames or 1, 3, *self.size)
-                    entry, pixels = replace(entry, label=BROKEN), torch.zeros(shape, dtype=torch.uint8)
+                    label, pixels = BROKEN, torch.zeros((self.data.frames or 1, 3, *self.size), dtype=torch.uint8)
                 mask = random_mask(self.cells, self.mask_ratio, generator) if self.cells else None
             pixels = pixels[0] if self.data.frames is None else pixels.transpose(0, 1)
-            return Sample(pixels.contiguous(), entry.label, mask, tuple(broken))
+            return Sample(pixels.contiguous(), label, mask, tuple(dict.fromkeys(broken)))
         raise UserError(f"{broken[0]}; nor can any other of the {len(broken)} files be read: check the data set")
 
-    def _read(self, entry: Entry) -> Tensor:
+    def _read(self, place: Place, epoch: int) -> Tensor:
         """(T, 3, H, W) uint8: a clip, or T = 1 for an image model."""
-        if entry.path.suffix.lower() in IMAGE_SUFFIXES:
-            return read_image(entry.path)[None]
-        frames = self.data.frames or 1
-        choose = random_clip if self.random else centre_clip
-        with VideoReader(entry.path, time_limit_seconds=self.data.decode_seconds) as video:
-            return video.frames(choose(len(video), frames, self.data.frame_stride), self.data.short_side)
+        if isinstance(place.entry, Member):
+            return read_member(place.entry)[None]
+        if place.entry.path.suffix.lower() in IMAGE_SUFFIXES:
+            return read_image(place.entry.path)[None]
+        # All samples of a video are neighbours in the order, so its last decoding is mostly theirs.
+        key = (epoch, place.first)
+        if self.decoded is None or self.decoded[0] != key:
+            self.decoded = key, self._decode(place, key)
+        clips = self.decoded[1]
+        if isinstance(clips, DecodeError):
+            raise clips
+        return clips[place.nth]
+
+    def _decode(self, place: Place, key: Address) -> Tensor | DecodeError:
+        """All clips of a video in this epoch, (clips, T, 3, H, W) uint8, in one pass; or what is wrong with it."""
+        frames, stride = self.data.frames or 1, self.data.frame_stride
+        try:
+            with VideoReader(place.entry.path, time_limit_seconds=self.data.decode_seconds) as video:
+                clips = [centre_clip(len(video), frames, stride)] * place.of
+                if self.random:
+                    with seeded(self.seed, *key):
+                        clips = [spread_clip(len(video), frames, stride, nth, place.of) for nth in range(place.of)]
+                pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side)
+        except DecodeError as error:
+            return error
+        return pixels.unflatten(0, (place.of, frames))
 
 
-def read_image(path: Path) -> Tensor:
-    """An image file as shown, (3, H, W) uint8 RGB; DecodeError if it is missing, cut off or no image."""
-    try:
-        with Image.open(path) as image:
-            shown = ImageOps.exif_transpose(image).convert("RGB")
-            return torch.from_numpy(np.array(shown)).permute(2, 0, 1)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise DecodeError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
+def spread_clip(n: int, frames: int, stride: int, nth: int, of: int) -> tuple[int, ...]:
+    """The `nth` of `of` random clips of one video: its start is drawn from the `nth` of equal parts of all starts.
+
+    So the clips of a video never begin alike if it has frames enough. One clip alone is `random_clip`.
+    """
+    starts = max(n - frames * stride, 0) + 1
+    low = starts * nth // of
+    high = max(starts * (nth + 1) // of, low + 1)
+    start = low + random_clip(high - low + frames * stride - 1, frames, stride)[0]
+    return frame_indices(start, frames, stride, n)
 
 
 def labelled(data: DataConfig, split: str, classes: Sequence[str] | None = None) -> Manifest:
-    """The one data set of a supervised run; UsageError if there are several sources or a video without a label."""
-    if len(data.source) != 1:
-        raise UsageError(f"data.source: training with labels takes one data set, not {len(data.source)}")
-    manifest = read_manifest(Path(data.source[0]), split, classes)
+    """The one data set of a supervised run; UsageError if there are several sources or a sample without a label.
+
+    Images of a tree or of tar shards have a split `val` even where only train is there (one in twenty of each class is
+    held out), and a split `all`.
+    """
+    source = _only(data)
+    if images := images_of(source):
+        return images.manifest(split, classes)
+    manifest = read_manifest(Path(source), split, classes)
     unlabelled = next((entry for entry in manifest.entries if entry.label < 0), None)
     if unlabelled:
         raise UsageError(
@@ -159,51 +189,70 @@ def labelled(data: DataConfig, split: str, classes: Sequence[str] | None = None)
     return manifest
 
 
-def unlabelled(data: DataConfig, validation: bool) -> list[Entry]:
-    """All samples of a self-supervised run: frames of data sets (never of a test split) and files of image folders."""
-    entries: list[Entry] = []
-    for source in map(Path, data.source):
-        if not source.exists():
-            raise UserError(f"{source}: no such data set or folder (data.source)")
-        images = image_files(source) if source.is_dir() else []
-        if images:
-            entries += [Entry(str(p.relative_to(source)), p, -1) for p in _held_out(source, images, validation)]
-            continue
-        split = data.val_split if validation else data.train_split
-        if split in find_splits(source):
-            videos = read_manifest(source, split).entries
-            check_present(videos)
-            entries += list(videos) * (1 if validation else data.frames_per_video)
-    if not entries:
-        raise UserError(f"{', '.join(data.source)}: nothing to {'validate' if validation else 'train'} on")
-    return entries
+def labelled_splits(data: DataConfig) -> tuple[str, ...]:
+    """The splits that `labelled` can give."""
+    source = _only(data)
+    images = images_of(source)
+    return images.split_names if images else find_splits(Path(source))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; none if it is a data set of videos (has lists, or holds videos only).
+def unlabelled(data: DataConfig, validation: bool) -> Mixture:
+    """All samples of a self-supervised run: images, frames or clips of all sources, never of a test split.
 
-    UsageError for a folder of both without lists: what is meant cannot be known.
+    In training each source has its weight, and a video gives `frames_per_video` samples; in validation everything held
+    out comes once.
     """
-    if any((folder / name).is_file() for name in ("dataset.json", "train.csv", "train.txt")):
-        return []
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    video = next((path for path in files if path.suffix.lower() in VIDEO_SUFFIXES), None)
-    if images and video:
-        raise UsageError(
-            f"{folder}: holds both images and videos ({video.name}); move one kind away, or add a train.txt"
-        )
-    return images
+    split = data.val_split if validation else data.train_split
+    refusal = "data.train_split, data.val_split: test samples are neither for training nor for choosing"
+    if split == "test":
+        raise UsageError(refusal)
+    parts = []
+    for source in data.source:
+        path = os.fspath(source)
+        if images := images_of(path):
+            if data.frames is not None:
+                raise UsageError(f"{path}: holds images, and data.frames asks for clips; leave one of them away")
+            if split == EVERYTHING and "test" in images.filled:
+                raise UsageError(refusal)
+            entries: Sequence[Entry | Member] = images.entries(split)
+            repeats = 1
+        else:
+            videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
+            check_present(videos)
+            entries, repeats = compact(videos), 1 if validation else data.frames_per_video
+        weight = source.weight if isinstance(source, WeightedSource) and not validation else None
+        if len(entries):
+            parts.append(Part(entries, repeats, weight))
+        elif weight is not None:
+            raise UserError(f"{path}: nothing to train on, but it has a weight; take it out of data.source")
+    if not parts:
+        asked = ", ".join(map(str, data.source))
+        raise UserError(f"{asked}: nothing to {'validate' if validation else 'train'} on")
+    return Mixture(parts)
 
 
-def _held_out(folder: Path, images: list[Path], validation: bool) -> list[Path]:
-    """Those that validate, or those that do not: the folder `val` if there is one, else one in twenty by name."""
-    inside = [p.relative_to(folder) for p in images]
-    if any(p.parts[0] == "val" for p in inside):
-        chosen = [p.parts[0] == "val" for p in inside]
-    else:
-        chosen = [hashlib.sha256(p.as_posix().encode()).digest()[0] % HELD_OUT == 0 for p in inside]
-    return [image for image, held in zip(images, chosen, strict=True) if held == validation]
+def compact(entries: Sequence[Entry]) -> Sequence[Entry | Member]:
+    """The same entries in a form that loader workers share; their own objects would be copied into each."""
+    return entries if isinstance(entries, (Indexed, Listed)) else Listed(entries)
+
+
+def _only(data: DataConfig) -> str:
+    if len(data.source) != 1:
+        raise UsageError(f"data.source: training with labels takes one data set, not {len(data.source)}")
+    return os.fspath(data.source[0])
+
+
+def images_of(source: str) -> Collection | None:
+    """The images of a tree or of tar shards; None for a data set of videos (has lists, or holds videos only)."""
+    path = Path(source)
+    if any((path / name).is_file() for name in LISTS) or (path.is_file() and path.suffix != ".tar"):
+        return None
+    if path.is_dir():
+        return image_tree(path.absolute()) or shard_collection(source)
+    shards = shard_collection(source)
+    if shards is None:
+        raise UserError(f"{source}: no such data set or folder (data.source)")
+    return shards
 
 
 def check_present(entries: Sequence[Entry]) -> None:

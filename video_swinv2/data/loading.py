@@ -1,11 +1,17 @@
-"""The order of samples, and loaders that keep it: a function of (seed, step), whatever the processes and workers."""
+"""The order of samples, and loaders that keep it: a function of (seed, step), whatever the processes and workers.
+
+Workers get the data set by fork, or through torch's shared memory where they are spawned; what it knows of its entries
+is a handful of tensors (`index.py`), so a worker copies nothing of it however many there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from video_swinv2.data.datasets import Address, Batch, SampleDataset, collate
@@ -37,16 +43,25 @@ def plan_batch(batch: int, micro_batch: int, world: int) -> BatchPlan:
 
 
 class StepSampler(Sampler[list[Address]]):
-    """The micro-batches of one process from step `first` to step `last` (exclusive), as addresses (epoch, index).
+    """The micro-batches of one process from step `first` to step `last` (exclusive), as addresses (epoch, number).
 
-    All epochs form one stream of permutations, f(seed, epoch); step s takes positions s * batch to (s + 1) * batch. So
-    every sample comes equally often, no batch is short, and a resumed run needs to know nothing but its step.
+    All epochs, each `samples` long and in its `order`, form one stream; step s takes positions s * batch to
+    (s + 1) * batch. So no batch is short, and a resumed run needs to know nothing but its step.
     """
 
-    def __init__(self, samples: int, plan: BatchPlan, *, seed: int, rank: int, first: int, last: int) -> None:
+    def __init__(
+        self,
+        samples: int,
+        order: Callable[[int], NDArray[np.int64]],
+        plan: BatchPlan,
+        *,
+        rank: int,
+        first: int,
+        last: int,
+    ) -> None:
         self.samples = samples
+        self.order = order
         self.plan = plan
-        self.seed = seed
         self.rank = rank
         self.first = first
         self.last = last
@@ -64,7 +79,7 @@ class StepSampler(Sampler[list[Address]]):
                 for position in range(piece, piece + self.plan.micro):
                     if position // self.samples != epoch:
                         epoch = position // self.samples
-                        order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+                        order = self.order(epoch)
                     addresses.append((epoch, int(order[position % self.samples])))
                 yield addresses
 
@@ -73,7 +88,8 @@ def training_loader(
     dataset: SampleDataset, plan: BatchPlan, *, seed: int, rank: int, first: int, last: int, pin: bool
 ) -> DataLoader[Batch]:
     """All micro-batches of this process from step `first` on; its workers live as long as the loop over it."""
-    sampler = StepSampler(len(dataset), plan, seed=seed, rank=rank, first=first, last=last)
+    order = partial(dataset.mixture.order, seed)
+    sampler = StepSampler(len(dataset), order, plan, rank=rank, first=first, last=last)
     return _loader(dataset, sampler, pin)
 
 

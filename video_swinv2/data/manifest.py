@@ -37,7 +37,7 @@ class Manifest:
     root: Path
     split: str
     classes: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
     fingerprint: str
     lost: int = 0
 

@@ -1,41 +1,139 @@
 """Pixels: crops and augmentation of clips (every frame alike), mixing of batches, normalisation on the device.
 
-Letters: B batch, T frames, H W pixels, K classes. All from torchvision.transforms.v2, which treats the leading axis of
-(T, 3, H, W) as one thing and so applies one random draw to all frames.
+Letters: B batch, T frames, H W pixels, K classes. From torchvision.transforms.v2, which treats the leading axis of
+(T, 3, H, W) as one thing and so applies one random draw to all frames; but RandAugment and the pixels of random erasing
+are ours, since torchvision's are not those of the published recipes (see `RandAugment` and `Erasing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from video_swinv2.config import AugmentConfig
+from video_swinv2.errors import UsageError
 
 Size = tuple[int, int]
 GREY = (124, 116, 104)  # ImageNet's mean, which normalisation turns into 0
+DEVIATION = (58, 57, 57)  # ImageNet's deviation of pixels from 0 to 255
+HIGHEST = 10.0  # the magnitude that stands for the strongest change
 
 
 def training_transform(augment: AugmentConfig, size: Size) -> v2.Transform:
-    """(T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment, erasing, one draw per clip."""
-    steps: list[torch.nn.Module] = [
+    """(T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment, erasing, one draw per clip.
+
+    Crops are resized bilinearly with antialiasing; Microsoft's supervised recipes do it bicubically (SimMIM's do not).
+    """
+    steps: list[nn.Module] = [
         v2.RandomResizedCrop(size, scale=augment.crop_area, ratio=augment.crop_ratio, antialias=True)
     ]
     if augment.flip:
         steps.append(v2.RandomHorizontalFlip(augment.flip))
     if augment.rand_augment:
-        steps.append(v2.RandAugment(augment.rand_augment, augment.rand_magnitude, fill=list(GREY)))
+        steps.append(RandAugment(augment.rand_augment, augment.rand_magnitude, augment.rand_noise))
     if augment.erasing:
-        steps.append(v2.RandomErasing(augment.erasing, value=list(GREY)))
+        steps.append(Erasing(augment.erasing))
     return v2.Compose(steps)
 
 
 def validation_transform(size: Size) -> v2.Transform:
     """(T, 3, H, W) uint8 -> (T, 3, *size): short side to 256/224 of the size, centre crop (Video Swin's validation)."""
     return v2.Compose([v2.Resize(round(min(size) * 256 / 224), antialias=True), v2.CenterCrop(size)])
+
+
+class RandAugment(nn.Module):
+    """timm's `rand-m{magnitude}-n{operations}-mstd{noise}-inc1` on (T, 3, H, W) uint8, one draw for all frames.
+
+    torchvision's RandAugment is another thing under the same name: its magnitude 9 is 9/30 of the range where timm's is
+    9/10, it always applies what it draws, has no noise on the magnitude, no inversion and no solarize-add, but an
+    identity. Here `operations` are drawn with replacement, each is applied with probability 0.5, at a magnitude from
+    normal(magnitude, noise) cut to 0..10, and grows stronger with it. Differences to timm: geometry is bilinear (timm:
+    bilinear or bicubic), since tensors have no bicubic; contrast, autocontrast and equalize look at each frame alone.
+    """
+
+    def __init__(self, operations: int, magnitude: float = 9.0, noise: float = 0.5) -> None:
+        super().__init__()
+        self.operations, self.magnitude, self.noise = operations, magnitude, noise
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(T, 3, H, W) uint8 -> the same shape and type."""
+        for _ in range(self.operations):
+            name = list(OPERATIONS)[int(torch.randint(len(OPERATIONS), ()))]
+            applied, sign = torch.rand(2) < 0.5
+            magnitude = float(torch.normal(self.magnitude, self.noise, ()).clamp(0.0, HIGHEST))
+            if applied:
+                clip = OPERATIONS[name](clip, magnitude / HIGHEST, -1 if sign else 1)
+        return clip
+
+
+def _solarize_add(clip: Tensor, level: float, _: int) -> Tensor:
+    """Dark pixels become brighter: below 128, up to 110 are added."""
+    return torch.where(clip < 128, (clip.int() + int(level * 110)).clamp(max=255).to(clip.dtype), clip)
+
+
+def _affine(clip: Tensor, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0) -> Tensor:
+    """Move by (x, y) pixels and shear by tangents, about the upper left corner as timm does."""
+    shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
+    mode = v2.InterpolationMode.BILINEAR
+    return F.affine(clip, 0.0, [x, y], 1.0, shear, interpolation=mode, fill=list(GREY), center=[0, 0])
+
+
+def _enhancement(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
+    """A change whose factor 1 is none: at level 1 the factor is 0.1 or 1.9."""
+    return lambda clip, level, sign: change(clip, max(0.1, 1.0 + sign * 0.9 * level))
+
+
+# timm's set of `inc1`: (clip, level from 0 to 1, sign) -> clip. At level 1: 30 degrees, a tangent of 0.3, 45 % of a
+# side, a solarize threshold of 0.
+OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
+    "autocontrast": lambda clip, level, sign: F.autocontrast(clip),
+    "equalize": lambda clip, level, sign: F.equalize(clip),
+    "invert": lambda clip, level, sign: F.invert(clip),
+    "rotate": lambda clip, level, sign: F.rotate(
+        clip, sign * 30.0 * level, interpolation=v2.InterpolationMode.BILINEAR, fill=list(GREY)
+    ),
+    # One bit at least: with none, which timm asks for at level 1, Pillow made the image black and now refuses.
+    "posterize": lambda clip, level, sign: F.posterize(clip, max(1, 4 - int(4 * level))),
+    "solarize": lambda clip, level, sign: F.solarize(clip, 256 - int(256 * level)),
+    "solarize_add": _solarize_add,
+    "color": _enhancement(F.adjust_saturation),
+    "contrast": _enhancement(F.adjust_contrast),
+    "brightness": _enhancement(F.adjust_brightness),
+    "sharpness": _enhancement(F.adjust_sharpness),
+    "shear_x": lambda clip, level, sign: _affine(clip, shear_x=sign * 0.3 * level),
+    "shear_y": lambda clip, level, sign: _affine(clip, shear_y=sign * 0.3 * level),
+    "translate_x": lambda clip, level, sign: _affine(clip, x=sign * 0.45 * level * clip.shape[-1]),
+    "translate_y": lambda clip, level, sign: _affine(clip, y=sign * 0.45 * level * clip.shape[-2]),
+}
+
+
+class Erasing(nn.Module):
+    """Random erasing in the recipes' `pixel` mode: a rectangle of (T, 3, H, W) uint8 becomes noise, one for all frames.
+
+    torchvision draws the rectangle. Its noise is for inputs that are normalised already; ours is the same noise before
+    normalisation, so rounded, and cut where a byte ends (3 % of the values).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self.rectangle = v2.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(T, 3, H, W) uint8 -> the same shape and type."""
+        drawn = self.rectangle.make_params([clip])
+        if torch.rand(()) >= self.probability or drawn["v"] is None:
+            return clip
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in (GREY, DEVIATION))
+        drawn["v"] = (drawn["v"] * deviation + mean).round().clamp(0, 255).to(clip.dtype)
+        erased: Tensor = F.erase(clip, **drawn)
+        return erased
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -45,18 +143,30 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels.float() / 255 - torch.tensor(mean, device=pixels.device).view(shape)) / scale
 
 
+def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalise`, rounded and cut to bytes: (B, 3, ...) float -> uint8."""
+    shape = (1, 3) + (1,) * (inputs.ndim - 2)
+    scale = torch.tensor(std, device=inputs.device).view(shape)
+    pixels = (inputs * scale + torch.tensor(mean, device=inputs.device).view(shape)) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
 def mix(inputs: Tensor, labels: Tensor, classes: int, augment: AugmentConfig) -> tuple[Tensor, Tensor]:
     """Mixup or CutMix within a batch: (B, 3, ...) float and (B,) labels -> inputs and (B, K) class shares.
 
-    Where both are on, each batch gets one of them, with equal chance.
+    Where both are on, each batch gets one of them, with equal chance. timm pairs the first sample with the last, this
+    each with the one before it; label smoothing comes on top in the loss, which gives timm's smoothed shares exactly.
+    UsageError for a batch of one, which has nothing to be mixed with.
     """
-    kinds: list[torch.nn.Module] = []
+    kinds: list[nn.Module] = []
     if augment.mixup:
         kinds.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
     if augment.cutmix:
         kinds.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
     if not kinds:
         return inputs, torch.nn.functional.one_hot(labels, classes).to(inputs.dtype)
+    if len(inputs) == 1:
+        raise UsageError("augment.mixup, cutmix: a micro-batch of 1 has nothing to mix with; set them to 0, or take 2")
     if inputs.ndim == 5:
         inputs = tv_tensors.Video(inputs)  # without it five axes are refused; where time stands does not matter here
     mixed, shares = v2.RandomChoice(kinds)(inputs, labels)

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from video_swinv2.data.datasets import IMAGE_SUFFIXES, read_image
-from video_swinv2.data.decode import size_for
 from video_swinv2.data.manifest import VIDEO_SUFFIXES, Entry
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.metrics import average_views, ranking
-from video_swinv2.evaluation.overrides import Device, Precision, use_bf16
-from video_swinv2.evaluation.protocols import Protocol, find_protocol, plan_views, short_side
+from video_swinv2.evaluation.overrides import Device, Precision, pick_device, use_bf16
+from video_swinv2.evaluation.protocols import Protocol, find_protocol, of_stills
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.testing import answer_views
+from video_swinv2.evaluation.views import cut_image
 from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, read_card
 
 VIDEO = "video"
@@ -94,7 +92,7 @@ def predict(
     """
     if top < 1 or batch_views < 1:
         raise UsageError("top and batch_views must be 1 or more")
-    card, place = read_card(model_path), _device(device)
+    card, place = read_card(model_path), pick_device(device)
     if not card.classes:
         raise UsageError(f"{model_path}: holds no class names; save the model with classes")
     chosen, bf16 = find_protocol(protocol), use_bf16(precision, place)
@@ -191,17 +189,4 @@ def _predict_other(path: Path, kind: str | None, judge: _Judge) -> Prediction:
 
 def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Tensor:
     """The different views of a still -> uint8 (V, 3, H, W), turned as its EXIF says. UserError where it is none."""
-    picture = read_image(path)
-    height, width = picture.shape[-2:]
-    shown = size_for((height, width), short_side(height, width, preprocessing.image_size, protocol.resize))
-    resized = functional.interpolate(picture[None].float(), size=shown, mode="bilinear", antialias=True)[0]
-    views = plan_views(protocol, 1, *shown, 1, 1, preprocessing.image_size)
-    boxes = dict.fromkeys(view.box for view in views)  # all clips of a still are one
-    crops = [resized[:, top : top + height, left : left + width] for top, left, height, width in boxes]
-    return torch.stack(crops).round().clamp(0, 255).byte()
-
-
-def _device(name: Device) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda was asked for but PyTorch sees no GPU here; use cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return cut_image(read_image(path), of_stills(protocol), preprocessing)[0]

@@ -109,8 +109,17 @@ def compute_metrics(scores: Scores, *, average: str = "prob", seed: int = 0) -> 
     if labels.size == 0:
         first = f"; the first: {scores.paths[0]}: {scores.reasons[0]}" if scores.paths else ""
         raise UserError(f"no accuracy: none of the {listed} listed videos could be scored{first}")
-    ranked = ranking(video_probabilities(scores, average), 5)
-    classes = np.arange(len(scores.classes))
+    return measure(labels, ranking(video_probabilities(scores, average), 5), scores.classes, listed=listed, seed=seed)
+
+
+def measure(
+    labels: NDArray[np.int64], ranked: NDArray[np.int64], names: tuple[str, ...], *, listed: int, seed: int
+) -> Metrics:
+    """The same from answers: labels (N,) of N >= 1 samples, ranked (N, up to 5) classes, the best first, -1 for none.
+
+    `listed` counts the samples that were meant to be scored, N of which were.
+    """
+    classes = np.arange(len(names))
     answers, hits = ranked[:, 0], (ranked == labels[:, None]).any(axis=1)
     correct = int(accuracy_score(labels, answers, normalize=False))
     counts = np.bincount(labels, minlength=classes.size)
@@ -125,10 +134,10 @@ def compute_metrics(scores: Scores, *, average: str = "prob", seed: int = 0) -> 
         top1_bounds=(correct / listed, (correct + failed) / listed),
         per_class=tuple(
             ClassAccuracy(name, int(n), float(share) if n else None)
-            for name, n, share in zip(scores.classes, counts, recall, strict=True)
+            for name, n, share in zip(names, counts, recall, strict=True)
         ),
         confusion=confusion,
-        confused_pairs=most_confused(confusion, scores.classes),
+        confused_pairs=most_confused(confusion, names),
         listed=listed,
         scored=int(labels.size),
         failed=failed,

@@ -101,3 +101,10 @@ def use_bf16(precision: Precision, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+def pick_device(name: Device) -> torch.device:
+    """The device of a single process; "auto" is a GPU where there is one. Raises UsageError for a GPU that is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for but PyTorch sees no GPU here; use cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

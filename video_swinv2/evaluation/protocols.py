@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from video_swinv2.data.sampling import frame_indices
@@ -60,6 +60,16 @@ PROTOCOLS: dict[str, Protocol] = {
             source="Video Swin's validation: SampleFrames(num_clips=1, test_mode), Resize 256, CenterCrop 224",
         ),
         Protocol(
+            name="center-full-1x1",
+            clips=1,
+            crops=1,
+            resize=Fraction(1),
+            starts="segment-middle",
+            boxes="centre",
+            average="prob",
+            source="timm's crop_pct 1.0, which it tests the released image models of 384 pixels with",
+        ),
+        Protocol(
             name="videoswin-4x3",
             clips=4,
             crops=3,
@@ -79,6 +89,11 @@ def find_protocol(name: str) -> Protocol:
         return PROTOCOLS[name]
     nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)[0]
     raise UsageError(f"protocol {name!r} is not known: did you mean {nearest}? (there are {', '.join(PROTOCOLS)})")
+
+
+def of_stills(protocol: Protocol) -> Protocol:
+    """The protocol for still images: its crops, of the one moment there is."""
+    return replace(protocol, clips=1)
 
 
 def clip_starts(rule: str, n: int, clips: int, frames: int, stride: int) -> tuple[int, ...]:

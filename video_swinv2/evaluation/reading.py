@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.data.manifest import Entry
+from video_swinv2.data.images import read_image, read_member
+from video_swinv2.data.index import Item, Member
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.listing import is_image
 from video_swinv2.evaluation.protocols import Protocol, View
-from video_swinv2.evaluation.views import cut_views, pixels_shape
+from video_swinv2.evaluation.views import cut_image, cut_views, pixels_shape
 from video_swinv2.weights.store import Preprocessing
 
 _PREFETCH_GROUPS = 2
@@ -38,7 +40,7 @@ _WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed b
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """What became of one video: its views, or the reason it failed. `stand_ins` frames were damaged and replaced."""
+    """What became of one video or image: its views, or why it failed. `stand_ins` frames were damaged and replaced."""
 
     position: int
     views: tuple[View, ...] = ()
@@ -60,7 +62,7 @@ class VideoGroups(Dataset[Group]):
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[Item],
         protocol: Protocol,
         preprocessing: Preprocessing,
         *,
@@ -98,6 +100,10 @@ class VideoGroups(Dataset[Group]):
         """One video; whatever goes wrong with it becomes its reason."""
         entry = self.entries[position]
         try:
+            if is_image(entry):
+                picture = read_member(entry) if isinstance(entry, Member) else read_image(entry.path)
+                pixels, views = cut_image(picture, self.protocol, self.preprocessing)
+                return VideoRecord(position, views), pixels
             with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
                 pixels, views = cut_views(
                     reader,

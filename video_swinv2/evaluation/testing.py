@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import video_swinv2
-from video_swinv2.data.manifest import Manifest, class_list_hash, read_manifest
+from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.listing import ClassesBy, is_image, read_split, views_of
 from video_swinv2.evaluation.metrics import Metrics, compute_metrics
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, parse_overrides, use_bf16
 from video_swinv2.evaluation.protocols import Protocol, find_protocol
@@ -46,6 +47,11 @@ class _Plan:
     manifest: Manifest
     overrides: TestOverrides
     out: Path
+
+    @property
+    def unit(self) -> str:
+        """What the samples are called."""
+        return "images" if is_image(self.manifest.entries[0]) else "videos"
 
     @property
     def groups(self) -> VideoGroups:
@@ -79,15 +85,19 @@ def run_test(
     protocol: str,
     split: str,
     out: Path | str,
+    classes_by: ClassesBy = "name",
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
     """Score every video of a split and write scores.npz, strips.npz, result.json and report.html to `out`.
 
-    Returns what result.json holds, on every process. Started by torchrun, deepspeed or srun it shares the work; the
-    scores do not depend on how many share it. Raises UsageError before any work for what cannot be right (a label the
-    model does not know, an unlabelled video) and UserError where no video, or not every video, could be scored.
+    A tree of images is tested likewise, each image as a video of one frame; classes_by: see `read_split`. Returns what
+    result.json holds, on every process. Started by torchrun, deepspeed or srun it shares the work; the scores do not
+    depend on how many share it. Raises UsageError before any work for what cannot be right (a label the model does not
+    know, an unlabelled video) and UserError where no video, or not every video, could be scored.
     """
-    plan = _make_plan(Path(model_path), Path(data), protocol, split, Path(out), overrides or TestOverrides())
+    plan = _make_plan(
+        Path(model_path), Path(data), protocol, split, classes_by, Path(out), overrides or TestOverrides()
+    )
     owns_group = not torch.distributed.is_initialized()
     world = start(plan.overrides.device)
     try:
@@ -118,21 +128,23 @@ def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing,
         return torch.cat(parts).cpu()
 
 
-def _make_plan(model_path: Path, data: Path, protocol: str, split: str, out: Path, overrides: TestOverrides) -> _Plan:
+def _make_plan(
+    model_path: Path,
+    data: Path,
+    protocol: str,
+    split: str,
+    classes_by: ClassesBy,
+    out: Path,
+    overrides: TestOverrides,
+) -> _Plan:
     """Read what is small and refuse what cannot be right."""
     chosen = find_protocol(protocol)
     card = read_card(model_path)
     if not card.classes:
         raise UsageError(f"{model_path}: holds no class names, so no label can be checked; save the model with classes")
-    manifest = read_manifest(data, split, card.classes)
-    unlabelled = [entry.name for entry in manifest.entries if entry.label < 0]
-    if unlabelled:
-        raise UsageError(
-            f"{data}: {len(unlabelled)} of {len(manifest.entries)} videos of split {split!r} have no label "
-            f"(the first: {unlabelled[0]}); a test needs labels, `video-swinv2 predict` does not"
-        )
     preprocessing = override_preprocessing(card.preprocessing, overrides)
-    return _Plan(model_path, card, preprocessing, chosen, manifest, overrides, out)
+    manifest = read_split(data, split, card.classes, classes_by)
+    return _Plan(model_path, card, preprocessing, views_of(manifest, chosen, preprocessing), manifest, overrides, out)
 
 
 def _load(plan: _Plan, device: torch.device) -> nn.Module:
@@ -157,7 +169,7 @@ def _score_share(plan: _Plan, world: World) -> _Share:
     answers: dict[int, tuple[Group, NDArray[np.float16]]] = {}
     started = time.perf_counter()
     total = sum(len(groups.positions(number)) for number in mine)
-    with Progress("test", total, unit="videos", shown=world.rank == 0) as progress:
+    with Progress("test", total, unit=plan.unit, shown=world.rank == 0) as progress:
 
         def answer(group: Group, waited: float) -> None:
             logits = answer_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
@@ -269,6 +281,7 @@ def _metadata(plan: _Plan, world: World) -> dict[str, Any]:
     """What the scores are of: enough to repeat the test, or to refuse a comparison."""
     preprocessing, overrides = plan.preprocessing, plan.overrides
     return {
+        "unit": plan.unit,
         "protocol": plan.protocol.name,
         "protocol_source": plan.protocol.source,
         "average": plan.protocol.average,
@@ -334,8 +347,8 @@ def summary(result: dict[str, Any], out: Path | str) -> str:
     lines = [
         f"top-1 {100 * result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
         f"top-5 {100 * result['top5']:.2f} %, mean class accuracy {100 * result['mean_class_accuracy']:.2f} %",
-        f"{videos['scored']} of {videos['listed']} videos scored, {result['protocol']}, {result['views']} views each, "
-        f"data {result['data_fingerprint'][:12]}, {result['seconds']:.1f} seconds",
+        f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['protocol']}, {result['views']} "
+        f"view(s) each, data {result['data_fingerprint'][:12]}, {result['seconds']:.1f} seconds",
     ]
     if videos["failed"]:
         low, high = (100 * bound for bound in result["top1_bounds"])

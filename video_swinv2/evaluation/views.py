@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from video_swinv2.data.decode import VideoReader, size_for
 from video_swinv2.errors import UsageError
@@ -62,6 +63,21 @@ def cut_views(
         rows = torch.from_numpy(np.searchsorted(needed, view.indices))
         clip.copy_(pictures[:, :, top : top + height, left : left + width][rows].transpose(0, 1))
     return (pixels if preprocessing.frames is not None else pixels.squeeze(2)), views
+
+
+def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:
+    """The views of a still, uint8 (3, H, W) -> uint8 (V, 3, H, W); its one moment is every clip's.
+
+    Resized bicubically with antialiasing, as Microsoft's ImageNet evaluation does (data/build.py of Swin-Transformer).
+    """
+    height, width = picture.shape[-2:]
+    shown = size_for((height, width), short_side(height, width, preprocessing.image_size, protocol.resize))
+    resized = functional.interpolate(picture[None], size=shown, mode="bicubic", antialias=True)[0]
+    views = plan_views(protocol, 1, *shown, 1, 1, preprocessing.image_size)
+    crops = [
+        resized[:, top : top + height, left : left + width] for top, left, height, width in (view.box for view in views)
+    ]
+    return torch.stack(crops), views
 
 
 def clip_length(preprocessing: Preprocessing) -> tuple[int, int]:

@@ -52,11 +52,21 @@ def mask_cells(size: Axes, mask_unit: Axes, axes: int) -> tuple[int, ...]:
     return tuple(math.ceil(pixels / unit) for pixels, unit in pairs)
 
 
+def tube_unit(mask_unit: Axes, frames: int, patch_frames: int) -> tuple[int, ...]:
+    """The cell (T, H, W) as long as a clip of `frames`: whole patches in time, in space as `mask_unit` says."""
+    return (math.ceil(frames / patch_frames) * patch_frames, *per_axis("mask_unit", mask_unit, 3)[1:])
+
+
+def hidden_cells(cells: tuple[int, ...], ratio: float) -> int:
+    """ceil(ratio * cells), where 0.55 of 20 is 11: as floats multiply it would be a little more."""
+    return math.ceil(round(ratio * math.prod(cells), 6))
+
+
 def random_mask(cells: tuple[int, ...], ratio: float, generator: torch.Generator) -> Tensor:
-    """A mask (*cells) bool with exactly ceil(ratio * cells) True, as the official generator draws it."""
+    """A mask (*cells) bool with exactly `hidden_cells` True, every choice of them equally likely."""
     count = math.prod(cells)
     mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=generator)[: math.ceil(count * ratio)]] = True
+    mask[torch.randperm(count, generator=generator)[: hidden_cells(cells, ratio)]] = True
     return mask.view(cells)
 
 
@@ -83,15 +93,37 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, mask_unit: tuple
     return error.sum() / (hidden.sum() + 1e-5) / target.shape[1]
 
 
+def masked_mean(target: Tensor, mask: Tensor, mask_unit: tuple[int, ...]) -> Tensor:
+    """The mean of each sample's hidden pixels, per channel, as a prediction: (B, 3, *P) and (B, *U) -> (B, 3, 1, ...).
+
+    What a model has to beat: it knows the colours of what is hidden, and nothing of where they are.
+    """
+    hidden = grow(mask, mask_unit, target.shape[2:])[:, None].to(target.dtype)
+    axes = tuple(range(2, target.ndim))
+    return (target * hidden).sum(axes, keepdim=True) / hidden.sum(axes, keepdim=True)
+
+
 def normalise_target(x: Tensor, patch: int = 47) -> Tensor:
     """Each pixel by mean and deviation of its `patch` x `patch` surroundings, per channel: (B, 3, ..., H, W).
 
-    The window is cut at the border, the variance is unbiased, as in the official SwinV2 recipes. Frames of a clip are
-    normalised one by one.
+    The window (odd) is cut at the border, the variance is unbiased, as in the official SwinV2 recipes. Frames of a clip
+    are normalised one by one.
     """
+    mean, deviation = _surroundings(x, patch)
+    return (x - mean) / deviation
+
+
+def restore_target(prediction: Tensor, x: Tensor, patch: int) -> Tensor:
+    """The inverse of `normalise_target`: what was predicted for the target of `x` as pixels, by x's own statistics."""
+    mean, deviation = _surroundings(x, patch)
+    return prediction * deviation + mean
+
+
+def _surroundings(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the window around each pixel, both in the shape of `x`."""
     images = x.reshape(-1, 1, *x.shape[-2:])
     count = F.avg_pool2d(torch.ones_like(images[:1]), patch, 1, patch // 2) * patch**2
     mean = F.avg_pool2d(images, patch, 1, patch // 2, count_include_pad=False)
     square = F.avg_pool2d(images**2, patch, 1, patch // 2, count_include_pad=False)
     variance = ((square - mean**2) * count / (count - 1)).clamp(min=0)
-    return ((images - mean) / (variance + 1e-6).sqrt()).view_as(x)
+    return mean.view_as(x), (variance + 1e-6).sqrt().view_as(x)

@@ -121,7 +121,8 @@ def make_plan(
 
 def _data(config: Config, samples: int | None, classes: int | None, pretraining: bool) -> tuple[int | None, int]:
     """Samples and classes as given, else counted in the data set if it is here, else unknown and Kinetics' 400."""
-    here = all(Path(source).exists() for source in config.data.source)
+    # Of a pattern of shards (name-{000..146}.tar) the folder.
+    here = all((Path(source).parent if "{" in str(source) else Path(source)).exists() for source in config.data.source)
     if here and pretraining and samples is None:
         samples = len(unlabelled(config.data, validation=False))
     elif here and not pretraining and (samples is None or classes is None):

@@ -62,15 +62,13 @@ class Checkpoints:
     def save(self, portable: Portable, state: Mapping[str, JSON], *, step: int) -> None:
         """Hand a checkpoint to the writer thread; waits first for the one before it. Raises its UserError, if any.
 
-        The tensors of ``portable`` must not change afterwards (``engine.states()`` returns copies); only ``ema``,
-        which lives on in the loop, is copied here. A whole checkpoint of the same step is left as it is.
+        The tensors of ``portable`` must not change afterwards (``engine.states()`` returns copies). A whole checkpoint
+        of the same step is left as it is.
         """
         self.wait()
-        ema = {name: tensor.clone() for name, tensor in portable.ema.items()}
-        given = Portable(portable.weights, portable.exp_avg, portable.exp_avg_sq, portable.optimizer_step, ema)
         text = json.dumps(state)  # now: the caller may change its dict, and a value JSON has no form for is its bug
         # Not a daemon: when the program ends by an error elsewhere, the checkpoint is still finished.
-        self._writer = threading.Thread(target=self._write, args=(given, text, step), name="checkpoint-writer")
+        self._writer = threading.Thread(target=self._write, args=(portable, text, step), name="checkpoint-writer")
         self._writer.start()
 
     def wait(self) -> None:

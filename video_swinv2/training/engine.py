@@ -18,17 +18,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.training.checkpoint import Portable
+from video_swinv2.training.ema import Average
+from video_swinv2.training.guard import StepOutcome, guard_and_clip, poisoned
 from video_swinv2.training.moments import (
     GroupShard,
     ParameterShards,
     Shard,
     Whole,
     applied_steps,
+    check_fit,
     optimized,
     read_moments,
     write_moments,
@@ -47,7 +50,8 @@ class EngineSettings:
 
     ``engine`` deepspeed or plain (one process), ``zero_stage`` 0-3, ``precision`` fp32 or bf16 (autocast, fp32
     weights), ``accumulation`` micro-batches per step, ``clip_norm`` largest gradient norm or None, ``micro_batch``
-    clips per process and micro-batch. Raises UsageError naming the key that is wrong.
+    clips per process and micro-batch, ``ema`` the decay per step of averaged weights, 0 for none. Raises UsageError
+    naming the key that is wrong.
     """
 
     engine: str = "deepspeed"
@@ -56,6 +60,7 @@ class EngineSettings:
     accumulation: int = 1
     clip_norm: float | None = None
     micro_batch: int = 1
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.engine not in ("deepspeed", "plain"):
@@ -71,14 +76,6 @@ class EngineSettings:
             raise UsageError(
                 f"clip_norm: {self.clip_norm} would stop all learning; use a positive norm, or null for none"
             )
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What an optimizer step did: whether the weights moved, and the global L2 gradient norm before clipping."""
-
-    applied: bool
-    grad_norm: float
 
 
 class Engine(Protocol):
@@ -103,6 +100,15 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor] | None:
         """Parameters and buffers by name: fp32 copies on the CPU of rank 0, None elsewhere. Collective."""
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The same with averages in place of the trained parameters; as they are if none are kept. Collective."""
+
+    def write_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Put rank 0's weights into the module everywhere, to be validated. Collective; between steps only.
+
+        The optimizer does not hear of it: before the next step the module's own weights must be written back.
+        """
 
     def states(self) -> Portable | None:
         """Everything a checkpoint needs, on rank 0, None elsewhere. Collective; between steps only."""
@@ -155,6 +161,7 @@ class PlainEngine:
         self._bf16 = bf16
         self._micro = 0
         self._shards = [Whole(parameter) for parameter in optimized(optimizer)]
+        self._average = Average(self._shards, settings.ema) if settings.ema else None
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
@@ -163,16 +170,18 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
-        torch.autograd.backward(_poisoned(loss) / self._settings.accumulation)
+        torch.autograd.backward(poisoned(loss) / self._settings.accumulation)
 
     def step(self) -> StepOutcome | None:
         """See :class:`Engine`."""
         self._micro += 1
         if self._micro % self._settings.accumulation:
             return None
-        outcome = _guard_and_clip(self.module, self._settings.clip_norm)
+        outcome = guard_and_clip(self.module, self._settings.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._average and outcome.applied:
+            self._average.update()
         return outcome
 
     def set_lr(self, lr: float) -> None:
@@ -183,18 +192,30 @@ class PlainEngine:
         """See :class:`Engine`."""
         return {name: _to_cpu(tensor) for name, tensor in _named(self.module).items()}
 
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """See :class:`Engine`."""
+        return (self.weights() or {}) | (self._average.read(self.module) if self._average else {})
+
+    @torch.no_grad()
+    def write_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """See :class:`Engine`."""
+        for name, tensor in _named(self.module).items():
+            tensor.copy_((weights or {})[name])
+
     def states(self) -> Portable | None:
         """See :class:`Engine`."""
         moments = read_moments(self.module, self._optimizer, self._shards)
-        return Portable(self.weights() or {}, *moments, optimizer_step=applied_steps(self._optimizer))
+        average = self._average.read(self.module) if self._average else {}
+        return Portable(self.weights() or {}, *moments, applied_steps(self._optimizer), average)
 
     @torch.no_grad()
     def load(self, portable: Portable) -> None:
         """See :class:`Engine`."""
-        _check_fit(self.module, portable)
-        for name, tensor in _named(self.module).items():
-            tensor.copy_(portable.weights[name])
+        check_fit(self.module, portable)
+        self.write_weights(portable.weights)
         write_moments(self.module, self._optimizer, self._shards, portable)
+        if self._average:
+            self._average.write(self.module, portable.ema)
 
 
 class DeepSpeedEngine:
@@ -222,6 +243,7 @@ class DeepSpeedEngine:
                 f"deepspeed {deepspeed.__version__} keeps its states where this does not look for them ({error}); "
                 "install the version in constraints.txt, or use engine=plain"
             ) from error
+        self._average = Average(self._shards, settings.ema) if settings.ema else None
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
@@ -229,17 +251,23 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
-        self._engine.backward(_poisoned(loss))
+        self._engine.backward(poisoned(loss))
 
     def step(self) -> StepOutcome | None:
         """See :class:`Engine`."""
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
+        outcome = self._full_step()
+        if self._average and outcome.applied:
+            self._average.update()
+        return outcome
+
+    def _full_step(self) -> StepOutcome:
         if self._stage == 0:
             # After the all-reduce, which backward() has just done, all ranks hold the same gradients and so decide
             # alike without another collective.
-            outcome = _guard_and_clip(self.module, self._clip_norm)
+            outcome = guard_and_clip(self.module, self._clip_norm)
             self._engine.step()
             return outcome
         self._engine.step()
@@ -259,25 +287,42 @@ class DeepSpeedEngine:
                     found[name] = _to_cpu(tensor)
         return found if self._world.rank == 0 else None
 
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """See :class:`Engine`."""
+        weights = self.weights()
+        average = self._average.read(self.module) if self._average else {}
+        return None if weights is None else weights | average
+
+    @torch.no_grad()
+    def write_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """See :class:`Engine`."""
+        for name, tensor in _named(self.module).items():
+            # Under ZeRO-3 rank 0's value is broadcast and cut up again when the context ends.
+            with self._gathered([tensor], modifier_rank=0, enabled=self._partitioned(tensor)):
+                if self._world.rank == 0:
+                    tensor.copy_((weights or {})[name])
+            if not self._partitioned(tensor):
+                dist.broadcast(tensor, 0)
+
     def states(self) -> Portable | None:
         """See :class:`Engine`."""
         weights = self.weights()
         moments = read_moments(self.module, self._adamw, self._shards)
+        average = self._average.read(self.module) if self._average else {}
         if weights is None:
             return None
-        return Portable(weights, *moments, optimizer_step=applied_steps(self._adamw))
+        return Portable(weights, *moments, applied_steps(self._adamw), average)
 
     @torch.no_grad()
     def load(self, portable: Portable) -> None:
         """See :class:`Engine`."""
-        _check_fit(self.module, portable)
-        for name, tensor in _named(self.module).items():
-            # Under ZeRO-3 rank 0's value is broadcast and cut up again when the context ends.
-            with self._gathered([tensor], modifier_rank=0, enabled=self._partitioned(tensor)):
-                tensor.copy_(portable.weights[name])
+        check_fit(self.module, portable)
+        self.write_weights(portable.weights)
         if self._stage > 0:
             self._engine.optimizer.refresh_fp32_params()  # the pieces AdamW updates are copies of the module's
         write_moments(self.module, self._adamw, self._shards, portable)
+        if self._average:
+            self._average.write(self.module, portable.ema)
 
     def _partitioned(self, tensor: Tensor) -> bool:
         return self._stage == 3 and isinstance(tensor, nn.Parameter)
@@ -329,29 +374,6 @@ def _deepspeed_config(settings: EngineSettings, *, bf16: bool) -> dict[str, Any]
     }
 
 
-def _poisoned(loss: Tensor) -> Tensor:
-    """The loss itself if finite, else one whose every gradient is NaN, so that the engines' guards cannot miss it.
-
-    An infinite loss may have finite gradients. Multiplying costs no synchronisation, and by 1 no bit either.
-    """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-
-
-def _guard_and_clip(module: nn.Module, clip_norm: float | None) -> StepOutcome:
-    """Norm of the gradients, then clip them; all are dropped if it is not finite.
-
-    AdamW skips a parameter without gradient wholly: weight, moments and decay stay as they are.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    applied = bool(torch.isfinite(norm))
-    if not applied:
-        module.zero_grad(set_to_none=True)
-    elif clip_norm is not None:
-        clip_grads_with_norm_(trained, clip_norm, norm)
-    return StepOutcome(applied=applied, grad_norm=float(norm))
-
-
 def _named(module: nn.Module) -> dict[str, Tensor]:
     """The module's own parameter and buffer objects, under the names its state dict has."""
     return module.state_dict(keep_vars=True)
@@ -361,23 +383,3 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     """A copy on the CPU, fp32 where it is a number with a fraction; always a copy, since training goes on."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True)
-
-
-def _check_fit(module: nn.Module, portable: Portable) -> None:
-    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
-    named = _named(module)
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    wanted: tuple[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]], ...] = (
-        ("weights", named, portable.weights),
-        ("exp_avg", trained, portable.exp_avg),
-        ("exp_avg_sq", trained, portable.exp_avg_sq),
-    )
-    mend = "it was made by another model or with other frozen layers; resume with the configuration it was made with"
-    for kind, ours, theirs in wanted:
-        if odd := sorted(ours.keys() ^ theirs.keys()):
-            where = "checkpoint" if odd[0] in ours else "model"
-            raise UserError(f"checkpoint {kind}: {odd[0]} is not in the {where}; {mend}")
-        for name, tensor in ours.items():
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor in its place
-            if tuple(theirs[name].shape) != shape:
-                raise UserError(f"checkpoint {kind}: {name} has shape {tuple(theirs[name].shape)}, not {shape}; {mend}")

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from video_swinv2.config import Config, to_yaml
 from video_swinv2.data.datasets import Batch
-from video_swinv2.data.loading import plan_batch, training_loader, validation_loader
+from video_swinv2.data.loading import plan_batch, training_loader
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import write_json
 from video_swinv2.progress import Progress
 from video_swinv2.training.checkpoint import Checkpoints, Portable
 from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, make_engine
 from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions
-from video_swinv2.training.optim import Schedule, parameter_groups
+from video_swinv2.training.optim import make_schedule, parameter_groups
 from video_swinv2.training.runtime import StopSignal, World, agree, gather, say, seed_step, start, stop, total
 from video_swinv2.training.sharding import sharded_construction, whole_numel
 from video_swinv2.training.tasks import Task, initialise
+from video_swinv2.training.validation import measure, ready
 
 MOST_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, then the run stops
 
@@ -64,7 +66,7 @@ class Run:
         self.samples = len(task.train_samples)
         self.plan = plan_batch(config.optim.batch, config.optim.micro_batch, world.size)
         self.steps = max(1, round(config.optim.epochs * self.samples / self.plan.batch))
-        self.schedule = make_schedule(config, self.steps, self.samples)
+        self.schedule = make_schedule(config.optim, self.steps, self.samples)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, lambda t: say(world, t))
         self.parameters = sum(whole_numel(parameter) for parameter in task.module.parameters())
         self.step = 0
@@ -88,6 +90,8 @@ class Run:
         self._write_record()
         log = MetricLog(self.folder, self.step) if self.world.rank == 0 else None
         try:
+            if self.step == 0:
+                self._validate(log)  # it fails now rather than hours later, and tells where the run started
             self._steps(log)
         finally:
             if log:
@@ -200,52 +204,56 @@ class Run:
         log.write(self.step, values)
 
     def _due_for_validation(self) -> bool:
-        every = max(1, round(self.config.val_epochs * self.samples / self.plan.batch))
-        return self.step == self.steps or self.step % every == 0
+        return self.step == self.steps or self.step % self._validation_steps() == 0
+
+    def _validation_steps(self) -> int:
+        return max(1, round(self.config.val_epochs * self.samples / self.plan.batch))
 
     def _validate(self, log: MetricLog | None) -> None:
-        """Measure on the whole validation split, write the last weights, and the best if these are."""
+        """Measure on the whole validation split; write the last weights and, if these are, the best."""
         measures: dict[str, float] = {}
-        if self.task.val_samples is not None:
-            measures = self._measures(self.task.val_samples)
+        with ready(self.engine, averaged=self.config.optim.ema > 0) as weights:
+            if self.task.val_samples is not None:
+                measures = measure(
+                    self.task, self.engine, self.task.val_samples, self.plan.micro, self.world, self._name_unread
+                )
+            picture = self.task.picture(self.engine.forward, self.world.device) if self._due_for_picture() else None
+        if log and picture is not None:
+            log.picture(self.step, picture)
+        if log and measures:
+            log.write(self.step, measures)
         value = measures.get(self.task.best_metric)
         better = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
-        if value is not None and better:
+        if self.step and value is not None and better:
             self.best = value
+        note = " (best so far)" if self.step and measures and better else ""
+        shown = ", ".join(f"{key} {number:.4f}" for key, number in measures.items()) or "no validation split"
+        say(self.world, f"step {self.step}/{self.steps}: {shown}{note}")
         self.broken = sorted({line for lines in gather(self.world, self.broken) for line in lines})
-        weights = self.engine.weights()
-        if self.world.rank == 0 and weights is not None:
-            if log and measures:
-                log.write(self.step, measures)
-            shown = ", ".join(f"{key} {number:.4f}" for key, number in measures.items()) or "no validation split"
-            say(self.world, f"step {self.step}/{self.steps}: {shown}{' (best so far)' if better and measures else ''}")
-            provenance = self.provenance | {"step": self.step, **measures}
-            self.task.save(self.folder / "last.safetensors", weights, provenance)
-            if better:
-                self.task.save(self.folder / "model.safetensors", weights, provenance)
+        if self.step and weights is not None:
+            self._write_weights(weights, measures, better)
         self._write_record()
 
-    def _measures(self, samples: Any) -> dict[str, float]:
-        loader = validation_loader(
-            samples,
-            self.plan.micro,
-            rank=self.world.rank,
-            world=self.world.size,
-            pin=self.world.device.type == "cuda",
-        )
-        sums: dict[str, float] = {"samples": 0.0}
-        self.engine.module.eval()
-        with torch.no_grad():
-            for batch in loader:
-                self._name_broken(batch.broken, "it does not count as a right answer")
-                for key, value in self.task.tally(self.engine.forward, batch.to(self.world.device)).items():
-                    sums[key] = sums.get(key, 0.0) + value
-        self.engine.module.train()
-        # A process that got no validation sample knows only of the count.
-        keys = sorted({key for names in gather(self.world, list(sums)) for key in names})
-        summed = dict(zip(keys, total(self.world, [sums.get(key, 0.0) for key in keys]), strict=True))
-        count = summed.pop("samples")
-        return {f"val/{key}": value / count for key, value in summed.items()}
+    def _write_weights(self, weights: Mapping[str, Tensor], measures: Mapping[str, float], better: bool) -> None:
+        ema = self.config.optim.ema
+        provenance = self.provenance | {
+            "task": self.task.name,
+            "step": self.step,
+            "data": self.task.facts,
+            "weights": f"averaged over the steps, decay {ema}" if ema else "as trained",
+            **measures,
+        }
+        self.task.save(self.folder / "last.safetensors", weights, provenance)
+        if better:
+            self.task.save(self.folder / "model.safetensors", weights, provenance)
+
+    def _name_unread(self, lines: Sequence[str]) -> None:
+        self._name_broken(lines, "it does not count as a right answer")
+
+    def _due_for_picture(self) -> bool:
+        """A picture belongs to every so many validations, and to the last."""
+        between = (self.config.pictures_epochs or 0.0) / self.config.val_epochs
+        return self.step == self.steps or self.step // self._validation_steps() % max(1, round(between)) == 0
 
     def _save(self) -> None:
         states = self.engine.states()
@@ -319,6 +327,7 @@ class Run:
             accumulation=self.plan.accumulation,
             clip_norm=optim.clip_norm,
             micro_batch=self.plan.micro,
+            ema=optim.ema,
         )
         say(
             self.world,
@@ -341,6 +350,7 @@ class Run:
             "steps": self.steps,
             "best": self.best,
             "best_metric": self.task.best_metric,
+            "task": self.task.name,
             "init": self.provenance,
             "parameters": self.parameters,
             "data": self.task.facts,
@@ -359,21 +369,3 @@ class Run:
             "versions": versions(),
         }
         write_json(self.folder / "run.json", record)
-
-
-def make_schedule(config: Config, steps: int, samples: int) -> Schedule:
-    """The learning rate as a function of the step, from durations in epochs."""
-    optim = config.optim
-
-    def to_steps(epochs: float) -> int:
-        return round(epochs * samples / optim.batch)
-
-    return Schedule(
-        lr=optim.lr,
-        steps=steps,
-        warmup_steps=min(to_steps(optim.warmup_epochs), steps),
-        min_lr=optim.min_lr,
-        warmup_lr=optim.warmup_lr,
-        kind=optim.schedule,
-        milestones=tuple(to_steps(epoch) for epoch in optim.milestones),
-    )

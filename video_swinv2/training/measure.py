@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from video_swinv2.files import whole
 
 Item = TypeVar("Item")
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
@@ -26,7 +29,8 @@ class MetricLog:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            # A run that starts anew measures its start again.
+            kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -36,6 +40,14 @@ class MetricLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+
+    def picture(self, step: int, pixels: torch.Tensor) -> None:
+        """A picture (3, H, W) uint8, as PNG in the run's folder `pictures` and in TensorBoard."""
+        path = self.path.parent / "pictures" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        with whole(path) as part:
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(part, format="PNG")
+        self._board.add_image("val/picture", pixels, step)
 
     def close(self) -> None:
         """Flush the TensorBoard events."""

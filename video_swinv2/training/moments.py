@@ -7,13 +7,14 @@ of AdamW, keyed by the tensors it was given to update, is torch's own and looks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from video_swinv2.errors import UserError
 from video_swinv2.training.checkpoint import Portable
 from video_swinv2.training.runtime import World
 
@@ -165,3 +166,25 @@ def write_moments(
 def applied_steps(optimizer: torch.optim.Optimizer) -> int:
     """Adam's count of applied steps; 0 before the first."""
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+
+def check_fit(module: nn.Module, portable: Portable) -> None:
+    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
+    named = module.state_dict(keep_vars=True)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    wanted: tuple[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]], ...] = (
+        ("weights", named, portable.weights),
+        ("exp_avg", trained, portable.exp_avg),
+        ("exp_avg_sq", trained, portable.exp_avg_sq),
+    )
+    if portable.ema:
+        wanted = (*wanted, ("ema", trained, portable.ema))
+    mend = "it was made by another model or with other frozen layers; resume with the configuration it was made with"
+    for kind, ours, theirs in wanted:
+        if odd := sorted(ours.keys() ^ theirs.keys()):
+            where = "checkpoint" if odd[0] in ours else "model"
+            raise UserError(f"checkpoint {kind}: {odd[0]} is not in the {where}; {mend}")
+        for name, tensor in ours.items():
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor in its place
+            if tuple(theirs[name].shape) != shape:
+                raise UserError(f"checkpoint {kind}: {name} has shape {tuple(theirs[name].shape)}, not {shape}; {mend}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from video_swinv2.config import OptimConfig
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.parameters import decays, layer_id
 
@@ -100,6 +101,23 @@ class Schedule:
             return self.min_lr
         progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
+    """The learning rate as a function of the step, from durations in epochs."""
+
+    def to_steps(epochs: float) -> int:
+        return round(epochs * samples / optim.batch)
+
+    return Schedule(
+        lr=optim.lr,
+        steps=steps,
+        warmup_steps=min(to_steps(optim.warmup_epochs), steps),
+        min_lr=optim.min_lr,
+        warmup_lr=optim.warmup_lr,
+        kind=optim.schedule,
+        milestones=tuple(to_steps(epoch) for epoch in optim.milestones),
+    )
 
 
 def write_hyperparameters(optimizer: Any, lr: float) -> None:

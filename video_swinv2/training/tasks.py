@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from video_swinv2.config import Config
-from video_swinv2.data.datasets import Batch, SampleDataset, labelled, unlabelled
-from video_swinv2.data.manifest import class_list_hash, find_splits
-from video_swinv2.data.transforms import mix, normalise
+from video_swinv2.config import Config, DataConfig, MaskConfig
+from video_swinv2.data.datasets import Batch, SampleDataset, labelled, labelled_splits, unlabelled
+from video_swinv2.data.manifest import class_list_hash
+from video_swinv2.data.transforms import denormalise, mix, normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.models.simmim import SimMIM, masked_l1, normalise_target
-from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.files import sha256
+from video_swinv2.models.simmim import (
+    SimMIM,
+    grow,
+    hidden_cells,
+    mask_cells,
+    masked_l1,
+    masked_mean,
+    normalise_target,
+    restore_target,
+    tube_unit,
+)
+from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.models.variants import create_model
+from video_swinv2.training.ancestry import ancestors_of
+from video_swinv2.training.pictures import chosen_samples, draw
 from video_swinv2.training.runtime import World
 from video_swinv2.training.sharding import is_sharded, values_loaded, whole_twin, write_shards
-from video_swinv2.weights.inflate import load_weights
+from video_swinv2.weights.formats import read_checkpoint
+from video_swinv2.weights.inflate import fill
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, save_model
 
 Forward = Callable[..., Tensor]
@@ -28,6 +46,8 @@ Forward = Callable[..., Tensor]
 class Task(Protocol):
     """What the loop asks of a task."""
 
+    name: str
+    """What the run is for, as ancestors of later models are told."""
     module: nn.Module
     encoder: SwinV2
     train_samples: SampleDataset
@@ -44,6 +64,9 @@ class Task(Protocol):
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
         """Sums over a validation micro-batch; `samples` is among them."""
 
+    def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
+        """What the model makes of a few validation samples, (3, H, W) uint8; None where there is nothing to see."""
+
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
         """Write a model file."""
 
@@ -56,16 +79,17 @@ class Classification:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.name = f"classification of {_kind(config)}"
         train = labelled(config.data, config.data.train_split)
         self.classes = train.classes
-        source = Path(config.data.source[0])
-        has_val = config.data.val_split in find_splits(source)
+        has_val = config.data.val_split in labelled_splits(config.data)
         val = labelled(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
         self.val_samples: SampleDataset | None = None
         if val is not None:
             self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
         self.facts: dict[str, object] = {
+            "source": _sources(config),
             "data_fingerprint": train.fingerprint,
             "val_fingerprint": val.fingerprint if val else None,
             "classes": len(self.classes),
@@ -90,6 +114,9 @@ class Classification:
             "top5": float(ranked.sum()),
         }
 
+    def picture(self, forward: Forward, device: torch.device) -> None:
+        """Nothing to see."""
+
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
         """Write the classifier with its class list."""
         _save(self.module, path, self.classes, self.config, weights, provenance)
@@ -103,32 +130,56 @@ class Pretraining:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        train, val = unlabelled(config.data, validation=False), unlabelled(config.data, validation=True)
-        self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, config.mask)
-        self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, config.mask)
-        self.facts: dict[str, object] = {"samples": len(train), "val_samples": len(val)}
+        self.name = f"SimMIM on {_kind(config)}"
         self.encoder = build_model(config, 0)
-        try:
-            simmim = SimMIM(self.encoder, config.mask.unit)
-        except ValueError as error:
-            raise UsageError(f"mask.unit: {error}") from error
-        self.mask_unit = simmim.mask_unit
-        self.module: nn.Module = simmim
+        mask = resolved_mask(config, self.encoder)
+        self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
+        self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
+        train, val = unlabelled(config.data, validation=False), unlabelled(config.data, validation=True)
+        self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
+        # Without augmentation a sample and its mask depend on the seed and its place in the list alone.
+        self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, mask)
+        self.facts: dict[str, object] = {
+            "source": _sources(config),
+            "samples": len(train),
+            "val_samples": len(val),
+        }
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Masked L1 of a micro-batch."""
-        if batch.masks is None:
-            raise TypeError("SimMIM needs samples with masks")
-        inputs = _normalised(batch)
-        target = inputs
-        if self.config.mask.normalise_target:
-            target = normalise_target(inputs, self.config.mask.normalise_target)
-        return masked_l1(forward(inputs, batch.masks), target, batch.masks, self.mask_unit)
+        inputs, masks, target = self._inputs(batch)
+        return masked_l1(forward(inputs, masks), target, masks, self.mask_unit)
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Summed loss under masks that are the same at every validation."""
-        samples = float(len(batch.pixels))
-        return {"samples": samples, "loss": samples * float(self.loss(forward, batch))}
+        """Summed loss of each sample, and that of `masked_mean`, under masks that are the same at every validation."""
+        inputs, masks, target = self._inputs(batch)
+        predictions = {"loss": forward(inputs, masks), "mean_loss": masked_mean(target, masks, self.mask_unit)}
+        sums = {"samples": float(len(inputs))}
+        for key, prediction in predictions.items():
+            # One by one: where cells are cut by the border, samples do not hide the same number of pixels.
+            samples = zip(prediction.split(1), target.split(1), masks.split(1), strict=True)
+            sums[key] = sum(float(masked_l1(p, t, m, self.mask_unit)) for p, t, m in samples)
+        return sums
+
+    def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
+        """The same few validation samples each time, `training.pictures.draw`n. All processes forward alike."""
+        if self.val_samples is None:
+            return None
+        inputs, masks, _ = self._inputs(chosen_samples(self.val_samples).to(device))
+        prediction = forward(inputs, masks).float()
+        if self.config.mask.normalise_target:
+            # By the statistics of the original, which the model does not know: contrast and colour are the original's.
+            prediction = restore_target(prediction, inputs, self.config.mask.normalise_target)
+        hidden = grow(masks, self.mask_unit, inputs.shape[2:])
+        original, reconstructed = (denormalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in (inputs, prediction))
+        return draw(original, reconstructed, hidden).cpu()
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pixels, masks and the target of a micro-batch."""
+        if batch.masks is None:
+            raise TypeError("SimMIM needs samples with masks")
+        inputs, patch = _normalised(batch), self.config.mask.normalise_target
+        return inputs, batch.masks, normalise_target(inputs, patch) if patch else inputs
 
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
         """Write encoder, mask token and decoder."""
@@ -156,6 +207,28 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
         raise UsageError(f"model: {error}") from error
 
 
+def resolved_mask(config: Config, encoder: SwinV2) -> MaskConfig:
+    """The mask settings with a cell that fits the model, a tube's as long as the clip; UsageError naming the key."""
+    mask, data, patch = config.mask, config.data, encoder.patch_size
+    if mask.normalise_target == 1 or (mask.normalise_target and mask.normalise_target % 2 == 0):
+        raise UsageError(f"mask.normalise_target: {mask.normalise_target} has no middle; take an odd number from 3 on")
+    if mask.shape == "tube" and data.frames is None:
+        raise UsageError("mask.shape: a tube is for clips; set data.frames, or leave shape away")
+    try:
+        unit = per_axis("mask.unit", mask.unit, len(patch))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if mask.shape == "tube" and data.frames is not None:
+        unit = tube_unit(unit, data.frames, patch[0])
+    if any(cell % side for cell, side in zip(unit, patch, strict=True)):
+        raise UsageError(f"mask.unit: {list(unit)} is not a multiple of the model's patch {list(patch)}")
+    pixels = encoder.image_size if data.frames is None else (data.frames, *encoder.image_size)
+    cells = mask_cells(pixels, unit, len(patch))
+    if hidden_cells(cells, mask.ratio) == math.prod(cells):
+        raise UsageError(f"mask.unit: all {math.prod(cells)} cells would be hidden; take a smaller unit, or ratio")
+    return dataclasses.replace(mask, unit=unit)
+
+
 def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str, object]]:
     """Fill the model from `init`; what happened, in words, and where the weights come from. Collective in ZeRO-3."""
     if config.init == "scratch" and config.init_time_noise:
@@ -166,9 +239,10 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     sharded = is_sharded(task.encoder)
     target = whole_twin(task.encoder) if sharded else task.encoder
     values = values_loaded(target) if sharded else {}
-    account = load_weights(
+    checkpoint = read_checkpoint(config.init)
+    account = fill(
         target,
-        config.init,
+        checkpoint,
         classes=classes,
         cpb_norm=config.init_cpb_norm,
         time_noise=config.init_time_noise,
@@ -177,8 +251,14 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     if sharded:
         write_shards(task.encoder, values, world)
         task.encoder.cpb_norm = target.cpb_norm
-    origin = {"init": config.init, "layout": account.layout, "init_time_noise": config.init_time_noise}
-    return str(account), origin | {"provenance": account.provenance}
+    # Large files: only the first process, which writes the record, reads them once more.
+    digests = {file.name: sha256(file) for file in checkpoint.source.files} if world.rank == 0 else {}
+    return str(account), {
+        "init": config.init,
+        "layout": account.layout,
+        "init_time_noise": config.init_time_noise,
+        "ancestors": ancestors_of(config.init, digests, account.provenance),
+    }
 
 
 def preprocessing_of(config: Config) -> Preprocessing:
@@ -186,6 +266,15 @@ def preprocessing_of(config: Config) -> Preprocessing:
     size = config.data.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return Preprocessing(config.data.frames, config.data.frame_stride, (height, width))
+
+
+def _kind(config: Config) -> str:
+    return "images" if config.data.frames is None else "clips"
+
+
+def _sources(config: Config) -> object:
+    """`data.source` as plain data."""
+    return TypeAdapter(DataConfig).dump_python(config.data, mode="json")["source"]
 
 
 def _normalised(batch: Batch) -> Tensor:

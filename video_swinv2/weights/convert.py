@@ -22,12 +22,14 @@ def convert(
     name: str | None = None,
     cpb_norm: Sequence[int] | None = None,
     classes: Path | None = None,
+    class_map: Path | None = None,
     frame_stride: int | None = None,
 ) -> Account:
     """Write the weights of `source` to `out`, `*.safetensors` or a folder, and account for every tensor.
 
     cpb_norm: one normaliser per stage, for height and width. classes: a file with one class name per line: the names of
-    the head's rows where the checkpoint does not know them, else the rows wanted. frame_stride: in frames of the video;
+    the head's rows where the checkpoint does not know them, else the rows wanted. class_map: a file that picks rows of
+    the head by number (see `read_class_map`); `classes` then names those picked. frame_stride: in frames of the video;
     by default as the file says, else 1. UserError and UsageError as in `open_model`; `out` is written whole or not.
     """
     for key, value in (("--frames", sizes.frames), ("--frame-stride", frame_stride)):
@@ -41,10 +43,13 @@ def convert(
     if target.resolve() in [read.resolve() for read in checkpoint.source.files]:
         raise UsageError(f"{out}: is the checkpoint itself; give another name")
     names = read_classes(classes) if classes is not None else None
+    rows = read_class_map(class_map) if class_map is not None else None
+    if names is not None and rows is not None and len(names) != len(rows):
+        raise UsageError(f"{classes}: {len(names)} names for the {len(rows)} rows of {class_map}; one name per row")
     norms = None if cpb_norm is None else [(norm, norm) for norm in cpb_norm]
-    model, account = open_model(checkpoint, sizes, name=name, cpb_norm=norms, classes=names)
-    rows = checkpoint.classes if len(checkpoint.classes) == model.num_classes else ()
-    preprocessing = _preprocessing(model, checkpoint, frame_stride)
+    model, account = open_model(checkpoint, sizes, name=name, cpb_norm=norms, classes=names, class_map=rows)
+    known = names if names is not None else _known_classes(checkpoint, model, rows)
+    preprocessing = preprocessing_of(model, checkpoint, frame_stride)
     provenance = {
         "converted_from": checkpoint.source.name,
         "sha256": {file.name: sha256(file) for file in checkpoint.source.files},
@@ -52,7 +57,6 @@ def convert(
         "notes": account.notes,
         "provenance": account.provenance,
     }
-    known = rows if names is None else names
     if file:
         save_model(model, out, classes=known, preprocessing=preprocessing, provenance=provenance)
     else:
@@ -73,7 +77,36 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _preprocessing(model: SwinV2, checkpoint: Checkpoint, frame_stride: int | None) -> Preprocessing:
+def read_class_map(path: Path) -> tuple[int, ...]:
+    """A row of a larger head per line, in the order of the classes wanted: Microsoft's map22kto1k.txt is such a file.
+
+    UserError for an unreadable file, UsageError naming the line that is no row number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: class map cannot be read ({error}); give a text file, one number per line") from error
+    rows: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not line.strip().isdecimal():
+            raise UsageError(f"{path}, line {number}: {line.strip()!r} is no row number; one number from 0 on per line")
+        rows.append(int(line))
+    if not rows:
+        raise UsageError(f"{path}: holds no row numbers; one number from 0 on per line")
+    return tuple(rows)
+
+
+def _known_classes(checkpoint: Checkpoint, model: SwinV2, rows: Sequence[int] | None) -> tuple[str, ...]:
+    """The checkpoint's own names of the model's classes; () where it has none."""
+    found = checkpoint.classes
+    if rows is not None and found:
+        found = tuple(found[row] for row in rows if row < len(found))
+    return found if len(found) == model.num_classes else ()
+
+
+def preprocessing_of(model: SwinV2, checkpoint: Checkpoint, frame_stride: int | None = None) -> Preprocessing:
     """As the file's card says, at the new model's sizes; every released SwinV2 takes ImageNet's mean and deviation."""
     height, width = model.image_size
     known = checkpoint.card.preprocessing if checkpoint.card is not None else None

@@ -48,11 +48,15 @@ def fill(
     checkpoint: Checkpoint,
     *,
     classes: Sequence[str] | None = None,
+    class_map: Sequence[int] | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
     time_noise: float = 0.0,
     seed: int = 0,
 ) -> Account:
-    """`load_weights` from a checkpoint that was read already."""
+    """`load_weights` from a checkpoint that was read already.
+
+    class_map: for each class of the model the row of the file's head that is its own, where names do not tell.
+    """
     account = Account(str(checkpoint.source.path), checkpoint.layout, notes=list(checkpoint.notes))
     account.provenance = checkpoint.card.provenance if checkpoint.card is not None else {}
     account.derived = {name: "depends on the window; computed, not loaded" for name in checkpoint.derived}
@@ -60,7 +64,10 @@ def fill(
     norms = _normaliser(model, checkpoint, cpb_norm, account)
     target = model.state_dict()
     found = dict(checkpoint.tensors)
-    head = _head(model, checkpoint, classes, found, account)
+    if class_map is not None:
+        head = _mapped_head(model, class_map, found, account)
+    else:
+        head = _head(model, checkpoint, classes, found, account)
 
     values: dict[str, Tensor] = {}
     for name, tensor in found.items():
@@ -145,6 +152,22 @@ def _head(
         return f"the file has {rows} classes, this model {model.num_classes}"
     else:
         account.notes.append("head: class names unknown, their order is taken on trust")
+    return ""
+
+
+def _mapped_head(model: SwinV2, class_map: Sequence[int], found: dict[str, Tensor], account: Account) -> str:
+    """The rows of a larger head that are the model's classes; always "", since a map that does not fit is refused."""
+    rows = found[HEAD[0]].shape[0] if HEAD[0] in found and found[HEAD[0]].ndim else 0
+    if not rows:
+        raise account.refuse("the file has no classification head", "leave the class map away")
+    outside = [row for row in class_map if not 0 <= row < rows]
+    if outside or len(class_map) != model.num_classes:
+        fault = f"row {outside[0]}" if outside else f"{len(class_map)} rows for {model.num_classes} classes"
+        raise account.refuse(f"the class map has {fault}, the file {rows} rows", "give the map of this head")
+    for key in HEAD:
+        if key in found:
+            found[key] = found[key][torch.tensor(class_map)]
+    account.notes.append(f"head: {len(class_map)} of the file's {rows} classes, by the class map")
     return ""
 
 

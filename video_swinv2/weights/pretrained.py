@@ -41,23 +41,26 @@ def open_model(
     name: str | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
+    class_map: Sequence[int] | None = None,
 ) -> tuple[SwinV2, Account]:
     """A model of the checkpoint's own size with its weights, in eval mode, and the account of them.
 
     `sizes.frames` makes a clip model of an image model. name: a size of `list_models`, where it is not to be told from
-    the tensors. classes: names of the head's rows wanted, in this order. UserError for weights that do not fit,
-    UsageError for sizes that do not or that nothing tells.
+    the tensors. classes: names of the head's rows wanted, in this order. class_map: their places in the file's head,
+    where the file has no names. UserError for weights that do not fit, UsageError for sizes that do not or that
+    nothing tells.
     """
     try:
         architecture = _architecture(checkpoint, name) | _sizes(checkpoint, sizes)
-        if classes is not None:
-            architecture["num_classes"] = len(classes)
+        wanted = classes if class_map is None else class_map
+        if wanted is not None:
+            architecture["num_classes"] = len(wanted)
         model = SwinV2(**architecture).eval()
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more memory than there is
         raise UsageError(
             f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
         ) from error
-    return model, fill(model, checkpoint, classes=classes, cpb_norm=cpb_norm)
+    return model, fill(model, checkpoint, classes=classes, class_map=class_map, cpb_norm=cpb_norm)
 
 
 def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:

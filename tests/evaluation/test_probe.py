@@ -1,0 +1,255 @@
+"""The probe on small real files: its features are the model's, its figures those of a count by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import video_swinv2 as vs
+from tests.weights.released import microsoft_state, ours, randomise
+from video_swinv2.cli import main
+from video_swinv2.data.transforms import normalise
+from video_swinv2.errors import UsageError
+from video_swinv2.evaluation import features as features_room
+from video_swinv2.evaluation.features import features_of, open_backbone, with_random_weights
+from video_swinv2.evaluation.listing import read_split
+from video_swinv2.evaluation.overrides import TestOverrides
+from video_swinv2.evaluation.probe import TEMPERATURE, linear, nearest, run_probe
+from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.evaluation.views import cut_image
+
+PER_CLASS = 10
+NAMES = ("blue", "green", "red")
+QUICK = TestOverrides(workers=0, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def colours(root: Path, count: int, seed: int = 0) -> Path:
+    """`count` noisy pictures of each class, whose colour tells them apart."""
+    generator = np.random.default_rng(seed)
+    for channel, name in enumerate(reversed(NAMES)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 120, (64, 64, 3), dtype=np.uint8)
+            pixels[..., channel] += 130
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colours(tmp_path_factory.mktemp("data") / "colours", PER_CLASS)
+
+
+@pytest.fixture(scope="module")
+def simmim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, vs.SwinV2]:
+    """A pre-training file, which has no head, and the encoder in it."""
+    encoder = ours(num_classes=0)
+    path = tmp_path_factory.mktemp("model") / "simmim.safetensors"
+    vs.save_model(vs.SimMIM(encoder, 32), path, classes=[], preprocessing=vs.Preprocessing(None, 1, (64, 64)))
+    return path, encoder
+
+
+def probe(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    return run_probe(model, data, **({"k": 5, "seeds": 2, "overrides": QUICK} | changes))
+
+
+def test_features_are_the_mean_of_the_last_tokens(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
+    path, encoder = simmim
+    manifest = read_split(data, "all")
+    made = features_of(open_backbone(path, QUICK), manifest, PROTOCOLS["center-1x1"], QUICK, None)
+    assert made.names == tuple(f"{name}/{i:02d}.png" for name in NAMES for i in range(PER_CLASS))
+    assert made.labels.tolist() == [label for label in range(3) for _ in range(PER_CLASS)]
+    preprocessing = vs.Preprocessing(None, 1, (64, 64))
+    for row in (0, 17, 29):
+        picture = torch.from_numpy(np.array(Image.open(data / made.names[row]))).permute(2, 0, 1)
+        pixels, _ = cut_image(picture, PROTOCOLS["center-1x1"], preprocessing)
+        with torch.no_grad():
+            tokens = encoder.eval().forward_features(normalise(pixels, preprocessing.mean, preprocessing.std))
+        np.testing.assert_allclose(made.vectors[row], tokens.mean(dim=(1, 2))[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_colours_tell_is_found_and_told(
+    simmim: tuple[Path, vs.SwinV2], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["probe", str(simmim[0]), str(data), "--k", "5", "--seeds", "2", "--random-weights"]
+    assert main([*line, "data.workers=0", "engine.device=cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(row["weights"], row["method"], row["seed"]) for row in result["rows"]] == [
+        (weights, method, seed) for weights in ("given", "random") for seed in (0, 1) for method in ("knn", "linear")
+    ]
+    for row in result["rows"]:
+        assert (row["train"], row["test"]) == (24, {"listed": 6, "scored": 6, "failed": 0})
+        assert row["top1"] == 1.0
+        assert row["top1_interval"] == [1.0, 1.0]
+    assert result["model"]["layout"] == "swinv2_nano of this project, SimMIM"
+    assert result["data_fingerprint"] == {"all": read_split(data, "all").fingerprint}
+    assert result["channels"] == 256
+    assert main([*line, "data.workers=0", "--method", "knn"]) == 0
+    told = capsys.readouterr().out
+    assert "3 classes, 24 to learn from, 6 tested; 20% of each class" in told
+    assert "random weights, k-NN" in told
+    assert "linear" not in told
+
+
+def test_votes_are_counted_as_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    x, test = (generator.normal(size=(n, 7)).astype(np.float32) for n in (40, 9))
+    y = generator.integers(0, 3, 40) * 2  # classes 1 and 3 are never learned
+    shares = nearest(x, y, test, classes=5, k=6)
+    for vector, row in zip(test, shares, strict=True):
+        cosine = [float(vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)) for other in x]
+        votes = np.zeros(5)
+        for place in sorted(range(40), key=lambda i: -cosine[i])[:6]:
+            votes[y[place]] += np.exp(cosine[place] / TEMPERATURE)
+        np.testing.assert_allclose(row, votes / votes.sum(), rtol=1e-4)
+    with pytest.raises(UsageError, match="--k 41: there are 40 samples"):
+        nearest(x, y, test, classes=5, k=41)
+
+
+def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
+    """One channel of fifty tells the class, and is the smallest: cosines do not see it, standardised weights do."""
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 400)
+    x = generator.normal(size=(400, 50)).astype(np.float32)
+    x[:, 0] = (y * 2 - 1) * 0.01
+    probabilities, chosen = linear(x[:300], y[:300], x[300:], classes=2, seed=0)
+    assert (probabilities.argmax(axis=1) == y[300:]).mean() == 1.0
+    assert (nearest(x[:300], y[:300], x[300:], classes=2, k=5).argmax(axis=1) == y[300:]).mean() < 0.8
+    assert chosen["C"] in (1e-4, 1e-3, 1e-2, 0.1, 1, 10)
+    pure = generator.integers(0, 2, 300)
+    _, chosen = linear(x[:300, 1:], pure, x[300:, 1:], classes=2, seed=0)
+    assert chosen["C"] < 1, "noise is best left alone, and cross-validation sees it"
+
+
+def test_a_class_without_votes_is_no_answer(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
+    """With k = 1 one class has votes: top-5 over three classes is then top-1, not 100 %."""
+    data = colours(tmp_path / "data", 6)
+    for i, file in enumerate(sorted(data.rglob("*.png"))):  # labels that nothing tells
+        file.write_bytes((data / NAMES[i % 3] / f"{i % 5:02d}.png").read_bytes())
+    result = probe(simmim[0], data, methods=("knn",), k=1)
+    assert all(row["top5"] == row["top1"] for row in result["rows"])
+    assert min(row["top1"] for row in result["rows"]) < 1
+
+
+def test_kept_features_are_used_again_and_only_for_the_same_things(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = features_room._make
+    monkeypatch.setattr(features_room, "_make", lambda *a: made.append(1) or make(*a))
+    first = probe(simmim[0], data, out=tmp_path, random_weights=True)
+    assert len(made) == 3
+    assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(first))
+    assert probe(simmim[0], data, out=tmp_path, random_weights=True) == first
+    assert len(made) == 3
+    probe(simmim[0], data, out=tmp_path, overrides=TestOverrides(workers=0, device="cpu", image_size=(32, 32)))
+    assert len(made) == 4, "another size"
+    weights = tmp_path / "other.safetensors"
+    vs.save_model(
+        randomise(vs.create_model("swinv2_nano", num_classes=2, image_size=64, window=4)),
+        weights,
+        classes=["a", "b"],
+        preprocessing=vs.Preprocessing(None, 1, (64, 64)),
+    )
+    probe(weights, data, out=tmp_path)
+    assert len(made) == 5, "other weights"
+    probe(simmim[0], colours(tmp_path / "more", PER_CLASS + 1), out=tmp_path)
+    assert len(made) == 6, "other data"
+
+
+def test_a_broken_file_is_named_and_bounds_the_accuracy(
+    simmim: tuple[Path, vs.SwinV2], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = colours(tmp_path / "data" / "train", 4).parent
+    colours(data / "val", 3, seed=1)
+    for split in ("train", "val"):
+        (data / split / "red" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    line = ["probe", str(simmim[0]), str(data), "--k", "3", "--seeds", "1", "--method", "knn", "data.workers=0"]
+    assert main([*line, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "probe.json").read_text())
+    (row,) = result["rows"]
+    assert (row["train"], row["test"]) == (12, {"listed": 10, "scored": 9, "failed": 1})
+    right = round(9 * row["top1"])
+    assert row["top1_bounds"] == [right / 10, (right + 1) / 10]
+    assert [name for name, _ in result["broken"]] == ["train/red/cut.png", "val/red/cut.png"]
+    assert "val/red/cut.png" in told
+    assert "2 files could not be read; top-1 of all listed lies between" in told
+    assert result["split"] == "splits train and val of the data set"
+
+
+def test_a_tree_without_splits_is_cut_by_the_seed(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
+    from video_swinv2.evaluation.probe import _Data  # its cut, without features
+
+    source = _Data((read_split(data, "all"),))
+    labels = np.repeat(np.arange(3), PER_CLASS)
+    cuts = [source.split(labels, seed) for seed in (0, 0, 1)]
+    for cut in cuts:
+        assert sorted([*cut.train, *cut.test]) == list(range(3 * PER_CLASS))
+        assert Counter(labels[cut.test]) == {0: 2, 1: 2, 2: 2}
+    assert cuts[0].test.tolist() == cuts[1].test.tolist() != cuts[2].test.tolist()
+    asked = probe(simmim[0], data, train_split="train", test_split="val", seeds=1, methods=("knn",))
+    assert asked["rows"][0]["test"]["listed"] == 3, "the one in twenty that training holds out, asked for by name"
+
+
+def test_random_weights_are_of_the_seed(simmim: tuple[Path, vs.SwinV2]) -> None:
+    backbone = open_backbone(simmim[0], QUICK)
+    kernels = [with_random_weights(backbone, seed).model.patch_embed.proj.weight for seed in (0, 0, 1)]
+    assert torch.equal(kernels[0], kernels[1])
+    assert not torch.equal(kernels[0], kernels[2])
+    assert with_random_weights(backbone, 0).model.architecture() == backbone.model.architecture()
+
+
+def test_clips_and_a_checkpoint_that_is_none_of_ours(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """Microsoft's layout, inflated on the way, on clips of a tree of class folders."""
+    for channel, name in enumerate(NAMES):
+        for i in range(5):
+            frames = np.full((6, 40, 40, 3), 30 + 5 * i, dtype=np.uint8)
+            frames[..., channel] = 220
+            write_video(tmp_path / "clips" / name / f"{i}.mp4", frames)
+    reference = ours()
+    torch.save({"model": microsoft_state(reference, window=4)}, tmp_path / "released.pth")
+    for sizes in ({"frames": 4, "window": (2, 4, 4)}, {}):  # as clips, and their middle frames
+        overrides = TestOverrides(workers=0, device="cpu", **sizes)  # type: ignore[arg-type]  # fields of it
+        result = probe(tmp_path / "released.pth", tmp_path / "clips", overrides=overrides, k=3)
+        assert result["preprocessing"]["frames"] == sizes.get("frames")
+        assert all(row["top1"] == 1.0 for row in result["rows"])
+        assert result["rows"][0]["test"]["listed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": 0}, "1 or more"),
+        ({"k": 25}, "--k 25: there are 24 samples"),
+        ({"train_split": "val", "test_split": "val"}, "cannot be both learned from and tested"),
+        ({"train_split": "nowhere"}, "no split 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    simmim: tuple[Path, vs.SwinV2], data: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        probe(simmim[0], data, **changes)
+
+
+def test_classes_too_small_are_refused(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be cut into training and test"):
+        probe(simmim[0], colours(tmp_path / "one", 1))
+    split = colours(tmp_path / "data" / "train", 1).parent
+    colours(split / "val", 1)
+    with pytest.raises(UsageError, match="use --method knn"):
+        probe(simmim[0], split, k=1)
