@@ -280,7 +280,7 @@ def _decoded(reader: VideoReader, chosen: range, made: _Made) -> Iterator[tuple[
     """(tick, frame) of every chosen frame that decodes, from the first of them on; counted in `made`."""
     moments = ticks(reader.times[chosen.start : chosen.stop].tolist())
     first, last = 0, chosen.start - 1
-    for index, frame in _sequence_from(reader, chosen.start):
+    for index, frame in reader.sequence(chosen.start):
         if index >= chosen.stop:
             return
         if index <= last:
@@ -290,12 +290,6 @@ def _decoded(reader: VideoReader, chosen: range, made: _Made) -> Iterator[tuple[
         made.decoded += 1
         made.reached = tick - first
         yield tick - first, frame
-
-
-def _sequence_from(reader: VideoReader, index: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """As `reader.sequence`, but from the key frame before `index` on: a film is not decoded from its beginning."""
-    ((packet, _),) = reader._runs([index])
-    return reader._decode(packet)
 
 
 def _paced(

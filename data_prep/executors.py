@@ -48,7 +48,7 @@ def _client(address: str, workers: int) -> Iterator[Client]:
         raise UsageError("--executor dask: Dask is not installed; pip install 'video-swinv2[cluster]'") from fault
     with contextlib.ExitStack() as stack:
         if not address:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=None, dashboard_address=None)
+            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=None, dashboard_address=":0")
             address = stack.enter_context(cluster).scheduler_address
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)

@@ -227,7 +227,7 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     # A source that went away after its video was made takes nothing from the video.
     if now != before and not (ok and now == (None, None)):
         return "their sources have changed"
-    if ok and not os.path.isfile(out / row["target"]):
+    if ok and not os.path.isfile(os.path.join(out, row["target"])):
         return "the prepared files are gone"
     if not ok and retry_failed is not None and (not retry_failed or row["reason"] in retry_failed):
         return "--retry-failed"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.clip import Outcome, Settings, Task, _sequence_from, prepare_clip, sweep
+from data_prep.clip import Outcome, Settings, Task, prepare_clip, sweep
 from data_prep.encode import TIME_BASE, differs
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import sha256
@@ -92,7 +92,7 @@ def test_a_film_is_not_decoded_from_its_beginning(tmp_path: Path) -> None:
     times = [place / 25 for place in range(120)]
     source = write(tmp_path / "film.mp4", times, options={"g": "12", "bf": "2"})
     with VideoReader(source) as reader:
-        assert next(_sequence_from(reader, 101))[0] == 96
+        assert next(reader.sequence(101))[0] == 96
     outcome, made = make(source, start=101 / 25, end=110 / 25)
     assert outcome.reason == ""
     assert numbers(made) == list(range(101, 110))

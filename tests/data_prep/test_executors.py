@@ -33,7 +33,7 @@ def seconds_for(job: str) -> float:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
     """Two workers, each a process with a nanny that replaces it."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         yield cluster
 
 

@@ -168,10 +168,15 @@ class VideoReader:
         rows = np.searchsorted(wanted, np.asarray(indices))
         return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
 
-    def sequence(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Every frame that can be decoded, with its index, in the order shown, as decoded (not turned, not resized)."""
+    def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Every frame that can be decoded from the key frame before `first` on, with its index, in the order shown.
+
+        As decoded: not turned, not resized.
+        """
         self._start_clock()
-        return self._decode(0)
+        # Frames before the first key frame decode in part at best, but what there is belongs to the sequence.
+        packet = next(self._runs([first]))[0] if first else 0
+        return self._decode(packet)
 
     @property
     def orientation(self) -> Orientation:
