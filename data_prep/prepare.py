@@ -78,6 +78,7 @@ def prepare(
         state.remember("extra", json.dumps(listed.extra))
         state.remember("listing", _listing_hash(listed.wanted))
         _work(state, out, settings, executor, workers, say)
+        _sweep(out, wanted, shard)  # a process killed at work leaves its half file to us
         if shard is None:
             write_lists(state, out)
         else:
@@ -195,12 +196,7 @@ def _bring_up_to_date(
     say: Say,
 ) -> None:
     """Make the state that of the listing, and pending what has to be done again."""
-    if shard is None:
-        swept = sweep(out / "videos")
-    else:  # others may be at work in the same folder
-        ours = {item.target for item in wanted}
-        swept = sweep(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
-    if swept:
+    if swept := _sweep(out, wanted, shard):
         say(f"{swept} half-written files of an interrupted run removed")
     gone = state.sync(wanted)
     for target in gone:
@@ -217,6 +213,14 @@ def _bring_up_to_date(
     for why, ids in again.items():
         state.reset(ids)
         say(f"{len(ids)} videos are prepared again: {why}")
+
+
+def _sweep(out: Path, wanted: Sequence[Wanted], shard: Shard | None) -> int:
+    """Remove half-written files; of a shard its own, since others may be at work in the same folder."""
+    if shard is None:
+        return sweep(out / "videos")
+    ours = {item.target for item in wanted}
+    return sweep(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
 
 
 def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | None) -> str | None:
