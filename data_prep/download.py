@@ -6,7 +6,6 @@ Nobody publishes checksums: what was fetched is written down (archives.json) and
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from data_prep.fetch import AbsentError, DiskError, StopError, disk_faults, fetc
 from data_prep.unpack import DamagedError, not_an_archive, same_content, unpack
 from video_swinv2.data.lists import SPLITS
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import sync, write_json
+from video_swinv2.files import hold, sync, write_json
 from video_swinv2.progress import Progress
 
 LEDGER_NAME = "archives.json"
@@ -318,11 +317,7 @@ def _source(text: str) -> str:
 
 @contextlib.contextmanager
 def _lock(to: Path) -> Iterator[None]:
-    with disk_faults(to):
-        file = (to / LOCK_NAME).open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
-            raise UserError(f"{to}: another run is downloading here; wait for it or stop it") from fault
+    with contextlib.ExitStack() as held:
+        with disk_faults(to):
+            held.enter_context(hold(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it"))
         yield

@@ -20,7 +20,7 @@ from data_prep.shards import Shard
 from data_prep.sources import plan
 from data_prep.state import REASONS, STATE_NAME, SplitCount, State, Wanted, split_order
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import keep
+from video_swinv2.files import keep, part_of
 from video_swinv2.progress import track
 
 MEMORY_GIB = 8.0
@@ -77,8 +77,8 @@ def prepare(
         state.remember("settings", json.dumps(settings.record()))
         state.remember("extra", json.dumps(listed.extra))
         state.remember("listing", _listing_hash(listed.wanted))
-        _work(state, out, settings, executor, workers, say)
-        _sweep(out, wanted, shard)  # a process killed at work leaves its half file to us
+        if _work(state, out, settings, executor, workers, say):
+            _sweep(out, wanted, shard)  # a process killed at work leaves its half file to us
         if shard is None:
             write_lists(state, out)
         else:
@@ -122,7 +122,7 @@ def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Report
     for folder in (out, *others):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name one in which shards were prepared")
-    whole, part = out / STATE_NAME, out / f".{STATE_NAME}.part"
+    whole, part = out / STATE_NAME, part_of(out / STATE_NAME)
     with shards.lock_all([out, *others]):
         note = "the shards were merged before"
         if not whole.is_file():  # which it becomes when all is in it, so that no later run takes half of it for all
@@ -238,11 +238,11 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     return None
 
 
-def _work(state: State, out: Path, settings: Settings, executor: str, workers: int, say: Say) -> None:
-    """Prepare what is pending. Only this process writes the state, a row at a time as the outcomes come."""
+def _work(state: State, out: Path, settings: Settings, executor: str, workers: int, say: Say) -> int:
+    """Prepare what is pending; how many that was. Only this process writes the state, a row at a time as they end."""
     pending = sum(count.pending for count in state.counts().values())
     if not pending:
-        return
+        return 0
     tasks = (task_of(row, out, settings) for row in state.rows("pending"))
     mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
     with executors.start(executor, min(workers, pending), seconds_for, MEMORY_GIB) as crew:
@@ -260,6 +260,7 @@ def _work(state: State, out: Path, settings: Settings, executor: str, workers: i
                     f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on"
                 )
             state.finish(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
+    return pending
 
 
 def _look_at_pending(crew: Crew, state: State, out: Path, settings: Settings, pending: int) -> Preflight:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from data_prep.state import STATE_NAME, State
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import keep, part_of, sha256
+from video_swinv2.files import hold, keep, part_of, sha256
 
 LOCK_NAME = ".prep.lock"
 FOLDER = "shards"
@@ -67,7 +66,7 @@ def lock(out: Path, shard: Shard | None = None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         busy = f"{out}: another run is preparing this data set; wait for it or stop it"
-        held.enter_context(_flock(out / LOCK_NAME, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, busy))
+        held.enter_context(hold(out / LOCK_NAME, busy, shared=shard is not None))
         whole = (out / STATE_NAME).is_file()
         if shard is None:
             if not whole and (found := states_below(out)):
@@ -77,17 +76,7 @@ def lock(out: Path, shard: Shard | None = None) -> Iterator[None]:
                 raise UserError(f"{out}: holds {STATE_NAME}; go on without --shard, or give the shards another folder")
             (out / FOLDER).mkdir(exist_ok=True)
             busy = f"{out}: another run is preparing shard {shard}; wait for it or stop it"
-            held.enter_context(_flock(out / FOLDER / f".{shard.place}-of-{shard.count}.lock", fcntl.LOCK_EX, busy))
-        yield
-
-
-@contextlib.contextmanager
-def _flock(path: Path, kind: int, busy: str) -> Iterator[None]:
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError as fault:
-            raise UserError(busy) from fault
+            held.enter_context(hold(out / FOLDER / f".{shard.place}-of-{shard.count}.lock", busy))
         yield
 
 
@@ -102,9 +91,7 @@ def lock_all(folders: Sequence[Path]) -> Iterator[None]:
     """Keep several data sets whole. Raises UserError where one is at work."""
     with contextlib.ExitStack() as held:
         for folder in dict.fromkeys(folders):
-            held.enter_context(
-                _flock(folder / LOCK_NAME, fcntl.LOCK_EX, f"{folder}: is being prepared; wait for it or stop it")
-            )
+            held.enter_context(hold(folder / LOCK_NAME, f"{folder}: is being prepared; wait for it or stop it"))
         yield
 
 

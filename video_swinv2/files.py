@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +43,17 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
+    """Keep the lock file `path` for this process, or with others that share it. UserError(busy) if another has it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(busy) from error
+        yield
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

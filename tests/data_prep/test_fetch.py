@@ -6,7 +6,6 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,7 +13,6 @@ from data_prep import fetch as fetching
 from data_prep.fetch import AbsentError, DiskError, StopError, fetch
 from data_prep.unpack import not_an_archive
 from tests.data_prep.mirror import (
-    Server,
     busy,
     changed,
     cut_off,
@@ -23,21 +21,12 @@ from tests.data_prep.mirror import (
     from_the_start,
     noise,
     other_mark,
-    serving,
     short,
     too_long,
     unsatisfiable,
     wrong_range,
 )
 from video_swinv2.errors import UserError
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.001)
-    with serving() as server:
-        yield server
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -37,9 +37,27 @@ SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT)
 SAY_EVERY_SECONDS = 15.0
 UNSETTLED = (0, 0, 0)
 Stamp = tuple[int, ...]
+T = TypeVar("T")
 
 
-class Names(Sequence[str]):
+class OnDemand(Sequence[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    def item(self, place: int) -> T:
+        """The item at a place from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, place: int | slice) -> T | list[T]:
+        if isinstance(place, slice):
+            return [self.item(i) for i in range(len(self))[place]]
+        return self.item(range(len(self))[place])
+
+
+class Names(OnDemand[str]):
     """Many names as two arrays: their bytes, each ended by NUL, and where they end. A million are two objects."""
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
@@ -61,16 +79,8 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+    def item(self, place: int) -> str:
+        """The name at a place."""
         return os.fsdecode(self.bytes(place, place + 1)[:-1])
 
     def __iter__(self) -> Iterator[str]:
@@ -280,7 +290,7 @@ class Member:
 Item = Entry | Member
 
 
-class Indexed(Sequence[Item]):
+class Indexed(OnDemand[Item]):
     """Entries of an index: those of `rows`, with a label each, -1 for none. Made into objects when asked for."""
 
     def __init__(self, root: Path, index: Index, rows: Tensor, labels: Tensor) -> None:
@@ -295,13 +305,8 @@ class Indexed(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
+    def item(self, place: int) -> Item:
+        """The entry at a place."""
         row, label = int(self.rows[place]), int(self.labels[place])
         container = self.among.containers[self.among.container_of(row)]
         name = self.among.names[row]
@@ -312,7 +317,7 @@ class Indexed(Sequence[Item]):
         return Member(shown, self.root / container, label, offset, size)
 
 
-class Listed(Sequence[Item]):
+class Listed(OnDemand[Item]):
     """The entries of a list, kept as `Indexed` ones are: loader workers share the bytes and copy no objects."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -323,11 +328,6 @@ class Listed(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
+    def item(self, place: int) -> Item:
+        """The entry at a place."""
         return Entry(self.names[place], Path(self.paths[place]), int(self.labels[place]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,16 @@ class Metrics:
     listed: int
     scored: int
     failed: int
+
+    def figures(self) -> dict[str, Any]:
+        """The accuracies as every result file names them."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "mean_class_accuracy": self.mean_class_accuracy,
+            "top1_interval": list(self.top1_interval),
+            "top1_bounds": list(self.top1_bounds),
+        }
 
 
 def video_probabilities(scores: Scores, average: str = "prob") -> NDArray[np.float64]:

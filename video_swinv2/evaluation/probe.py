@@ -224,11 +224,7 @@ def _answers(
 def _figures(metrics: Metrics) -> dict[str, Any]:
     """Named as in a test's result.json."""
     return {
-        "top1": metrics.top1,
-        "top5": metrics.top5,
-        "mean_class_accuracy": metrics.mean_class_accuracy,
-        "top1_interval": list(metrics.top1_interval),
-        "top1_bounds": list(metrics.top1_bounds),
+        **metrics.figures(),
         "test": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
     }
 

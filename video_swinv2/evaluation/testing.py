@@ -266,11 +266,7 @@ def _finish(plan: _Plan, world: World, seconds: float) -> None:
 def make_result(metrics: Metrics, metadata: dict[str, Any]) -> dict[str, Any]:
     """What result.json holds: the figures, fractions in 0..1, and the record of the test."""
     return {
-        "top1": metrics.top1,
-        "top5": metrics.top5,
-        "mean_class_accuracy": metrics.mean_class_accuracy,
-        "top1_interval": list(metrics.top1_interval),
-        "top1_bounds": list(metrics.top1_bounds),
+        **metrics.figures(),
         "per_class": [asdict(row) for row in metrics.per_class],
         "videos": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
         **metadata,
