@@ -9,7 +9,21 @@ from video_swinv2 import __version__
 from video_swinv2.cli import main, make_parser
 from video_swinv2.command import parse
 
-VERBS = ("pretrain", "train", "test", "report", "predict", "probe", "convert", "export", "plan", "bench", "demo")
+VERBS = "pretrain train test report predict serve probe convert export plan doctor bench demo".split()
+    "pretrain",
+    "train",
+    "test",
+    "report",
+    "predict",
+    "probe",
+    "convert",
+    "export",
+    "plan",
+    "bench",
+    "demo",
+    "serve",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from video_swinv2 import __version__
-from video_swinv2.command import add_verb, run_verb
+from video_swinv2.command import add_verb, integers, run_verb
+from video_swinv2.tools.bench_verb import add_bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="video-swinv2",
         description="Swin Transformer V2 for video: train, test with many views, predict. Clips are prepared with "
         "`python -m data_prep`.",
+        epilog="exit codes: 0 done; 1 failed, or short of a limit asked for; 2 wrong usage; 75 training was told to "
+        "stop (SIGTERM, SIGUSR1, Ctrl-C) and has saved itself: start the same command again. torchrun hides the 75, so "
+        "a file start-again in the run folder says the same.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher puts it before the verb in every process; the environment says the same.
@@ -39,11 +44,16 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
 
-    example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3 --out runs/a/test"
+    example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3,center-1x1 --out runs/t"
     verb = add_verb(verbs, "test", _test, "multi-view accuracy with a report", example)
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("data", type=Path, metavar="DATA")
-    verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
+    verb.add_argument(
+        "--protocol",
+        default="videoswin-4x3",
+        metavar="NAME[,NAME]",
+        help="which views, default %(default)s; several share one decode of each video and get a folder each",
+    )
     verb.add_argument("--split", default="test", help="default %(default)s; all: every image of a tree")
     verb.add_argument(
         "--classes-by",
@@ -51,22 +61,52 @@ def make_parser() -> argparse.ArgumentParser:
         default="name",
         help="index: class folders of images are places in the model's classes, as ImageNet-V2's are",
     )
-    verb.add_argument("--out", type=Path, required=True, help="folder for scores, result.json and report.html")
+    verb.add_argument("--out", type=Path, required=True, help="folder for scores, results.json and report.html")
     verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.frame_stride=4")
 
-    verb = add_verb(
-        verbs, "report", _report, "write the report again from saved scores", "video-swinv2 report runs/a/test"
+    example = "video-swinv2 report runs/a/test runs/b/test --out a-against-b"
+    text = "write the report again from saved scores; several tests are compared"
+    verb = add_verb(verbs, "report", _report, text, example)
+    verb.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what `test` was given as --out")
+    verb.add_argument(
+        "--run", dest="run_folder", type=Path, metavar="DIR", help="the training run; default the model's folder"
     )
-    verb.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    verb.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("comparison"), help="of a comparison, default %(default)s"
+    )
+    verb.add_argument("--json", action="store_true", help="print the whole result as JSON")
 
-    example = "video-swinv2 predict runs/a/model.safetensors clip.mp4 folder/ --top 3"
-    verb = add_verb(verbs, "predict", _predict, "the likeliest classes of files and folders", example)
+    example = "video-swinv2 predict runs/a/model.safetensors clip.mp4 folder/ http://camera/stream --top 3 --every 1"
+    verb = add_verb(verbs, "predict", _predict, "the likeliest classes of files, folders and streams", example)
     verb.add_argument("model", type=Path, metavar="MODEL")
-    verb.add_argument("paths", type=Path, nargs="+", metavar="FILE|DIR")
+    verb.add_argument(
+        "sources", nargs="+", metavar="FILE|DIR|URL|DEVICE|-", help="- is standard input, a camera is /dev/video0"
+    )
     verb.add_argument("--top", type=int, default=5, help="answers per file, default %(default)s")
-    verb.add_argument("--protocol", default="videoswin-4x3", help="which views, default %(default)s")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--protocol", help="views of a file; default videoswin-4x3, of features center-1x1")
+    verb.add_argument(
+        "--every",
+        type=float,
+        metavar="SECONDS",
+        help="over time instead: a window of a clip's length every so often; streams by default without overlap",
+    )
+    verb.add_argument("--seconds", type=float, default=float("inf"), help="end a stream then; default as it ends")
+    verb.add_argument("--video", type=Path, metavar="DIR", help="write the videos there with the answers over time")
+    verb.add_argument("--features", type=Path, metavar="OUT.npz", help="no classes: write the files' feature vectors")
+    verb.add_argument("--gallery", type=Path, metavar="FILE.npz", help="no classes: the files likest to each in there")
+    verb.add_argument("--k", type=int, default=5, help="how many of the gallery, default %(default)s")
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="print JSON")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV")
+
+    example = "video-swinv2 serve runs/a/model.safetensors"
+    verb = add_verb(verbs, "serve", _serve, "a page on this machine to drop a clip on", example)
+    verb.add_argument("model", type=Path, metavar="MODEL")
+    verb.add_argument("--port", type=int, default=8000, help="0 for any that is free, default %(default)s")
+    verb.add_argument("--top", type=int, default=5, help="answers per clip, default %(default)s")
+    verb.add_argument("--most-megabytes", type=float, default=200.0, help="of a clip, default %(default)g")
+    verb.add_argument("--most-seconds", type=float, default=60.0, help="to answer it, default %(default)g")
 
     example = "video-swinv2 probe runs/pre/model.safetensors data/photos --random-weights --out runs/pre/probe"
     verb = add_verb(verbs, "probe", _probe, "what frozen features are worth: k-NN and a linear probe", example)
@@ -97,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--image-size", type=_axes, metavar="H,W", help="pixels; by default as trained")
     verb.add_argument("--patch-size", type=_axes, metavar="T,H,W", help="by default as trained, and 2 frames")
     verb.add_argument("--window", type=_axes, metavar="T,H,W", help="tokens; by default as trained, and 8 in time")
-    verb.add_argument("--cpb-norm", type=_integers, metavar="12,12,12,6", help="of weights that do not tell it")
+    verb.add_argument("--cpb-norm", type=integers, metavar="12,12,12,6", help="of weights that do not tell it")
     verb.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     verb.add_argument(
         "--class-map", type=Path, metavar="FILE", help="rows of the head to keep, one number per line (map22kto1k.txt)"
@@ -107,21 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--json", action="store_true", help="print the account as JSON")
 
-    example = "video-swinv2 bench model --against torchvision"
-    verb = add_verb(verbs, "bench", _bench, "speed and memory, measured on this machine", example)
-    verb.add_argument("what", choices=("model",), help="model: against another library's, or backend by backend")
-    verb.add_argument(
-        "--against",
-        choices=("torchvision", "timm", "backends"),
-        default="torchvision",
-        help="clips against Video Swin, SimMIM of images against SwinV2, or backend by backend; default %(default)s",
-    )
-    verb.add_argument("--model", metavar="NAME", help="default swinv2_tiny, against timm swinv2_base")
-    verb.add_argument("--batch", type=int, metavar="N", help="samples; default 1 clip, 8 images")
-    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
-    verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
-    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    add_bench(verbs)
 
     example = "video-swinv2 export runs/a/model.safetensors model.onnx --check clip.mp4"
     verb = add_verb(verbs, "export", _export, "a program for other software: torch.export or ONNX, checked", example)
@@ -131,7 +157,9 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--image-size", type=_axes, metavar="H,W", help="pixels; by default as trained")
     verb.add_argument("--window", type=_axes, metavar="T,H,W", help="tokens; by default as trained")
     verb.add_argument("--opset", type=int, help="of ONNX, default 23, the first with scaled dot products")
-    verb.add_argument("--check", type=Path, metavar="FILE", help="compare on this video or image; default noise")
+    verb.add_argument(
+        "--check", type=Path, nargs="+", default=(), metavar="FILE|DIR", help="compare on these clips; default noise"
+    )
 
     example = "video-swinv2 plan CONFIG.yaml engine.zero_stage=3 --processes 8 --memory 80GB"
     verb = add_verb(verbs, "plan", _plan, "memory, work and steps of a training run, computed beforehand", example)
@@ -141,7 +169,19 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--pretrain", action="store_true", help="plan `pretrain`, not `train`")
     verb.add_argument("--samples", type=int, metavar="N", help="training samples, where the data is not here")
     verb.add_argument("--classes", type=int, metavar="N", help="classes, where the data is not here")
-    verb.add_argument("--memory", type=_bytes, metavar="80GB", help="of a device; exit code 1 if the run does not fit")
+    verb.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="80GB",
+        help="of a device, by default this one's; exit code 1 if something does not fit",
+    )
+    verb.add_argument("--tflops", type=float, metavar="N", help="that a device reaches in training; see bench train")
+    verb.add_argument("--quick", action="store_true", help="do not measure how fast this machine reads and computes")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+    example = "video-swinv2 doctor --folder /scratch/runs"
+    verb = add_verb(verbs, "doctor", _doctor, "is this machine fit to train, and what mends it", example)
+    verb.add_argument("--folder", type=Path, default=Path("runs"), help="where runs go, default %(default)s")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
     example = "video-swinv2 demo --out runs/demo"
@@ -167,20 +207,21 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _test(options: argparse.Namespace) -> None:
-    from video_swinv2.evaluation.testing import parse_overrides, run_test, summary
+    from video_swinv2.evaluation.testing import parse_overrides, run_tests, summary
 
     overrides = parse_overrides(options.overrides)
-    result = run_test(
+    results = run_tests(
         options.model,
         options.data,
-        protocol=options.protocol,
+        protocols=options.protocol,
         split=options.split,
         classes_by=options.classes_by,
         out=options.out,
         overrides=overrides,
     )
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result, indent=1) if options.json else summary(result, options.out))
+        told = results if len(results) > 1 else next(iter(results.values()))
+        print(json.dumps(told, indent=1) if options.json else summary(results, options.out))
 
 
 def _probe(options: argparse.Namespace) -> None:
@@ -203,18 +244,57 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from video_swinv2.evaluation.report import write_report
+    from video_swinv2.evaluation.compare import report
 
-    for folder in options.folders:
-        print(write_report(folder))
+    result, lines = report(options.folders, out=options.out, run=options.run_folder)
+    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from video_swinv2.deploy.predict import predict, show
+    from video_swinv2.deploy.predict import OverTime, predict
+    from video_swinv2.deploy.showing import header, show, show_moment
 
-    answers = predict(options.model, options.paths, top=options.top, protocol=options.protocol)
-    print(show(answers, as_json=options.json))
+    if options.features or options.gallery:
+        return _retrieve(options)
+
+    def say(text: str) -> None:
+        if text:
+            print(text, flush=True)
+
+    say(header(options.form))
+    answers = predict(
+        options.model,
+        options.sources,
+        top=options.top,
+        protocol=options.protocol or "videoswin-4x3",
+        over_time=OverTime(options.every, options.seconds, options.video),
+        tell=lambda path, moment: say(show_moment(path, moment, options.form)),
+    )
+    say(show(answers, options.form))
     return 1 if any(answer.error for answer in answers) else 0
+
+
+def _retrieve(options: argparse.Namespace) -> int:
+    from video_swinv2.deploy.retrieval import load_gallery, make_gallery, save_gallery, search
+    from video_swinv2.deploy.showing import show_found
+
+    gallery = load_gallery(options.gallery) if options.gallery else None
+    made = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1")
+    if options.features:
+        save_gallery(made, options.features)
+        read = len(made.reasons) - sum(map(bool, made.reasons))
+        print(f"wrote {options.features}: {read} of {len(made.names)} files", file=sys.stderr)
+    if gallery is not None:
+        print(show_found(search(gallery, made, options.k), options.form))
+    return 1 if any(made.reasons) else 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from video_swinv2.deploy.looking import Limits
+    from video_swinv2.deploy.serve import serve
+
+    limits = Limits(upload_bytes=int(options.most_megabytes * 10**6), seconds=options.most_seconds)
+    serve(options.model, port=options.port, top=options.top, limits=limits)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -234,23 +314,10 @@ def _convert(options: argparse.Namespace) -> None:
     print(json.dumps(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
 
 
-def _bench(options: argparse.Namespace) -> None:
-    from video_swinv2.tools import bench
-
-    common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
-    if options.against == "backends":
-        rows = bench.bench_layer(options.model or "swinv2_tiny", **common)
-        print(json.dumps(rows, indent=1) if options.json else bench.show_layer(rows))
-        return
-    name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
-    result = bench.bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
-    print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
-
-
 def _export(options: argparse.Namespace) -> None:
     from video_swinv2.deploy.export import export
 
-    difference = export(
+    checked = export(
         options.model,
         options.out,
         frames=options.frames,
@@ -259,26 +326,42 @@ def _export(options: argparse.Namespace) -> None:
         opset=options.opset,
         check=options.check,
     )
-    print(f"wrote {options.out}; largest difference of a logit from the model: {difference:.1e}")
+    print(
+        f"wrote {options.out}; largest difference of a logit from the model: {checked.difference:.1e}, the same first "
+        f"five classes for {checked.same_top} of {checked.samples} samples"
+    )
 
 
 def _plan(options: argparse.Namespace) -> int:
     from video_swinv2.config import load_config
-    from video_swinv2.tools.plan import make_plan, show
+    from video_swinv2.tools.plan import make_plan, memory_here, shortfalls
+    from video_swinv2.tools.plan_text import show
 
+    config = load_config(options.config, options.overrides)
     plan = make_plan(
-        load_config(options.config, options.overrides),
+        config,
         processes=options.processes,
         samples=options.samples,
         classes=options.classes,
         pretraining=options.pretrain,
+        tflops=options.tflops,
+        measuring=not options.quick,
     )
+    memory = memory_here(plan) if options.memory is None else options.memory
+    problems = shortfalls(plan, config, memory)
+    values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}
+    print(json.dumps(values, indent=1) if options.json else show(plan, problems, memory))
+    return int(bool(problems))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from video_swinv2.tools.doctor import run_doctor, show
+
+    findings = run_doctor(options.folder)
     print(
-        json.dumps(dataclasses.asdict(plan) | {"peak": plan.peak}, indent=1)
-        if options.json
-        else show(plan, options.memory)
+        json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1) if options.json else show(findings)
     )
-    return int(options.memory is not None and plan.peak > options.memory)
+    return int(any(finding.state == "fault" for finding in findings))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -289,15 +372,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _axes(text: str) -> int | tuple[int, ...]:
     """`8,7,7`, or one number for every axis."""
-    numbers = _integers(text)
+    numbers = integers(text)
     return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers such as 8,7,7") from None
 
 
 def _bytes(text: str) -> int:

@@ -53,3 +53,11 @@ def add_verb(
     verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verb.set_defaults(run=run)
     return verb
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """`8,7,7` as numbers, for argparse."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers such as 8,7,7") from None

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from video_swinv2.errors import UsageError
 from video_swinv2.models.attention import Backend
+from video_swinv2.training.settings import EngineSettings
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -97,6 +98,9 @@ class DataConfig:
 class AugmentConfig:
     """Random changes to training samples, the same for all frames of a clip."""
 
+    repeats: Positive = 1
+    """Samples that a step takes of each clip it draws, decoded once and augmented anew (Hoffer et al. 2020, batch
+    augmentation). They count in `optim.batch`; an epoch draws every clip once, so it has as many times more samples."""
     crop_area: tuple[Fraction01, Fraction01] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: Fraction01 = 0.5
@@ -133,11 +137,13 @@ class OptimConfig:
 
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
-    """For the global batch as it is given: it is not scaled by anything."""
+    """With `lr_batch` for that batch, else for the global batch as it is given: then it is not scaled by anything."""
     batch: Positive
     """Samples per optimizer step over all processes."""
     micro_batch: Positive
     """Samples per process and forward pass at most; accumulation follows from it."""
+    lr_batch: Positive | None = None
+    """The linear rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by batch / lr_batch."""
     warmup_epochs: NotNegative = 0.0
     warmup_lr: NotNegative = 0.0
     min_lr: NotNegative = 0.0
@@ -146,22 +152,50 @@ class OptimConfig:
     """Epochs at which a multistep schedule multiplies the rate by 0.1."""
     weight_decay: NotNegative = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    backbone_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """A factor on the rate of all but the head (0.1 in Video Swin's recipes)."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 0
+    """So many stages from the first on keep the weights they start with, the patch embedding too, without drop path."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_smoothing: Fraction01 = 0.0
+    class_weights: Literal["balanced"] | tuple[NotNegative, ...] | None = None
+    """Weights of the classes in the training loss, in their order; `balanced`: samples / (classes x samples of it)."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of an average of the weights, which then is what is validated and saved; 0 keeps none."""
 
 
 @dataclass(config=STRICT, frozen=True)
 class EngineConfig:
-    """What drives the steps."""
+    """What drives the steps; none of it changes what is learned beyond rounding."""
 
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the matrix products (torch autocast): weights, gradients and moments are fp32 always. fp16, with a loss scale,
+    is for GPUs without bf16."""
     device: str = "auto"
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients travel between processes: bf16 halves the traffic and rounds them."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where AdamW works, on weights and moments kept there: for ZeRO 1-3 on devices too small for them."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO-3 keeps its pieces of the weights; needs `offload_optimizer` too."""
+    offload_folder: str | None = None
+    """Folder for what is offloaded to nvme, on every machine's own fast disk."""
+    compile: bool = False
+    """torch.compile, block by block; needs a C++ compiler, or Triton on GPUs."""
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration that tune how it works; those that follow from other keys are refused."""
+
+    def __post_init__(self) -> None:
+        self.settings()  # refuses what does not go together, and what DeepSpeed would take in silence
+
+    def settings(self, **step: Any) -> EngineSettings:
+        """The engine's settings; `step` gives what is not said here: accumulation, micro_batch, clip_norm, ema."""
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "device"}
+        return EngineSettings(**said, **step)
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -195,6 +229,13 @@ class Config:
     checkpoint_minutes: NotNegative = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    early_stop_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The run ends when the best validation is so many epochs old; leave away to train to the last step."""
+    max_skipped: Positive = 3
+    """Steps in a row whose loss or gradient was not finite, then the run stops; each is dropped and its inputs named in
+    `skipped.jsonl`."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics too, where the package `wandb` is installed."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -27,20 +27,20 @@ CLASSES = ("a", "b", "c")
 KEY = "video_swinv2"
 
 
-def save(path: Path, frames: int | None, depths: tuple[int, ...] = (2, 1)) -> Path:
+def save(path: Path, frames: int | None, depths: tuple[int, ...] = (2, 1), classes: tuple[str, ...] = CLASSES) -> Path:
     """Shifted windows, padding and a merging, with random weights everywhere; export takes seconds per block."""
     model = SwinV2(
         embed_dim=32,
         depths=depths,
         num_heads=(1, 2)[: len(depths)],
-        num_classes=3,
+        num_classes=len(classes),
         frames=frames,
         image_size=(40, 32),
         patch_size=(1, 4, 4) if frames else 4,
         window=(2, 4, 4) if frames else 4,
     )
     preprocessing = vs.Preprocessing(frames=frames, frame_stride=2, image_size=(40, 32))
-    vs.save_model(randomise(model), path, classes=CLASSES, preprocessing=preprocessing)
+    vs.save_model(randomise(model), path, classes=classes, preprocessing=preprocessing)
     return path
 
 
@@ -89,7 +89,7 @@ def test_onnx_of_a_clip_model(
 
 def test_torch_export_of_a_clip_model_at_another_size(video: Path, tmp_path: Path) -> None:
     out, clip_model = tmp_path / "clip.pt2", save(tmp_path / "clip.safetensors", 5, (2,))
-    assert export(clip_model, out, frames=3, image_size=(32, 32), check=video) < 1e-5
+    assert export(clip_model, out, frames=3, image_size=(32, 32), check=[video]).difference < 1e-5
     extra = {f"{KEY}.json": ""}
     program = torch.export.load(out, extra_files=extra).module()
     description = json.loads(extra[f"{KEY}.json"])
@@ -104,10 +104,30 @@ def test_torch_export_of_a_clip_model_at_another_size(video: Path, tmp_path: Pat
 def test_an_image_model(tmp_path: Path) -> None:
     """On noise, in the oldest operator set offered."""
     model = save(tmp_path / "image.safetensors", None, (2,))
-    assert export(model, tmp_path / "image.onnx", opset=18) < 1e-5
+    assert export(model, tmp_path / "image.onnx", opset=18).difference < 1e-5
     shape = onnxruntime.InferenceSession(tmp_path / "image.onnx").get_inputs()[0].shape
     assert shape[1:] == [3, 40, 32]
     assert isinstance(shape[0], str), "the number of samples is free"
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("frames", [4, None])
+def test_ten_real_clips(frames: int | None, suffix: str, outside_data: Path, tmp_path: Path) -> None:
+    """Programs of a clip and of an image model agree with it on real clips, first five classes and all."""
+    clips = sorted((outside_data / "ut_interaction").rglob("*.avi"))[::12][:10]
+    assert len(clips) == 10
+    model = save(tmp_path / "model.safetensors", frames, (2,), tuple("abcdefghijkl"))
+    checked = export(model, tmp_path / f"model.{suffix}", check=clips)
+    assert checked.samples == 1 + 10 * 3
+    assert checked.same_top == checked.samples
+    assert checked.difference < 1e-4
+    card = vs.read_card(model)
+    answers = []
+    for clip in clips:
+        views, _ = read_views(clip, PROTOCOLS["center-1x1"], card.preprocessing)
+        with torch.no_grad():
+            answers.append(vs.load_model(model)(normalise(views, card.preprocessing.mean, card.preprocessing.std)))
+    assert torch.cat(answers).std(0).min() > 1e-3, "equal answers prove nothing"
 
 
 def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +144,7 @@ def test_wrong_usage(clip_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("a.pt2", {"opset": 18}, "--opset 18: is for .onnx"),
         ("a.onnx", {"opset": 11}, "from 18 to 23"),
         ("gone/a.onnx", {}, "does not exist"),
-        ("a.onnx", {"check": tmp_path / "gone.mp4"}, r"gone\.mp4: no such file"),
+        ("a.onnx", {"check": [tmp_path / "gone.mp4"]}, r"gone\.mp4: no such file"),
     ):
         with pytest.raises(UsageError, match=words):
             export(clip_model, tmp_path / out, **options)

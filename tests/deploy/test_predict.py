@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,9 @@ from PIL import Image
 
 import video_swinv2 as vs
 from video_swinv2.data.transforms import normalise
-from video_swinv2.deploy.predict import (
-    IMAGE,
-    VIDEO,
-    find_files,
-    kind_of,
-    kind_of_bytes,
-    predict,
-    read_image_views,
-    show,
-)
+from video_swinv2.deploy.kinds import IMAGE, VIDEO, find_files, kind_of, kind_of_bytes
+from video_swinv2.deploy.predict import predict, read_image_views
+from video_swinv2.deploy.showing import COLUMNS, show
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
@@ -106,9 +100,13 @@ def test_files_given_by_name_keep_their_order_and_their_errors(clip_model: Path,
         "",
     ]
     assert predictions[2] == predictions[4]
-    read_back = json.loads(show(predictions, as_json=True))
+    read_back = json.loads(show(predictions, "json"))
     assert read_back[2]["answers"][0].keys() == {"name", "probability"}
-    text = show(predictions, as_json=False)
+    rows = list(csv.DictReader(show(predictions, "csv").splitlines(), COLUMNS))
+    assert [row["error"] for row in rows[:2]] == [prediction.error for prediction in predictions[:2]]
+    assert [row["class"] for row in rows[2:6]] == [answer.name for answer in predictions[2].answers]
+    assert float(rows[2]["probability"]) == pytest.approx(predictions[2].answers[0].probability, abs=1e-6)
+    text = show(predictions)
     assert "gone.mp4: no such file" in text
     assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
 

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.metrics import bootstrap_interval, compute_metrics, most_confused, video_probabilities
+from video_swinv2.evaluation.metrics import compute_metrics, most_confused, video_probabilities
 from video_swinv2.evaluation.scores import Scores
 
 
@@ -140,29 +140,6 @@ def test_a_failed_video_moves_the_bounds_and_nothing_else() -> None:
     np.testing.assert_array_equal(before.confusion, after.confusion)
     assert before.top1_bounds == (before.top1, before.top1)
     assert after.top1_bounds[0] < before.top1 < after.top1_bounds[1]
-
-
-def test_interval_is_that_of_resampled_videos() -> None:
-    """Against a bootstrap that does build its resamples."""
-    rng = np.random.default_rng(3)
-    correct = np.zeros(400, bool)
-    correct[:320] = True
-    drawn = correct[rng.integers(0, 400, size=(4000, 400))].mean(axis=1)
-    low, high = bootstrap_interval(320, 400, seed=0)
-    assert low == pytest.approx(np.quantile(drawn, 0.025), abs=0.004)
-    assert high == pytest.approx(np.quantile(drawn, 0.975), abs=0.004)
-    assert bootstrap_interval(320, 400, seed=0) == (low, high)
-    assert bootstrap_interval(80_123, 100_000, seed=1) != bootstrap_interval(80_123, 100_000, seed=2)
-    assert bootstrap_interval(7, 7, seed=0) == (1.0, 1.0)
-
-
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    inside = 0
-    for trial in range(300):
-        low, high = bootstrap_interval(int(rng.binomial(500, 0.8)), 500, seed=trial)
-        inside += low <= 0.8 <= high
-    assert 0.91 <= inside / 300 <= 0.98
 
 
 def test_most_confused_is_by_count_then_share() -> None:

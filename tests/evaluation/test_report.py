@@ -1,98 +1,27 @@
-"""The report page: parsed, compared with the figures, attacked with names, opened in a browser where there is one."""
+"""The report page: parsed, compared with the figures, attacked with names."""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from video_swinv2.errors import UserError
-from video_swinv2.evaluation.matrix import draw_matrix
+from tests.evaluation.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, write_page
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.matrix import confused_order, matrix_data
 from video_swinv2.evaluation.metrics import ClassAccuracy, compute_metrics, video_probabilities
-from video_swinv2.evaluation.report import film_strip, flatten, split_classes, surest_mistakes, write_report
-from video_swinv2.evaluation.scores import Scores, save_scores, write_arrays
-
-ATTACK = "<script>alert(1)</script>"
-VOID = {"meta", "link", "br", "img", "input", "rect"}
-RECORD = {
-    "protocol": "videoswin-4x3",
-    "average": "prob",
-    "views": 3,
-    "frames": 8,
-    "frame_stride": 4,
-    "image_size": [64, 64],
-    "frame_order": "in-order",
-    "split": "test",
-    "data": 'a "quoted" folder',
-    "data_fingerprint": "ab" * 32,
-    "model": {"path": "runs/<b>/model.safetensors"},
-    "seed": 0,
-}
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip() and self.open[-1] not in ("style", "script"):
-            self.texts.append(data.strip())
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.texts)
-
-
-def make_folder(out: Path, classes: tuple[str, ...], n: int, failed: int = 2, **record: object) -> Scores:
-    rng = np.random.default_rng(len(classes))
-    labels = rng.integers(0, len(classes), n)
-    logits = rng.normal(size=(n, 3, len(classes)))
-    right = rng.random(n) < 0.6
-    logits[np.arange(n), :, np.where(right, labels, (labels + 1) % len(classes))] += 4
-    logits[:failed] = np.nan
-    views = np.zeros((n, 3, 5), np.int32)
-    views[:failed] = -1
-    scores = Scores(
-        tuple(f'dir/it\'s "{i}" & {ATTACK}.mp4' for i in range(n)),
-        labels,
-        logits.astype(np.float16),
-        views,
-        tuple(f"reason {ATTACK}" if i < failed else "" for i in range(n)),
-        classes,
-        RECORD | record,
-    )
-    out.mkdir(exist_ok=True)
-    save_scores(scores, out / "scores.npz")
-    return scores
+from video_swinv2.evaluation.mistakes import film_strip, surest_mistakes
+from video_swinv2.evaluation.report import split_classes, write_report
+from video_swinv2.evaluation.runs import find_run, flatten
+from video_swinv2.evaluation.scores import Scores, save_scores
 
 
 def counts(confusion: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
@@ -103,18 +32,13 @@ def counts(confusion: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, s
 
 @pytest.fixture
 def six(tmp_path: Path) -> tuple[Path, Scores]:
-    scores = make_folder(tmp_path, (ATTACK, "b \"quoted\" 'name'", "c", "d & e", "f", "g"), 90)
-    strips = {}
-    mistakes = surest_mistakes(scores)
-    for i in range(len(mistakes)):
-        strips[f"jpeg_{i:03d}"] = np.frombuffer(film_strip(torch.full((3, 8, 16, 16), i, dtype=torch.uint8)), np.uint8)
-    write_arrays(tmp_path / "strips.npz", strips | {"positions": np.array([mistake.position for mistake in mistakes])})
-    return tmp_path, scores
+    return make_six(tmp_path)
 
 
 def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
     out, scores = six
-    page = Page(write_report(out).read_text(encoding="utf-8"))
+    raw = write_page(out)
+    page = Page(raw)
     metrics = compute_metrics(scores)
     text = page.text
     assert f"{100 * metrics.top1:.1f} % top-1" in text
@@ -122,25 +46,34 @@ def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
     assert f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} % of all listed" in text
     assert "ab" * 32 in text
     assert "videoswin-4x3" in text
-    cells = {f"{row} → {column}: {count}" for row, column, count in counts(metrics.confusion, scores.classes)}
-    assert {data.rsplit(" (", 1)[0] for data in page.texts if " → " in data} == cells
+    data = matrix_of(raw)
+    cells = data["cells"]
+    drawn = [
+        (data["classes"][i], data["classes"][j], n)
+        for i, j, n in zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+    ]
+    assert drawn == counts(metrics.confusion, scores.classes)
     for row in metrics.per_class:
         assert row.name in page.texts
-    for mistake in surest_mistakes(scores):
+    for mistake in surest_mistakes(scores, video_probabilities(scores)):
         assert f"{mistake.path} · view {mistake.view + 1} from frame {mistake.start}" in text
     assert text.count(f"reason {ATTACK}") == 2
 
 
 def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> None:
     out, _ = six
-    raw = write_report(out).read_text(encoding="utf-8")
+    raw = write_page(out)
     assert ATTACK not in raw
     page = Page(raw)
-    assert [tag for tag, _ in page.tags].count("script") == 1
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "matrix-data"}, {}]
+    assert "'unsafe-inline'" not in raw.split("script-src")[1].split('"')[0], "only the script of known digest may run"
+    assert "sha256-" in raw.split("script-src")[1].split('"')[0]
     assert ATTACK in page.texts, "shown as text"
     known = {"class", "style", "title", "src", "alt", "id", "role", "x", "y", "width", "height", "fill-opacity"}
     known |= {"lang", "charset", "name", "content", "http-equiv", "aria-label", "aria-live", "viewbox", "transform"}
-    known |= {"text-anchor", "type", "for"}
+    known |= {"type", "for", "list", "placeholder", "size", "value", "selected", "open", "preserveaspectratio"}
+    known |= {"points", "d", "x1", "x2", "y1", "y2"}
     for tag, attributes in page.tags:
         assert set(attributes) <= known, f"a name broke out of an attribute of {tag}"
     assert any(attributes.get("title") == ATTACK for _, attributes in page.tags)
@@ -148,15 +81,17 @@ def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> Non
 
 def test_page_needs_nothing_else(six: tuple[Path, Scores]) -> None:
     out, scores = six
-    raw = write_report(out).read_text(encoding="utf-8")
+    raw = write_page(out)
     page = Page(raw)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == len(surest_mistakes(scores)) > 5
+    assert len(images) == len(surest_mistakes(scores, video_probabilities(scores))) > 5
     for image in images:
         head, _, data = image.partition(",")
         assert head == "data:image/jpeg;base64"
         assert base64.b64decode(data).startswith(b"\xff\xd8\xff")
-    assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", raw), "no address of any kind"
+    without_script = raw[: raw.rindex("<script>")]
+    assert "//" not in re.sub(r"(base64,|sha256-)[A-Za-z0-9+/=]+", "", without_script), "no address of any kind"
+    assert not re.search(r"fetch|XMLHttp|import|src|https?:", raw[raw.rindex("<script>") :])
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "base")
         assert "href" not in attributes
@@ -164,10 +99,13 @@ def test_page_needs_nothing_else(six: tuple[Path, Scores]) -> None:
 
 def test_page_is_made_again_from_the_scores_alone(six: tuple[Path, Scores]) -> None:
     out, _ = six
-    first = write_report(out).read_bytes()
-    assert write_report(out).read_bytes() == first
+    result = write_report(out)
+    first = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "results.json")}
+    assert json.loads(first["results.json"]) == result
+    assert write_report(out) == result
+    assert {name: (out / name).read_bytes() for name in first} == first
     (out / "strips.npz").unlink()
-    page = Page(write_report(out).read_text(encoding="utf-8"))
+    page = Page(write_page(out))
     assert not [tag for tag, _ in page.tags if tag == "img"]
     with pytest.raises(UserError, match=r"nothing.*no such file"):
         write_report(out / "nothing")
@@ -176,32 +114,86 @@ def test_page_is_made_again_from_the_scores_alone(six: tuple[Path, Scores]) -> N
 @pytest.mark.parametrize("n_classes", [2, 13, 40, 400])
 def test_any_number_of_classes(n_classes: int, tmp_path: Path) -> None:
     names = tuple(f"class number {i} with a rather long name" for i in range(n_classes))
-    scores = make_folder(tmp_path, names, 20 * n_classes, failed=0, frame_order="shuffled")
-    path = write_report(tmp_path)
-    page = Page(path.read_text(encoding="utf-8"))
-    assert path.stat().st_size < 8e6
+    scores = make_folder(tmp_path, names, 5 * n_classes, failed=0, frame_order="shuffled")
+    raw = write_page(tmp_path)
+    page = Page(raw)
+    assert len(raw) < 3e6
     assert "Frames were shuffled" in page.text
-    shown = [attributes["title"] for _, attributes in page.tags if "title" in attributes]
-    assert sorted(name for name in shown if name) == sorted(names), "every class has its bar, once"
-    confusion = compute_metrics(scores).confusion
-    drawn = [attributes for tag, attributes in page.tags if tag == "rect" and "fill-opacity" in attributes]
-    assert len(drawn) == (confusion > 0).sum()
+    bars = [attributes["title"] for tag, attributes in page.tags if tag == "span" and attributes.get("class") == "name"]
+    assert set(bars) == set(names)
+    data = matrix_of(raw)
+    assert sum(data["cells"][2::3]) == 5 * n_classes
+    assert len(data["cells"]) == 3 * (compute_metrics(scores).confusion > 0).sum()
+    assert sorted(data["together"]) == list(range(n_classes))
 
 
-def test_matrix_cells_are_where_they_belong() -> None:
-    confusion = np.array([[3, 1, 0], [0, 0, 0], [0, 2, 2]])
-    matrix = draw_matrix(confusion, ("a", "b", "x" * 60))
-    assert [(cell.label[0], cell.answer[0], cell.count) for cell in matrix.cells] == [
-        ("a", "a", 3), ("a", "b", 1), ("x", "b", 2), ("x", "x", 2)
-    ]  # fmt: skip
-    step = matrix.cell
-    assert [(cell.x, cell.y) for cell in matrix.cells] == [(0, 0), (step, 0), (step, 2 * step), (2 * step, 2 * step)]
-    assert [cell.right for cell in matrix.cells] == [True, False, False, True]
-    assert [cell.share for cell in matrix.cells] == [0.75, 0.25, 0.5, 0.5]
-    assert matrix.side == 3 * step
-    assert len(matrix.names[2].text) < 60
-    assert matrix.names[2].full == "x" * 60
-    assert draw_matrix(np.eye(400, dtype=int), ("k",) * 400).side <= 900
+def test_matrix_puts_confused_classes_side_by_side() -> None:
+    confusion = np.diag([9, 9, 9, 9, 9, 9])
+    confusion[0, 4] = confusion[3, 1] = 6
+    order = confused_order(confusion)
+    assert abs(order.index(0) - order.index(4)) == 1
+    assert abs(order.index(1) - order.index(3)) == 1
+    assert sorted(order) == list(range(6))
+    assert confused_order(np.array([[1, 2], [0, 0]])) == [0, 1]
+    data = matrix_data(np.array([[3, 1, 0], [0, 0, 0], [0, 2, 2]]), ("a", "b", "c"), "videos")
+    assert data["cells"] == [0, 0, 3, 0, 1, 1, 2, 1, 2, 2, 2, 2]
+    json.dumps(data)
+
+
+def make_run(folder: Path, **record: Any) -> None:
+    folder.mkdir()
+    known = {"hours": 0.5, "device_hours": 4.0, "device": "cuda", "processes": 8, "parameters": 28_000_000}
+    (folder / "run.json").write_text(json.dumps(known | record))
+    lines = [{"step": step, "train/loss": 3.0 / step, "train/lr": 1e-3} for step in range(1, 1000)]
+    lines += [{"step": step, "val/loss": 2.0, "val/top1": step / 1000} for step in (250, 500, 1000)]
+    lines.append({"step": 7, "train/loss": float("nan")})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1001, "tr')
+
+
+def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", note=ATTACK)
+    scores = make_folder(
+        tmp_path / "test", ("a", "b", "c"), 40, model={"path": str(tmp_path / "run" / "m.safetensors")}
+    )
+    raw = write_page(tmp_path / "test")
+    page = Page(raw)
+    for words in ("Loss", "Accuracy in validation", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
+        assert words in page.text
+    assert ATTACK not in raw
+    assert ATTACK in page.texts
+    assert json.loads((tmp_path / "test" / "results.json").read_text())["run"]["hours"] == 0.5
+    run = find_run(tmp_path / "run")
+    assert run is not None
+    steps, losses = run.series("train/loss")
+    assert len(steps) == 240
+    assert losses[0] == pytest.approx(np.mean([3.0, 1.5, 1.0, 0.75, 0.6]))
+    assert run.series("val/top1")[0].tolist() == [250, 500, 1000]
+    make_folder(tmp_path / "test", scores.classes, 40)
+    assert "Learning rate" not in Page(write_page(tmp_path / "test")).text
+    write_report(tmp_path / "test", tmp_path / "run")
+    assert "Learning rate" in (tmp_path / "test" / "report.html").read_text()
+    with pytest.raises(UsageError, match=r"test: no run\.json"):
+        write_report(tmp_path / "test", tmp_path / "test")
+
+
+def test_a_test_on_the_training_data_is_no_accuracy_to_quote(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", data={"data_fingerprint": "ab" * 32})
+    make_folder(tmp_path / "test", ("a", "b"), 20, model={"path": str(tmp_path / "run" / "m.safetensors")})
+    assert "was trained on these very videos" in Page(write_page(tmp_path / "test")).text
+
+
+def test_classes_out_of_order_are_pointed_out(tmp_path: Path) -> None:
+    scores = make_folder(tmp_path, tuple("fedcba"), 200, failed=0)
+    assert "out of order" not in Page(write_page(tmp_path)).text
+    turned = Scores(scores.paths, scores.labels, scores.logits[:, :, ::-1].copy(), scores.views, scores.reasons,
+                    scores.classes, scores.metadata)  # fmt: skip
+    save_scores(turned, tmp_path / "scores.npz")
+    text = Page(write_page(tmp_path)).text
+    assert "The classes look out of order" in text
+    assert "in alphabetical order" in text
+    assert "class order looks wrong" in (tmp_path / "report.md").read_text()
+    hint = json.loads((tmp_path / "results.json").read_text())["class_order_hint"]
+    assert {(row["label"], row["answer"]) for row in hint["moved"]} == set(zip("fedcba", "abcdef", strict=True))
 
 
 def test_surest_mistakes(tmp_path: Path) -> None:
@@ -213,7 +205,7 @@ def test_surest_mistakes(tmp_path: Path) -> None:
         if row.argmax() != scores.labels[position]:
             wrong.append((float(row.max()), int(position)))
     wrong.sort(reverse=True)
-    found = surest_mistakes(scores)
+    found = surest_mistakes(scores, probabilities)
     assert [(mistake.answer_probability, mistake.position) for mistake in found] == wrong[:12]
     for mistake in found:
         views = scores.logits[mistake.position].astype(float)
@@ -221,6 +213,9 @@ def test_surest_mistakes(tmp_path: Path) -> None:
         answer = scores.classes.index(mistake.answer)
         assert shares[mistake.view, answer] == shares[:, answer].max()
         assert mistake.label == scores.classes[scores.labels[mistake.position]] != mistake.answer
+        assert mistake.guesses[0].name == mistake.answer
+        assert [guess.name for guess in mistake.guesses if guess.right] == [mistake.label]
+        assert len(mistake.guesses) in (5, 6)
 
 
 def test_classes_worst_first() -> None:
@@ -252,19 +247,6 @@ def test_a_name_that_is_no_text_does_not_stop_the_page(tmp_path: Path) -> None:
     odd = Scores(("\udcff.mp4", *scores.paths[1:]), scores.labels, scores.logits, scores.views, scores.reasons,
                  scores.classes, scores.metadata)  # fmt: skip
     save_scores(odd, tmp_path / "scores.npz")
-    assert write_report(tmp_path).stat().st_size > 1000
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-@pytest.mark.parametrize("window", ["1200,900", "390,800"])
-def test_a_browser_has_nothing_to_complain_of(six: tuple[Path, Scores], window: str, tmp_path: Path) -> None:
-    out, _ = six
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    page = f"file://{write_report(out)}"
-    done = subprocess.run(
-        [*command, profile, f"--window-size={window}", page], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert ":CONSOLE" not in done.stderr, done.stderr
-    assert "Record of this test" in done.stdout
-    assert "alert(1)&lt;/script" in done.stdout
+    write_report(tmp_path)
+    for name in ("report.html", "report.md", "results.json"):
+        assert (tmp_path / name).stat().st_size > 500

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.scores import Scores, load_scores, save_scores
+from video_swinv2.evaluation.scores import Scores, in_class_order, load_scores, save_scores
 
 
 def make_scores(n: int = 6, views: int = 2, classes: int = 3, failed: tuple[int, ...] = (4,)) -> Scores:
@@ -122,3 +122,23 @@ def test_status_and_reasons_must_agree(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*cannot be written"):
         save_scores(make_scores(), tmp_path / "nowhere" / "scores.npz")
+
+
+def test_another_class_order_is_mended_by_name_or_refused() -> None:
+    scores = make_scores()
+    order = ("class 2 é", "class 0 é", "class 1 é")
+    turned = in_class_order(scores, order, "b")
+    assert turned.classes == order
+    for row in range(6):
+        assert order[turned.labels[row]] == scores.classes[scores.labels[row]]
+        for column, name in enumerate(order):
+            old = scores.logits[row, :, scores.classes.index(name)]
+            np.testing.assert_array_equal(turned.logits[row, :, column], old)
+    assert in_class_order(turned, scores.classes, "b").labels.tolist() == scores.labels.tolist()
+    assert in_class_order(scores, scores.classes, "b") is scores
+    with pytest.raises(
+        UserError, match=r"b: its class 'class 2 é' is not one of the 3 wanted \(the nearest is 'klass 2 é'"
+    ):
+        in_class_order(scores, ("class 0 é", "class 1 é", "klass 2 é"), "b")
+    with pytest.raises(UserError, match="b: has no class 'more'"):
+        in_class_order(scores, (*scores.classes, "more"), "b")

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
 import video_swinv2 as vs
+from video_swinv2 import files
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import class_list_hash, read_manifest
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation import reading, testing
-from video_swinv2.evaluation.metrics import compute_metrics
+from video_swinv2.evaluation import reading, shards, testing
+from video_swinv2.evaluation.metrics import compute_metrics, video_probabilities
+from video_swinv2.evaluation.mistakes import surest_mistakes
 from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.scores import load_scores
-from video_swinv2.evaluation.testing import merge_shares, run_test, summary
+from video_swinv2.evaluation.scores import load_scores, read_arrays
+from video_swinv2.evaluation.shards import Share, join_shares
+from video_swinv2.evaluation.testing import run_test, run_tests, summary
 from video_swinv2.evaluation.views import read_views
 
 CLASSES = ("left", "right", "up")
@@ -116,7 +123,7 @@ def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -
 
 
 def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Path) -> None:
-    result = json.loads((tested / "result.json").read_text())
+    result = json.loads((tested / "results.json").read_text())
     metrics = compute_metrics(load_scores(tested / "scores.npz"))
     assert result["top1"] == metrics.top1
     assert result["top1_interval"] == list(metrics.top1_interval)
@@ -135,22 +142,77 @@ def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Pat
     assert result["model"]["provenance"] == {"init": "scratch"}
     assert "PyAV" in result["decoder"]
     assert {"top5", "mean_class_accuracy", "frame_order", "versions", "seconds", "seed"} <= result.keys()
-    assert sorted(file.name for file in tested.iterdir()) == ["report.html", "result.json", "scores.npz", "strips.npz"]
-    assert f"{100 * result['top1']:.2f}" in summary(result, tested)
+    assert result["protocol_numbers"] == {
+        "clips": 4,
+        "crops": 3,
+        "frames": 4,
+        "frame_stride": 2,
+        "starts": "videoswin",
+        "boxes": "videoswin",
+        "resize": "1",
+        "crop_size": [32, 32],
+        "average": "prob",
+    }
+    assert {"report.html", "results.json", "scores.npz", "strips.npz"} <= {file.name for file in tested.iterdir()}
+    assert not (tested / "shards").exists()
+    assert f"{100 * result['top1']:.2f}" in summary({"videoswin-4x3": result}, tested)
 
 
-def test_one_open_for_each_video(model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_are_of_the_surest_mistakes(tested: Path) -> None:
+    scores = load_scores(tested / "scores.npz")
+    strips = read_arrays(tested / "strips.npz", "")
+    expected = surest_mistakes(scores, video_probabilities(scores, "prob"))
+    assert expected, "the model makes mistakes"
+    assert strips["positions"].tolist() == [mistake.position for mistake in expected]
+    assert all(strips[f"jpeg_{row:03d}"].tobytes().startswith(b"\xff\xd8\xff") for row in range(len(expected)))
+
+
+THREE = "videoswin-4x3,center-1x1,videomae-5x3"
+
+
+@pytest.mark.parametrize("protocols", ["videoswin-4x3", THREE])
+def test_one_open_and_one_pass_for_each_video(
+    protocols: str, model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the whole test, its report and film strips included."""
     opened: list[Path] = []
+    frames: Counter[tuple[Path, int]] = Counter()
 
     class Counting(VideoReader):
         def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
             opened.append(path)
             super().__init__(path, time_limit_seconds=time_limit_seconds)
 
+        def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+            for index, frame in super()._decode(start):
+                frames[self.path, index] += 1
+                yield index, frame
+
     monkeypatch.setattr(reading, "VideoReader", Counting)
-    monkeypatch.setattr(testing, "save_strips", lambda out, scores, videos: None)
-    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick())
+    run_tests(model_path, data, protocols=protocols, split="test", out=tmp_path, overrides=quick())
     assert sorted(opened) == sorted(entry.path for entry in read_manifest(data, "test").entries)
+    assert max(times for (_, index), times in frames.items() if index) == 1
+    assert max(times for (_, index), times in frames.items() if not index) <= 2, "the first frame tells the size"
+
+
+def test_several_protocols_at_once_are_what_each_is_alone(
+    model_path: Path, data: Path, tested: Path, tmp_path: Path
+) -> None:
+    results = run_tests(model_path, data, protocols=THREE, split="test", out=tmp_path, overrides=quick())
+    assert list(results) == THREE.split(",")
+    for name, result in results.items():
+        scores = load_scores(tmp_path / name / "scores.npz")
+        assert scores.logits.shape == (N_VIDEOS, PROTOCOLS[name].views, 3)
+        assert (scores.metadata["protocol"], result["protocol"]) == (name, name)
+        assert scores.metadata["tested_together"] == THREE.split(",")
+        assert (tmp_path / name / "report.html").is_file()
+    together, alone = load_scores(tmp_path / "videoswin-4x3" / "scores.npz"), load_scores(tested / "scores.npz")
+    np.testing.assert_array_equal(together.views, alone.views)
+    np.testing.assert_array_equal(together.labels, alone.labels)
+    # Other views are in the model's batch, which may round other bits.
+    np.testing.assert_allclose(together.logits.astype(float), alone.logits.astype(float), rtol=2e-3, atol=2e-3)
+    told = summary(results, tmp_path)
+    assert all(str(tmp_path / name / "report.html") in told for name in results)
 
 
 @pytest.mark.parametrize("protocol", ["center-1x1", "videoswin-4x3"])
@@ -204,7 +266,7 @@ def test_two_processes_give_the_scores_of_one_to_the_bit(model_path: Path, with_
         out = tmp_path / "1" / protocol
         run_test(model_path, with_broken, protocol=protocol, split="test", out=out, overrides=quick(batch_views=batch))
     torch.set_num_threads(threads)
-    assert both.wait(timeout=200) == 0
+    assert both.wait(timeout=600) == 0
     for protocol in ("center-1x1", "videoswin-4x3"):
         one, two = (load_scores(tmp_path / n / protocol / "scores.npz") for n in ("1", "2"))
         assert (one.metadata["processes"], two.metadata["processes"]) == (1, 2)
@@ -212,6 +274,98 @@ def test_two_processes_give_the_scores_of_one_to_the_bit(model_path: Path, with_
         assert one.reasons == two.reasons
         np.testing.assert_array_equal(one.logits.view(np.uint16), two.logits.view(np.uint16))
         np.testing.assert_array_equal(one.views, two.views)
+
+
+def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path], kill: str, kills: int) -> None:
+    """A process of a test, which `kill` may end with signal 9 at its `kills`-th shard."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    die, times = (lambda: os.kill(os.getpid(), signal.SIGKILL)), Counter[str]()
+    really_save, really_keep = shards.ShardFolder.save, files.keep
+
+    def save(folder: shards.ShardFolder, number: int, share: Share) -> None:
+        times["save"] += 1
+        if kill == "before" and times["save"] == kills:
+            die()
+        really_save(folder, number, share)
+        if kill == "after" and times["save"] == kills:
+            die()
+
+    def keep(part: Path, path: Path) -> None:
+        if kill == "within" and times["save"] == kills:
+            part.write_bytes(part.read_bytes()[:99])
+            die()
+        really_keep(part, path)
+
+    shards.ShardFolder.save, files.keep = save, keep  # type: ignore[method-assign]  # of this process only
+    if kill == "report":
+        testing.write_report = lambda out: die()
+    model, data, out = arguments
+    run_test(model, data, protocol="videoswin-4x3", split="test", out=out, overrides=quick())
+
+
+def run_world(size: int, *arguments: Path, kill: str = "", kills: int = 1) -> list[int | None]:
+    """Exit codes of a test in `size` processes, killed with signal 9; those that are left are ended with the first."""
+    context = torch.multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_one_of, args=(rank, size, port, arguments, kill, kills)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 900
+    while any(process.exitcode is None for process in processes):
+        if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    return [process.exitcode for process in processes]
+
+
+def test_any_number_of_processes_killed_at_any_time_end_in_the_same_bits(
+    model_path: Path, with_broken: Path, tmp_path: Path
+) -> None:
+    """1, 2 and 3 processes, and a test killed five times that each time goes on with another number of processes."""
+    done: list[int] = []
+    for size in (1, 2, 3):
+        assert run_world(size, model_path, with_broken, tmp_path / str(size)) == [0] * size
+    for size, kill, kills in ((1, "before", 1), (2, "within", 1), (3, "after", 1), (1, "after", 1), (2, "report", 1)):
+        codes = run_world(size, model_path, with_broken, tmp_path / "killed", kill=kill, kills=kills)
+        assert -signal.SIGKILL in codes
+        done.append(len(list((tmp_path / "killed").glob("shards/*/[0-9]*.npz"))))
+    assert done[:2] == [0, 0]
+    assert 1 <= done[2] < done[3] <= 4
+    assert done[4] == 9, "killed over the report, all shards were done"
+    assert run_world(3, model_path, with_broken, tmp_path / "killed") == [0, 0, 0]
+    one, *others = (load_scores(tmp_path / name / "scores.npz") for name in ("1", "2", "3", "killed"))
+    assert [bool(reason) for reason in one.reasons] == [i in (3, 8) for i in range(9)]
+    for other, processes in zip(others, (2, 3, 3), strict=True):
+        assert other.metadata["processes"] == processes
+        assert (other.paths, other.reasons) == (one.paths, one.reasons)
+        np.testing.assert_array_equal(other.logits.view(np.uint16), one.logits.view(np.uint16))
+        np.testing.assert_array_equal(other.views, one.views)
+    strips = [(tmp_path / name / "strips.npz").read_bytes() for name in ("1", "2", "3", "killed")]
+    assert len(set(strips)) == 1
+    figures = [json.loads((tmp_path / name / "results.json").read_text())["top1_bounds"] for name in ("1", "killed")]
+    assert figures[0] == figures[1]
+    assert not (tmp_path / "killed" / "shards").exists()
+
+
+def test_shards_of_another_test_are_not_used(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
+    assert run_world(1, model_path, data, tmp_path, kill="after", kills=3) == [-signal.SIGKILL]
+    assert len(list(tmp_path.glob("shards/*/[0-9]*.npz"))) == 3
+    overrides = quick(frame_order="reversed")
+    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=overrides)
+    plain, turned = load_scores(tested / "scores.npz"), load_scores(tmp_path / "scores.npz")
+    assert all((plain.logits[row] != turned.logits[row]).any() for row in range(1, N_VIDEOS))
+
+
+def test_two_tests_in_one_folder_are_refused(model_path: Path, data: Path, tmp_path: Path) -> None:
+    with files.hold(tmp_path / ".lock", "x"), pytest.raises(UserError, match="another test is writing here"):
+        run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=quick())
 
 
 @pytest.mark.skipif(torch.multiprocessing.get_start_method() != "fork", reason="the stand-in decoder needs fork")
@@ -325,37 +479,39 @@ def test_scores_that_are_not_finite_name_the_video(data: Path, model_path: Path,
         run_test(path, data, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
 
 
-def test_leftovers_of_another_test_are_not_merged(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
-    (tmp_path / "shares").mkdir()
-    (tmp_path / "shares" / "00000.npz").write_bytes(b"stale")
-    (tmp_path / "shares" / "00001.npz").write_bytes(b"stale")
-    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick())
-    np.testing.assert_array_equal(
-        load_scores(tmp_path / "scores.npz").logits, load_scores(tested / "scores.npz").logits
-    )
-    assert not (tmp_path / "shares").exists()
+@pytest.mark.parametrize(("views", "batch"), [(1, 12), (12, 12), (12, 32), (15, 12), (17, 32), (28, 12), (30, 64)])
+def test_batches_are_full_whatever_the_number_of_views(views: int, batch: int) -> None:
+    group = reading.videos_of_a_group(views, batch) * views
+    assert group >= 0.9 * batch * -(-group // batch)
+    assert group <= 10 * batch + views
 
 
 def test_shares_must_hold_each_video_once() -> None:
-    def share(*videos: int) -> testing._Share:
+    def share(*videos: int, views: int = 2) -> Share:
         n = len(videos)
-        return testing._Share(
+        return Share(
             videos=np.array(videos),
-            logits=np.full((n, 1, 2), videos[0], np.float16),
-            views=np.zeros((n, 1, 5), np.int32),
+            logits=np.full((n, views, 2), videos[0], np.float16),
+            views=np.zeros((n, views, 5), np.int32),
             stand_ins=np.zeros(n, np.int32),
             reasons=np.array([f"r{video}" for video in videos]),
             seconds=np.array([1.0, 0.5]),
+            strip_places=np.array([[videos[0], 1]]),
+            strip_bytes=np.array([len(videos)]),
+            strips=np.full(len(videos), videos[0], np.uint8),
         )
 
-    merged = merge_shares([share(0, 3), share(1, 2)], 4)
+    merged = join_shares([share(0, 3), share(1, 2)], 4)
     assert merged.videos.tolist() == [0, 1, 2, 3]
     assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
     assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
     assert merged.seconds.tolist() == [2.0, 1.0]
+    assert {place: jpeg.tolist() for place, jpeg in merged.pictures().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
     with pytest.raises(UserError, match="1 were not scored and 0 more than once"):
-        merge_shares([share(0, 3), share(1)], 4)
+        join_shares([share(0, 3), share(1)], 4)
     with pytest.raises(UserError, match="0 were not scored and 1 more than once"):
-        merge_shares([share(0, 3), share(1, 2, 3)], 4)
+        join_shares([share(0, 3), share(1, 2, 3)], 4)
     with pytest.raises(UserError, match="of 3 videos"):
-        merge_shares([share(0, 3), share(1, 2)], 3)
+        join_shares([share(0, 3), share(1, 2)], 3)
+    with pytest.raises(UserError, match="not the same"):
+        join_shares([share(0, 3), share(1, 2, views=3)], 4)

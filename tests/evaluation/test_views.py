@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import read_views
+from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol
+from video_swinv2.evaluation.views import Shower, cut_views, read_views
 from video_swinv2.weights.store import Preprocessing
 
 VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
@@ -90,27 +91,87 @@ def test_an_image_model_gets_single_frames(write_video: Callable[..., Path], tmp
     assert views[0].indices == (5,)
 
 
-def test_one_open_and_one_pass(
-    write_video: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_video(tmp_path / "a.mp4", moving(40, 32, 56))
-    opened: list[str] = []
-    asked: list[list[int]] = []
-    really_open, really_read = av.open, VideoReader.frames
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[Any]]:
+    """Counts of what decoding does from now on: files opened, and frames decoded by (file, index)."""
+    counts: dict[str, Counter[Any]] = {"opened": Counter(), "frames": Counter()}
+    really_open, really_decode = av.open, VideoReader._decode
 
-    def counting_open(file: str, **options: Any) -> Any:
-        opened.append(file)
-        return really_open(file, **options)
+    def counting_open(file: str, *mode: str, **options: Any) -> Any:
+        counts["opened"][file] += not mode
+        return really_open(file, *mode, **options)
 
-    def counting_read(reader: VideoReader, indices: Sequence[int], short_side: int | None = None) -> torch.Tensor:
-        asked.append(list(indices))
-        return really_read(reader, indices, short_side)
+    def counting_decode(reader: VideoReader, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        for index, frame in really_decode(reader, start):
+            counts["frames"][str(reader.path), index] += 1
+            yield index, frame
 
     monkeypatch.setattr(av, "open", counting_open)
-    monkeypatch.setattr(VideoReader, "frames", counting_read)
-    _, views = read_views(path, VIDEOSWIN, CLIP)
-    assert opened == [str(path)]
-    assert asked == [sorted({index for view in views for index in view.indices})]
+    monkeypatch.setattr(VideoReader, "_decode", counting_decode)
+    return counts
+
+
+ALL = [protocol for name, protocol in PROTOCOLS.items() if "full" not in name]
+
+
+@pytest.mark.parametrize("protocols", [[VIDEOSWIN], ALL])
+def test_one_open_and_one_pass(
+    write_video: Callable[..., Path], tmp_path: Path, decoded: dict[str, Counter[Any]], protocols: list[Protocol]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(90, 32, 56))
+    with VideoReader(path) as reader:
+        _, views, stand_ins = cut_views(reader, protocols, CLIP, frame_order="in-order", seed=0, name="a")
+    assert len(views) == sum(protocol.views for protocol in protocols)
+    assert stand_ins == 0
+    assert decoded["opened"][str(path)] == 1
+    first, *others = (decoded["frames"][str(path), index] for index in range(90))
+    assert first <= 2, "the first frame tells the size"
+    assert max(others) == 1
+    wanted = {index for view in views for index in view.indices}
+    assert all(decoded["frames"][str(path), index] for index in wanted)
+
+
+def test_far_frames_are_reached_by_their_key_frames(
+    write_video: Callable[..., Path], tmp_path: Path, decoded: dict[str, Counter[Any]]
+) -> None:
+    path = write_video(tmp_path / "a.mp4", moving(200, 32, 32), gop=8)
+    with VideoReader(path) as reader:
+        expected = reader.frames([3, 12, 100, 101, 190], 24)
+        decoded["frames"].clear()
+        shower = Shower(reader)
+        found = {index: shower.picture(frame, 24) for index, frame in shower.frames([190, 3, 12, 101, 100])}
+    assert list(found) == [3, 12, 100, 101, 190]
+    pictures = torch.from_numpy(np.stack(list(found.values()))).permute(0, 3, 1, 2)
+    assert torch.equal(pictures, expected)
+    assert decoded["frames"].total() == 13 + 6 + 7, "the groups of pictures in between are left out"
+
+
+def test_several_protocols_see_what_each_sees_alone(write_video: Callable[..., Path], tmp_path: Path) -> None:
+    for size in ((48, 90), (48, 48)):
+        path = write_video(tmp_path / "a.mp4", moving(40, *size), lossless=True)
+        with VideoReader(path) as reader:
+            together, views, _ = cut_views(reader, ALL, CLIP, frame_order="shuffled", seed=1, name="a")
+        first = 0
+        for protocol in ALL:
+            alone, seen = read_views(path, protocol, CLIP, frame_order="shuffled", seed=1, name="a")
+            assert views[first : first + protocol.views] == seen
+            assert torch.equal(together[first : first + protocol.views], alone)
+            first += protocol.views
+        assert first == len(together)
+
+
+@pytest.mark.parametrize(
+    "name", ["decord__video_90.mov", "decord__corrupted.mp4", "ft__fixture.mpg", "tc__h265_video.mp4"]
+)
+def test_pictures_and_stand_ins_are_the_readers_own(outside_data: Path, name: str) -> None:
+    with VideoReader(outside_data / "odd_clips" / name) as reader:
+        wanted = list(range(0, min(len(reader), 60), 7))
+        expected = reader.frames(wanted, 40)
+        shower = Shower(reader)
+        found = {index: shower.picture(frame, 40).copy() for index, frame in shower.frames(wanted)}
+        assert shower.stand_ins == reader.missing
+    pictures = np.stack([found[index] for index in wanted])
+    np.testing.assert_array_equal(pictures, expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_orders_of_frames(write_video: Callable[..., Path], tmp_path: Path) -> None:

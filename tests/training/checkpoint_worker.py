@@ -25,7 +25,7 @@ def main(how: str, folder: str) -> None:
     checkpoints = Checkpoints(Path(folder))
     if how == "hang":
         # The disk stops answering when the first file is to be forced onto it.
-        checkpoint._sync = lambda path: time.sleep(600)
+        checkpoint.sync = lambda path: time.sleep(600)
         checkpoints.save(portable, {}, step=2)
         checkpoints.wait()
     else:

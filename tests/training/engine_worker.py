@@ -132,6 +132,7 @@ def train(
                 raise RuntimeError(f"outcome {outcome} at micro-batch {micro} of {accumulation}")
         (mean,) = runtime.total(world, [losses])
         records.append({"loss": mean, "norm": outcome.grad_norm, "applied": outcome.applied})
+        records[-1]["rescaled"] = outcome.rescaled
     return records
 
 
@@ -143,7 +144,7 @@ def keep(folder: Path, name: str, portable: Portable | None, records: list[dict[
         tensors |= {f"exp_avg_sq/{key}": value for key, value in portable.exp_avg_sq.items()}
         tensors |= {f"ema/{key}": value for key, value in portable.ema.items()}
         save_file(tensors, folder / f"{name}.safetensors")
-        note = {"steps": portable.optimizer_step, "records": records}
+        note = {"steps": portable.optimizer_step, "records": records, "loss_scale": portable.loss_scale}
         (folder / f"{name}.json").write_text(json.dumps(note))
 
 
@@ -244,10 +245,15 @@ def alone(world: runtime.World, folder: Path) -> None:
 
 
 def halves(world: runtime.World, folder: Path) -> None:
-    """bf16 autocast at every stage, with unclipped gradients."""
+    """bf16 autocast at every stage, with unclipped gradients; no step before the first (DeepSpeed's bf16 takes one)."""
     for stage in range(4):
         for accumulation in (1, 2):
             engine = build(world, zero_stage=stage, precision="bf16", accumulation=accumulation, clip_norm=None)
+            fresh, built = Tiny(0).state_dict(), engine.states()
+            if built is not None and (
+                built.optimizer_step or not all(torch.equal(built.weights[name], fresh[name]) for name in fresh)
+            ):
+                raise RuntimeError("a step was taken at construction")
             with torch.no_grad():
                 if engine.forward(batch(0)[0]).dtype != torch.bfloat16:
                     raise RuntimeError("forward was not in autocast")

@@ -1,6 +1,6 @@
 """One process of a test: builds a model by pieces or whole, puts weights into it, writes down what it held.
 
-Run by torchrun as ``sharding_worker.py FOLDER MODEL STAGE``. FOLDER may hold `init.safetensors`.
+Run by torchrun as ``sharding_worker.py FOLDER MODEL STAGE [offloaded]``. FOLDER may hold `init.safetensors`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def whole_weights(model: SwinV2, world: World) -> dict[str, Tensor]:
     return found
 
 
-def train(model: SwinV2, folder: Path, stage: int, world: World) -> None:
+def train(model: SwinV2, folder: Path, keys: dict[str, Any], world: World) -> None:
     """Load the file, take two steps, write the weights of all three moments."""
     built = whole_weights(model, world)
     twin = whole_twin(model)
@@ -64,7 +64,7 @@ def train(model: SwinV2, folder: Path, stage: int, world: World) -> None:
     vs.load_weights(twin, folder / "init.safetensors")
     write_shards(model, values, world)
     groups = parameter_groups(model, model.depths, **DECAY)
-    engine = make_engine(model.train(), groups, EngineSettings(zero_stage=stage, **SETTINGS), world, **ADAM)
+    engine = make_engine(model.train(), groups, EngineSettings(**keys, **SETTINGS), world, **ADAM)
     loaded = engine.weights()
     for step in range(2):
         engine.set_lr(1e-3)
@@ -78,17 +78,20 @@ def train(model: SwinV2, folder: Path, stage: int, world: World) -> None:
 def main() -> None:
     """Build, measure, and where there is a file to start from, train."""
     folder, name, stage = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    keys: dict[str, Any] = {"zero_stage": stage}
+    if sys.argv[4:]:
+        keys |= {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
     world = runtime.start("cpu")
     try:
         import_deepspeed(world)
         before = resident()
         torch.manual_seed(0)
-        with sharded_construction(EngineConfig(zero_stage=stage), world):
+        with sharded_construction(EngineConfig(**keys), world):
             model = vs.create_model(name, num_classes=10, image_size=32, window=4)
         held = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
         measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": resident() - before}
         if (folder / "init.safetensors").exists():
-            train(model, folder, stage, world)
+            train(model, folder, keys, world)
         (folder / f"stage-{stage}-rank-{world.rank}.json").write_text(json.dumps(measures))
         dist.barrier()
     finally:

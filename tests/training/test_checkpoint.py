@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ def _same(first: Portable, second: Portable) -> bool:
         ours, theirs = getattr(first, kind), getattr(second, kind)
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             return False
-    return first.optimizer_step == second.optimizer_step
+    return (first.optimizer_step, first.loss_scale) == (second.optimizer_step, second.loss_scale)
 
 
 def _save(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
@@ -56,9 +57,11 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_what_was_saved_comes_back(tmp_path: Path, ema: bool) -> None:
-    given = _portable(7, ema=ema)
+    given = dataclasses.replace(_portable(7, ema=ema), loss_scale=(1024.0, 17) if ema else None)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     state: dict[str, Any] = {"epoch": 3, "best": {"accuracy": 0.5}, "classes": ["a", "ü"], "stopped": None}
+    state |= {"module": 1, "optimizer": 2, "files": 3}  # DeepSpeed's client_state overwrites its own by such names
+    expected = dict(state)
     checkpoints.save(given, state, step=123)
     state["epoch"] = 99
     checkpoints.wait()
@@ -69,7 +72,7 @@ def test_what_was_saved_comes_back(tmp_path: Path, ema: bool) -> None:
     assert step == 123
     assert _same(portable, given)
     assert portable.weights["count"].dtype == torch.int64
-    assert restored == {"epoch": 3, "best": {"accuracy": 0.5}, "classes": ["a", "ü"], "stopped": None}
+    assert restored == expected
     again, _ = checkpoints.read(123)
     assert _same(again, given)
 
@@ -170,7 +173,7 @@ def test_a_kill_in_mid_write_leaves_the_older_one(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     process = subprocess.Popen([sys.executable, str(WORKER), "hang", str(tmp_path)], env=_environment())
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (tmp_path / "step-000002.tmp" / "weights.safetensors").exists():
             assert time.monotonic() < deadline
             assert process.poll() is None
@@ -192,7 +195,7 @@ def test_a_full_disk_is_told_on_the_next_call_and_leaves_the_older_one(tmp_path:
     _save(tmp_path, 1)
     done = subprocess.run(
         [sys.executable, str(WORKER), "full", str(tmp_path)], env=_environment(), capture_output=True, text=True,
-        timeout=60, check=True,
+        timeout=300, check=True,
     )  # fmt: skip
     assert done.stdout.startswith(f"{tmp_path}: the checkpoint of step 2 could not be written (")
     assert done.stdout.count("\n") == 1

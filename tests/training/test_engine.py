@@ -59,9 +59,9 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _run(folder: Path, cases: str, size: int) -> None:
-    """Run the worker in ``size`` processes and report what the first failing one said."""
-    commands = [[sys.executable, str(WORKER), cases, str(rank), str(size), str(folder)] for rank in range(size)]
+def _run(folder: Path, cases: str, size: int, worker: Path = WORKER) -> None:
+    """Run a worker in ``size`` processes and report what the first failing one said."""
+    commands = [[sys.executable, str(worker), cases, str(rank), str(size), str(folder)] for rank in range(size)]
     logs = [folder / f"log-{size}-{rank}.txt" for rank in range(size)]
     processes = []
     for command, log in zip(commands, logs, strict=True):
@@ -70,7 +70,7 @@ def _run(folder: Path, cases: str, size: int) -> None:
                 subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(folder))
             )
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -94,11 +94,14 @@ def _outcome(folder: Path, name: str) -> tuple[Portable, list[dict[str, Any]]]:
         {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
         for kind in ("weights", "exp_avg", "exp_avg_sq", "ema")
     ]
-    return Portable(*kinds[:3], optimizer_step=note["steps"], ema=kinds[3]), note["records"]
+    scale = tuple(note["loss_scale"]) if note["loss_scale"] else None
+    return Portable(*kinds[:3], optimizer_step=note["steps"], ema=kinds[3], loss_scale=scale), note["records"]
 
 
-def _plain(accumulation: int = 1, steps: int = 4, **settings: Any) -> tuple[Portable, list[dict[str, Any]]]:
-    engine = worker.build(ALONE, engine="plain", precision="fp32", accumulation=accumulation, **settings)
+def _plain(
+    accumulation: int = 1, steps: int = 4, precision: str = "fp32", **settings: Any
+) -> tuple[Portable, list[dict[str, Any]]]:
+    engine = worker.build(ALONE, engine="plain", precision=precision, accumulation=accumulation, **settings)
     records = worker.train(engine, ALONE, accumulation, 0, steps)
     return engine.states(), records
 
@@ -117,7 +120,7 @@ def _difference(first: Portable, second: Portable) -> float:
 
 
 def _identical(first: Portable, second: Portable) -> bool:
-    same = first.optimizer_step == second.optimizer_step
+    same = (first.optimizer_step, first.loss_scale) == (second.optimizer_step, second.loss_scale)
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = getattr(first, kind), getattr(second, kind)
         same = same and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -337,7 +340,7 @@ def test_one_tensor_under_two_names_is_saved_under_both() -> None:
     [
         ({"engine": "fast"}, "engine: 'fast' is not known; use deepspeed or plain"),
         ({"zero_stage": 4}, "zero_stage: 4"),
-        ({"precision": "fp16"}, "precision: 'fp16'"),
+        ({"precision": "fp8"}, "precision: 'fp8'"),
         ({"accumulation": 0}, "accumulation: 0"),
         ({"clip_norm": 0.0}, "clip_norm: 0.0"),
         ({"clip_norm": math.nan}, "clip_norm: nan"),

@@ -121,7 +121,8 @@ def test_a_told_run_stops_with_a_checkpoint_and_says_how_to_go_on(recipe, tmp_pa
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 75
+    assert (tmp_path / "run" / "start-again").exists()
     last = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(last) == 1
     assert "by SIGTERM; the checkpoint is saved" in last[0]

@@ -17,11 +17,25 @@ import torch
 
 from video_swinv2.errors import UsageError
 from video_swinv2.training import runtime
-from video_swinv2.training.runtime import StopSignal, World, agree, first_host, place_of, say, seed_step, total
+from video_swinv2.training.runtime import (
+    StopSignal,
+    World,
+    agree,
+    first_host,
+    is_launcher,
+    place_of,
+    say,
+    seed_step,
+    total,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("launch_worker.py")
 ALONE = World(0, 1, 0, torch.device("cpu"))
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2"],
+}
 
 
 def _place(environment: dict[str, str]) -> tuple[int, int, int, str | None]:
@@ -126,6 +140,45 @@ def test_a_signal_to_a_process_is_a_flag_and_the_old_handlers_come_back(number: 
         process.kill()
 
 
+# deepspeed's launcher imports DeepSpeed twice over before it starts anything.
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [("torchrun", signal.SIGKILL), pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_the_launcher_s_end_is_a_signal_too(launcher: str, number: signal.Signals) -> None:
+    """SIGKILL leaves what torchrun started running, SIGTERM what deepspeed started (its launcher ends alone)."""
+    worker = Path(__file__).with_name("runtime_worker.py")
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCHERS[launcher][:-1], "1", str(worker)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) != "ready\n":
+        assert line, "it ended before its process was ready"
+    process.send_signal(number)
+    assert "the launcher's end\nrestored\n" in process.stdout.read()
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/usr/bin/python3 -u -m deepspeed.launcher.launch --world_info=e30 train.py", True),
+        ("/venv/bin/python /venv/bin/deepspeed --num_gpus 2 train.py", True),
+        ("/venv/bin/python3.11 -m torch.distributed.run --standalone train.py", True),
+        ("/venv/bin/python /venv/bin/torchrun train.py", True),
+        ("bash -c torchrun train.py", False),
+        ("/venv/bin/python -m video_swinv2 train deepspeed", False),
+        ("-bash", False),
+        ("python3", False),
+    ],
+)
+def test_whose_end_counts(command: str, expected: bool) -> None:
+    assert is_launcher(command.split()) is expected
+
+
 def test_the_second_interrupt_interrupts() -> None:
     with StopSignal() as stop:
         assert not stop.requested
@@ -151,12 +204,6 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2"],
-}
-
-
 # deepspeed's launcher imports DeepSpeed in three processes one after another: half a minute for a convenience.
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_launcher_trains_three_steps_without_a_compiler(tmp_path: Path, launcher: str) -> None:
@@ -179,7 +226,7 @@ def test_a_launcher_trains_three_steps_without_a_compiler(tmp_path: Path, launch
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     results = [tmp_path / f"rank-{rank}.json" for rank in range(2)]
@@ -192,3 +239,24 @@ def test_a_launcher_trains_three_steps_without_a_compiler(tmp_path: Path, launch
     assert all(result["losses"] == found[0]["losses"] for result in found)
     assert found[0]["losses"][0] > found[0]["losses"][2]
     assert not (tmp_path / "extensions").exists()
+
+
+def test_two_tasks_of_srun_meet_and_train(tmp_path: Path) -> None:
+    """As srun starts them: no launcher between, everything from the variables it sets."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        clean.pop(name, None)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(_free_port() % 15000)}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(tmp_path)],
+            env=clean | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "OMP_NUM_THREADS": "1",
+                                "PYTHONPATH": str(REPOSITORY)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for task in tasks:
+        task.wait(timeout=300)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [(result["rank"], result["size"]) for result in found] == [(0, 2), (1, 2)]
+    assert found[0]["losses"] == found[1]["losses"]

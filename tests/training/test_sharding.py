@@ -25,12 +25,12 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
-def work(folder: Path, name: str, stage: int) -> list[dict[str, int]]:
+def work(folder: Path, name: str, stage: int, *options: str) -> list[dict[str, int]]:
     """What both processes held at construction."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     # Freed matrices go back to the system at once, so that resident memory is what is held.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, *launcher, str(WORKER), str(folder), name, str(stage)]
+    command = [sys.executable, *launcher, str(WORKER), str(folder), name, str(stage), *options]
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"stage-{stage}-rank-{rank}.json").read_text()) for rank in range(2)]
@@ -52,12 +52,13 @@ def learned(model: SwinV2) -> dict[str, Tensor]:
     return engine.weights() or {}
 
 
-def test_a_model_in_pieces_is_loads_and_learns_as_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), pytest.param(("offloaded",), marks=pytest.mark.slow)])
+def test_a_model_in_pieces_is_loads_and_learns_as_the_whole(tmp_path: Path, options: tuple[str, ...]) -> None:
     """Each process holds half; fresh values are those of the seed; a file goes in; steps do the same."""
     start = randomise(vs.create_model("swinv2_nano", num_classes=10, image_size=32, window=4), seed=5)
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
     vs.save_model(start, tmp_path / "init.safetensors", classes=(), preprocessing=preprocessing)
-    for share in work(tmp_path, "swinv2_nano", 3):
+    for share in work(tmp_path, "swinv2_nano", 3, *options):
         assert share["whole"] == sum(p.numel() for p in start.parameters())
         assert share["held"] == pytest.approx(share["whole"] / 2, rel=1e-3)
     built, loaded, last = torch.load(tmp_path / "weights.pt", weights_only=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig, WeightedSource
 from video_swinv2.data.collection import EVERYTHING, Collection
@@ -27,6 +30,9 @@ from video_swinv2.models.simmim import mask_cells, random_mask
 LISTS = ("dataset.json", "train.csv", "train.txt")  # a folder with one of them is what it says, whatever else it holds
 BROKEN = -100  # the label of a validation sample that could not be read: cross_entropy ignores it, no answer equals it
 Address = tuple[int, int]
+# Opening a video and decoding its frames each run against the reader's own clock; what takes longer hangs in a library.
+CLOCKS_PER_VIDEO = 3
+GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,37 +46,49 @@ class Sample:
     """bool, True = hidden, per mask cell; only for SimMIM."""
     broken: tuple[str, ...]
     """One line for each file that could not be read and was replaced by the next one of the list."""
+    number: int
+    """The number it was asked for by."""
+    seconds: float
+    """Time spent reading and augmenting it."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: pixels (B, 3, ...), labels (B,), masks (B, *cells) or None."""
+    """Samples stacked: pixels (B, 3, ...), labels (B,), masks (B, *cells) or None; numbers and seconds of each."""
 
     pixels: Tensor
     labels: Tensor
     masks: Tensor | None
     broken: tuple[str, ...]
+    numbers: tuple[int, ...]
+    seconds: tuple[float, ...]
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         pixels, labels = self.pixels.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(pixels, labels, masks, self.broken)
+        return replace(self, pixels=pixels, labels=labels, masks=masks)
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, called by the DataLoader."""
         masks = None if self.masks is None else self.masks.pin_memory()
-        return Batch(self.pixels.pin_memory(), self.labels.pin_memory(), masks, self.broken)
+        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory(), masks=masks)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size."""
+def collate(samples: Sequence[Sample], repeats: int = 1) -> Batch:
+    """Stack samples of one size; those of one clip, `repeats` neighbours, are moved apart.
+
+    Mixing pairs neighbours in a batch: a clip mixed with itself would be no mixing.
+    """
+    samples = [samples[place] for nth in range(repeats) for place in range(nth, len(samples), repeats)]
     masks = [sample.mask for sample in samples if sample.mask is not None]
     return Batch(
         torch.stack([sample.pixels for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
         torch.stack(masks) if masks else None,
         tuple(line for sample in samples for line in sample.broken),
+        tuple(sample.number for sample in samples),
+        tuple(sample.seconds for sample in samples),
     )
 
 
@@ -80,6 +98,8 @@ class SampleDataset(Dataset[Sample]):
     With `augment`, samples are random: a function of (seed, epoch, index). Without, they are the centre clip and crop.
     A file that cannot be read is named in the sample and replaced by the next one; a labelled validation sample
     is not replaced but gets the label BROKEN, which counts as a wrong answer.
+
+    With `augment.repeats` that many neighbours in the order are the same clip, decoded once and augmented anew.
     """
 
     def __init__(
@@ -93,8 +113,13 @@ class SampleDataset(Dataset[Sample]):
         size = (data.image_size,) * 2 if isinstance(data.image_size, int) else data.image_size
         if len(size) != 2:
             raise UsageError(f"data.image_size: {list(size)} is not a number or [H, W]")
-        self.mixture = entries if isinstance(entries, Mixture) else Mixture([Part(compact(entries))])
-        self.decoded: tuple[tuple[int, int], Tensor | DecodeError] | None = None
+        self.repeats = augment.repeats if augment else 1
+        self.mixture = entries if isinstance(entries, Mixture) else Mixture([Part(compact(entries), self.repeats)])
+        self.decoded: tuple[Address, Tensor | DecodeError] | None = None
+        self.lost: dict[int, str] = {}
+        """Why files, by their first number, are not to be opened again: a worker did not live through it."""
+        self.at_work: Tensor | None = None
+        """(workers, 3) float64, shared: pid, first number of the file in hand or -1, since when (monotonic seconds)."""
         self.data = data
         self.size = size
         self.seed = seed
@@ -110,6 +135,7 @@ class SampleDataset(Dataset[Sample]):
 
     def __getitem__(self, address: Address) -> Sample:
         """The sample at (epoch, number); UserError if no file at all can be read."""
+        started = time.perf_counter()
         epoch, number = address
         broken: list[str] = []
         for step in range(self.mixture.total):
@@ -125,37 +151,72 @@ class SampleDataset(Dataset[Sample]):
                     label, pixels = BROKEN, torch.zeros((self.data.frames or 1, 3, *self.size), dtype=torch.uint8)
                 mask = random_mask(self.cells, self.mask_ratio, generator) if self.cells else None
             pixels = pixels[0] if self.data.frames is None else pixels.transpose(0, 1)
-            return Sample(pixels.contiguous(), label, mask, tuple(dict.fromkeys(broken)))
+            seconds = time.perf_counter() - started
+            return Sample(pixels.contiguous(), label, mask, tuple(dict.fromkeys(broken)), number, seconds)
         raise UserError(f"{broken[0]}; nor can any other of the {len(broken)} files be read: check the data set")
+
+    def name(self, number: int) -> str:
+        """The file a sample number points to."""
+        entry = self.mixture[number].entry
+        return f"{entry.path}/{entry.name}" if isinstance(entry, Member) else str(entry.path)
 
     def _read(self, place: Place, epoch: int) -> Tensor:
         """(T, 3, H, W) uint8: a clip, or T = 1 for an image model."""
-        if isinstance(place.entry, Member):
-            return read_member(place.entry)[None]
-        if place.entry.path.suffix.lower() in IMAGE_SUFFIXES:
-            return read_image(place.entry.path)[None]
-        # All samples of a video are neighbours in the order, so its last decoding is mostly theirs.
+        # All samples of a file are neighbours in the order, so its last decoding is mostly theirs.
         key = (epoch, place.first)
         if self.decoded is None or self.decoded[0] != key:
             self.decoded = key, self._decode(place, key)
         clips = self.decoded[1]
         if isinstance(clips, DecodeError):
             raise clips
-        return clips[place.nth]
+        return clips[place.nth // self.repeats]
 
     def _decode(self, place: Place, key: Address) -> Tensor | DecodeError:
-        """All clips of a video in this epoch, (clips, T, 3, H, W) uint8, in one pass; or what is wrong with it."""
-        frames, stride = self.data.frames or 1, self.data.frame_stride
+        """All clips of a file in this epoch, (clips, T, 3, H, W) uint8, in one pass; or what is wrong with it."""
+        first = place.first % self.mixture.total
+        if first in self.lost:
+            return DecodeError(f"{place.entry.path}: {self.lost[first]}", "timeout")
         try:
-            with VideoReader(place.entry.path, time_limit_seconds=self.data.decode_seconds) as video:
-                clips = [centre_clip(len(video), frames, stride)] * place.of
-                if self.random:
-                    with seeded(self.seed, *key):
-                        clips = [spread_clip(len(video), frames, stride, nth, place.of) for nth in range(place.of)]
-                pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side)
+            with self._watched(first):
+                if isinstance(place.entry, Member):
+                    return read_member(place.entry)[None, None]
+                if place.entry.path.suffix.lower() in IMAGE_SUFFIXES:
+                    return read_image(place.entry.path)[None, None]
+                return self._decode_video(place, key)
         except DecodeError as error:
             return error
-        return pixels.unflatten(0, (place.of, frames))
+
+    def _decode_video(self, place: Place, key: Address) -> Tensor:
+        frames, stride, count = self.data.frames or 1, self.data.frame_stride, max(place.of // self.repeats, 1)
+        with VideoReader(place.entry.path, time_limit_seconds=self.data.decode_seconds) as video:
+            clips = [centre_clip(len(video), frames, stride)] * count
+            if self.random:
+                with seeded(self.seed, *key):
+                    clips = [spread_clip(len(video), frames, stride, nth, count) for nth in range(count)]
+            pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side)
+        return pixels.unflatten(0, (count, frames))
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long reading one file may take before its worker is taken for hung."""
+        return CLOCKS_PER_VIDEO * self.data.decode_seconds + GRACE_SECONDS
+
+    @contextmanager
+    def _watched(self, first: int) -> Iterator[None]:
+        """In a loader worker: an alarm ends the process if a library does not return, and what it read is on record."""
+        worker = get_worker_info()
+        if worker is None or self.at_work is None:
+            yield
+            return
+        row = self.at_work[worker.id]
+        row.copy_(torch.tensor([os.getpid(), first, time.monotonic()], dtype=torch.float64))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler in Python would wait for the call to return
+        signal.setitimer(signal.ITIMER_REAL, self.patience_seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            row[1] = -1
 
 
 def spread_clip(n: int, frames: int, stride: int, nth: int, of: int) -> tuple[int, ...]:
@@ -196,12 +257,13 @@ def labelled_splits(data: DataConfig) -> tuple[str, ...]:
     return images.split_names if images else find_splits(Path(source))
 
 
-def unlabelled(data: DataConfig, validation: bool) -> Mixture:
+def unlabelled(data: DataConfig, validation: bool, repeats: int = 1) -> Mixture:
     """All samples of a self-supervised run: images, frames or clips of all sources, never of a test split.
 
-    In training each source has its weight, and a video gives `frames_per_video` samples; in validation everything held
-    out comes once.
+    In training each source has its weight, a video gives `frames_per_video` samples, and each of those `repeats`
+    (`augment.repeats`); in validation everything held out comes once.
     """
+    repeats = 1 if validation else repeats
     split = data.val_split if validation else data.train_split
     refusal = "data.train_split, data.val_split: test samples are neither for training nor for choosing"
     if split == "test":
@@ -215,14 +277,14 @@ def unlabelled(data: DataConfig, validation: bool) -> Mixture:
             if split == EVERYTHING and "test" in images.filled:
                 raise UsageError(refusal)
             entries: Sequence[Entry | Member] = images.entries(split)
-            repeats = 1
+            each = repeats
         else:
             videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
             check_present(videos)
-            entries, repeats = compact(videos), 1 if validation else data.frames_per_video
+            entries, each = compact(videos), 1 if validation else data.frames_per_video * repeats
         weight = source.weight if isinstance(source, WeightedSource) and not validation else None
         if len(entries):
-            parts.append(Part(entries, repeats, weight))
+            parts.append(Part(entries, each, weight))
         elif weight is not None:
             raise UserError(f"{path}: nothing to train on, but it has a weight; take it out of data.source")
     if not parts:

@@ -2,20 +2,34 @@
 
 Workers get the data set by fork, or through torch's shared memory where they are spawned; what it knows of its entries
 is a handful of tensors (`index.py`), so a worker copies nothing of it however many there are.
+
+A worker that dies or hangs costs time and at most the file it had in hand: the others are started again and what was
+not yet delivered is read again, so the order stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from video_swinv2.data.datasets import Address, Batch, SampleDataset, collate
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
+
+PREFETCH = 4  # micro-batches that a worker may be ahead: with their size, all the memory that loading takes
+WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
+DEATHS = 5  # of workers without one batch in between, then the machine is at fault and not a file
 
 
 @dataclass(frozen=True)
@@ -32,14 +46,23 @@ class BatchPlan:
         return self.batch // self.world // self.micro
 
 
-def plan_batch(batch: int, micro_batch: int, world: int) -> BatchPlan:
-    """The largest pieces up to `micro_batch` that divide the share of a process; UsageError if `batch` does not."""
-    if batch % world:
+def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> BatchPlan:
+    """The largest pieces up to `micro_batch` that divide the share of a process; UsageError if `batch` does not.
+
+    All `repeats` of a clip are in one piece, so that it is decoded once.
+    """
+    if batch % (world * repeats):
+        shared = f"{world} processes" + (f" in {repeats} repeats of a clip" if repeats > 1 else "")
         raise UsageError(
-            f"optim.batch: {batch} samples cannot be shared by {world} processes; take a multiple of {world}"
+            f"optim.batch: {batch} samples cannot be shared by {shared}; take a multiple of {world * repeats}"
         )
-    share = batch // world
-    return BatchPlan(batch, world, max(n for n in range(1, min(micro_batch, share) + 1) if share % n == 0))
+    if micro_batch < repeats:
+        raise UsageError(
+            f"optim.micro_batch: {micro_batch} samples cannot hold the {repeats} of augment.repeats; take {repeats}"
+        )
+    clips = batch // world // repeats
+    most = min(micro_batch // repeats, clips)
+    return BatchPlan(batch, world, repeats * max(n for n in range(1, most + 1) if clips % n == 0))
 
 
 class StepSampler(Sampler[list[Address]]):
@@ -84,33 +107,116 @@ class StepSampler(Sampler[list[Address]]):
                 yield addresses
 
 
+class Loader:
+    """Batches of the addresses given, in their order, whatever becomes of the workers that read them.
+
+    A worker that dies is replaced and what was not delivered yet is read again. The file it had in hand is given up,
+    named and replaced like any broken one if it was the second worker to die of it, or hung (the worker's own alarm
+    ends it). UserError if workers die one after the other.
+    """
+
+    def __init__(self, dataset: SampleDataset, addresses: Sequence[list[Address]] | StepSampler, pin: bool) -> None:
+        self.dataset = dataset
+        self.addresses = addresses
+        self.pin = pin
+        self.restarts = 0
+        self._died_of: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def __iter__(self) -> Iterator[Batch]:
+        delivered = deaths = 0
+        while delivered < len(self):
+            batches = self._start(delivered)
+            try:
+                for batch in batches:
+                    delivered, deaths = delivered + 1, 0
+                    yield batch
+            except RuntimeError as error:
+                if not WORKER_DIED.search(str(error)):
+                    raise
+                deaths += 1
+                self.restarts += 1
+                if deaths >= DEATHS:
+                    raise UserError(
+                        f"data.workers: {deaths} loader workers died one after the other; if memory or /dev/shm is "
+                        f"short lower data.workers ({self.dataset.data.workers}) or optim.micro_batch"
+                    ) from error
+                self._judge()  # while the other workers live
+            del batches  # ends them
+
+    def _start(self, delivered: int) -> Iterator[Batch]:
+        """Workers that go on after so many batches."""
+        workers = self.dataset.data.workers
+        if workers:
+            self.dataset.at_work = torch.full((workers, 3), -1.0, dtype=torch.float64).share_memory_()
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=Rest(self.addresses, delivered),
+            num_workers=workers,
+            collate_fn=partial(collate, repeats=self.dataset.repeats),
+            pin_memory=self.pin,
+            prefetch_factor=PREFETCH if workers else None,
+        )
+        if not workers or threading.current_thread() is not threading.main_thread():
+            return iter(loader)
+        # PyTorch would have a dying worker raise inside whatever the main thread does then, a collective for example;
+        # without its handler the death is found when the next batch is waited for.
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(loader)
+        finally:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+    def _judge(self) -> None:
+        """Give up the file in the dead worker's hand if it hung, or if it is not the first worker to die of it."""
+        if self.dataset.at_work is None:
+            return
+        now = time.monotonic()
+        for pid, first, since in self.dataset.at_work.tolist():
+            if first < 0 or _is_alive(int(pid)):
+                continue
+            file = int(first)
+            if now - since >= self.dataset.patience_seconds:
+                seconds = self.dataset.patience_seconds
+                self.dataset.lost[file] = f"the decoder did not answer within {seconds:g} s; leave the file out"
+            elif file in self._died_of:
+                self.dataset.lost[file] = "the decoder crashed twice; leave the file out"
+            self._died_of.add(file)
+
+
+class Rest(Sampler[list[Address]]):
+    """The addresses without the first `skip`."""
+
+    def __init__(self, addresses: Sequence[list[Address]] | StepSampler, skip: int) -> None:
+        self.addresses = addresses
+        self.skip = skip
+
+    def __len__(self) -> int:
+        return len(self.addresses) - self.skip
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        return islice(iter(self.addresses), self.skip, None)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def training_loader(
     dataset: SampleDataset, plan: BatchPlan, *, seed: int, rank: int, first: int, last: int, pin: bool
-) -> DataLoader[Batch]:
+) -> Loader:
     """All micro-batches of this process from step `first` on; its workers live as long as the loop over it."""
     order = partial(dataset.mixture.order, seed)
-    sampler = StepSampler(len(dataset), order, plan, rank=rank, first=first, last=last)
-    return _loader(dataset, sampler, pin)
+    return Loader(dataset, StepSampler(len(dataset), order, plan, rank=rank, first=first, last=last), pin)
 
 
-def validation_loader(
-    dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool
-) -> DataLoader[Batch]:
+def validation_loader(dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool) -> Loader:
     """This process's share of the validation samples, each exactly once: rank, rank + world, ... without padding."""
     mine = [(0, index) for index in range(rank, len(dataset), world)]
-    batches = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
-    return _loader(dataset, batches, pin)
-
-
-def _loader(
-    dataset: SampleDataset, batches: Sampler[list[Address]] | list[list[Address]], pin: bool
-) -> DataLoader[Batch]:
-    workers = dataset.data.workers
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch types the loader by the dataset's item, not by what collate makes
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-    )
+    return Loader(dataset, [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)], pin)

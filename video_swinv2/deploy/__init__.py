@@ -1,1 +1,1 @@
-"""Using a trained model: predictions for files."""
+"""Using a trained model: predictions for files and streams, a page, retrieval, programs for others."""

@@ -10,19 +10,31 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.intervals import (
+    Interval,
+    bootstrap,
+    class_mean,
+    shares,
+    source_numbers,
+    together,
+    wilson,
+)
 from video_swinv2.evaluation.scores import Scores
 
-BOOTSTRAP_DRAWS = 10_000
 _CHUNK_VIDEOS = 1024
 
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """One class: its scored videos and the share of them answered rightly, None where there are none."""
+    """One class: its scored videos and the share of them answered rightly, None where there are none.
+
+    The interval is Wilson's with the sources of the class, not their videos, as independent trials: rather too wide.
+    """
 
     name: str
     n: int
     accuracy: float | None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -37,19 +49,25 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of one test; fractions in 0..1. Accuracies are over scored videos, bounds over all that were listed."""
+    """Figures of one test; fractions in 0..1. Accuracies are over scored videos, bounds over all that were listed.
+
+    Intervals are of 95 %, from resamples of the `sources` that the scored videos were cut from.
+    """
 
     top1: float
     top5: float
     mean_class_accuracy: float
-    top1_interval: tuple[float, float]
-    top1_bounds: tuple[float, float]
+    top1_interval: Interval
+    top5_interval: Interval
+    mean_class_accuracy_interval: Interval
+    top1_bounds: Interval
     per_class: tuple[ClassAccuracy, ...]
     confusion: NDArray[np.int64]
     confused_pairs: tuple[ConfusedPair, ...]
     listed: int
     scored: int
     failed: int
+    sources: int
 
     def figures(self) -> dict[str, Any]:
         """The accuracies as every result file names them."""
@@ -58,6 +76,8 @@ class Metrics:
             "top5": self.top5,
             "mean_class_accuracy": self.mean_class_accuracy,
             "top1_interval": list(self.top1_interval),
+            "top5_interval": list(self.top5_interval),
+            "mean_class_accuracy_interval": list(self.mean_class_accuracy_interval),
             "top1_bounds": list(self.top1_bounds),
         }
 
@@ -91,17 +111,6 @@ def ranking(probabilities: NDArray[np.float64], top: int) -> NDArray[np.int64]:
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
 
 
-def bootstrap_interval(correct: int, n: int, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of an accuracy over `n` videos.
-
-    Drawing n videos with replacement and counting the right ones is drawing from Binomial(n, correct / n), so all
-    resamples are one call and no resample is ever built.
-    """
-    draws = np.random.default_rng(seed).binomial(n, correct / n, BOOTSTRAP_DRAWS) / n
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: int = 12) -> tuple[ConfusedPair, ...]:
     """The `most` commonest wrong answers, by count, then by share of the class. confusion: (K, K), rows are labels."""
     wrong = confusion.copy()
@@ -115,41 +124,75 @@ def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: 
 
 def compute_metrics(scores: Scores, *, average: str = "prob", seed: int = 0) -> Metrics:
     """All figures of a test; `seed` is the bootstrap's. Raises UserError where not one video was scored."""
+    return measure_scores(scores, video_probabilities(scores, average), seed=seed)
+
+
+def measure_scores(scores: Scores, probabilities: NDArray[np.float64], *, seed: int) -> Metrics:
+    """The same where (scored videos, K) probabilities are there already."""
     # Videos that failed in preparation are no entries any more, but they were listed: leaving them out would flatter.
     listed, labels = len(scores.paths) + scores.metadata.get("lost_in_preparation", 0), scores.labels[scores.scored]
     if labels.size == 0:
         first = f"; the first: {scores.paths[0]}: {scores.reasons[0]}" if scores.paths else ""
         raise UserError(f"no accuracy: none of the {listed} listed videos could be scored{first}")
-    return measure(labels, ranking(video_probabilities(scores, average), 5), scores.classes, listed=listed, seed=seed)
+    sources = sources_of(scores)
+    return measure(labels, ranking(probabilities, 5), scores.classes, listed=listed, seed=seed, sources=sources)
+
+
+def sources_of(scores: Scores) -> NDArray[np.int64]:
+    """(scored videos,) number of the source each was cut from; each its own where the scores do not tell."""
+    origins = scores.metadata.get("origins") or [""] * len(scores.paths)
+    return source_numbers([origin for origin, scored in zip(origins, scores.scored, strict=True) if scored])
 
 
 def measure(
-    labels: NDArray[np.int64], ranked: NDArray[np.int64], names: tuple[str, ...], *, listed: int, seed: int
+    labels: NDArray[np.int64],
+    ranked: NDArray[np.int64],
+    names: tuple[str, ...],
+    *,
+    listed: int,
+    seed: int,
+    sources: NDArray[np.int64] | None = None,
 ) -> Metrics:
     """The same from answers: labels (N,) of N >= 1 samples, ranked (N, up to 5) classes, the best first, -1 for none.
 
-    `listed` counts the samples that were meant to be scored, N of which were.
+    `listed` counts the samples that were meant to be scored, N of which were. sources: (N,) number of the source of
+    each; by default each is its own.
     """
-    classes = np.arange(len(names))
+    sources = np.arange(labels.size) if sources is None else sources
     answers, hits = ranked[:, 0], (ranked == labels[:, None]).any(axis=1)
+    right = answers == labels
+    confusion = confusion_matrix(labels, answers, labels=np.arange(len(names)))
+    per_class = _per_class(labels, answers, names, sources)
+    drawn = together(shares(np.stack([right, hits], axis=1).astype(np.float64)), class_mean(labels, right))
+    intervals = [(float(low), float(high)) for low, high in bootstrap(drawn, sources, seed)]
     correct = int(accuracy_score(labels, answers, normalize=False))
-    counts = np.bincount(labels, minlength=classes.size)
-    recall = recall_score(labels, answers, labels=classes, average=None, zero_division=0.0)
-    confusion = confusion_matrix(labels, answers, labels=classes)
     failed = listed - labels.size
     return Metrics(
         top1=correct / labels.size,
         top5=float(hits.mean()),
-        mean_class_accuracy=float(recall[counts > 0].mean()),
-        top1_interval=bootstrap_interval(correct, labels.size, seed),
+        mean_class_accuracy=float(np.mean([row.accuracy for row in per_class if row.accuracy is not None])),
+        top1_interval=intervals[0],
+        top5_interval=intervals[1],
+        mean_class_accuracy_interval=intervals[2],
         top1_bounds=(correct / listed, (correct + failed) / listed),
-        per_class=tuple(
-            ClassAccuracy(name, int(n), float(share) if n else None)
-            for name, n, share in zip(names, counts, recall, strict=True)
-        ),
+        per_class=per_class,
         confusion=confusion,
         confused_pairs=most_confused(confusion, names),
         listed=listed,
         scored=int(labels.size),
         failed=failed,
+        sources=len(np.unique(sources)),
+    )
+
+
+def _per_class(
+    labels: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...], sources: NDArray[np.int64]
+) -> tuple[ClassAccuracy, ...]:
+    classes = np.arange(len(names))
+    recall = recall_score(labels, answers, labels=classes, average=None, zero_division=0.0)
+    counts = np.bincount(labels, minlength=classes.size)
+    trials = np.bincount(np.unique(np.stack([labels, sources]), axis=1)[0], minlength=classes.size)
+    return tuple(
+        ClassAccuracy(name, int(n), float(share), wilson(float(share), int(of))) if n else ClassAccuracy(name, 0, None)
+        for name, n, share, of in zip(names, counts, recall, trials, strict=True)
     )

@@ -222,7 +222,7 @@ def _answers(
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
-    """Named as in a test's result.json."""
+    """Named as in a test's results.json."""
     return {
         **metrics.figures(),
         "test": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},

@@ -58,12 +58,15 @@ class Group:
 
 
 class VideoGroups(Dataset[Group]):
-    """The videos of a test in groups of `group_videos`; item i reads the i-th group."""
+    """The videos of a test in groups of `group_videos`; item i reads the i-th group.
+
+    The views of several protocols follow one another, all from one decode of the video.
+    """
 
     def __init__(
         self,
         entries: Sequence[Item],
-        protocol: Protocol,
+        protocol: Protocol | Sequence[Protocol],
         preprocessing: Preprocessing,
         *,
         group_videos: int,
@@ -72,7 +75,7 @@ class VideoGroups(Dataset[Group]):
         time_limit_seconds: float,
     ) -> None:
         self.entries = entries
-        self.protocol = protocol
+        self.protocols = (protocol,) if isinstance(protocol, Protocol) else tuple(protocol)
         self.preprocessing = preprocessing
         self.group_videos = group_videos
         self.frame_order = frame_order
@@ -91,6 +94,11 @@ class VideoGroups(Dataset[Group]):
         """How long reading one video may take before its process is taken for hung."""
         return _CLOCKS_PER_VIDEO * self.time_limit_seconds + _GRACE_SECONDS
 
+    @property
+    def views(self) -> int:
+        """Views of one video, of all protocols."""
+        return sum(protocol.views for protocol in self.protocols)
+
     def positions(self, number: int) -> range:
         """Places in `entries` of the videos of a group."""
         first = number * self.group_videos
@@ -102,18 +110,19 @@ class VideoGroups(Dataset[Group]):
         try:
             if is_image(entry):
                 picture = read_member(entry) if isinstance(entry, Member) else read_image(entry.path)
-                pixels, views = cut_image(picture, self.protocol, self.preprocessing)
-                return VideoRecord(position, views), pixels
+                seen = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
+                views = tuple(view for _, views in seen for view in views)
+                return VideoRecord(position, views), torch.cat([pixels for pixels, _ in seen])
             with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
-                pixels, views = cut_views(
+                pixels, views, stand_ins = cut_views(
                     reader,
-                    self.protocol,
+                    self.protocols,
                     self.preprocessing,
                     frame_order=self.frame_order,
                     seed=self.seed,
                     name=entry.name,
                 )
-                return VideoRecord(position, views, stand_ins=reader.missing), pixels
+                return VideoRecord(position, views, stand_ins=stand_ins), pixels
         except UserError as error:
             return VideoRecord(position, reason=str(error).removeprefix(f"{entry.path}: ")), None
         except Exception as error:  # a test of hours must not end at one file, whatever a decoder throws
@@ -130,7 +139,7 @@ class VideoGroups(Dataset[Group]):
 
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
         """One tensor for the whole group."""
-        shape = (len(videos), self.protocol.views, *pixels_shape(self.preprocessing))
+        shape = (len(videos), self.views, *pixels_shape(self.preprocessing))
         pixels = torch.zeros(shape, dtype=torch.uint8)
         for row, (_, part) in zip(pixels, videos, strict=True):
             if part is not None:
@@ -170,6 +179,14 @@ def deliver_groups(
             deliver(_read_apart(groups, number), waited)
             done.add(number)
     return waited
+
+
+def videos_of_a_group(views: int, batch: int) -> int:
+    """The fewest videos of `views` views each that fill nine tenths of their batches of `batch` views."""
+    videos = 1
+    while 10 * videos * views < 9 * batch * math.ceil(videos * views / batch):
+        videos += 1
+    return videos
 
 
 def default_workers() -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Scores:
 
     paths: N names as listed. labels: (N,) int64, indices in classes. logits: (N, V, K) float16, NaN for a failed video.
     views: (N, V, 5) int32, columns as VIEW_FIELDS, in frames and in pixels of the resized frame; -1 for a failed video.
-    reasons: N texts, empty for a scored video. metadata: plain JSON that says what the scores are.
+    reasons: N texts, empty for a scored video. metadata: plain JSON that says what the scores are; `origins` in it is
+    the video each was cut from ('' unknown), absent where nothing is known.
     """
 
     paths: tuple[str, ...]
@@ -89,6 +91,26 @@ def load_scores(path: Path) -> Scores:
     if arrays["status"].tolist() != np.where(scores.scored, OK, FAILED).tolist():
         raise UserError(f"{path}: status and reasons disagree; run the test again")
     return scores
+
+
+def in_class_order(scores: Scores, classes: tuple[str, ...], source: str) -> Scores:
+    """The same scores with columns and labels in the order of `classes`, matched by name.
+
+    UserError naming `source` and a class where the two are not the same classes.
+    """
+    if scores.classes == classes:
+        return scores
+    for name, those in ((name, classes) for name in scores.classes if name not in set(classes)):
+        nearest = difflib.get_close_matches(name, those, n=1, cutoff=0.0)
+        hint = f"the nearest is {nearest[0]!r}" if nearest else "there are none"
+        raise UserError(f"{source}: its class {name!r} is not one of the {len(those)} wanted ({hint}); rename it")
+    if len(scores.classes) != len(classes):
+        absent = next(name for name in classes if name not in scores.classes)
+        raise UserError(f"{source}: has no class {absent!r}, which the others have; compare tests of the same classes")
+    place = {name: number for number, name in enumerate(scores.classes)}
+    order = np.array([place[name] for name in classes], dtype=np.int64)
+    labels = np.argsort(order)[scores.labels]
+    return replace(scores, classes=classes, labels=labels, logits=scores.logits[:, :, order])
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:

@@ -1,81 +1,43 @@
-"""One test: a model file, a split and a protocol in; scores, figures and a report out, on any number of processes."""
+"""One test: a model file, a split and protocols in; scores, figures and reports out, on any number of processes.
+
+G videos of a group, V views of each by all protocols, K classes.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-import shutil
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import video_swinv2
-from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.data.transforms import normalise
-from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.listing import ClassesBy, is_image, read_split, views_of
-from video_swinv2.evaluation.metrics import Metrics, compute_metrics
-from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, parse_overrides, use_bf16
-from video_swinv2.evaluation.protocols import Protocol, find_protocol
-from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.report import save_strips, write_report
-from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, save_scores, write_arrays
-from video_swinv2.files import sha256, write_json
+from video_swinv2.errors import UserError
+from video_swinv2.evaluation.listing import ClassesBy
+from video_swinv2.evaluation.markdown import accuracy_line
+from video_swinv2.evaluation.metrics import video_probabilities
+from video_swinv2.evaluation.mistakes import MOST_MISTAKES, film_strip, surest_mistakes
+from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides, use_bf16
+from video_swinv2.evaluation.planning import TestPlan, identify, plan_test, record_protocol, record_test
+from video_swinv2.evaluation.protocols import find_protocol
+from video_swinv2.evaluation.reading import Group, VideoRecord, default_workers, deliver_groups
+from video_swinv2.evaluation.report import write_report
+from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, save_scores, write_arrays
+from video_swinv2.evaluation.shards import ShardFolder, Share
+from video_swinv2.files import hold
 from video_swinv2.progress import Progress
-from video_swinv2.training.runtime import World, start, stop
-from video_swinv2.weights.store import ModelCard, Preprocessing, load_model, model_file, read_card
+from video_swinv2.training.runtime import World, gather, start, stop
+from video_swinv2.weights.store import Preprocessing, load_model
 
-__all__ = ["TestOverrides", "answer_views", "make_result", "merge_shares", "parse_overrides", "run_test", "summary"]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything settled before the first video is opened."""
-
-    model_path: Path
-    card: ModelCard
-    preprocessing: Preprocessing
-    protocol: Protocol
-    manifest: Manifest
-    overrides: TestOverrides
-    out: Path
-
-    @property
-    def unit(self) -> str:
-        """What the samples are called."""
-        return "images" if is_image(self.manifest.entries[0]) else "videos"
-
-    @property
-    def groups(self) -> VideoGroups:
-        return VideoGroups(
-            self.manifest.entries,
-            self.protocol,
-            self.preprocessing,
-            group_videos=max(1, self.overrides.batch_views // self.protocol.views),
-            frame_order=self.overrides.frame_order,
-            seed=self.overrides.seed,
-            time_limit_seconds=self.overrides.time_limit_seconds,
-        )
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one process scored: rows of `videos` (places in the list), and the times it took."""
-
-    videos: NDArray[np.int64]
-    logits: NDArray[np.float16]
-    views: NDArray[np.int32]
-    stand_ins: NDArray[np.int32]
-    reasons: NDArray[np.str_]
-    seconds: NDArray[np.float64]
+__all__ = ["TestOverrides", "answer_views", "parse_overrides", "run_test", "run_tests", "summary"]
+_REPORTED = ("strips.npz", "results.json", "report.html", "report.md")
 
 
 def run_test(
@@ -88,33 +50,66 @@ def run_test(
     classes_by: ClassesBy = "name",
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """Score every video of a split and write scores.npz, strips.npz, result.json and report.html to `out`.
+    """`run_tests` with one protocol; returns what its results.json holds."""
+    results = run_tests(
+        model_path, data, protocols=protocol, split=split, out=out, classes_by=classes_by, overrides=overrides
+    )
+    return next(iter(results.values()))
 
-    A tree of images is tested likewise, each image as a video of one frame; classes_by: see `read_split`. Returns what
-    result.json holds, on every process. Started by torchrun, deepspeed or srun it shares the work; the scores do not
-    depend on how many share it. Raises UsageError before any work for what cannot be right (a label the model does not
-    know, an unlabelled video) and UserError where no video, or not every video, could be scored.
+
+def run_tests(
+    model_path: Path | str,
+    data: Path | str,
+    *,
+    protocols: str,
+    split: str,
+    out: Path | str,
+    classes_by: ClassesBy = "name",
+    overrides: TestOverrides | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score every video of a split and write scores.npz, strips.npz, results.json, report.md and report.html to `out`.
+
+    protocols: names joined by commas, see `find_protocol`; several share one decode of each video, and each gets a
+    folder in `out`. A tree of images is tested likewise, each image as a video of one frame; classes_by: see
+    `read_split`. Returns what each protocol's results.json holds, on every process. Started by torchrun, deepspeed or
+    srun it shares the work. Killed at any time and started again it goes on from the shards that were finished, on as
+    many processes as there are then; the scores depend on neither. Raises UsageError before any work for what cannot be
+    right (a label the model does not know, an unlabelled video) and UserError where no video, or not every video, could
+    be scored.
     """
-    plan = _make_plan(
-        Path(model_path), Path(data), protocol, split, classes_by, Path(out), overrides or TestOverrides()
+    chosen = overrides or TestOverrides()
+    plan = plan_test(
+        Path(model_path),
+        Path(data),
+        protocols=protocols,
+        split=split,
+        classes_by=classes_by,
+        out=Path(out),
+        overrides=chosen,
     )
     owns_group = not torch.distributed.is_initialized()
-    world = start(plan.overrides.device)
+    world = start(chosen.device)
     try:
-        if world.rank == 0:
-            _make_shares_folder(plan.out)
-        _meet(world)
-        started = time.perf_counter()
-        _save_share(_score_share(plan, world), _shares_folder(plan.out) / f"{world.rank:05d}.npz")
-        _meet(world)
-        if world.rank == 0:
-            _finish(plan, world, time.perf_counter() - started)
-        _meet(world)
+        with _alone(plan.out, world):
+            record = gather(world, record_test(plan, world) if world.rank == 0 else {})[0]
+            shards = ShardFolder(plan.out, identify(plan, record), len(plan.groups))
+            pending = gather(world, shards.open() if world.rank == 0 else [])[0]
+            record["shards_finished_before"] = shards.number - len(pending)
+            if world.rank == 0 and len(pending) < shards.number:
+                print(f"test: {shards.number - len(pending)} of {shards.number} parts are done", file=sys.stderr)
+            started = time.perf_counter()
+            _score(plan, world, shards, pending[world.rank :: world.size])
+            _meet(world)
+            if world.rank == 0:
+                _finish(plan, shards, record | {"seconds": round(time.perf_counter() - started, 3)})
+            _meet(world)
     finally:
         if owns_group:
             stop()
-    result: dict[str, Any] = json.loads((plan.out / "result.json").read_text(encoding="utf-8"))
-    return result
+    return {
+        protocol.name: json.loads((plan.folder(protocol) / "results.json").read_text(encoding="utf-8"))
+        for protocol in plan.protocols
+    }
 
 
 def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
@@ -128,26 +123,21 @@ def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing,
         return torch.cat(parts).cpu()
 
 
-def _make_plan(
-    model_path: Path,
-    data: Path,
-    protocol: str,
-    split: str,
-    classes_by: ClassesBy,
-    out: Path,
-    overrides: TestOverrides,
-) -> _Plan:
-    """Read what is small and refuse what cannot be right."""
-    chosen = find_protocol(protocol)
-    card = read_card(model_path)
-    if not card.classes:
-        raise UsageError(f"{model_path}: holds no class names, so no label can be checked; save the model with classes")
-    preprocessing = override_preprocessing(card.preprocessing, overrides)
-    manifest = read_split(data, split, card.classes, classes_by)
-    return _Plan(model_path, card, preprocessing, views_of(manifest, chosen, preprocessing), manifest, overrides, out)
+@contextmanager
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """No other test writes to `out` meanwhile; UserError if one does, or if `out` cannot be made."""
+    if world.rank:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+    with hold(out / ".lock", f"{out}: another test is writing here; wait for it or choose another --out"):
+        yield
 
 
-def _load(plan: _Plan, device: torch.device) -> nn.Module:
+def _load(plan: TestPlan, device: torch.device) -> nn.Module:
     overrides = plan.overrides
     model = load_model(
         plan.model_path,
@@ -159,30 +149,37 @@ def _load(plan: _Plan, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _score_share(plan: _Plan, world: World) -> _Share:
-    """Score every `world.size`-th group, from the rank-th on."""
-    model = _load(plan, world.device)
+def _score(plan: TestPlan, world: World, shards: ShardFolder, mine: Sequence[int]) -> None:
+    """Score the shards `mine`, one after the other, while the next videos are read, and keep each when it is whole."""
+    if not mine:
+        return
+    model, groups = _load(plan, world.device), plan.groups
     bf16 = use_bf16(plan.overrides.precision, world.device)
-    groups = plan.groups
-    mine = range(world.rank, len(groups), world.size)
     workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
-    answers: dict[int, tuple[Group, NDArray[np.float16]]] = {}
-    started = time.perf_counter()
-    total = sum(len(groups.positions(number)) for number in mine)
+    numbers = [number for shard in mine for number in shards.groups(shard)]
+    unfinished, kept = _Unfinished(plan), set[int]()
+    total = sum(len(groups.positions(number)) for number in numbers)
     with Progress("test", total, unit=plan.unit, shown=world.rank == 0) as progress:
 
         def answer(group: Group, waited: float) -> None:
+            # It may be broken off anywhere by the death of a reading process, and is then called again.
+            shard = shards.shard_of(group.number)
+            if shard in kept:
+                return
             logits = answer_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
-            answers[group.number] = (replace(group, pixels=torch.empty(0)), _as_stored(logits, group, plan))
+            unfinished.add(group, _as_stored(logits, group, plan))
+            if group.number == shards.groups(shard)[-1]:  # groups come in the order asked for
+                shards.save(shard, unfinished.share(shards.groups(shard), waited))
+                kept.add(shard)
+                unfinished.forget(shards.groups(shard))
             progress.advance(len(group.videos), waited)
 
-        waited = deliver_groups(groups, mine, workers, answer)
-    return _collect([answers[number] for number in mine], plan, time.perf_counter() - started, waited)
+        deliver_groups(groups, numbers, workers, answer)
 
 
-def _as_stored(logits: Tensor, group: Group, plan: _Plan) -> NDArray[np.float16]:
+def _as_stored(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.float16]:
     """(G, V, K) float16. Raises UserError naming the video whose scores are not finite or do not fit."""
-    rows: NDArray[np.float32] = logits.view(len(group.videos), plan.protocol.views, -1).numpy()
+    rows: NDArray[np.float32] = logits.view(len(group.videos), -1, logits.shape[1]).numpy()
     for row, record in zip(rows, group.videos, strict=True):
         if record.reason:
             row[:] = np.nan
@@ -192,163 +189,141 @@ def _as_stored(logits: Tensor, group: Group, plan: _Plan) -> NDArray[np.float16]
     return rows.astype(np.float16)
 
 
-def _collect(
-    answers: Sequence[tuple[Group, NDArray[np.float16]]], plan: _Plan, seconds: float, waited: float
-) -> _Share:
-    records = [record for group, _ in answers for record in group.videos]
-    n_views, n_classes = plan.protocol.views, len(plan.card.classes)
+class _Unfinished:
+    """The groups of the shard in work, and the film strips of its surest mistakes, made while the pixels are there."""
+
+    def __init__(self, plan: TestPlan) -> None:
+        self._plan = plan
+        self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], bytes]]] = {}
+        # Probabilities of this process's surest mistakes by protocol and place: what is less sure is never shown.
+        self._surest: list[dict[tuple[int, int], float]] = [{} for _ in plan.protocols]
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def add(self, group: Group, logits: NDArray[np.float16]) -> None:
+        """Take a group whose (G, V, K) logits are known; taking it twice is taking it once."""
+        views = logits.shape[1]
+        strips: dict[tuple[int, int], bytes] = {}
+        for (protocol, columns), surest in zip(self._plan.columns(), self._surest, strict=True):
+            scores = self._scores_of(group, logits[:, columns])
+            for mistake in surest_mistakes(scores, video_probabilities(scores, protocol.average)):
+                view = columns.start + mistake.view
+                place = (group.videos[mistake.position].position, view)
+                surest[place] = mistake.answer_probability
+                if len(surest) > MOST_MISTAKES:
+                    del surest[min(surest, key=lambda other: (surest[other], -other[0]))]  # of equals the later one
+                if place in surest:
+                    strips[place] = film_strip(group.pixels[mistake.position * views + view])
+        self._groups[group.number] = group.videos, logits, strips
+
+    def share(self, numbers: Sequence[int], waited: float) -> Share:
+        """The groups `numbers`; `waited` are the seconds spent waiting for the reading so far, in all."""
+        groups = [self._groups[number] for number in numbers]
+        records = [record for videos, _, _ in groups for record in videos]
+        strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
+        logits, now = np.concatenate([logits for _, logits, _ in groups]), time.perf_counter()
+        share = Share(
+            videos=np.array([record.position for record in records], dtype=np.int64),
+            logits=logits,
+            views=_places(records, logits.shape[1]),
+            stand_ins=np.array([record.stand_ins for record in records], dtype=np.int32),
+            reasons=np.array([record.reason for record in records], dtype=np.str_),
+            seconds=np.array([now - self._started, waited - self._waited]),
+            strip_places=np.array(list(strips), dtype=np.int64).reshape(-1, 2),
+            strip_bytes=np.array([len(strip) for strip in strips.values()], dtype=np.int64),
+            strips=np.frombuffer(b"".join(strips.values()), dtype=np.uint8),
+        )
+        self._started, self._waited = now, waited
+        return share
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Groups that are kept elsewhere."""
+        for number in numbers:
+            self._groups.pop(number, None)
+
+    def _scores_of(self, group: Group, logits: NDArray[np.float16]) -> Scores:
+        entries = [self._plan.manifest.entries[record.position] for record in group.videos]
+        return Scores(
+            paths=tuple(entry.name for entry in entries),
+            labels=np.array([entry.label for entry in entries], dtype=np.int64),
+            logits=logits,
+            views=np.zeros((*logits.shape[:2], len(VIEW_FIELDS)), dtype=np.int32),
+            reasons=tuple(record.reason for record in group.videos),
+            classes=self._plan.card.classes,
+            metadata={},
+        )
+
+
+def _places(records: Sequence[VideoRecord], n_views: int) -> NDArray[np.int32]:
+    """(N, V, 5) where each view was, columns as VIEW_FIELDS."""
     views = np.full((len(records), n_views, len(VIEW_FIELDS)), NO_VIEW, dtype=np.int32)
     for row, record in zip(views, records, strict=True):
         if not record.reason:
             row[:] = [(view.start, *view.box) for view in record.views]
-    return _Share(
-        videos=np.array([record.position for record in records], dtype=np.int64),
-        logits=np.concatenate([np.empty((0, n_views, n_classes), np.float16), *(logits for _, logits in answers)]),
-        views=views,
-        stand_ins=np.array([record.stand_ins for record in records], dtype=np.int32),
-        reasons=np.array([record.reason for record in records], dtype=np.str_),
-        seconds=np.array([seconds, waited]),
-    )
+    return views
 
 
-def _save_share(share: _Share, path: Path) -> None:
-    write_arrays(path, {name: getattr(share, name) for name in _Share.__dataclass_fields__})
-
-
-def merge_shares(shares: Sequence[_Share], n: int) -> _Share:
-    """The rows of all processes in the order of the list of `n` videos; raises UserError unless each is there once."""
-    videos = np.concatenate([share.videos for share in shares])
-    times = np.bincount(videos, minlength=n)
-    if times.size != n or (times != 1).any():
-        missing, twice = int((times == 0).sum()), int((times > 1).sum())
-        raise UserError(f"of {n} videos {missing} were not scored and {twice} more than once; run the test again")
-    order = np.argsort(videos)
-    joined = {
-        name: np.concatenate([getattr(share, name) for share in shares])[order]
-        for name in ("videos", "logits", "views", "stand_ins", "reasons")
+def _finish(plan: TestPlan, shards: ShardFolder, record: dict[str, Any]) -> None:
+    """On the first process: join the shards, then write scores, strips, figures and report of each protocol."""
+    entries = plan.manifest.entries
+    joined = shards.join(len(entries))
+    if not (joined.reasons == "").any():
+        shards.remove()  # whatever is mended, all of it has to be read again
+    spent, waited = joined.seconds.tolist()
+    record = record | {
+        "process_seconds": round(spent, 3),
+        "decode_wait_share": round(waited / max(spent, 1e-9), 4),
+        "videos_with_damaged_frames": int((joined.stand_ins > 0).sum()),
     }
-    return _Share(**joined, seconds=np.sum([share.seconds for share in shares], axis=0))
+    for protocol, columns in plan.columns():
+        scores = Scores(
+            paths=tuple(entry.name for entry in entries),
+            labels=np.array([entry.label for entry in entries], dtype=np.int64),
+            logits=joined.logits[:, columns],
+            views=joined.views[:, columns],
+            reasons=tuple(joined.reasons.tolist()),
+            classes=plan.card.classes,
+            metadata=record | record_protocol(plan, protocol),
+        )
+        pictures = {(video, view - columns.start): jpeg for (video, view), jpeg in joined.pictures().items()}
+        _write_results(plan.folder(protocol), scores, pictures)
+    shards.remove()
 
 
-def _finish(plan: _Plan, world: World, seconds: float) -> None:
-    """On the first process: join the shares, then write scores, strips, figures and report."""
-    folder = _shares_folder(plan.out)
-    files = [folder / f"{rank:05d}.npz" for rank in range(world.size)]
-    merged = merge_shares(
-        [_Share(**read_arrays(file, "`out` must be a folder that all processes share")) for file in files],
-        len(plan.manifest.entries),
-    )
-    metadata = _metadata(plan, world) | {
-        "seconds": round(seconds, 3),
-        "decode_wait_share": round(float(merged.seconds[1] / max(merged.seconds[0], 1e-9)), 4),
-        "videos_with_damaged_frames": int((merged.stand_ins > 0).sum()),
-    }
-    scores = Scores(
-        paths=tuple(entry.name for entry in plan.manifest.entries),
-        labels=np.array([entry.label for entry in plan.manifest.entries], dtype=np.int64),
-        logits=merged.logits,
-        views=merged.views,
-        reasons=tuple(merged.reasons.tolist()),
-        classes=plan.card.classes,
-        metadata=metadata,
-    )
-    save_scores(scores, plan.out / "scores.npz")
-    for name in ("strips.npz", "result.json", "report.html"):  # of an earlier test, if the figures cannot be had
-        (plan.out / name).unlink(missing_ok=True)
-    metrics = compute_metrics(scores, average=plan.protocol.average, seed=plan.overrides.seed)
-    save_strips(plan.out, scores, plan.groups)
-    result = make_result(metrics, metadata)
-    write_json(plan.out / "result.json", result)
-    write_report(plan.out)
-    shutil.rmtree(folder)
+def _write_results(out: Path, scores: Scores, pictures: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
+    out.mkdir(exist_ok=True)
+    save_scores(scores, out / "scores.npz")
+    for name in _REPORTED:  # of an earlier test, if the figures cannot be had
+        (out / name).unlink(missing_ok=True)
+    shown = surest_mistakes(scores, video_probabilities(scores, scores.metadata["average"]))
+    places = [(mistake.position, mistake.view) for mistake in shown]
+    strips = [(place[0], pictures[place]) for place in places if place in pictures]
+    positions = {"positions": np.array([position for position, _ in strips], dtype=np.int64)}
+    write_arrays(out / "strips.npz", positions | {f"jpeg_{i:03d}": jpeg for i, (_, jpeg) in enumerate(strips)})
+    write_report(out)
 
 
-def make_result(metrics: Metrics, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What result.json holds: the figures, fractions in 0..1, and the record of the test."""
-    return {
-        **metrics.figures(),
-        "per_class": [asdict(row) for row in metrics.per_class],
-        "videos": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
-        **metadata,
-    }
+def summary(results: dict[str, dict[str, Any]], out: Path | str) -> str:
+    """The results by protocol in a few lines for people."""
+    folders = {name: Path(out) if len(results) == 1 else Path(out) / find_protocol(name).folder for name in results}
+    return "\n".join(line for name, result in results.items() for line in _lines(result, folders[name]))
 
 
-def _metadata(plan: _Plan, world: World) -> dict[str, Any]:
-    """What the scores are of: enough to repeat the test, or to refuse a comparison."""
-    preprocessing, overrides = plan.preprocessing, plan.overrides
-    return {
-        "unit": plan.unit,
-        "protocol": plan.protocol.name,
-        "protocol_source": plan.protocol.source,
-        "average": plan.protocol.average,
-        "views": plan.protocol.views,
-        "frames": preprocessing.frames,
-        "frame_stride": preprocessing.frame_stride,
-        "image_size": list(preprocessing.image_size),
-        "frame_order": overrides.frame_order,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-        "model": {
-            "path": str(plan.model_path),
-            "sha256": sha256(model_file(plan.model_path)),
-            "architecture": plan.card.architecture,
-            "provenance": plan.card.provenance,
-        },
-        "overrides": {key: value for key, value in asdict(overrides).items() if value is not None},
-        "classes_sha256": class_list_hash(plan.card.classes),
-        "data": str(plan.manifest.root),
-        "split": plan.manifest.split,
-        "data_fingerprint": plan.manifest.fingerprint,
-        "lost_in_preparation": plan.manifest.lost,
-        "decoder": f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}",
-        "versions": {
-            "video_swinv2": video_swinv2.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "device": _device_name(world.device),
-        "precision": "bf16" if use_bf16(overrides.precision, world.device) else "fp32",
-        "processes": world.size,
-        "seed": overrides.seed,
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-def _meet(world: World) -> None:
-    if world.size > 1:
-        torch.distributed.barrier()
-
-
-def _shares_folder(out: Path) -> Path:
-    return out / "shares"
-
-
-def _make_shares_folder(out: Path) -> None:
-    """An empty folder for the shares: what an interrupted test left there must not be merged."""
-    shutil.rmtree(_shares_folder(out), ignore_errors=True)
-    try:
-        _shares_folder(out).mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-
-
-def summary(result: dict[str, Any], out: Path | str) -> str:
-    """The result in a few lines for people."""
-    low, high = (100 * bound for bound in result["top1_interval"])
+def _lines(result: dict[str, Any], out: Path) -> list[str]:
     videos = result["videos"]
-    lines = [
-        f"top-1 {100 * result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
-        f"top-5 {100 * result['top5']:.2f} %, mean class accuracy {100 * result['mean_class_accuracy']:.2f} %",
-        f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['protocol']}, {result['views']} "
-        f"view(s) each, data {result['data_fingerprint'][:12]}, {result['seconds']:.1f} seconds",
-    ]
+    keys = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
+    lines = [accuracy_line(result, key, words) for key, words in keys.items()]
+    lines.append(
+        f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['views']} view(s) each, "
+        f"{result['seconds']:.1f} seconds"
+    )
     if videos["failed"]:
         low, high = (100 * bound for bound in result["top1_bounds"])
         lines.append(f"{videos['failed']} failed: top-1 of all listed lies between {low:.2f} and {high:.2f} %")
     if result["frame_order"] != "in-order":
         lines.append(f"frames were {result['frame_order']}: no accuracy to quote")
-    return "\n".join([*lines, f"report: {Path(out) / 'report.html'}"])
+    return [*lines, f"report: {out / 'report.html'}"]
+
+
+def _meet(world: World) -> None:
+    if world.size > 1:
+        torch.distributed.barrier()

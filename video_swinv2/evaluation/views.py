@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from video_swinv2.data.decode import VideoReader, size_for
+from video_swinv2.data.decode import DecodeError, VideoReader, size_for
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, View, plan_views, short_side
 from video_swinv2.weights.store import Preprocessing
@@ -34,35 +39,125 @@ def read_views(
     Raises DecodeError for a video that cannot be read and UsageError for an unknown frame order.
     """
     with VideoReader(path, time_limit_seconds=time_limit_seconds) as reader:
-        pixels, views = cut_views(
-            reader, protocol, preprocessing, frame_order=frame_order, seed=seed, name=name or str(path)
+        pixels, views, _ = cut_views(
+            reader, (protocol,), preprocessing, frame_order=frame_order, seed=seed, name=name or str(path)
         )
     return pixels, views
 
 
 def cut_views(
     reader: VideoReader,
-    protocol: Protocol,
+    protocols: Sequence[Protocol],
     preprocessing: Preprocessing,
     *,
     frame_order: str,
     seed: int,
     name: str,
-) -> tuple[Tensor, tuple[View, ...]]:
-    """The same for a reader that is open, by one call of its `frames`."""
+) -> tuple[Tensor, tuple[View, ...], int]:
+    """The same for a reader that is open and several protocols, whose views follow one another.
+
+    One forward pass: each picture is resized as it is decoded, once for each size the protocols ask for, and its crops
+    are kept; nothing else is. Also returns how many of the frames were damaged and stood in for by their neighbours.
+    """
     frames, stride = clip_length(preprocessing)
-    side = short_side(*reader.size, preprocessing.image_size, protocol.resize)
-    shown = size_for(reader.size, side)
-    views = plan_views(protocol, len(reader), *shown, frames, stride, preprocessing.image_size)
-    views = tuple(_reorder(view, frame_order, seed, name, place) for place, view in enumerate(views))
-    needed = sorted({index for view in views for index in view.indices})
-    pictures = reader.frames(needed, short_side=side)
-    pixels = torch.empty((len(views), 3, frames, *preprocessing.image_size), dtype=torch.uint8)
-    for view, clip in zip(views, pixels, strict=True):
-        top, left, height, width = view.box
-        rows = torch.from_numpy(np.searchsorted(needed, view.indices))
-        clip.copy_(pictures[:, :, top : top + height, left : left + width][rows].transpose(0, 1))
-    return (pixels if preprocessing.frames is not None else pixels.squeeze(2)), views
+    views: list[View] = []
+    places: dict[int, list[tuple[int, int, int]]] = {}  # frame -> (view, step, short side) that show it
+    for protocol in protocols:
+        side = short_side(*reader.size, preprocessing.image_size, protocol.resize)
+        shown = size_for(reader.size, side)
+        plan = plan_views(protocol, len(reader), *shown, frames, stride, preprocessing.image_size, reader.fps)
+        for place, view in enumerate(plan):
+            ordered = _reorder(view, frame_order, seed, name, place)
+            for step, index in enumerate(ordered.indices):
+                places.setdefault(index, []).append((len(views), step, side))
+            views.append(ordered)
+    pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
+    shower = Shower(reader)
+    for index, frame in shower.frames(list(places)):
+        pictures = {side: shower.picture(frame, side) for side in {side for _, _, side in places[index]}}
+        for row, step, side in places[index]:
+            top, left, height, width = views[row].box
+            crop = pictures[side][top : top + height, left : left + width]
+            pixels[row, :, step] = crop.transpose(2, 0, 1)
+    clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
+    return clips, tuple(views), shower.stand_ins
+
+
+class Shower:
+    """The frames of an open video that are asked for, in one forward pass, as pictures of any size.
+
+    `stand_ins` counts the frames so far that could not be decoded and were stood in for by their neighbours.
+    """
+
+    def __init__(self, reader: VideoReader) -> None:
+        self.stand_ins = 0
+        self._reader = reader
+        self._reformatter = VideoReformatter()
+        self._longest = 0  # way from one key frame to the next, of those that were passed
+
+    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame as decoded) of `wanted`, mostly ascending. Raises DecodeError where nothing can be decoded."""
+        left = dict.fromkeys(sorted(wanted))
+        lost: list[int] = []
+        while left:
+            reached = yield from self._run(left)
+            passed = [index for index in left if index <= reached]
+            lost += passed
+            for index in passed:
+                del left[index]
+        # What is lost when decoding starts at a key frame may be there when it starts at the first.
+        if lost:
+            yield from self._from_the_start(lost)
+
+    def picture(self, frame: av.VideoFrame, side: int) -> NDArray[np.uint8]:
+        """The frame as shown, its short side `side` pixels -> uint8 (H, W, 3). The same bytes as VideoReader's."""
+        orientation = self._reader.orientation
+        height, width = size_for(self._reader.size, side)
+        if orientation.transpose:
+            height, width = width, height
+        picture = self._reformatter.reformat(
+            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
+        )
+        return orientation.apply(np.asarray(picture.to_ndarray(), dtype=np.uint8))
+
+    def _run(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
+        """Decode on from the key frame before the first of `left` to a gap that is worth a leap; the index reached.
+
+        Takes what it yields out of `left`.
+        """
+        key: int | None = None
+        for index, frame in self._reader.sequence(next(iter(left))):
+            if frame.key_frame:
+                self._longest = max(self._longest, index - (index if key is None else key))
+                key = index
+            if index not in left:
+                continue
+            del left[index]
+            yield index, frame
+            ahead = next((other for other in left if other > index), None)
+            # Where key frames go on as regularly, the one before the next frame wanted is still to come.
+            if ahead is None or 0 < self._longest < ahead - index:
+                return index
+        return math.inf
+
+    def _from_the_start(self, lost: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The lost frames: decoded after all, or the nearest earlier one that decodes, or else the next."""
+        waiting = list(lost)
+        before: av.VideoFrame | None = None
+        for index, frame in self._reader.sequence():
+            while waiting and waiting[0] < index:
+                self.stand_ins += 1
+                yield waiting.pop(0), before or frame
+            if waiting and waiting[0] == index:
+                yield waiting.pop(0), frame
+            if not waiting:
+                return
+            before = frame
+        if before is None:
+            raise DecodeError(f"{self._reader.path}: no frame can be decoded", "no_frames")
+        for index in waiting:
+            self.stand_ins += 1
+            yield index, before
 
 
 def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:

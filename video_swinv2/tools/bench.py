@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from video_swinv2.models.simmim import SimMIM, mask_cells, masked_l1, random_mas
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import Variant, create_model, find_variant
 from video_swinv2.models.windows import Size, layout, partition
+from video_swinv2.tools.measuring import clock_of, peak_of, product_speed
 
 Opponent = Literal["torchvision", "timm"]
 FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)  # what torchvision's Video Swin is built for
@@ -87,11 +87,11 @@ def bench_model(
     contest = _clips(name, batch, frames, pixels) if against == "torchvision" else _masked_images(name, batch, pixels)
     where = torch.device(device)
     torch.set_num_threads(threads)
-    clock = _clock(where)
+    clock = clock_of(where)
     models = [_build(contest, kind).to(where) for kind in ("ours", "peer")]
     x = torch.randn(contest.shape, device=where)
     races = [_race(what, models, x, rounds, clock) for what in contest.races]
-    gigaflops = _product_speed(where, clock)
+    gigaflops = product_speed(where, clock) / 1e9
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _build(contest, "ours").to("meta")(x.to("meta"))
     floor = counter.get_total_flops() / gigaflops / 1e9
@@ -244,28 +244,6 @@ def _run(model: nn.Module, x: Tensor, what: str) -> None:
     (out if out.ndim == 0 else out.square().mean()).backward()
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
-    if device.type == "cpu":
-        return time.process_time
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
-
-
-def _product_speed(device: torch.device, clock: Callable[[], float]) -> float:
-    """GFLOP/s of a large matrix product: what no model of products can exceed here."""
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    best = float("inf")
-    for _ in range(5):
-        started = clock()
-        a @ b
-        best = min(best, clock() - started)
-    return 2 * 2048**3 / best / 1e9
-
-
 def _profile(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
     """Shares of the CPU's (or GPU's) own time by kind of operator; the remainder is elementwise work and overhead."""
     activity = torch.profiler.ProfilerActivity
@@ -290,25 +268,7 @@ def _training_peak(contest: Contest, kind: str, device: str) -> int:
     torch.set_num_threads(1)
     model = _build(contest, kind).to(where)
     x = torch.randn(contest.shape, device=where)
-    return _peak(lambda: _run(model, x, "training step"), where)
-
-
-def _peak(work: Callable[[], None], device: torch.device) -> int:
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    # The kernel's high-water mark of this process, set back first; ru_maxrss would also count the parent's.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _status_bytes("VmHWM")
-    work()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return peak_of(lambda: _run(model, x, "training step"), where)
 
 
 def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
@@ -338,7 +298,7 @@ def _layer(case: dict[str, Any], heads: int, rounds: int, threads: int, device: 
     module = WindowAttention(32 * heads, heads, 3, backend).to(where).train(case["gradients"])
     x = partition(torch.randn(1, *plan.padded, 32 * heads, device=where), plan.window)
     x.requires_grad_(case["gradients"])
-    clock, seconds = _clock(where), []
+    clock, seconds = clock_of(where), []
 
     def once() -> None:
         with torch.set_grad_enabled(case["gradients"]):
@@ -347,7 +307,7 @@ def _layer(case: dict[str, Any], heads: int, rounds: int, threads: int, device: 
                 out.square().mean().backward()
 
     try:
-        peak = _peak(once, where)
+        peak = peak_of(once, where)
     except RuntimeError as error:  # out of memory is one, on CPUs and on GPUs
         return {"not_run": f"more memory than there is ({str(error).splitlines()[0][-80:]})"}
     for _ in range(rounds):

@@ -104,7 +104,7 @@ def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
     settings = [f"data.frame_order={order}", "engine.device=cpu"]
     title = f"test of {folder.name}, {PROTOCOL}, frames {order}"
     _step(title, *_verb("test"), model, str(data), "--protocol", PROTOCOL, "--out", str(out), *settings)
-    result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     keys = ("top1", "top1_interval", "top5", "mean_class_accuracy", "videos")
     return {key: result[key] for key in keys}
 

@@ -1,45 +1,74 @@
-"""What a training run will take before it is started: memory of a device, work, steps. Nothing is computed or loaded.
+"""What a training run will take before it is started: memory of a device, work, steps, files, hours.
 
-Weights, gradients and moments follow from the engine; activations from a micro-batch that goes through the model
-forward and backward with tensors that have shapes but no memory, in which every allocation is counted.
+Weights, gradients and moments follow from the engine (`states.py`), activations from a micro-batch that goes through
+the model without memory (`activations.py`); how fast this machine reads and computes is measured (`rates.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import labelled, unlabelled
+from video_swinv2.data.index import Member
 from video_swinv2.data.loading import plan_batch
+from video_swinv2.data.manifest import Entry
+from video_swinv2.data.mixture import Mixture
 from video_swinv2.errors import UsageError
-from video_swinv2.models.attention import choose
-from video_swinv2.models.sequential import BOUNDED
-from video_swinv2.models.simmim import SimMIM, mask_cells
-from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import shrink
-from video_swinv2.training.engine import BUCKET
-from video_swinv2.training.tasks import build_model
+from video_swinv2.models.simmim import SimMIM
+from video_swinv2.tools.activations import choose_backends, count_giga_macs, measure_pass, without_memory
+from video_swinv2.tools.rates import ReadRate, device_speed, read_rate
+from video_swinv2.tools.states import NUMBER, States, count, moments_of, states_of
+from video_swinv2.training.optim import freeze, linear_rule, parameter_groups
+from video_swinv2.training.speed import cores, training_flops
+from video_swinv2.training.tasks import build_model, resolved_mask
 
-NUMBER = 4  # bytes: weights, gradients and moments are fp32 in every engine
-LIVE = 1_000_000_000  # weights that DeepSpeed's ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
-ALL_REDUCE = 500_000_000  # gradients that its ZeRO-0 averages at a time
-MEASURED = 4  # samples at most that are sent through the model; beyond, memory grows by the same amount per sample
+Samples = Sequence[Entry | Member] | Mixture
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: int
+    decayed: int
+    """Of these, those with weight decay."""
+    lr: float
+    """At its peak, after the warm-up."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the run needs of time, per step and in all; None where the speed of a device is not known."""
+
+    flops_per_sample: int
+    """Forward and backward, and what activation checkpointing computes again."""
+    tflops: float | None
+    """That a device is taken to reach."""
+    step_seconds: float | None
+    hours: float | None
+    """Of training alone: validation, checkpoints and waiting for samples come on top."""
+    samples_per_second: float | None
+    """That each process has to be given."""
+    workers: int
+    read: ReadRate | None
+    """By one core here; None where it was not measured."""
+
+    @property
+    def workers_needed(self) -> int | None:
+        """Decoding processes per training process that keep up, on cores like one of these."""
+        if self.samples_per_second is None or self.read is None:
+            return None
+        return math.ceil(self.samples_per_second / self.read.per_second)
 
 
 @dataclass(frozen=True)
@@ -49,29 +78,36 @@ class Plan:
     model: str
     device: str
     parameters: int
+    trained: int
     giga_macs: float
-    """Multiply-accumulates of one sample's forward pass, in 10^9; training takes three times as many."""
+    """Multiply-accumulates of one sample's forward pass, in 10^9."""
     backends: tuple[str, ...]
     """Attention of each stage."""
+    engine: str
     processes: int
     batch: int
     micro_batch: int
     accumulation: int
     samples: int | None
+    """Of an epoch, each of `augment.repeats` counted."""
     steps_per_epoch: float | None
     steps: int | None
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int
-    """DeepSpeed's own: buckets of gradients, gathered weights."""
+    layers: tuple[Layer, ...]
+    states: States
     activations: int
     """The most that forward and backward of a micro-batch hold at once beside all the others."""
+    moments: dict[str, int]
+    """Bytes on the device at the fullest moments of a step."""
+    checkpoint: int
+    """Bytes of one on disk; the first process holds as much in host memory while it is written."""
+    files: int
+    """Bytes of all that a run keeps on disk: checkpoints, one being written, two model files."""
+    pace: Pace
 
     @property
     def peak(self) -> int:
-        """All of it: an upper bound, as if gradients and activations were at their most together."""
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        """The most a device holds at once."""
+        return max(self.moments.values())
 
 
 def make_plan(
@@ -81,274 +117,183 @@ def make_plan(
     samples: int | None = None,
     classes: int | None = None,
     pretraining: bool = False,
+    tflops: float | None = None,
+    measuring: bool = False,
 ) -> Plan:
     """The plan of `train` (or `pretrain`) with this configuration; `samples` and `classes` where the data is elsewhere.
 
-    `engine.device: auto` is planned as a GPU. UsageError for a configuration that could not be run.
+    tflops: what a device reaches in training, as `bench train` measures it. With `measuring` this machine's reading
+    and, without `tflops`, computing are tried for some seconds. `engine.device: auto` is planned as a GPU. UsageError
+    for a configuration that could not be run.
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give 1 or more")
     if config.engine.engine == "plain" and processes > 1:
         raise UsageError("engine: plain runs in one process; leave --processes away or use engine.engine=deepspeed")
-    samples, classes = _data(config, samples, classes, pretraining)
-    batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes)
+    here, samples, classes = _data(config, samples, classes, pretraining)
+    batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
     with torch.device("meta"):
         encoder = build_model(config, 0 if pretraining else classes)
+        if pretraining:
+            config = dataclasses.replace(config, mask=resolved_mask(config, encoder))
         module: nn.Module = SimMIM(encoder, config.mask.unit) if pretraining else encoder
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    freeze(encoder, config.optim.frozen_stages)
+    layers, sizes = _layers(module, encoder.depths, config)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
-    backends = _choose_backends(encoder, device)
+    flops = training_flops(encoder, frozen_stages=config.optim.frozen_stages, pretraining=pretraining)
+    backends = choose_backends(encoder, device)
     with without_memory(module):
-        giga_macs = _giga_macs(module, config)
-        activations = _activations(module, config, device, batch.micro)
+        giga_macs = count_giga_macs(module, config)
+        passed = measure_pass(module, config, device, batch.micro)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    counts = count(sizes, parameters, processes, batch.accumulation)
+    states = states_of(config.engine, counts, ema=config.optim.ema > 0, device=device)
+    steps = None if samples is None else max(1, round(config.optim.epochs * samples / batch.batch))
+    checkpoint = NUMBER * (parameters + (3 if config.optim.ema else 2) * counts.trained)
+    recomputed = 2e9 * giga_macs * min(config.model.checkpoint_blocks / sum(encoder.depths), 1)
+    share = batch.batch // processes
     return Plan(
         model=encoder.name,
         device=device,
         parameters=parameters,
+        trained=counts.trained,
+        giga_macs=giga_macs,
         backends=backends,
+        engine=_engine(config),
         processes=processes,
         batch=batch.batch,
         micro_batch=batch.micro,
         accumulation=batch.accumulation,
         samples=samples,
         steps_per_epoch=None if samples is None else samples / batch.batch,
-        steps=None if samples is None else max(1, round(config.optim.epochs * samples / batch.batch)),
-        activations=activations,
-        giga_macs=giga_macs,
-        **state_bytes(config, parameters, processes, batch.accumulation),
+        steps=steps,
+        layers=layers,
+        states=states,
+        activations=passed.activations,
+        moments=moments_of(states, passed, config.engine, counts, device),
+        checkpoint=checkpoint,
+        files=checkpoint * (config.keep_checkpoints + 1) + 2 * NUMBER * parameters,
+        pace=_pace(config, device, processes, int(flops + recomputed), share, steps, here, tflops, measuring),
     )
 
 
-def _data(config: Config, samples: int | None, classes: int | None, pretraining: bool) -> tuple[int | None, int]:
-    """Samples and classes as given, else counted in the data set if it is here, else unknown and Kinetics' 400."""
+def _data(
+    config: Config, samples: int | None, classes: int | None, pretraining: bool
+) -> tuple[Samples | None, int | None, int]:
+    """The entries if the data is here; samples and classes as given, else counted, else unknown and Kinetics' 400."""
     # Of a pattern of shards (name-{000..146}.tar) the folder.
     here = all((Path(source).parent if "{" in str(source) else Path(source)).exists() for source in config.data.source)
-    if here and pretraining and samples is None:
-        samples = len(unlabelled(config.data, validation=False))
-    elif here and not pretraining and (samples is None or classes is None):
+    repeats = config.augment.repeats
+    entries: Samples | None = None
+    if here and pretraining:
+        entries = unlabelled(config.data, validation=False, repeats=repeats)
+        samples = len(entries) if samples is None else samples * repeats
+    elif here:
         manifest = labelled(config.data, config.data.train_split)
-        samples = len(manifest.entries) if samples is None else samples
+        entries = manifest.entries
+        samples = repeats * (len(entries) if samples is None else samples)
         classes = len(manifest.classes) if classes is None else classes
-    return samples, 400 if classes is None else classes
+    elif samples is not None:
+        samples *= repeats
+    return entries, samples, 400 if classes is None else classes
 
 
-def state_bytes(config: Config, parameters: int, processes: int, accumulation: int) -> dict[str, int]:
-    """Weights, gradients, moments and DeepSpeed's buffers on one device, as `training/engine.py` keeps them.
-
-    AdamW's two moments are always there. From ZeRO-1 on the optimizer updates its own copy of the weights it owns.
-    """
-    piece = math.ceil(parameters / processes)
-    if config.engine.engine == "plain":
-        numbers = (parameters, parameters, 2 * parameters, 0)
-    elif config.engine.zero_stage == 0:
-        numbers = (parameters, parameters, 2 * parameters, min(parameters, ALL_REDUCE))
-    elif config.engine.zero_stage == 1:
-        # Gradients are cut up at the end of a step only; until then accumulated ones are whole.
-        whole = parameters if accumulation > 1 else 0
-        numbers = (parameters, piece + whole, 3 * piece, BUCKET)
-    elif config.engine.zero_stage == 2:
-        numbers = (parameters, piece, 3 * piece, BUCKET)
-    else:
-        numbers = (piece, piece, 3 * piece, BUCKET + min(parameters, LIVE))
-    keys = ("weights", "gradients", "optimizer", "buffers")
-    return {key: NUMBER * count for key, count in zip(keys, numbers, strict=True)}
-
-
-def _grids(encoder: SwinV2) -> Iterator[tuple[int, ...]]:
-    """Tokens per axis of every stage."""
-    pixels = encoder.image_size if encoder.frames is None else (encoder.frames, *encoder.image_size)
-    grid = tuple(math.ceil(size / patch) for size, patch in zip(pixels, encoder.patch_size, strict=True))
-    for _ in encoder.depths:
-        yield grid
-        grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
+def _layers(module: nn.Module, depths: Sequence[int], config: Config) -> tuple[tuple[Layer, ...], list[list[int]]]:
+    """What shares a learning rate, shallow to deep, and the sizes of the parameters in each optimizer group."""
+    optim = config.optim
+    groups = parameter_groups(
+        module,
+        depths,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        backbone_lr=optim.backbone_lr,
+    )
+    sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
+    found: dict[str, Layer] = {}
+    for group, numbers in zip(groups, sizes, strict=True):
+        decayed = not group["name"].endswith("_no_decay")
+        name = group["name"].removesuffix("_decay").removesuffix("_no")
+        before = found.get(name, Layer(name, 0, 0, optim.lr * linear_rule(optim) * group["lr_scale"]))
+        total = sum(numbers)
+        found[name] = dataclasses.replace(
+            before, parameters=before.parameters + total, decayed=before.decayed + decayed * total
+        )
+    return tuple(found.values()), sizes
 
 
-def _choose_backends(encoder: SwinV2, device: str) -> tuple[str, ...]:
-    """Write into every block what `auto` means on the device planned for, which need not be here."""
-    chosen = []
-    for stage, grid in zip(encoder.stages(), _grids(encoder), strict=True):
-        backend = encoder.attention
-        if backend == "auto":
-            tokens = math.prod(shrink(encoder.window, grid)[0])
-            with torch.enable_grad():
-                backend = choose(torch.device(device), tokens)  # type: ignore[assignment]  # one of the literals
-        for block in stage.blocks:
-            block.attn.attention = backend  # type: ignore[union-attr]  # torch types members as Module
-        chosen.append(str(backend))
-    return tuple(chosen)
+def _engine(config: Config) -> str:
+    engine = config.engine
+    name = "plain PyTorch" if engine.engine == "plain" else f"DeepSpeed ZeRO-{engine.zero_stage}"
+    offloads = [("optimizer", engine.offload_optimizer), ("weights", engine.offload_parameters)]
+    away = "".join(f", {what} offloaded to {where}" for what, where in offloads if where != "none")
+    return f"{name}, {engine.precision}{away}"
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are alive, and the most there were; works on real and fake tensors.
-
-    Storages of `known` tensors do not count. What an operator allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: Any = WeakIdKeyDictionary()
-        for tensor in known:
-            self._seen[tensor.untyped_storage()] = None
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operator, then look at the storages of what it gave."""
-        out = function(*arguments, **(keywords or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen[storage] = None
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, count: int) -> None:
-        self.now -= count
+def _pace(
+    config: Config,
+    device: str,
+    processes: int,
+    flops: int,
+    share: int,
+    steps: int | None,
+    entries: Samples | None,
+    tflops: float | None,
+    measuring: bool,
+) -> Pace:
+    speed = None if tflops is None else 1e12 * tflops
+    if speed is None and measuring:
+        speed = device_speed(device, config.engine.precision, processes)
+    seconds = None if speed is None else flops * share / speed
+    return Pace(
+        flops_per_sample=flops,
+        tflops=None if speed is None else speed / 1e12,
+        step_seconds=seconds,
+        hours=None if seconds is None or steps is None else seconds * steps / 3600,
+        samples_per_second=None if seconds is None else share / seconds / config.augment.repeats,
+        workers=config.data.workers,
+        read=read_rate(config, entries) if measuring else None,
+    )
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Scaled dot products as GPUs compute them, in one kernel that keeps no logits; CPUs would choose another way."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        """Everything but scaled_dot_product_attention runs as it is."""
-        if function is not F.scaled_dot_product_attention:
-            return function(*arguments, **(keywords or {}))
-        q, k, v, *rest = arguments
-        bias = rest[0] if rest else (keywords or {})["attn_mask"]
-        bias = bias.expand(*q.shape[:2], q.shape[2], k.shape[2]) if q.ndim == 4 else bias
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=1.0)[0]
-
-
-def _fuse_attention(encoder: SwinV2) -> None:
-    """Put each attention under _FusedAttention; around the whole pass it would be off where blocks are recomputed."""
-
-    def fused(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
-            with _FusedAttention():
-                return forward(*arguments)
-
-        return run
-
-    for block in encoder.blocks():
-        block.attn.forward = fused(block.attn.forward)  # type: ignore[method-assign]  # the model serves the plan only
+def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
+    """What will not fit, each with what to do about it; `memory` is that of a device, bytes, where it is known."""
+    found = []
+    if memory is not None and plan.peak > memory:
+        found.append(f"memory: {plan.peak / 1e9:.1f} GB do not fit {memory / 1e9:.1f} GB; {_smaller(plan, config)}")
+    folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if plan.files > free:
+        found.append(
+            f"disk: {plan.files / 1e9:.1f} GB of checkpoints and model files do not fit the {free / 1e9:.1f} GB free "
+            f"in {folder}; choose another out, or fewer keep_checkpoints"
+        )
+    pace = plan.pace
+    needed = pace.workers_needed
+    if needed is not None and needed > pace.workers:
+        mend = f"data.workers={needed}"
+        if needed * plan.processes > cores():
+            mend += f" ({cores()} cores here, for all processes), smaller prepared clips or augment.repeats=2"
+        found.append(f"reading: {pace.workers} workers keep a device waiting; use {mend}")
+    return found
 
 
-def pass_memory(module: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], batch: int, *, bf16: bool) -> int:
-    """The most bytes that a forward and backward pass of `batch` samples hold beside weights and their gradients."""
-
-    def drop(parameter: Tensor) -> None:
-        parameter.grad = None  # counted with the states
-
-    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in module.parameters()]
-    try:
-        with Allocations(module.parameters()) as allocations:
-            given = inputs(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = module(*given)
-            out.float().square().mean().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return allocations.peak
+def _smaller(plan: Plan, config: Config) -> str:
+    """What makes the largest part smaller."""
+    if plan.activations < plan.peak / 2:
+        if config.engine.engine == "plain" or plan.processes == 1:
+            return "use more devices with engine.engine=deepspeed engine.zero_stage=3, or engine.offload_optimizer=cpu"
+        return "use engine.zero_stage=3, more --processes, or engine.offload_optimizer=cpu"
+    if plan.micro_batch > 1:
+        return f"lower optim.micro_batch from {plan.micro_batch} (steps stay the same) or raise model.checkpoint_blocks"
+    return "raise model.checkpoint_blocks, or make data.frames or data.image_size smaller"
 
 
-def _activations(module: nn.Module, config: Config, device: str, micro: int) -> int:
-    """`pass_memory` of a micro-batch without memory or time, and what the sequential backend works in."""
-    bf16 = config.engine.precision == "bf16"
-    encoder: SwinV2 = module.encoder if isinstance(module, SimMIM) else module  # type: ignore[assignment]  # see make_plan
-    with ExitStack() as stack:
-        if device == "cuda":
-            _fuse_attention(encoder)
-            if bf16:
-                stack.enter_context(_norms_in_fp32(module))
-        inputs = _inputs_of(config, encoder, isinstance(module, SimMIM))
-        last = pass_memory(module, inputs, min(micro, MEASURED), bf16=bf16)
-        if micro > MEASURED:
-            last += (micro - MEASURED) * (last - pass_memory(module, inputs, MEASURED - 1, bf16=bf16))
-    return last + _sequential_workspace(encoder, device, micro)
-
-
-def _sequential_workspace(encoder: SwinV2, device: str, micro: int) -> int:
-    """Logits, their gradient and one more of a piece on a GPU, where pieces are larger than where this is counted."""
-    if device == "cpu":
-        return 0
-    logits = [0]
-    for stage, heads, grid in zip(encoder.stages(), encoder.num_heads, _grids(encoder), strict=True):
-        if stage.blocks[0].attn.attention == "sequential":  # type: ignore[union-attr]  # torch types members as Module
-            tokens = math.prod(shrink(encoder.window, grid)[0])
-            logits.append(micro * math.ceil(math.prod(grid) / tokens) * heads * tokens**2)
-    return 3 * NUMBER * min(BOUNDED, max(logits))
-
-
-def _inputs_of(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int], tuple[Tensor, ...]]:
-    frames = () if encoder.frames is None else (encoder.frames,)
-    cells = mask_cells((*frames, *encoder.image_size), config.mask.unit, len(encoder.patch_size)) if masked else ()
-
-    def inputs(batch: int) -> tuple[Tensor, ...]:
-        pixels = torch.empty(batch, 3, *frames, *encoder.image_size)
-        return (pixels, torch.zeros(batch, *cells, dtype=torch.bool)) if masked else (pixels,)
-
-    return inputs
-
-
-@contextmanager
-def without_memory(module: nn.Module) -> Iterator[None]:
-    """Inside, tensors have shapes only, and `module`, built on the meta device, has such weights, on the CPU."""
-    with FakeTensorMode():
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                setattr(part, name, nn.Parameter(torch.empty(parameter.shape, device="cpu")))
-        module.train()
-        yield
-
-
-@contextmanager
-def _norms_in_fp32(module: nn.Module) -> Iterator[None]:
-    """What autocast does with LayerNorms on GPUs, and not on CPUs."""
-
-    def widen(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(argument.float() for argument in arguments)
-
-    norms = [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
-    hooks = [norm.register_forward_pre_hook(widen) for norm in norms]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _giga_macs(module: nn.Module, config: Config) -> float:
-    encoder: SwinV2 = module.encoder if isinstance(module, SimMIM) else module  # type: ignore[assignment]  # see make_plan
-    backends = [block.attn.attention for block in encoder.blocks()]
-    for block in encoder.blocks():
-        block.attn.attention = "eager"  # every product in sight
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*_inputs_of(config, encoder, isinstance(module, SimMIM))(1))
-    for block, backend in zip(encoder.blocks(), backends, strict=True):
-        block.attn.attention = backend
-    return counter.get_total_flops() / 2e9
-
-
-def show(plan: Plan, memory: int | None = None) -> str:
-    """The plan for people, and whether it fits `memory` bytes."""
-    steps = "unknown; give --samples"
-    if plan.steps is not None:
-        steps = f"{plan.steps}, {plan.steps_per_epoch:.1f} per epoch of {plan.samples} samples"
-    rows = [(key, getattr(plan, key)) for key in ("weights", "gradients", "optimizer", "buffers", "activations")]
-    lines = [
-        f"{plan.model}: {plan.parameters:,} parameters, {plan.giga_macs:.1f} GMAC a sample forward",
-        f"batch {plan.batch} = {plan.processes} devices ({plan.device}) x {plan.micro_batch} samples x "
-        f"{plan.accumulation} accumulated; attention by stage: {', '.join(plan.backends)}",
-        f"steps: {steps}",
-        "memory per device, GB:",
-        *(f"  {key:12s}{value / 1e9:9.2f}" for key, value in [*rows, ("at most", plan.peak)]),
-    ]
-    if memory is not None:
-        word = "fits" if plan.peak <= memory else "does not fit"
-        lines.append(f"{word} {memory / 1e9:.1f} GB")
-    return "\n".join(lines)
+def memory_here(plan: Plan) -> int | None:
+    """Bytes of a device of the planned kind on this machine, for each process its share; None where there is none."""
+    if plan.device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    if not Path("/proc/meminfo").exists():
+        return None
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return available // plan.processes

@@ -34,7 +34,8 @@ class Portable:
     """All of a training run that cannot be computed again: CPU tensors by name, whole, whatever engine made them.
 
     ``weights`` parameters and buffers (fp32), ``exp_avg`` and ``exp_avg_sq`` Adam's moments of the trained
-    parameters, ``optimizer_step`` Adam's count of applied steps, ``ema`` averaged weights where they are kept.
+    parameters, ``optimizer_step`` Adam's count of applied steps, ``ema`` averaged weights where they are kept,
+    ``loss_scale`` that of fp16 and how many steps it has held.
     """
 
     weights: dict[str, Tensor]
@@ -42,6 +43,7 @@ class Portable:
     exp_avg_sq: dict[str, Tensor]
     optimizer_step: int
     ema: dict[str, Tensor] = field(default_factory=dict)
+    loss_scale: tuple[float, int] | None = None
 
 
 class Checkpoints:
@@ -168,6 +170,7 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
         "format": FORMAT,
         "step": step,
         "optimizer_step": portable.optimizer_step,
+        "loss_scale": portable.loss_scale,
         "files": files,
         "state": json.loads(state),
     }
@@ -179,12 +182,14 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
 def _read(folder: Path) -> tuple[Portable, dict[str, JSON]]:
     record = _verified_record(folder)
     moments = load_file(folder / "optimizer.safetensors")
+    scale = record.get("loss_scale")  # absent in checkpoints from before fp16
     portable = Portable(
         weights=load_file(folder / "weights.safetensors"),
         exp_avg=_below(moments, "exp_avg."),
         exp_avg_sq=_below(moments, "exp_avg_sq."),
         optimizer_step=int(record["optimizer_step"]),
         ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in record["files"] else {},
+        loss_scale=(float(scale[0]), int(scale[1])) if scale else None,
     )
     return portable, cast(dict[str, JSON], record["state"])
 

@@ -4,9 +4,12 @@ Every known defect of DeepSpeed 0.19 that these calls could meet is contained he
 
 * Mixed precision is torch autocast over fp32 weights (DeepSpeed's ``torch_autocast`` section), never its ``bf16``
   section: with ZeRO-0 that one takes a phantom AdamW step at construction, and it rounds logit scales to bf16.
+* The loss scale of fp16 is ours (``scaling.py``): DeepSpeed's never falls at ZeRO 1-3, and clips scaled gradients.
 * Checkpoints are ours (:class:`Portable`): DeepSpeed's lose frozen parameters (ZeRO-1), mix up parameter groups when
   loaded (ZeRO-3), and name the newest before it is whole.
 * ZeRO-0 has no gradient norm and no guard against NaN: both are done here.
+* Nothing is compiled at run time: neither the all-reduce for CPUs, nor Adam for offloading, nor access to NVMe.
+* Its configuration is built and checked by ``zero.py``: DeepSpeed takes unknown keys in silence.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.models.swinv2 import Block
 from video_swinv2.training.checkpoint import Portable
 from video_swinv2.training.ema import Average
 from video_swinv2.training.guard import StepOutcome, guard_and_clip, poisoned
@@ -36,46 +39,14 @@ from video_swinv2.training.moments import (
     read_moments,
     write_moments,
 )
+from video_swinv2.training.offload import MappedFolder, map_optimizer
 from video_swinv2.training.optim import build_optimizer, write_hyperparameters
 from video_swinv2.training.runtime import World, say
+from video_swinv2.training.scaling import LossScale
+from video_swinv2.training.settings import EngineSettings
+from video_swinv2.training.zero import deepspeed_config
 
-# Elements per gradient bucket: 400 MB of fp32. DeepSpeed's own 5e8 takes 2 GB at once; this still holds the largest
-# matrix of the largest SwinV2 (giant: 4096 x 16384), so that no parameter needs DeepSpeed's path for larger ones.
-BUCKET = 100_000_000
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How steps are computed, not what is learned; every combination trains the same model to rounding.
-
-    ``engine`` deepspeed or plain (one process), ``zero_stage`` 0-3, ``precision`` fp32 or bf16 (autocast, fp32
-    weights), ``accumulation`` micro-batches per step, ``clip_norm`` largest gradient norm or None, ``micro_batch``
-    clips per process and micro-batch, ``ema`` the decay per step of averaged weights, 0 for none. Raises UsageError
-    naming the key that is wrong.
-    """
-
-    engine: str = "deepspeed"
-    zero_stage: int = 1
-    precision: str = "bf16"
-    accumulation: int = 1
-    clip_norm: float | None = None
-    micro_batch: int = 1
-    ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.engine not in ("deepspeed", "plain"):
-            raise UsageError(f"engine: {self.engine!r} is not known; use deepspeed or plain")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise UsageError(f"zero_stage: {self.zero_stage!r} is not a ZeRO stage; use 0, 1, 2 or 3")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision: {self.precision!r} is not known; use fp32 or bf16")
-        for key in ("accumulation", "micro_batch"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{key}: {getattr(self, key)} is too small; use 1 or more")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(
-                f"clip_norm: {self.clip_norm} would stop all learning; use a positive norm, or null for none"
-            )
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine(Protocol):
@@ -84,7 +55,7 @@ class Engine(Protocol):
     module: nn.Module
 
     def forward(self, *inputs: Any) -> Any:
-        """The module's own forward, in autocast where the settings ask for bf16."""
+        """The module's own forward, in autocast where the settings ask for bf16 or fp16."""
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradients; ``loss`` is its mean, not divided by the accumulation."""
@@ -136,48 +107,67 @@ def make_engine(
     """
     if settings.engine == "plain" and world.size > 1:
         raise UsageError(f"engine: plain runs in one process, and here are {world.size}; use engine=deepspeed")
-    bf16 = settings.precision == "bf16"
-    if bf16 and world.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say(world, "precision: this GPU has no bf16, so fp32 is used")
-        bf16 = False
+    precision = _precision(settings, world)
     module.to(world.device)
+    if settings.compile:
+        compile_blocks(module)
     optimizer = build_optimizer(groups, betas=betas, eps=eps, device=world.device)
     write_hyperparameters(optimizer, lr)
     if settings.engine == "plain":
-        return PlainEngine(module, optimizer, settings, world, bf16=bf16)
-    return DeepSpeedEngine(module, optimizer, settings, world, bf16=bf16)
+        return PlainEngine(module, optimizer, settings, world, precision=precision)
+    return DeepSpeedEngine(module, optimizer, settings, world, precision=precision)
+
+
+def _precision(settings: EngineSettings, world: World) -> str:
+    cuda = world.device.type == "cuda"
+    if settings.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say(world, "precision: this GPU has no bf16, so fp32 is used; fp16 is quicker there")
+        return "fp32"
+    return settings.precision
+
+
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """torch.compile for each transformer block by itself, in place: names and checkpoints stay as they are.
+
+    By block, since all blocks of a stage share one compilation, and activation checkpointing goes around it.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile(backend=backend)
 
 
 class PlainEngine:
     """PyTorch alone in one process: the reference every ZeRO stage is compared with, and enough for one GPU."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, bf16: bool
+        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, precision: str
     ) -> None:
         self.module = module
         self._optimizer = optimizer
         self._settings = settings
         self._device = world.device
-        self._bf16 = bf16
+        self._dtype = AUTOCAST.get(precision)
+        self._scale = LossScale() if precision == "fp16" else None
         self._micro = 0
         self._shards = [Whole(parameter) for parameter in optimized(optimizer)]
         self._average = Average(self._shards, settings.ema) if settings.ema else None
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
-        with torch.autocast(self._device.type, torch.bfloat16) if self._bf16 else nullcontext():
+        with torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext():
             return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
-        torch.autograd.backward(poisoned(loss) / self._settings.accumulation)
+        scale = self._scale.scale if self._scale else 1.0
+        torch.autograd.backward(poisoned(loss) * (scale / self._settings.accumulation))
 
     def step(self) -> StepOutcome | None:
         """See :class:`Engine`."""
         self._micro += 1
         if self._micro % self._settings.accumulation:
             return None
-        outcome = guard_and_clip(self.module, self._settings.clip_norm)
+        outcome = guard_and_clip(self.module, self._settings.clip_norm, self._scale)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._average and outcome.applied:
@@ -206,7 +196,8 @@ class PlainEngine:
         """See :class:`Engine`."""
         moments = read_moments(self.module, self._optimizer, self._shards)
         average = self._average.read(self.module) if self._average else {}
-        return Portable(self.weights() or {}, *moments, applied_steps(self._optimizer), average)
+        scale = self._scale.state() if self._scale else None
+        return Portable(self.weights() or {}, *moments, applied_steps(self._optimizer), average, scale)
 
     @torch.no_grad()
     def load(self, portable: Portable) -> None:
@@ -216,23 +207,33 @@ class PlainEngine:
         write_moments(self.module, self._optimizer, self._shards, portable)
         if self._average:
             self._average.write(self.module, portable.ema)
+        if self._scale:
+            self._scale.restore(portable.loss_scale)
 
 
 class DeepSpeedEngine:
     """DeepSpeed at any ZeRO stage; ZeRO-1 is the one to use, 0 and 2 are for comparison, 3 for models too large."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, bf16: bool
+        self, module: nn.Module, optimizer: torch.optim.AdamW, settings: EngineSettings, world: World, *, precision: str
     ) -> None:
         deepspeed = import_deepspeed(world)
         self.module = module
         self._stage = settings.zero_stage
         self._clip_norm = settings.clip_norm
         self._world = world
+        self._scale = LossScale() if precision == "fp16" else None
         self._gathered = deepspeed.zero.GatheredParameters
+        if settings.offloads:
+            for group in optimizer.param_groups:
+                group["fused"] = True  # on the CPU too it is several times as fast, and comes compiled with torch
+        cuda = world.device.type == "cuda"
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_deepspeed_config(settings, bf16=bf16)
+            model=module, optimizer=optimizer, config=deepspeed_config(settings, precision=precision, cuda=cuda)
         )
+        self._engine.torch_autocast_z0_gradscaler = None  # the scale is ours
+        if self._stage:
+            self._engine.optimizer.torch_autocast_gradscaler = None
         # ZeRO's wrapper delegates to the AdamW inside, whose state is keyed by this rank's flat pieces.
         self._adamw: torch.optim.Optimizer = optimizer
         try:
@@ -243,7 +244,18 @@ class DeepSpeedEngine:
                 f"deepspeed {deepspeed.__version__} keeps its states where this does not look for them ({error}); "
                 "install the version in constraints.txt, or use engine=plain"
             ) from error
+        if settings.offload_folder:
+            self._map_files(MappedFolder(settings.offload_folder, world), settings)
         self._average = Average(self._shards, settings.ema) if settings.ema else None
+
+    def _map_files(self, folder: MappedFolder, settings: EngineSettings) -> None:
+        if settings.offload_optimizer == "nvme":
+            map_optimizer(self._adamw, self._shards, folder)
+        if settings.offload_parameters == "nvme":
+            zero = self._engine.optimizer
+            for number, flat in enumerate(zero.fp16_partitioned_groups_flat):
+                flat.data = folder.mapped(flat.detach())
+                zero._unflatten_partitioned_parameters(number)  # each parameter's piece is a view of it
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
@@ -251,7 +263,12 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
-        self._engine.backward(poisoned(loss))
+        loss = poisoned(loss)
+        if self._scale and self._stage:
+            self._engine.optimizer.loss_scale = self._scale.scale  # it multiplies by it and unscales norm and gradients
+        elif self._scale:
+            loss = loss * self._scale.scale
+        self._engine.backward(loss)
 
     def step(self) -> StepOutcome | None:
         """See :class:`Engine`."""
@@ -267,12 +284,14 @@ class DeepSpeedEngine:
         if self._stage == 0:
             # After the all-reduce, which backward() has just done, all ranks hold the same gradients and so decide
             # alike without another collective.
-            outcome = guard_and_clip(self.module, self._clip_norm)
+            outcome = guard_and_clip(self.module, self._clip_norm, self._scale)
             self._engine.step()
             return outcome
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return StepOutcome(applied=self._engine.was_step_applied(), grad_norm=norm)
+        applied = self._engine.was_step_applied()
+        rescaled = self._scale.update(applied) if self._scale else False
+        return StepOutcome(applied=applied, grad_norm=norm, rescaled=rescaled)
 
     def set_lr(self, lr: float) -> None:
         """See :class:`Engine`."""
@@ -311,7 +330,8 @@ class DeepSpeedEngine:
         average = self._average.read(self.module) if self._average else {}
         if weights is None:
             return None
-        return Portable(weights, *moments, applied_steps(self._adamw), average)
+        scale = self._scale.state() if self._scale else None
+        return Portable(weights, *moments, applied_steps(self._adamw), average, scale)
 
     @torch.no_grad()
     def load(self, portable: Portable) -> None:
@@ -323,6 +343,8 @@ class DeepSpeedEngine:
         write_moments(self.module, self._adamw, self._shards, portable)
         if self._average:
             self._average.write(self.module, portable.ema)
+        if self._scale:
+            self._scale.restore(portable.loss_scale)
 
     def _partitioned(self, tensor: Tensor) -> bool:
         return self._stage == 3 and isinstance(tensor, nn.Parameter)
@@ -349,29 +371,11 @@ def import_deepspeed(world: World) -> Any:
         # Without this DeepSpeed compiles a C++ all-reduce for CPUs on first use: 78 s, and death without ninja or g++.
         # Written into the module's dict, since merely asking for the attribute probes every op with a compiler.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # It is kept in a global, and an engine of fp32 would take the type of its gradients' travel from the one before.
+    deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")  # about calls it makes, not ours
     return deepspeed
-
-
-def _deepspeed_config(settings: EngineSettings, *, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration, built here so that no key can be misspelt: it accepts unknown ones in silence."""
-    return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.accumulation,
-        # ZeRO-0 is clipped by us, with the norm DeepSpeed would not tell.
-        "gradient_clipping": (settings.clip_norm or 0.0) if settings.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-            "overlap_comm": False,  # its double buffers have given NaN (DeepSpeed #7965)
-        },
-        # Gradients are averaged in fp32: an empty list keeps Linear and Conv from being reduced in bf16.
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "zero_allow_untested_optimizer": True,
-        "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU at every step
-    }
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:

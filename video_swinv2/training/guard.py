@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from video_swinv2.training.scaling import LossScale
+
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did: whether the weights moved, and the global L2 gradient norm before clipping."""
+    """What an optimizer step did: whether the weights moved, and the global L2 gradient norm before clipping.
+
+    ``rescaled``: it was dropped since the loss scale of fp16 was too large, and has been lowered; no fault of the data.
+    """
 
     applied: bool
     grad_norm: float
+    rescaled: bool = False
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -25,16 +31,20 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
-def guard_and_clip(module: nn.Module, clip_norm: float | None) -> StepOutcome:
-    """Norm of the gradients, then clip them; all are dropped if it is not finite.
+def guard_and_clip(module: nn.Module, clip_norm: float | None, scale: LossScale | None = None) -> StepOutcome:
+    """Divide the gradients by the loss scale, take their norm, clip them; all are dropped if it is not finite.
 
     AdamW skips a parameter without gradient wholly: weight, moments and decay stay as they are.
     """
     trained = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if scale:
+        torch._foreach_mul_(gradients, 1.0 / scale.scale)
+    norm = get_total_norm(gradients)
     applied = bool(torch.isfinite(norm))
     if not applied:
         module.zero_grad(set_to_none=True)
     elif clip_norm is not None:
         clip_grads_with_norm_(trained, clip_norm, norm)
-    return StepOutcome(applied=applied, grad_norm=float(norm))
+    rescaled = scale.update(applied) if scale else False
+    return StepOutcome(applied=applied, grad_norm=float(norm), rescaled=rescaled)

@@ -8,53 +8,84 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from video_swinv2.config import Config, to_yaml
+from video_swinv2.config import Config
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import write_json
 from video_swinv2.progress import Progress
 from video_swinv2.training.checkpoint import Checkpoints, Portable
-from video_swinv2.training.engine import Engine, EngineSettings, StepOutcome, make_engine
-from video_swinv2.training.measure import MetricLog, Waiting, Window, git_state, versions
+from video_swinv2.training.engine import Engine, StepOutcome, make_engine
+from video_swinv2.training.faults import Faults, explained
+from video_swinv2.training.imports import newest_of
+from video_swinv2.training.lifeline import Lifeline
+from video_swinv2.training.measure import MetricLog, Waiting, Window, check_wandb
 from video_swinv2.training.optim import make_schedule, parameter_groups
-from video_swinv2.training.runtime import StopSignal, World, agree, gather, say, seed_step, start, stop, total
+from video_swinv2.training.record import Pace, batch_words, next_command, rate_words, table, write_record
+from video_swinv2.training.runtime import (
+    START_AGAIN,
+    StopSignal,
+    World,
+    agree,
+    mark_again,
+    say,
+    seed_step,
+    start,
+    stop,
+    total,
+    unmark_again,
+)
 from video_swinv2.training.sharding import sharded_construction, whole_numel
 from video_swinv2.training.tasks import Task, initialise
 from video_swinv2.training.validation import measure, ready
-
-MOST_SKIPPED = 3  # steps in a row whose loss or gradient was not finite, then the run stops
 
 
 class StoppedError(UserError):
     """The run was told to stop and saved itself; the same command goes on."""
 
+    exit_code = START_AGAIN
+
 
 def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
     """Train to the last step and return the run folder; UserError or UsageError for what the user can mend.
 
-    StoppedError is raised after SIGTERM, SIGUSR1 or SIGINT, when the checkpoint is on disk.
+    StoppedError is raised after SIGTERM, SIGUSR1 or SIGINT, when the checkpoint is on disk. Where one of several
+    processes dies or fails, all end; its error is raised, or printed, by rank 0 alone.
     """
     world = start(config.engine.device)
+    mend = f"start the same command again, it goes on from the newest checkpoint of {config.out}"
     try:
-        if config.model.attention == "flex" and world.device.type != "cuda":
-            raise UsageError("model.attention: flex trains on CUDA only; choose sequential, or auto")
-        torch.manual_seed(config.seed)  # for the fresh weights; every step seeds itself
-        with StopSignal() as signals:
-            with sharded_construction(config.engine, world):
-                task = make_task(config)
-            Run(config, task, world, signals).train()
+        with Lifeline(world, mend) as lifeline:
+            try:
+                with explained(config, world):
+                    _run(config, make_task, world)
+            except UserError as error:
+                lifeline.fail(str(error).strip().splitlines()[-1], error.exit_code)
+                raise
+            except Exception:
+                lifeline.wait_for_verdict()
+                raise
     finally:
         gc.unfreeze()
         stop()
     return Path(config.out)
+
+
+def _run(config: Config, make_task: Callable[[Config], Task], world: World) -> None:
+    if config.model.attention == "flex" and world.device.type != "cuda":
+        raise UsageError("model.attention: flex trains on CUDA only; choose sequential, or auto")
+    check_wandb(config.wandb)
+    torch.manual_seed(config.seed)  # for the fresh weights; every step seeds itself
+    with StopSignal() as signals:
+        with sharded_construction(config.engine, world):
+            task = make_task(config)
+        Run(config, task, world, signals).train()
 
 
 class Run:
@@ -64,17 +95,19 @@ class Run:
         self.config, self.task, self.world, self.signals = config, task, world, signals
         self.folder = Path(config.out)
         self.samples = len(task.train_samples)
-        self.plan = plan_batch(config.optim.batch, config.optim.micro_batch, world.size)
+        self.plan = plan_batch(config.optim.batch, config.optim.micro_batch, world.size, task.train_samples.repeats)
         self.steps = max(1, round(config.optim.epochs * self.samples / self.plan.batch))
         self.schedule = make_schedule(config.optim, self.steps, self.samples)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, lambda t: say(world, t))
         self.parameters = sum(whole_numel(parameter) for parameter in task.module.parameters())
         self.step = 0
         self.best: float | None = None
+        self.best_step = 0
+        self.measures: dict[str, float] = {}
         self.provenance: dict[str, Any] = {}
         self.seconds_before = 0.0
-        self.broken: list[str] = []
-        self.broken_count = self.skipped = self.skipped_in_row = 0
+        self.faults = Faults(config, world, task.train_samples)
+        self.pace = Pace(task, config, world)
 
         found = self._find_start()
         self.engine = self._make_engine()
@@ -84,11 +117,14 @@ class Run:
 
     def train(self) -> None:
         """All steps that are left."""
-        if self.step >= self.steps:
+        if self.step >= self.steps or (self._due_for_validation() and self._is_stale()):
             say(self.world, f"{self.folder}: finished at step {self.step}; choose another out or more optim.epochs")
             return
         self._write_record()
-        log = MetricLog(self.folder, self.step) if self.world.rank == 0 else None
+        log = None
+        if self.world.rank == 0:
+            unmark_again(self.folder)
+            log = MetricLog(self.folder, self.step, self.config.wandb)
         try:
             if self.step == 0:
                 self._validate(log)  # it fails now rather than hours later, and tells where the run started
@@ -98,33 +134,24 @@ class Run:
                 log.close()
             self.checkpoints.wait()
         self._write_record()
+        say(self.world, table(self.folder, self._record(), self.measures))
+        say(self.world, next_command(self.folder, self.config, self.task.name.startswith("SimMIM")))
 
     def _steps(self, log: MetricLog | None) -> None:
-        loader = training_loader(
-            self.task.train_samples,
-            self.plan,
-            seed=self.config.seed,
-            rank=self.world.rank,
-            first=self.step,
-            last=self.steps,
-            pin=self.world.device.type == "cuda",
-        )
+        samples, seed, rank = self.task.train_samples, self.config.seed, self.world.rank
+        pin = self.world.device.type == "cuda"
+        loader = training_loader(samples, self.plan, seed=seed, rank=rank, first=self.step, last=self.steps, pin=pin)
         waiting = Waiting()
         batches = waiting.over(loader)
         window = Window()
         self.engine.module.train()
-        progress = Progress(
-            self.folder.name,
-            self.steps * self.plan.batch,
-            unit="samples",
-            shown=self.world.rank == 0,
-            done=self.step * self.plan.batch,
-        )
+        batch, done = self.plan.batch, self.step * self.plan.batch
+        progress = Progress(self.folder.name, self.steps * batch, unit="samples", shown=rank == 0, done=done)
         with progress:
             while self.step < self.steps:
                 outcome = self._one_step(batches, window)
                 self.step += 1
-                stopping, saving = self._agree(outcome)
+                stopping, saving = self._agree(outcome, window)
                 progress.advance(self.plan.batch, waiting.seconds, f"loss {window.last_loss:.4f}")
                 if self.step % self.config.log_every == 0 or self.step == self.steps:
                     self._log(log, window, waiting.seconds)
@@ -134,8 +161,12 @@ class Run:
                     gc.collect()
                     gc.freeze()
                 if self._due_for_validation():
+                    started = time.perf_counter()
                     self._validate(log)
                     self._save()
+                    window.started += time.perf_counter() - started  # its speed is that of training
+                    if self._is_stale():
+                        break
                 elif stopping or saving:
                     self._save()
                 if stopping and self.step < self.steps:
@@ -144,62 +175,45 @@ class Run:
     def _one_step(self, batches: Iterator[Batch], window: Window) -> StepOutcome:
         self.engine.set_lr(self.schedule.lr_at(self.step))
         outcome = None
+        window.inputs.clear()
         for micro in range(self.plan.accumulation):
             batch = next(batches)
-            self.broken_count += len(batch.broken)
-            self._name_broken(batch.broken, "the next sample takes its place")
+            self.faults.note(batch)
             seed_step(self.config.seed, self.step, micro, self.world.rank)
             loss = self.task.loss(self.engine.forward, batch.to(self.world.device))
             self.engine.backward(loss)
-            window.add(loss.detach())
+            window.add(batch, loss.detach())
             outcome = self.engine.step()
         if outcome is None:
             raise RuntimeError("the engine did not end the step that the batch plan ends here")
         window.grad_norm = outcome.grad_norm
         return outcome
 
-    def _agree(self, outcome: StepOutcome) -> tuple[bool, bool]:
+    def _agree(self, outcome: StepOutcome, window: Window) -> tuple[bool, bool]:
         """What all processes do after this step: whether to stop, and whether to write a checkpoint."""
         due = time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
-        stopping, saving, skipped = agree(
-            self.world, float(self.signals.requested), float(due), float(not outcome.applied)
-        )
-        self.skipped += int(skipped)
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
-        if self.skipped_in_row >= MOST_SKIPPED:
-            raise UserError(
-                f"{self.folder}: loss or gradient was not finite in {MOST_SKIPPED} steps in a row, the last is "
-                f"{self.step}; the weights are those before them: lower optim.lr, or use engine.precision=fp32"
-            )
+        fault = not outcome.applied and not outcome.rescaled
+        stopping, saving, skipped = agree(self.world, float(self.signals.requested), float(due), float(fault))
+        self.faults.count_step(self.step, bool(skipped), window.inputs)
         return bool(stopping), bool(saving)
 
-    def _name_broken(self, lines: Sequence[str], consequence: str) -> None:
-        """Say each broken file once; only those drawn for training count against data.max_broken."""
-        for line in lines:
-            if line not in self.broken:
-                self.broken.append(line)
-                print(f"broken: {line}; {consequence}", flush=True)
-
     def _log(self, log: MetricLog | None, window: Window, waited: float) -> None:
-        loss, micro_batches, broken = total(self.world, [window.loss_sum(), window.count, self.broken_count])
-        drawn = max(self.step * self.plan.batch, self.samples)
-        if broken > self.config.data.max_broken * drawn:
-            raise UserError(
-                f"{self.folder}: {int(broken)} of {drawn} samples came from broken files, more than data.max_broken="
-                f"{self.config.data.max_broken} allows; prepare the data set again (the files are named above)"
-            )
+        loss, micro_batches, broken = total(self.world, [window.loss_sum(), window.count, self.faults.broken_samples])
+        self.faults.check_broken(int(broken), max(self.step * self.plan.batch, self.samples))
         if log is None:
             return
-        seconds = time.perf_counter() - window.started
+        samples = window.count / self.plan.accumulation * self.plan.batch
+        speed = self.pace.add(samples, time.perf_counter() - window.started, waited - window.waited)
+        if advice := self.pace.advice(self.faults.slowest):
+            say(self.world, advice)
         values = {
             "epoch": self.step * self.plan.batch / self.samples,
             "train/loss": loss / micro_batches,
             "train/lr": self.schedule.lr_at(self.step - 1),
             "train/grad_norm": window.grad_norm,
-            "train/skipped_steps": self.skipped,
+            "train/skipped_steps": self.faults.skipped,
             "train/broken_samples": broken,
-            "speed/samples_per_second": window.count / self.plan.accumulation * self.plan.batch / seconds,
-            "speed/data_wait": (waited - window.waited) / seconds,
+            **{f"speed/{key}": value for key, value in speed.items()},
         }
         log.write(self.step, values)
 
@@ -215,7 +229,7 @@ class Run:
         with ready(self.engine, averaged=self.config.optim.ema > 0) as weights:
             if self.task.val_samples is not None:
                 measures = measure(
-                    self.task, self.engine, self.task.val_samples, self.plan.micro, self.world, self._name_unread
+                    self.task, self.engine, self.task.val_samples, self.plan.micro, self.world, self.faults.name_unread
                 )
             picture = self.task.picture(self.engine.forward, self.world.device) if self._due_for_picture() else None
         if log and picture is not None:
@@ -225,14 +239,22 @@ class Run:
         value = measures.get(self.task.best_metric)
         better = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
         if self.step and value is not None and better:
-            self.best = value
+            self.best, self.best_step = value, self.step
+        self.measures = measures
         note = " (best so far)" if self.step and measures and better else ""
         shown = ", ".join(f"{key} {number:.4f}" for key, number in measures.items()) or "no validation split"
         say(self.world, f"step {self.step}/{self.steps}: {shown}{note}")
-        self.broken = sorted({line for lines in gather(self.world, self.broken) for line in lines})
+        self.faults.share()
         if self.step and weights is not None:
             self._write_weights(weights, measures, better)
         self._write_record()
+
+    def _is_stale(self) -> bool:
+        """Whether the best validation is so old that the run ends early."""
+        epochs = self.config.early_stop_epochs
+        if epochs is None or self.best is None or self.step >= self.steps:
+            return False
+        return self.step - self.best_step >= epochs * self.samples / self.plan.batch
 
     def _write_weights(self, weights: Mapping[str, Tensor], measures: Mapping[str, float], better: bool) -> None:
         ema = self.config.optim.ema
@@ -247,9 +269,6 @@ class Run:
         if better:
             self.task.save(self.folder / "model.safetensors", weights, provenance)
 
-    def _name_unread(self, lines: Sequence[str]) -> None:
-        self._name_broken(lines, "it does not count as a right answer")
-
     def _due_for_picture(self) -> bool:
         """A picture belongs to every so many validations, and to the last."""
         between = (self.config.pictures_epochs or 0.0) / self.config.val_epochs
@@ -257,13 +276,15 @@ class Run:
 
     def _save(self) -> None:
         states = self.engine.states()
+        faults = self.faults.state()
         self.saved = time.monotonic()
         if states is None:
             return
         state: dict[str, Any] = {
             "step": self.step,
             "best": self.best,
-            "skipped": self.skipped,
+            "best_step": self.best_step,
+            "faults": faults,
             "seconds": self._seconds(),
             "identity": self._identity(),
             "provenance": self.provenance,
@@ -273,6 +294,9 @@ class Run:
 
     def _interrupt(self) -> None:
         self.checkpoints.wait()
+        if self.world.rank == 0:
+            mark_again(self.folder)
+        agree(self.world, 0.0)  # whoever leaves first would end the writer
         raise StoppedError(
             f"{self.folder}: stopped at step {self.step} of {self.steps} by {self.signals.name or 'another process'}; "
             "the checkpoint is saved, the same command goes on"
@@ -288,29 +312,35 @@ class Run:
 
     def _find_start(self) -> Portable | None:
         """Own checkpoint, else the `resume` run's, else `init`; says which."""
-        found, whose = self.checkpoints.newest(), "own checkpoint"
+        found: tuple[int, Portable, Any] | None = self.checkpoints.newest()
+        whose = "own checkpoint"
         if found is None and self.config.resume:
             whose = f"checkpoint of {self.config.resume}"
-            found = Checkpoints(Path(self.config.resume) / "checkpoints").newest()
+            found = newest_of(Path(self.config.resume))
             if found is None:
                 raise UserError(f"{self.config.resume}: no checkpoint to resume from; leave resume away to use init")
         if found is None:
             text, self.provenance = initialise(self.task, self.config, self.world)
             say(self.world, text)
             return None
-        step, portable, state = found
-        self.provenance = dict(state["provenance"])  # type: ignore[arg-type]
-        identity = self._identity()
-        then: dict[str, Any] = state["identity"]  # type: ignore[assignment]
+        self.step, portable, state = found
+        if state is None:  # DeepSpeed's own: it tells of nothing but weights, moments and steps
+            self.best_step, self.provenance = self.step, {"init": self.config.resume}
+        else:
+            self._restore(state)
+        say(self.world, f"weights: {whose}, step {self.step} of {self.steps}")
+        return portable
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        then, identity = state["identity"], self._identity()
         if then != identity:
             changed = "; ".join(f"{key} {then.get(key)} then, {now} now" for key, now in identity.items())
             raise UserError(f"{self.folder}: its checkpoint belongs to other data ({changed}); choose another out")
-        self.step, self.best = step, state["best"]  # type: ignore[assignment]
-        self.skipped = int(state["skipped"])  # type: ignore[arg-type]
-        self.seconds_before = float(state["seconds"])  # type: ignore[arg-type]
-        self.task.encoder.cpb_norm = state["cpb_norm"]  # type: ignore[assignment]
-        say(self.world, f"weights: {whose}, step {step} of {self.steps}")
-        return portable
+        self.provenance, self.best, self.seconds_before = state["provenance"], state["best"], state["seconds"]
+        # Checkpoints of the first version do not have these two.
+        self.best_step = state.get("best_step", self.step)
+        self.faults.restore(state.get("faults", {}))
+        self.task.encoder.cpb_norm = state["cpb_norm"]
 
     def _make_engine(self) -> Engine:
         optim, engine = self.config.optim, self.config.engine
@@ -319,37 +349,30 @@ class Run:
             self.task.encoder.depths,
             weight_decay=optim.weight_decay,
             layer_decay=optim.layer_decay,
+            backbone_lr=optim.backbone_lr,
         )
-        settings = EngineSettings(
-            engine=engine.engine,
-            zero_stage=engine.zero_stage,
-            precision=engine.precision,
-            accumulation=self.plan.accumulation,
-            clip_norm=optim.clip_norm,
-            micro_batch=self.plan.micro,
-            ema=optim.ema,
+        settings = engine.settings(
+            accumulation=self.plan.accumulation, clip_norm=optim.clip_norm, micro_batch=self.plan.micro, ema=optim.ema
         )
-        say(
-            self.world,
-            f"batch: {self.plan.batch} = {self.world.size} processes x {self.plan.micro} samples x "
-            f"{self.plan.accumulation} accumulated; {self.samples} samples, {self.steps} steps, "
-            f"{len(groups)} parameter groups",
-        )
+        say(self.world, f"{batch_words(self.config, self.plan)}; {self.samples} samples, {self.steps} steps")
+        say(self.world, f"{len(groups)} parameter groups; {rate_words(optim)}")
         betas, lr = optim.betas, self.schedule.lr_at(0)
         return make_engine(self.task.module, groups, settings, self.world, lr=lr, betas=betas, eps=optim.eps)
 
     def _write_record(self) -> None:
-        """config.yaml and run.json: what this run is, and what it has cost so far."""
-        if self.world.rank != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        if self.world.rank == 0:
+            write_record(self.folder, self.config, self._record())
+
+    def _record(self) -> dict[str, Any]:
+        """What this run is, and what it has cost so far."""
         seconds = self._seconds()
-        record = {
+        return {
             "step": self.step,
             "steps": self.steps,
+            "stopped_early": self.step < self.steps and self._due_for_validation() and self._is_stale(),
             "best": self.best,
             "best_metric": self.task.best_metric,
+            "best_step": self.best_step,
             "task": self.task.name,
             "init": self.provenance,
             "parameters": self.parameters,
@@ -358,14 +381,14 @@ class Run:
             "processes": self.world.size,
             "micro_batch": self.plan.micro,
             "accumulation": self.plan.accumulation,
+            "repeats": self.task.train_samples.repeats,
             "device": str(self.world.device),
             "seed": self.config.seed,
-            "skipped_steps": self.skipped,
-            "broken_files": self.broken,
+            "skipped_steps": self.faults.skipped,
+            "broken_files": list(self.faults.broken),
+            "slowest_file": list(self.faults.slowest),
+            "speed": self.pace.so_far(),
             "hours": seconds / 3600,
             "device_hours": seconds * self.world.size / 3600,
             "decoder": "pyav",
-            "git": git_state(),
-            "versions": versions(),
         }
-        write_json(self.folder / "run.json", record)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -10,12 +13,14 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from video_swinv2.data.datasets import Batch
+from video_swinv2.errors import UsageError
 from video_swinv2.files import whole
 
 Item = TypeVar("Item")
@@ -23,9 +28,12 @@ PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchv
 
 
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a run, continued from `step`: what was written past it is taken back."""
+    """metrics.jsonl and TensorBoard events of a run, continued from `step`: what was written past it is taken back.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    With `wandb`, a project's name, Weights & Biases gets the numbers too: one run there for each run folder.
+    """
+
+    def __init__(self, folder: Path, step: int, wandb: str | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -33,6 +41,7 @@ class MetricLog:
             kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        self._wandb: Any = open_wandb(wandb, folder) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point per value; keys are `train/loss`, `val/top1` and the like."""
@@ -40,6 +49,8 @@ class MetricLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def picture(self, step: int, pixels: torch.Tensor) -> None:
         """A picture (3, H, W) uint8, as PNG in the run's folder `pictures` and in TensorBoard."""
@@ -51,7 +62,22 @@ class MetricLog:
 
     def close(self) -> None:
         """Flush the TensorBoard events."""
+        if self._wandb is not None:
+            self._wandb.finish()
         self._board.close()
+
+
+def check_wandb(project: str | None) -> None:
+    """UsageError if a project is named and the package is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"wandb: {project!r} needs the package wandb; install it, or leave the key away")
+
+
+def open_wandb(project: str, folder: Path) -> Any:
+    """The run of Weights & Biases that belongs to a run folder, the same at every resumption."""
+    wandb = importlib.import_module("wandb")
+    identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
 
 
 class Waiting:
@@ -75,17 +101,22 @@ class Waiting:
 
 
 class Window:
-    """Loss and time between two log lines; losses stay on the device until they are needed."""
+    """Losses and time between two log lines; losses stay on the device until they are needed.
+
+    `inputs` are the sample numbers and the loss of each micro-batch of the step at hand.
+    """
 
     def __init__(self, waited: float = 0.0) -> None:
         self.started = time.perf_counter()
         self.waited = waited
         self.losses: list[torch.Tensor] = []
+        self.inputs: list[tuple[tuple[int, ...], torch.Tensor]] = []
         self.grad_norm = math.nan
 
-    def add(self, loss: torch.Tensor) -> None:
+    def add(self, batch: Batch, loss: torch.Tensor) -> None:
         """Keep the loss of one micro-batch."""
         self.losses.append(loss)
+        self.inputs.append((batch.numbers, loss))
 
     @property
     def count(self) -> int:

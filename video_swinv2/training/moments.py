@@ -117,7 +117,7 @@ def _gather(piece: Tensor, world: World) -> Tensor:
     rows = torch.empty(world.size, piece.numel()) if world.rank == 0 else torch.empty(0)
     length = max(1, GATHER // world.size)
     for start in range(0, piece.numel(), length):
-        part = piece.detach()[start : start + length].contiguous()
+        part = piece.detach()[start : start + length].to(world.device)  # NCCL knows nothing of what was offloaded
         parts = [torch.empty_like(part) for _ in range(world.size)] if world.rank == 0 else None
         dist.gather(part, parts)
         for row, received in enumerate(parts or ()):

@@ -13,39 +13,43 @@ from torch import nn
 
 from video_swinv2.config import OptimConfig
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.models.parameters import decays, layer_id
+from video_swinv2.models.parameters import decays, layer_id, stage_id
+from video_swinv2.models.swinv2 import DropPath, SwinV2
 
 
 def parameter_groups(
-    module: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float = 1.0
+    module: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float = 1.0, backbone_lr: float = 1.0
 ) -> list[dict[str, Any]]:
     """Optimizer groups, shallow to deep, each with ``name params parameter_names lr_scale weight_decay``.
 
-    A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM). Without layer decay there
-    are two groups at most, since each group costs a collective per step. Raises UserError where there is nothing to
-    train, ValueError where a name does not fit ``depths``, UsageError for a layer decay outside (0, 1].
+    A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for
+    all but the head (Video Swin). Without either there are two groups at most, since each group costs a collective per
+    step. Raises UserError where there is nothing to train, ValueError where a name does not fit ``depths``, UsageError
+    for a layer decay outside (0, 1].
     """
     if not 0.0 < layer_decay <= 1.0:
         raise UsageError(f"layer_decay: {layer_decay} is not in (0, 1]; 1 turns it off")
     last = sum(depths) + 1
-    members: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    members: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             layer = layer_id(name, depths)
-            key = (layer if layer_decay < 1.0 else last, decays(name, parameter))
+            at_full_rate = backbone_lr == 1.0 or name.startswith("head.")
+            key = (layer if layer_decay < 1.0 else last, at_full_rate, decays(name, parameter))
             members.setdefault(key, []).append((name, parameter))
     if not members:
         raise UserError("the model has no parameter to train: every one is frozen")
     groups = []
-    for (layer, decayed), named in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1])):
+    for (layer, full, decayed), named in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2])):
         where = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
+        where += "" if backbone_lr == 1.0 else "_head" if full else "_backbone"
         group_decay = weight_decay if decayed else 0.0
         groups.append(
             {
                 "name": f"{where}_{'decay' if decayed else 'no_decay'}",
                 "params": [parameter for _, parameter in named],
                 "parameter_names": [name for name, _ in named],
-                "lr_scale": layer_decay ** (last - layer),
+                "lr_scale": layer_decay ** (last - layer) * (1.0 if full else backbone_lr),
                 "weight_decay": group_decay,
                 # The record write_hyperparameters restores from: optimizers are free to write to weight_decay.
                 "configured_weight_decay": group_decay,
@@ -53,6 +57,26 @@ def parameter_groups(
         )
     _check_complete(module, groups)
     return groups
+
+
+def freeze(encoder: SwinV2, stages: int) -> None:
+    """Fix the patch embedding and the first `stages` stages, drop path in them too; UsageError if there are fewer."""
+    if stages > len(encoder.depths):
+        raise UsageError(f"optim.frozen_stages: {stages}, and the model has {len(encoder.depths)} stages")
+    if not stages:
+        return
+    for name, parameter in encoder.named_parameters():
+        if stage_id(name, encoder.depths) <= stages:
+            parameter.requires_grad_(False)
+    for stage in encoder.stages()[:stages]:
+        for part in stage.modules():
+            if isinstance(part, DropPath):
+                part.rate = 0.0
+
+
+def linear_rule(optim: OptimConfig) -> float:
+    """What the linear rule multiplies the learning rates by: batch / lr_batch (Goyal et al. 2017), else 1."""
+    return optim.batch / optim.lr_batch if optim.lr_batch else 1.0
 
 
 def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
@@ -109,12 +133,13 @@ def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
     def to_steps(epochs: float) -> int:
         return round(epochs * samples / optim.batch)
 
+    rule = linear_rule(optim)
     return Schedule(
-        lr=optim.lr,
+        lr=optim.lr * rule,
         steps=steps,
         warmup_steps=min(to_steps(optim.warmup_epochs), steps),
-        min_lr=optim.min_lr,
-        warmup_lr=optim.warmup_lr,
+        min_lr=optim.min_lr * rule,
+        warmup_lr=optim.warmup_lr * rule,
         kind=optim.schedule,
         milestones=tuple(to_steps(epoch) for epoch in optim.milestones),
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,11 @@ from video_swinv2.errors import UsageError
 T = TypeVar("T")
 # Long enough for rank 0 to build an index or write a report while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+# sysexits.h's EX_TEMPFAIL: the run was told to stop, has saved itself, and the same command goes on.
+START_AGAIN = 75
+# The same in a file of the run folder: torchrun exits with 1 whatever its processes say.
+AGAIN_FILE = "start-again"
 
 
 @dataclass(frozen=True)
@@ -161,25 +167,29 @@ class StopSignal:
     """Turns SIGTERM, SIGUSR1 and the first SIGINT into a flag to be read at a step's end; a context manager.
 
     The handlers do nothing else: a collective or a save inside a handler could interleave with the step's own.
-    A second SIGINT raises KeyboardInterrupt. Must be entered in the main thread (a rule of Python's).
+    A second SIGINT raises KeyboardInterrupt. Must be entered in the main thread (a rule of Python's). The end of the
+    launcher counts as a signal too: SIGTERM to ``deepspeed`` ends only itself and leaves its processes running.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self._received = ""
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
+        self._launchers = launchers()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self._received is not None
+        """Whether a signal has arrived, or the launcher is gone."""
+        if not self._received and self._launchers and launchers() != self._launchers:
+            self._received = "the launcher's end"
+        return bool(self._received)
 
     @property
     def name(self) -> str:
         """Name of the first signal that arrived, such as ``SIGTERM``; empty while there is none."""
-        return "" if self._received is None else self._received.name
+        return self._received
 
     def __enter__(self) -> StopSignal:
         for number in self.SIGNALS:
@@ -194,12 +204,46 @@ class StopSignal:
         self._previous.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is None:
-            self._received = signal.Signals(number)
+        self._received = self._received or signal.Signals(number).name
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+
+
+def launchers() -> tuple[int, ...]:
+    """Process ids of torchrun, or of deepspeed's two, above this process; empty without them, or without /proc."""
+    found: list[int] = []
+    parent = os.getppid()
+    while parent > 1:
+        try:
+            command = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+            status = Path(f"/proc/{parent}/stat").read_text()
+        except OSError:
+            break
+        if not is_launcher(command):
+            break
+        found.append(parent)
+        parent = int(status.rpartition(")")[2].split()[1])  # the fourth field; the second may hold anything
+    return tuple(found)
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line is torchrun's or deepspeed's own; a shell that was told to run one is not."""
+    if Path(command[0]).name.startswith("python"):
+        command = [word for word in command[1:] if not word.startswith("-")] or [""]
+    starts = ("torch.distributed.", "deepspeed.launcher.")
+    return Path(command[0]).name in ("torchrun", "deepspeed") or command[0].startswith(starts)
+
+
+def mark_again(folder: Path) -> None:
+    """Leave word in the run folder that the run was stopped and is to be started again."""
+    (folder / AGAIN_FILE).write_text("stopped and saved; the same command goes on\n", encoding="utf-8")
+
+
+def unmark_again(folder: Path) -> None:
+    """Take the word back: the run is on again, or done."""
+    (folder / AGAIN_FILE).unlink(missing_ok=True)
 
 
 def agree(world: World, *values: float) -> tuple[float, ...]:

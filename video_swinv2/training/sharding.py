@@ -30,7 +30,10 @@ def sharded_construction(engine: EngineConfig, world: World) -> Iterator[None]:
     deepspeed = import_deepspeed(world)
     # The precision comes from this section (fp32): DeepSpeed's argument for it is ignored on CPUs in favour of bf16.
     # Its own Linear, made for memory, knows nothing of autocast.
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    zero: dict[str, object] = {"stage": 3}
+    if engine.offload_parameters != "none":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
         yield
 

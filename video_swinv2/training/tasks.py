@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from video_swinv2.config import Config, DataConfig, MaskConfig
 from video_swinv2.data.datasets import Batch, SampleDataset, labelled, labelled_splits, unlabelled
-from video_swinv2.data.manifest import class_list_hash
+from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.data.transforms import denormalise, mix, normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.files import sha256
@@ -33,6 +33,7 @@ from video_swinv2.models.simmim import (
 from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.models.variants import create_model
 from video_swinv2.training.ancestry import ancestors_of
+from video_swinv2.training.optim import freeze
 from video_swinv2.training.pictures import chosen_samples, draw
 from video_swinv2.training.runtime import World
 from video_swinv2.training.sharding import is_sharded, values_loaded, whole_twin, write_shards
@@ -85,6 +86,7 @@ class Classification:
         has_val = config.data.val_split in labelled_splits(config.data)
         val = labelled(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
+        self.class_weights = class_weights(config.optim.class_weights, train)
         self.val_samples: SampleDataset | None = None
         if val is not None:
             self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
@@ -96,12 +98,17 @@ class Classification:
             "classes_sha256": class_list_hash(self.classes),
         }
         self.encoder = build_model(config, len(self.classes))
+        freeze(self.encoder, config.optim.frozen_stages)
         self.module: nn.Module = self.encoder
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, mixed first if the configuration says so."""
         inputs, targets = mix(_normalised(batch), batch.labels, len(self.classes), self.config.augment)
-        return F.cross_entropy(forward(inputs).float(), targets, label_smoothing=self.config.optim.label_smoothing)
+        weights = None if self.class_weights is None else self.class_weights.to(inputs.device)
+        # Targets are shares of classes, so the mean is over samples and not over their weights: it is the same
+        # whatever the micro-batches and processes are.
+        smoothing = self.config.optim.label_smoothing
+        return F.cross_entropy(forward(inputs).float(), targets, weight=weights, label_smoothing=smoothing)
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
         """Summed loss and correct answers of one centre view per sample."""
@@ -131,11 +138,15 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.name = f"SimMIM on {_kind(config)}"
+        for key, wanted in (("frozen_stages", 0), ("class_weights", None), ("backbone_lr", 1.0)):
+            if getattr(config.optim, key) != wanted:
+                raise UsageError(f"optim.{key}: is for `train`; leave it away in `pretrain`")
         self.encoder = build_model(config, 0)
         mask = resolved_mask(config, self.encoder)
         self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
         self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
-        train, val = unlabelled(config.data, validation=False), unlabelled(config.data, validation=True)
+        train = unlabelled(config.data, validation=False, repeats=config.augment.repeats)
+        val = unlabelled(config.data, validation=True)
         self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
         # Without augmentation a sample and its mask depend on the seed and its place in the list alone.
         self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, mask)
@@ -184,6 +195,24 @@ class Pretraining:
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
         """Write encoder, mask token and decoder."""
         _save(self.module, path, (), self.config, weights, provenance)
+
+
+def class_weights(wanted: str | tuple[float, ...] | None, train: Manifest) -> Tensor | None:
+    """(K,) weights of the classes as `optim.class_weights` says; UsageError if they do not fit the training split.
+
+    `balanced` weighs a class by samples / (classes x samples of it), so that the mean over all samples is 1.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        counts = torch.bincount(torch.tensor([entry.label for entry in train.entries]), minlength=len(train.classes))
+        if not counts.all():
+            empty = train.classes[int(counts.argmin())]
+            raise UsageError(f"optim.class_weights: class {empty!r} has no training sample; give numbers")
+        return len(train.entries) / (len(counts) * counts.float())
+    if len(wanted) != len(train.classes):
+        raise UsageError(f"optim.class_weights: {len(wanted)} weights for {len(train.classes)} classes; give each one")
+    return torch.tensor(wanted)
 
 
 def build_model(config: Config, num_classes: int) -> SwinV2:

@@ -1,0 +1,185 @@
+"""Loaders under faults: workers killed, decoders that hang or crash; repeats decoded once; memory over 10,000 clips."""
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from video_swinv2.config import AugmentConfig, DataConfig
+from video_swinv2.data import datasets
+from video_swinv2.data.datasets import SampleDataset, unlabelled
+from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
+from video_swinv2.data.manifest import read_manifest
+from video_swinv2.errors import UsageError, UserError
+
+CLIPS = 8
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, write_video):
+    """Small clips of noise, so that no two samples are alike."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for i in range(CLIPS):
+        write_video(folder / f"{i}.mp4", rng.integers(0, 255, (6, 32, 40, 3), dtype=np.uint8))
+    lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(CLIPS))
+    for name, text in (("train.txt", lines), ("val.txt", lines), ("classes.txt", "even\nodd\n")):
+        (folder / name).write_text(text)
+    return folder
+
+
+def samples(folder, workers, repeats=1, augmented=True, **changes):
+    values = {"source": str(folder), "image_size": 32, "frames": 2, "workers": workers} | changes
+    augment = AugmentConfig(repeats=repeats) if augmented else None
+    return SampleDataset(read_manifest(folder, "train").entries, DataConfig(**values), augment, 0, None)
+
+
+def read(dataset, steps=4, batch=4, micro=2, repeats=1):
+    plan = plan_batch(batch, micro, 1, repeats)
+    return training_loader(dataset, plan, seed=0, rank=0, first=0, last=steps, pin=False)
+
+
+def disturb(monkeypatch, name, act):
+    """Whoever opens the clip `name` does `act` first; workers inherit this by fork."""
+    reader = datasets.VideoReader
+
+    def opened(path: Path, **limits: float):
+        if path.name == name:
+            act()
+        return reader(path, **limits)
+
+    monkeypatch.setattr(datasets, "VideoReader", opened)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    """In C with the interpreter's lock held, as a dead-locked decoder is."""
+    ctypes.PyDLL(None).pause()
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(clips, tmp_path, monkeypatch):
+    expected = list(read(samples(clips, 0)))
+    once = tmp_path / "died"
+
+    def die_once():
+        if not once.exists():
+            once.touch()
+            die()
+
+    disturb(monkeypatch, "3.mp4", die_once)
+    loader = read(samples(clips, 2))
+    found = list(loader)
+    assert (loader.restarts, len(found)) == (1, len(expected))
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert (a.numbers, b.broken) == (b.numbers, ())
+
+
+@pytest.mark.parametrize(("act", "restarts", "words"), [(hang, 1, "did not answer within 5.3 s"), (die, 2, "crashed")])
+def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, monkeypatch, act, restarts, words):
+    undisturbed = list(read(samples(clips, 0)))
+    disturb(monkeypatch, "5.mp4", act)
+    loader = read(samples(clips, 2, decode_seconds=0.1))
+    found = list(loader)
+    assert loader.restarts == restarts
+    lines = {line for batch in found for line in batch.broken}
+    assert [("5.mp4" in line, words in line) for line in lines] == [(True, True)]
+    for a, b in zip(undisturbed, found, strict=True):
+        assert a.numbers == b.numbers
+        for number, x, y in zip(a.numbers, a.pixels, b.pixels, strict=True):
+            assert torch.equal(x, y) == (number != 5)  # of the next clip, and so other pixels
+
+
+def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch):
+    disturb(monkeypatch, "5.mp4", hang)
+    dataset = samples(clips, 1, augmented=False, decode_seconds=0.1)
+    labels = torch.cat([batch.labels for batch in validation_loader(dataset, 2, rank=0, world=1, pin=False)])
+    assert labels.tolist() == [0, 1, 0, 1, 0, datasets.BROKEN, 0, 1]
+
+
+def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch):
+    reader = datasets.VideoReader
+    monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: die() or reader(path, **limits))
+    with pytest.raises(UserError, match=r"5 loader workers died .* lower data\.workers \(1\) or optim\.micro_batch"):
+        list(read(samples(clips, 1)))
+
+
+def test_repeats_are_decoded_once_and_augmented_anew(clips, monkeypatch):
+    opened = []
+    disturbed = datasets.VideoReader
+    monkeypatch.setattr(
+        datasets, "VideoReader", lambda path, **limits: opened.append(path) or disturbed(path, **limits)
+    )
+    dataset = samples(clips, 0, repeats=2)
+    assert len(dataset) == 2 * CLIPS
+    batches = list(read(dataset, steps=2, batch=8, micro=5, repeats=2))
+    assert len(opened) == len(set(opened)) == CLIPS
+    assert [len(batch.labels) for batch in batches] == [4, 4, 4, 4]
+    for batch in batches:
+        assert [number // 2 for number in batch.numbers[:2]] == [number // 2 for number in batch.numbers[2:]]
+        assert batch.numbers[0] // 2 != batch.numbers[1] // 2  # neighbours, which mixing pairs, are other clips
+        assert not torch.equal(batch.pixels[0], batch.pixels[2])
+    alone = samples(clips, 0, repeats=2)
+    assert torch.equal(alone[(0, batches[1].numbers[3])].pixels, batches[1].pixels[3])
+    # The same clip of the video, unlike the frames_per_video of pre-training: without augmentation nothing differs.
+    dataset.transform = lambda clip: clip
+    assert torch.equal(dataset[(1, 6)].pixels, dataset[(1, 7)].pixels)
+
+
+def test_repeats_of_pretraining_are_repeats_of_each_clip(clips):
+    data = DataConfig(source=str(clips), image_size=32, frames=2, frames_per_video=2, workers=0)
+    dataset = SampleDataset(unlabelled(data, False, 3), data, AugmentConfig(repeats=3), 0, None)
+    assert len(dataset) == 6 * CLIPS
+    dataset.transform = lambda clip: clip
+    found = [dataset[(0, number)].pixels for number in range(6)]
+    same = [torch.equal(found[0], other) for other in found]
+    assert same == [True, True, True, False, False, False]
+    assert len(unlabelled(data, True, 3)) == CLIPS
+
+
+def test_all_repeats_of_a_clip_are_in_one_piece_whatever_the_processes():
+    for world in (1, 2, 3):
+        plan = plan_batch(18, 7, world, 3)
+        assert plan.micro == {1: 6, 2: 3, 3: 6}[world]
+        for rank in range(world):
+            sampler = StepSampler(24, lambda epoch: np.arange(24), plan, rank=rank, first=0, last=4)
+            for piece in sampler:
+                assert [number % 3 for _, number in piece] == [0, 1, 2] * (plan.micro // 3)
+    with pytest.raises(UsageError, match="shared by 2 processes in 3 repeats of a clip; take a multiple of 6"):
+        plan_batch(8, 4, 2, 3)
+    with pytest.raises(UsageError, match=r"cannot hold the 3 of augment\.repeats; take 3"):
+        plan_batch(6, 2, 1, 3)
+
+
+def resident(pid):
+    """Bytes of a process in memory that are its own."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def children(pid):
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_memory_is_flat_over_ten_thousand_clips(clips, repeats):
+    """Decoded, augmented and handed over: this process and its workers at clip 2,000 and at clip 10,000."""
+    dataset = samples(clips, 2, repeats=repeats)
+    seen, sizes = 0, {}
+    for batch in read(dataset, steps=10_000 * repeats // 16, batch=16, micro=16, repeats=repeats):
+        seen += len(batch.labels) // repeats
+        if seen in (2_000, 10_000):
+            sizes[seen] = [resident(pid) for pid in (os.getpid(), *children(os.getpid()))]
+    assert len(sizes[2_000]) >= 3
+    print({clips: [round(size / 2**20, 1) for size in found] for clips, found in sizes.items()})
+    for before, after in zip(sizes[2_000], sizes[10_000], strict=True):
+        assert after - before < 8 * 2**20, "bytes that 8,000 clips left behind"

@@ -1,0 +1,172 @@
+"""Every recipe: it says where its numbers are from, loads, builds, and can be planned on the devices it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from video_swinv2.config import Config, load_config
+from video_swinv2.data.loading import plan_batch
+from video_swinv2.models.simmim import SimMIM
+from video_swinv2.tools.plan import make_plan
+from video_swinv2.training.optim import freeze, make_schedule, parameter_groups
+from video_swinv2.training.tasks import build_model, resolved_mask
+
+CONFIGS = REPOSITORY / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("demo", "ut_interaction"))
+NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in RECIPES]
+# Numbers of training clips: the official lists (Kinetics-700: mmaction2's copy), UCF101's and HMDB51's first split.
+SAMPLES = {
+    "image": 1_281_167,
+    "pretrain": 1_281_167,
+    "kinetics400": 246_534,
+    "kinetics600": 392_622,
+    "kinetics700": 542_357,
+    "something_v2": 168_913,
+    "ucf101": 9_537,
+    "hmdb51": 3_570,
+}
+CLASSES = {
+    "image": 1000,
+    "kinetics400": 400,
+    "kinetics600": 600,
+    "kinetics700": 700,
+    "something_v2": 174,
+    "ucf101": 101,
+    "hmdb51": 51,
+}
+
+
+def devices(text: str) -> int:
+    """How many the command in the header starts."""
+    nodes = re.search(r"--nnodes (\d+)", text)
+    return int(re.search(r"--nproc_per_node (\d+)", text)[1]) * (int(nodes[1]) if nodes else 1)  # type: ignore[index]
+
+
+def test_all_sizes_and_sets_are_there() -> None:
+    wanted = {f"kinetics400/{size}" for size in ("tiny", "small", "base", "large", "giant_1", "giant_2")}
+    wanted |= {f"kinetics400/{size}_simmim" for size in ("tiny", "small", "base", "large")}
+    wanted |= {f"{name}/base" for name in ("kinetics600", "kinetics700", "something_v2", "ucf101", "hmdb51")}
+    assert wanted <= set(NAMES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_is_whole(path: Path) -> None:
+    """Header, configuration, model on the meta device, optimizer groups, schedule, batch on the devices named."""
+    text = path.read_text(encoding="utf-8")
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    for word in ("source: ", "command: ", "measured"):
+        assert word in header
+    assert f"{path.relative_to(REPOSITORY)}" in header
+    config = load_config(path)
+    assert config.out == f"runs/{path.relative_to(CONFIGS).with_suffix('')}"
+    pretraining = path.parent.name == "pretrain"
+    module = build(config, path.parent.name)
+    assert len(parameter_groups(module, depths(module), weight_decay=config.optim.weight_decay)) >= 1
+    samples = SAMPLES[path.parent.name] * config.augment.repeats
+    steps = round(config.optim.epochs * samples / config.optim.batch)
+    schedule = make_schedule(config.optim, steps, samples)
+    assert schedule.lr_at(steps - 1) < schedule.lr
+    assert schedule.lr_at(schedule.warmup_steps) == pytest.approx(schedule.lr)
+    plan = plan_batch(config.optim.batch, config.optim.micro_batch, devices(header), config.augment.repeats)
+    assert plan.batch == devices(header) * plan.micro * plan.accumulation
+    if config.augment.mixup or config.augment.cutmix:
+        assert plan.micro > 1, "one sample has nothing to be mixed with"
+    assert pretraining == isinstance(module, SimMIM)
+
+
+def build(config: Config, folder: str) -> torch.nn.Module:
+    """The task's module, without memory."""
+    with torch.device("meta"):
+        if folder == "pretrain":
+            encoder = build_model(config, 0)
+            return SimMIM(encoder, resolved_mask(config, encoder).unit)
+        encoder = build_model(config, CLASSES[folder])
+    freeze(encoder, config.optim.frozen_stages)
+    return encoder
+
+
+def depths(module: torch.nn.Module) -> tuple[int, ...]:
+    return tuple((module.encoder if isinstance(module, SimMIM) else module).depths)  # type: ignore[union-attr, arg-type]
+
+
+def test_what_the_published_recipes_say() -> None:
+    """The numbers that matter most, against the table of Video Swin's files and the SwinV2 paper's appendix."""
+    video_swin = {
+        "tiny": (1e-3, 0.02, 0.1),
+        "small": (1e-3, 0.02, 0.1),
+        "base": (3e-4, 0.05, 0.2),
+        "large": (3e-4, 0.05, 0.2),
+    }
+    for size, numbers in video_swin.items():
+        config = load_config(CONFIGS / "kinetics400" / f"{size}.yaml")
+        optim, data = config.optim, config.data
+        assert (optim.lr, optim.weight_decay, config.model.drop_path) == numbers
+        assert (data.frames, data.frame_stride, data.image_size, config.model.window) == (32, 2, 224, (8, 7, 7))
+        assert (optim.epochs, optim.batch, optim.warmup_epochs, optim.backbone_lr) == (30, 64, 2.5, 0.1)
+    for stage, numbers in ((1, (256, 16, 20, 2.5, 80, 3.6e-4)), (2, (320, 20, 5, 1, 64, 5e-5))):
+        config = load_config(CONFIGS / "kinetics400" / f"giant_{stage}.yaml")
+        side, window, *rest = numbers
+        assert (config.data.image_size, config.model.window) == (side, (8, window, window))
+        optim = config.optim
+        assert [optim.epochs, optim.warmup_epochs, optim.batch, optim.lr] == rest
+        assert optim.weight_decay == 0.1
+    assert load_config(CONFIGS / "something_v2" / "base.yaml").augment.flip == 0, "left and right are classes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_can_be_planned(path: Path) -> None:
+    """Memory of an 80 GB device suffices for every recipe as its command starts it."""
+    folder = path.parent.name
+    config = load_config(path)
+    number = devices(path.read_text(encoding="utf-8"))
+    plan = make_plan(
+        config,
+        processes=number,
+        samples=SAMPLES[folder],
+        classes=CLASSES.get(folder),
+        pretraining=folder == "pretrain",
+    )
+    assert plan.processes * plan.micro_batch * plan.accumulation == config.optim.batch
+    assert plan.steps == pytest.approx(config.optim.epochs * (plan.samples or 0) / config.optim.batch, abs=1)
+    assert 0 < plan.peak < 80e9
+
+
+@pytest.mark.slow
+def test_giant_on_8_16_and_64_devices() -> None:
+    """Under ZeRO-3 what is kept shrinks as devices are added, what a sample needs does not."""
+    config = load_config(CONFIGS / "kinetics400" / "giant_2.yaml")
+    plans = [make_plan(config, processes=number, samples=246_534, classes=400) for number in (8, 16, 64)]
+    assert [plan.accumulation for plan in plans] == [8, 4, 1]
+    kept = [plan.states.weights + plan.states.gradients + plan.states.optimizer for plan in plans]
+    # 20 bytes for each of 3.0 B parameters.
+    assert kept == [pytest.approx(20 * plans[0].parameters / number, rel=1e-6) for number in (8, 16, 64)]
+    assert len({plan.activations for plan in plans}) == 1
+    assert plans[0].peak > plans[1].peak > plans[2].peak
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
+def test_the_slurm_script_starts_again_when_asked(tmp_path: Path, code: int, requeued: bool) -> None:
+    """The real script, with stand-ins for the two programs of a cluster that is not here."""
+    for name, body in (
+        ("srun", f'echo "$@" > {tmp_path}/srun.txt; exit {code}'),
+        ("scontrol", f'echo "$@" > {tmp_path}/again.txt'),
+    ):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(CONFIGS / "slurm" / "kinetics400.sh"), "run.yaml", "out=runs/a b"]
+    done = subprocess.run(command, env=environment, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "srun.txt").read_text().endswith("video-swinv2 train run.yaml out=runs/a b\n")
+    assert (tmp_path / "again.txt").is_file() == requeued
+    if requeued:
+        assert (tmp_path / "again.txt").read_text() == "requeue 7\n"

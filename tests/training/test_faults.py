@@ -1,0 +1,225 @@
+"""Every fault provoked for real: killed and failing processes, a full disk, NaN, exhausted memory.
+
+Loader workers and decoders have theirs in tests/data/test_loading.py, checkpoints in test_checkpoint.py.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from video_swinv2.config import load_config
+from video_swinv2.errors import UserError
+from video_swinv2.training.checkpoint import Checkpoints
+from video_swinv2.training.loop import run
+from video_swinv2.training.measure import read_metrics
+from video_swinv2.training.tasks import Classification
+
+SECONDS = 60  # in which all processes have to end
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, write_video):
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        write_video(folder / f"{i}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
+    lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(8))
+    for name, text in (("train.txt", lines), ("val.txt", lines), ("classes.txt", "even\nodd\n")):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def recipe(clips, tmp_path):
+    """A function that writes a small recipe with changes."""
+
+    def write(**changes):
+        values = {
+            "out": str(tmp_path / "run"),
+            "init": "scratch",
+            "model": {"name": "swinv2_nano", "window": [2, 4, 4]},
+            "data": {"source": str(clips), "frames": 2, "image_size": 32, "workers": 0},
+            "optim": {"epochs": 2, "lr": 1e-3, "batch": 4, "micro_batch": 2},
+            "engine": {"engine": "plain", "precision": "fp32", "device": "cpu"},
+            "log_every": 1,
+            "checkpoint_minutes": 0,
+            "keep_checkpoints": 2,
+        }
+        for key, value in changes.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        path = tmp_path / f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def start_two(config, *overrides_of_the_second):
+    """Two processes of one run as a launcher would start them, but nobody to end one when the other dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "video_swinv2", "train", str(config), *overrides_of_the_second * rank]
+        environment = os.environ | place | meeting
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_ends_all_with_one_line_and_no_orphans(recipe, tmp_path, victim):
+    engine = {"engine": "deepspeed", "zero_stage": 1}
+    processes = start_two(recipe(optim={"epochs": 5000}, engine=engine, data={"workers": 1}, val_epochs=9999))
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "run")) < 3:
+        assert all(process.poll() is None for process in processes), "it ended before it could be killed"
+        time.sleep(0.1)
+    workers = [worker for process in processes for worker in children(process.pid)]
+    assert len(workers) >= 2
+    processes[victim].send_signal(signal.SIGKILL)
+    survivor = processes[1 - victim]
+    _, text = survivor.communicate(timeout=SECONDS)
+    assert survivor.returncode == 1
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("error:")]
+    assert f"process {victim} of 2 died; start the same command again" in line
+    deadline = time.monotonic() + SECONDS
+    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [worker for worker in workers if is_alive(worker)]
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest() is not None
+    processes[victim].communicate()
+
+
+def test_a_process_that_fails_alone_ends_all_with_its_line(recipe):
+    processes = start_two(recipe(engine={"engine": "deepspeed"}), "data.source=nowhere")
+    texts = [process.communicate(timeout=5 * SECONDS)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    (line,) = [line for text in texts for line in text.splitlines() if line.startswith("error:")]
+    assert "nowhere" in line
+    assert "Traceback" not in "".join(texts)
+
+
+@contextmanager
+def small_disk(folder):
+    """A file system in memory with room for one checkpoint of three; gives a function that makes room."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def small_files(folder):
+    """No file may be larger than a quota."""
+    folder.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def raise_quota():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        yield raise_quota
+    finally:
+        raise_quota()
+
+
+@pytest.mark.parametrize("limit", [small_disk, small_files])
+def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(recipe, tmp_path, limit):
+    with limit(tmp_path / "disk") as make_room:
+        config = load_config(recipe(out=str(tmp_path / "disk" / "run")))
+        with pytest.raises(UserError, match=r"disk/run.*(free space|another folder)") as caught:
+            run(config, Classification)
+        assert "\n" not in str(caught.value)
+        make_room()
+        folder = run(config, Classification)
+        record = json.loads((folder / "run.json").read_text())
+        assert record["step"] == record["steps"] == 4
+
+
+def test_broken_clips_are_counted_and_named_across_a_resumption(recipe, clips, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in clips.iterdir():
+        (copy / path.name).write_bytes(b"broken" if path.name == "3.mp4" else path.read_bytes())
+    changes = {"data": {"source": str(copy), "max_broken": 0.5, "val_split": "none"}}
+    for epochs in (1, 2):
+        folder = run(load_config(recipe(optim={"epochs": epochs}, **changes)), Classification)
+    counted = [line["train/broken_samples"] for line in read_metrics(folder) if "train/broken_samples" in line]
+    assert (counted[1], counted[-1]) == (1, 2)
+    assert capsys.readouterr().out.count("broken: ") == 1, "said once, not again after resuming"
+    assert len(json.loads((folder / "run.json").read_text())["broken_files"]) == 1
+
+
+class Poisoned(Classification):
+    """One clip makes the loss NaN, as a broken normalisation or an overflow does."""
+
+    number = 5
+
+    def loss(self, forward, batch):
+        loss = super().loss(forward, batch)
+        return loss * torch.nan if self.number in batch.numbers else loss
+
+
+def test_a_step_that_is_not_finite_is_dropped_counted_and_its_inputs_are_named(recipe, capsys):
+    folder = run(load_config(recipe()), Poisoned)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["step"], record["skipped_steps"]) == (4, 2)  # once an epoch
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        guilty = [piece for piece in line["micro_batches"] if piece["loss"] == "nan"]
+        assert len(guilty) == 1
+        assert any(name.endswith("/5.mp4") for name in guilty[0]["files"])
+        assert len(guilty[0]["files"]) == 2
+    step, portable, _ = Checkpoints(folder / "checkpoints").newest()
+    assert (step, portable.optimizer_step) == (4, 2)
+    assert all(tensor.isfinite().all() for tensor in portable.weights.values())
+    assert "skipped steps 2, see skipped.jsonl" in capsys.readouterr().out
+
+
+def test_exhausted_memory_names_the_knob(recipe):
+    config = load_config(recipe(data={"image_size": 448}, optim={"batch": 8, "micro_batch": 8, "epochs": 1}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    task = Classification(config)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, hard))
+    try:
+        with pytest.raises(
+            UserError, match=r"out of memory on process 0 .* lower optim\.micro_batch from 8 to 4; the batch"
+        ):
+            run(config, lambda _: task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,0 +1,193 @@
+"""What a recipe may ask of the loop: frozen stages, rates, class weights, repeats, early stop, and what a run says."""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import video_swinv2 as vs
+from video_swinv2.config import OptimConfig, load_config
+from video_swinv2.data import datasets
+from video_swinv2.data.datasets import collate
+from video_swinv2.errors import UsageError
+from video_swinv2.models.swinv2 import DropPath
+from video_swinv2.training.loop import run
+from video_swinv2.training.measure import read_metrics
+from video_swinv2.training.optim import freeze, make_schedule, parameter_groups
+from video_swinv2.training.tasks import Classification, Pretraining
+from video_swinv2.weights.store import read_tensors
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, write_video):
+    """Six clips of class `often`, two of class `seldom`."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        write_video(folder / f"{i}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
+    lines = "".join(f"{i}.mp4 {int(i > 5)}\n" for i in range(8))
+    for name, text in (("train.txt", lines), ("val.txt", lines), ("classes.txt", "often\nseldom\n")):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def config(clips, tmp_path):
+    """A function that gives a small configuration with changes."""
+
+    def make(*overrides):
+        values = {
+            "out": str(tmp_path / "run"),
+            "init": "scratch",
+            "model": {"name": "swinv2_nano", "window": [2, 4, 4], "drop_path": 0.3},
+            "data": {"source": str(clips), "frames": 2, "image_size": 32, "workers": 0},
+            "optim": {"epochs": 2, "lr": 1e-3, "batch": 4, "micro_batch": 4},
+            "engine": {"engine": "plain", "precision": "fp32", "device": "cpu"},
+            "log_every": 1,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return load_config(tmp_path / "recipe.yaml", overrides)
+
+    return make
+
+
+def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys):
+    """One run for both, and for what it says at its end."""
+    settings = config("optim.frozen_stages=2", "augment.repeats=2", "optim.lr_batch=8")
+    task = Classification(settings)
+    before = {name: tensor.clone() for name, tensor in task.module.state_dict().items()}
+    folder = run(settings, lambda _: task)
+    after, _ = read_tensors(folder / "last.safetensors")
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    frozen = {name for name in after if name.startswith(("patch_embed.", "layers.0.", "layers.1."))}
+    assert frozen <= same
+    # Zero gradients leave zero biases as they are, so not every other tensor has moved.
+    assert not {name for name in same - frozen if name.endswith((".qkv.weight", ".fc1.weight", "head.weight"))}
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["repeats"], record["steps"], record["config"]["augment"]["repeats"]) == (2, 8, 2)
+    said = capsys.readouterr().out
+    assert "batch: 4 = 1 processes x 2 clips x 2 repeats x 1 accumulated; 16 samples, 8 steps" in said
+    assert "highest learning rate 0.0005 = optim.lr 0.001 x batch 4 / optim.lr_batch 8 (linear rule)" in said
+    assert f"{folder}: done at step 8 of 8" in said
+    assert f"best          val/top1 {record['best']:.4f} at step {record['best_step']}" in said
+    assert said.splitlines()[-1].startswith(f"next: video-swinv2 test {folder}/model.safetensors ")
+    speed = record["speed"]
+    assert speed["samples_per_second"] > 0
+    assert 0 <= speed["data_wait"] <= 1
+    assert record["slowest_file"][1].endswith(".mp4")
+    logged = [line for line in read_metrics(folder) if "train/loss" in line]
+    assert {"speed/tflops_per_device", "speed/memory_gb", "speed/data_wait"} <= logged[-1].keys()
+
+
+def test_drop_path_is_off_in_frozen_stages_and_there_are_only_so_many():
+    model = vs.create_model("swinv2_nano", num_classes=2, drop_path=0.3)
+    rates = [part.rate for part in model.modules() if isinstance(part, DropPath)]
+    freeze(model, 1)
+    left = [part.rate for part in model.modules() if isinstance(part, DropPath)]
+    first = model.depths[0]
+    assert left == [0.0] * first + rates[first:]
+    assert all(rate > 0 for rate in left[first:])
+    with pytest.raises(UsageError, match=r"optim\.frozen_stages: 5, and the model has 4 stages"):
+        freeze(model, 5)
+
+
+def test_the_backbone_has_a_rate_of_its_own():
+    model = vs.create_model("swinv2_nano", num_classes=2)
+    groups = {g["name"]: g for g in parameter_groups(model, model.depths, weight_decay=0.05, backbone_lr=0.1)}
+    assert [(name, group["lr_scale"]) for name, group in groups.items()] == [
+        ("all_layers_backbone_decay", 0.1),
+        ("all_layers_backbone_no_decay", 0.1),
+        ("all_layers_head_decay", 1.0),
+        ("all_layers_head_no_decay", 1.0),
+    ]
+    assert groups["all_layers_head_decay"]["parameter_names"] == ["head.weight"]
+    both = parameter_groups(model, model.depths, weight_decay=0.05, layer_decay=0.5, backbone_lr=0.1)
+    scales = {name: group["lr_scale"] for group in both for name in group["parameter_names"]}
+    assert (scales["head.weight"], scales["norm.weight"]) == (1.0, 0.1)
+    assert scales["patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5 ** (sum(model.depths) + 1))
+
+
+def test_the_linear_rule_scales_every_rate():
+    optim = OptimConfig(
+        epochs=4, lr=1e-3, lr_batch=64, batch=16, micro_batch=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5
+    )
+    schedule = make_schedule(optim, 40, 160)
+    assert [schedule.lr_at(step) for step in (0, 10, 40)] == pytest.approx([2.5e-7, 2.5e-4, 2.5e-6])
+
+
+def test_class_weights_weigh_the_loss(config):
+    task = Classification(config("optim.class_weights=balanced", "optim.label_smoothing=0.1"))
+    assert task.class_weights.tolist() == pytest.approx([8 / (2 * 6), 8 / (2 * 2)])
+    logits = torch.randn(3, 2)
+    samples = [task.train_samples[(0, number)] for number in (0, 5, 7)]
+    found = task.loss(lambda inputs: logits, collate(samples))
+    shares = F.one_hot(torch.tensor([0, 0, 1]), 2) * 0.9 + 0.05
+    expected = -(shares * task.class_weights * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(found, expected)
+    assert Classification(config("optim.class_weights=[1, 3]")).class_weights.tolist() == [1, 3]
+    with pytest.raises(UsageError, match="3 weights for 2 classes"):
+        Classification(config("optim.class_weights=[1, 3, 1]"))
+    with pytest.raises(UsageError, match=r"optim\.class_weights: is for `train`"):
+        Pretraining(config("optim.class_weights=balanced"))
+
+
+def test_a_class_without_samples_has_no_balanced_weight(config, clips, tmp_path):
+    (tmp_path / "train.txt").write_text(f"{clips}/0.mp4 0\n")
+    (tmp_path / "classes.txt").write_text("often\nnever\n")
+    with pytest.raises(UsageError, match="class 'never' has no training sample"):
+        Classification(config("optim.class_weights=balanced", f"data.source={tmp_path}"))
+
+
+def test_a_run_that_does_not_get_better_stops_early(config, capsys):
+    """Two steps an epoch; with no rate to speak of the first validation stays the best."""
+    settings = config("optim.epochs=20", "optim.lr=1e-12", "early_stop_epochs=1.5")
+    folder = run(settings, Classification)
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["step"], record["steps"], record["best_step"], record["stopped_early"]) == (6, 40, 2, True)
+    assert "done at step 6 of 40 (stopped early)" in capsys.readouterr().out
+    run(settings, Classification)
+    assert "finished at step 6" in capsys.readouterr().out
+
+
+def test_a_loader_that_starves_the_device_is_blamed_and_the_slowest_file_named(config, monkeypatch, capsys):
+    reader = datasets.VideoReader
+
+    def slow(path, **limits):
+        time.sleep(3.0 if path.name == "5.mp4" else 0.5)
+        return reader(path, **limits)
+
+    monkeypatch.setattr(datasets, "VideoReader", slow)
+    folder = run(config("optim.epochs=1", "data.val_split=none"), Classification)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["slowest_file"][1].endswith("/5.mp4")
+    assert record["slowest_file"][0] > 3
+    assert record["speed"]["data_wait"] > 0.2
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
+    assert "of the time goes into waiting; raise data.workers from 0" in line
+
+
+def test_weights_and_biases_where_it_is_installed(config, tmp_path, monkeypatch):
+    """A stand-in that writes down its calls: the package itself needs an account."""
+    with pytest.raises(UsageError, match="wandb: 'clips' needs the package wandb"):
+        run(config("wandb=clips"), Classification)
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\n"
+        "class Run:\n"
+        "    def log(self, values, step): calls.append((step, sorted(values)))\n"
+        "    def finish(self): calls.append('finish')\n"
+        "def init(**options):\n"
+        "    calls.append(options)\n"
+        "    return Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run(config("wandb=clips", "optim.epochs=0.5"), Classification)
+    opened, *logged, last = sys.modules.pop("wandb").calls
+    assert (opened["project"], opened["name"], opened["resume"]) == ("clips", "run", "allow")
+    assert [step for step, _ in logged] == [0, 1, 1]
+    assert "train/loss" in logged[1][1]
+    assert last == "finish"

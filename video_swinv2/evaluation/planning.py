@@ -1,0 +1,174 @@
+"""What a test is about to do, settled before its first video is opened, and the record that tells it afterwards."""
+
+from __future__ import annotations
+
+import platform
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+import video_swinv2
+from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.errors import UsageError
+from video_swinv2.evaluation.listing import ClassesBy, is_image, read_split, views_of
+from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, use_bf16
+from video_swinv2.evaluation.protocols import Protocol, find_protocols
+from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
+from video_swinv2.evaluation.views import clip_length
+from video_swinv2.files import sha256
+from video_swinv2.training.runtime import World
+from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
+
+
+@dataclass(frozen=True)
+class TestPlan:
+    """A model, the videos it is tested on and the views it sees of them; results go to `out`."""
+
+    __test__ = False  # pytest takes classes called Test* for tests
+
+    model_path: Path
+    card: ModelCard
+    preprocessing: Preprocessing
+    protocols: tuple[Protocol, ...]
+    manifest: Manifest
+    overrides: TestOverrides
+    out: Path
+
+    @property
+    def unit(self) -> str:
+        """What the samples are called."""
+        return "images" if is_image(self.manifest.entries[0]) else "videos"
+
+    @property
+    def groups(self) -> VideoGroups:
+        """The reading of the videos, each group some full batches."""
+        views = sum(protocol.views for protocol in self.protocols)
+        return VideoGroups(
+            self.manifest.entries,
+            self.protocols,
+            self.preprocessing,
+            group_videos=videos_of_a_group(views, self.overrides.batch_views),
+            frame_order=self.overrides.frame_order,
+            seed=self.overrides.seed,
+            time_limit_seconds=self.overrides.time_limit_seconds,
+        )
+
+    def columns(self) -> Iterator[tuple[Protocol, slice]]:
+        """Each protocol, and where its views are among all views of a video."""
+        first = 0
+        for protocol in self.protocols:
+            yield protocol, slice(first, first + protocol.views)
+            first += protocol.views
+
+    def folder(self, protocol: Protocol) -> Path:
+        """Where the results of a protocol go: `out` itself where it is the only one."""
+        return self.out if len(self.protocols) == 1 else self.out / protocol.folder
+
+
+def plan_test(
+    model_path: Path,
+    data: Path,
+    *,
+    protocols: str,
+    split: str,
+    classes_by: ClassesBy,
+    out: Path,
+    overrides: TestOverrides,
+) -> TestPlan:
+    """Read what is small; UsageError for what cannot be right. protocols: names joined by commas."""
+    chosen = find_protocols(protocols)
+    card = read_card(model_path)
+    if not card.classes:
+        raise UsageError(f"{model_path}: holds no class names, so no label can be checked; save the model with classes")
+    preprocessing = override_preprocessing(card.preprocessing, overrides)
+    manifest = read_split(data, split, card.classes, classes_by)
+    looked_at = tuple(views_of(manifest, protocol, preprocessing) for protocol in chosen)
+    return TestPlan(model_path, card, preprocessing, looked_at, manifest, overrides, out)
+
+
+def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
+    """What the scores of every protocol are of: enough to repeat the test, or to refuse a comparison. Plain JSON."""
+    preprocessing, overrides = plan.preprocessing, plan.overrides
+    origins = origins_of(plan.manifest)
+    return ({"origins": origins} if any(origins) else {}) | {
+        "unit": plan.unit,
+        "frames": preprocessing.frames,
+        "image_size": list(preprocessing.image_size),
+        "frame_order": overrides.frame_order,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "model": {
+            "path": str(plan.model_path),
+            "sha256": sha256(model_file(plan.model_path)),
+            "architecture": plan.card.architecture,
+            "provenance": plan.card.provenance,
+        },
+        "overrides": {key: value for key, value in asdict(overrides).items() if value is not None},
+        "classes_sha256": class_list_hash(plan.card.classes),
+        "data": str(plan.manifest.root),
+        "split": plan.manifest.split,
+        "data_fingerprint": plan.manifest.fingerprint,
+        "lost_in_preparation": plan.manifest.lost,
+        "decoder": f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}",
+        "versions": {
+            "video_swinv2": video_swinv2.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor(),
+        "precision": "bf16" if use_bf16(overrides.precision, world.device) else "fp32",
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "seed": overrides.seed,
+    }
+
+
+def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
+    """The part of the record that is one protocol's."""
+    frames, stride = clip_length(plan.preprocessing)
+    stride = protocol.stride or stride
+    return {
+        "protocol": protocol.name,
+        "protocol_source": protocol.source,
+        "protocol_numbers": protocol.numbers(frames, stride, plan.preprocessing.image_size),
+        "average": protocol.average,
+        "views": protocol.views,
+        "frame_stride": stride,
+        "tested_together": [other.name for other in plan.protocols],
+    }
+
+
+def identify(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
+    """All that the scores depend on, to the bit: finished shards are used again where this is the same.
+
+    Processes, threads and reading workers are no part of it, nor where the files lie.
+    """
+    ways = {"workers", "device"}
+    kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
+    return {key: record[key] for key in kept} | {
+        "model": record["model"]["sha256"],
+        "overrides": {key: value for key, value in record["overrides"].items() if key not in ways},
+        "protocols": [record_protocol(plan, protocol)["protocol_numbers"] for protocol in plan.protocols],
+    }
+
+
+def origins_of(manifest: Manifest) -> list[str]:
+    """The video that each video was cut from, '' where unknown, as the state of a prepared data set tells."""
+    state, told = manifest.root / "prep.sqlite", {}
+    if state.is_file():
+        # Not a state that we can read is a state that tells nothing: the test is of the videos.
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{state.as_uri()}?mode=ro", uri=True)) as base:
+            told = dict(base.execute("SELECT target, origin FROM clips"))
+    return [told.get(entry.name, "") for entry in manifest.entries]
+
+
+def _processor() -> str:
+    return f"CPU ({platform.machine()})"
