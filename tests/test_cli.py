@@ -10,20 +10,6 @@ from video_swinv2.cli import main, make_parser
 from video_swinv2.command import parse
 
 VERBS = "pretrain train test report predict serve probe convert export plan doctor bench demo".split()
-    "pretrain",
-    "train",
-    "test",
-    "report",
-    "predict",
-    "probe",
-    "convert",
-    "export",
-    "plan",
-    "bench",
-    "demo",
-    "serve",
-    "doctor",
-)
 
 
 @pytest.mark.parametrize("verb", VERBS)

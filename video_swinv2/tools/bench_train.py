@@ -87,7 +87,8 @@ def bench_train(work: Workload, chosen: Sequence[Way] | None = None) -> dict[str
         raise UsageError(f"--processes {work.processes}: this machine shows {torch.cuda.device_count()} GPUs")
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
-    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
+    # Not on CPUs: most emulate bf16, a hundred times slower than fp32.
+    dtype = torch.bfloat16 if work.precision == "bf16" and work.device == "cuda" else torch.float32
     speed = product_speed(device, lambda: wall(device), dtype)
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     rows = [_row(work, way, flops[way.peer], speed) for way in (ways(work.processes) if chosen is None else chosen)]
