@@ -123,7 +123,19 @@ def test_a_growing_file_through_standard_input(evil_model: Path, changing: Path,
     content, growing = transport_stream(changing, tmp_path / "whole.ts"), tmp_path / "growing.ts"
     growing.write_bytes(content[: len(content) * 3 // 4])
     tail = subprocess.Popen(["tail", "-c", "+1", "-f", str(growing)], stdout=subprocess.PIPE)
-    command = [sys.executable, "-m", "video_swinv2", "predict", str(evil_model), "-", "--every", "0.2", "--csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "video_swinv2",
+        "predict",
+        str(evil_model),
+        "-",
+        "--every",
+        "0.2",
+        "--csv",
+        "--top",
+        "6",
+    ]
     reading = subprocess.Popen(command, stdin=tail.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reading.stdout is not None
     first = [reading.stdout.readline() for _ in range(7)]  # the header and the first windows

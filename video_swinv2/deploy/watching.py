@@ -7,13 +7,13 @@ process run ahead only so far, tell it which windows of a live stream to leave o
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 import multiprocessing
+import os
 import resource
 import signal
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -33,7 +33,6 @@ from video_swinv2.deploy.windows import Slider, Window
 from video_swinv2.errors import UserError
 from video_swinv2.files import keep, part_of
 
-PR_SET_PDEATHSIG = 1
 START_SECONDS = 60.0  # for the first process to import its libraries on a busy machine
 _ALIVE_SECONDS = 1.0
 
@@ -182,9 +181,7 @@ def _context() -> ForkServerContext:
 def _watch(pipe: Connection, task: Task, handed: Any) -> None:
     """The process: whatever is known to go wrong becomes a message. handed: what reduction.DupFd made, or None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    if sys.platform == "linux":
-        # A parent killed outright cannot stop this one; the kernel does, by way of the process it is forked from.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if task.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (task.memory_bytes, task.memory_bytes))
     try:
@@ -198,6 +195,15 @@ def _watch(pipe: Connection, task: Task, handed: Any) -> None:
         pipe.send(_Failed(f"{task.source}: takes too much memory to decode"))
     except Exception as error:  # whatever a decoder throws
         pipe.send(_Failed(f"{task.source}: {type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """A parent killed outright cannot stop this process. The kernel's PR_SET_PDEATHSIG would not either: it follows the
+    process this one is forked from, which lives as long as any of its children."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Watch:
