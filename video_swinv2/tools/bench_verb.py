@@ -40,6 +40,7 @@ def add_bench(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--data", type=Path, metavar="DIR", help="a prepared data set; loader: default made clips")
     verb.add_argument("--workers", type=integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: to be tried")
     verb.add_argument("--clips", type=int, default=64, metavar="N", help="loader, test: each time, default %(default)s")
+    verb.add_argument("--split", default="test", help="of the data, for test; default %(default)s")
     verb.add_argument("--protocol", default="videoswin-4x3", metavar="NAME[,NAME]", help="test: default %(default)s")
     verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
     verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
@@ -102,7 +103,7 @@ def _bench_test(options: argparse.Namespace) -> None:
         Path(options.model),
         options.data,
         protocols=options.protocol,
-        split="test",
+        split=options.split,
         videos=options.clips,
         batch_views=options.batch or 12,
         rounds=options.rounds,
