@@ -1,7 +1,7 @@
 """The order of samples, and loaders that keep it: a function of (seed, step), whatever the processes and workers.
 
-Workers get the data set by fork, or through torch's shared memory where they are spawned; what it knows of its entries
-is a handful of tensors (`index.py`), so a worker copies nothing of it however many there are.
+Workers get the data set by fork on Linux, through torch's shared memory elsewhere; what it knows of its entries is a
+handful of tensors (`index.py`), so a worker copies nothing of it however many there are.
 
 A worker that dies or hangs costs time and at most the file it had in hand: the others are started again and what was
 not yet delivered is read again, so the order stays what it was.
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,8 @@ class Loader:
             collate_fn=partial(collate, repeats=self.dataset.repeats),
             pin_memory=self.pin,
             prefetch_factor=PREFETCH if workers else None,
+            # What Linux did by default before Python 3.14: under its forkserver our shared tensors do not arrive.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         if not workers or threading.current_thread() is not threading.main_thread():
             return iter(loader)
