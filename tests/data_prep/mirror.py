@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = {}
         self.asked: list[tuple[str, str | None]] = []
         self.sent = 0
-        self.pause = 0.0  # per 16 KiB
+        self.limit = float("inf")  # bytes sent in all, past which nothing goes on
         self.lock = threading.Lock()
 
     def asked_for(self, path: str) -> list[str | None]:
@@ -69,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start : start + (1 << 14)])
             with self.server.lock:
                 self.server.sent += len(content[start : start + (1 << 14)])
-            time.sleep(self.server.pause)
+            while self.server.sent > self.server.limit:
+                time.sleep(0.01)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
