@@ -1,12 +1,12 @@
-"""One process of a test of the engine's modes: fp16, gradients that travel in bf16, and what is offloaded.
+"""One process of a test of the engine's modes: fp16, gradients that travel in bf16, what is offloaded, what is held.
 
 Run as ``python engine_modes_worker.py CASES RANK SIZE FOLDER``; writes what happened as `engine_worker` does.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.training.engine_worker import build, keep, train
+from tests.training.engine_worker import LR, build, keep, run_cases, train
+from video_swinv2.models.variants import create_model
+from video_swinv2.tools.activations import Allocations
 from video_swinv2.training import runtime
 from video_swinv2.training.checkpoint import Checkpoints
-from video_swinv2.training.engine import Engine
+from video_swinv2.training.engine import Engine, EngineSettings, make_engine
+from video_swinv2.training.optim import parameter_groups
 
 OFFLOADED: dict[str, dict[str, Any]] = {
     "1-cpu": {"zero_stage": 1, "offload_optimizer": "cpu"},
@@ -107,20 +110,27 @@ def offloaded(world: runtime.World, folder: Path) -> None:
         keep(folder, f"offloaded-resumed-{name}", other.states(), [])
 
 
-CASES = {"fp16": fp16, "rounded": rounded, "offloaded": offloaded}
+def held_at_the_head(world: runtime.World, **engine: Any) -> float:
+    """Bytes alive where a forward pass in bf16 comes to the head, per weight; all blocks are to be computed again."""
+    module = create_model("swinv2_nano", num_classes=2, image_size=32, window=8, checkpoint_blocks=8)
+    numbers = sum(parameter.numel() for parameter in module.parameters())
+    groups = parameter_groups(module, module.depths, weight_decay=0.1)
+    settings = EngineSettings(precision="bf16", micro_batch=1, **engine)
+    made = make_engine(module, groups, settings, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    seen = []
+    with Allocations(module.parameters()) as allocations:
+        module.head.register_forward_pre_hook(lambda *_: seen.append(allocations.now))
+        made.forward(torch.zeros(1, 3, 32, 32))
+    return seen[0] / numbers
 
 
-def main(cases: str, rank: str, size: str, folder: str) -> None:
-    """Run the cases of one process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
-    world = runtime.start("cpu")
-    try:
-        for case in cases.split(","):
-            CASES[case](world, Path(folder))
-    finally:
-        runtime.stop()
+def held(world: runtime.World, folder: Path) -> None:
+    """At every stage."""
+    for stage in range(4):
+        found = held_at_the_head(world, zero_stage=stage)
+        if world.rank == 0:
+            (folder / f"held-{stage}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases({"fp16": fp16, "rounded": rounded, "offloaded": offloaded, "held": held})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,9 @@ def averaged(world: runtime.World, folder: Path) -> None:
         keep(folder, f"resumed-averaged-{stage}", other.states(), [])
 
 
-CASES: dict[str, Callable[[runtime.World, Path], None]] = {
+Case = Callable[[runtime.World, Path], None]
+
+CASES: dict[str, Case] = {
     "parity": parity,
     "resume": resume,
     "first": first_states,
@@ -304,18 +306,19 @@ CASES: dict[str, Callable[[runtime.World, Path], None]] = {
 }
 
 
-def main(cases: str, rank: str, size: str, folder: str) -> None:
-    """Run the cases of one process; where it is the only one, the runtime makes its own world of one."""
+def run_cases(cases: Mapping[str, Case]) -> None:
+    """Run those named on the command line; where this process is the only one, the runtime makes its world of one."""
+    names, rank, size, folder = sys.argv[1:]
     torch.set_num_threads(1)
     if int(size) > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
     world = runtime.start("cpu")
     try:
-        for case in cases.split(","):
-            CASES[case](world, Path(folder))
+        for name in names.split(","):
+            cases[name](world, Path(folder))
     finally:
         runtime.stop()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
-from tests.training.engine_modes_worker import OFFLOADED
+from tests.training.engine_modes_worker import OFFLOADED, held_at_the_head
 from tests.training.test_engine import ALONE, STAGES, _difference, _identical, _outcome, _plain, _run, worker
 from video_swinv2.config import EngineConfig
 from video_swinv2.errors import UsageError, UserError
@@ -26,7 +27,7 @@ WORKER = Path(__file__).with_name("engine_modes_worker.py")
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modes")
-    _run(folder, "fp16,offloaded", 2, WORKER)
+    _run(folder, "fp16,offloaded,held", 2, WORKER)
     assert not (folder / "extensions").exists(), "something was compiled"
     return folder
 
@@ -70,6 +71,13 @@ def test_fp16_goes_on_with_the_scale_it_had(outcomes: Path, stage: int) -> None:
     resumed, again = _outcome(outcomes, f"fp16-resumed-{stage}")
     assert again == records[-2:]
     assert _identical(resumed, straight)
+
+
+def test_no_half_precision_copies_of_weights_are_kept(outcomes: Path) -> None:
+    """Autocast's cache would hold 2 bytes of each to the end of the pass: 6 GB of the giant, under ZeRO-3 too."""
+    kept = [json.loads((outcomes / f"held-{stage}.json").read_text()) for stage in STAGES]
+    kept.append(held_at_the_head(ALONE, engine="plain"))
+    assert max(kept) < 0.5
 
 
 def test_the_plain_engine_scales_alike() -> None:

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+import video_swinv2.models.sequential as sequential
 from video_swinv2.config import Config
 from video_swinv2.models.attention import choose
-from video_swinv2.models.sequential import BOUNDED
 from video_swinv2.models.simmim import SimMIM, mask_cells
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink
@@ -35,9 +35,6 @@ class PassMemory(NamedTuple):
     """Without the weights' gradients, as where each is taken away as soon as it is there."""
     together: int
     """With them: activations go as gradients come, so this is less than the sum of both."""
-
-    def __add__(self, more: int) -> PassMemory:  # type: ignore[override]  # of two numbers, not a longer tuple
-        return PassMemory(self.activations + more, self.together + more)
 
 
 class Allocations(TorchDispatchMode):
@@ -105,6 +102,17 @@ def _fuse_attention(encoder: SwinV2) -> None:
         block.attn.forward = fused(block.attn.forward)  # type: ignore[method-assign]  # the model serves the plan only
 
 
+@contextmanager
+def _pieces_of_gpus() -> Iterator[None]:
+    """Inside, the sequential backend takes as many windows at once as on GPUs, and keeps no weights."""
+    before = sequential.CACHED, sequential.KEPT
+    sequential.CACHED, sequential.KEPT = sequential.BOUNDED, 0
+    try:
+        yield
+    finally:
+        sequential.CACHED, sequential.KEPT = before
+
+
 def pass_memory(
     module: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], batch: int, *, bf16: bool
 ) -> PassMemory:
@@ -116,7 +124,7 @@ def pass_memory(
         ]
         try:
             given = inputs(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):  # as the engine does
                 out = module(*given)
             out.float().square().mean().backward()
         finally:
@@ -128,12 +136,13 @@ def pass_memory(
 
 
 def measure_pass(module: nn.Module, config: Config, device: str, micro: int) -> PassMemory:
-    """`pass_memory` of a micro-batch without memory or time, and what the sequential backend works in."""
+    """`pass_memory` of a micro-batch without memory or time."""
     half = config.engine.precision != "fp32"
     encoder = encoder_of(module)
     with ExitStack() as stack:
         if device == "cuda":
             _fuse_attention(encoder)
+            stack.enter_context(_pieces_of_gpus())
             if half:
                 stack.enter_context(_norms_in_fp32(module))
         inputs = _inputs_of(config, encoder, isinstance(module, SimMIM))
@@ -142,24 +151,12 @@ def measure_pass(module: nn.Module, config: Config, device: str, micro: int) -> 
             before = pass_memory(module, inputs, MEASURED - 1, bf16=half)
             pairs = zip(last, before, strict=True)
             last = PassMemory(*(now + (micro - MEASURED) * (now - then) for now, then in pairs))
-    return last + _sequential_workspace(encoder, device, micro)
+    return last
 
 
 def encoder_of(module: nn.Module) -> SwinV2:
     """The SwinV2 in a task's module."""
     return module.encoder if isinstance(module, SimMIM) else module  # type: ignore[return-value]  # the other is one
-
-
-def _sequential_workspace(encoder: SwinV2, device: str, micro: int) -> int:
-    """Logits, their gradient and one more of a piece on a GPU, where pieces are larger than where this is counted."""
-    if device == "cpu":
-        return 0
-    logits = [0]
-    for stage, heads, grid in zip(encoder.stages(), encoder.num_heads, _grids(encoder), strict=True):
-        if stage.blocks[0].attn.attention == "sequential":  # type: ignore[union-attr]  # torch types members as Module
-            tokens = math.prod(shrink(encoder.window, grid)[0])
-            logits.append(micro * math.ceil(math.prod(grid) / tokens) * heads * tokens**2)
-    return 3 * torch.float32.itemsize * min(BOUNDED, max(logits))
 
 
 def _inputs_of(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int], tuple[Tensor, ...]]:

@@ -7,6 +7,7 @@ Every known defect of DeepSpeed 0.19 that these calls could meet is contained he
 * The loss scale of fp16 is ours (``scaling.py``): DeepSpeed's never falls at ZeRO 1-3, and clips scaled gradients.
 * Checkpoints are ours (:class:`Portable`): DeepSpeed's lose frozen parameters (ZeRO-1), mix up parameter groups when
   loaded (ZeRO-3), and name the newest before it is whole.
+* Its autocast keeps a half-precision copy of every weight to the end of the pass, the whole model's even under ZeRO-3.
 * ZeRO-0 has no gradient norm and no guard against NaN: both are done here.
 * Nothing is compiled at run time: neither the all-reduce for CPUs, nor Adam for offloading, nor access to NVMe.
 * Its configuration is built and checked by ``zero.py``: DeepSpeed takes unknown keys in silence.
@@ -15,8 +16,8 @@ Every known defect of DeepSpeed 0.19 that these calls could meet is contained he
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -154,7 +155,7 @@ class PlainEngine:
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
-        with torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext():
+        with _without_copies(), torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext():
             return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -259,7 +260,8 @@ class DeepSpeedEngine:
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`Engine`."""
-        return self._engine(*inputs)
+        with _without_copies():
+            return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`Engine`."""
@@ -376,6 +378,20 @@ def import_deepspeed(world: World) -> Any:
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")  # about calls it makes, not ours
     return deepspeed
+
+
+@contextmanager
+def _without_copies() -> Iterator[None]:
+    """Inside, autocast forgets a weight's half-precision copy after its use: each is used once in a pass.
+
+    Autograd keeps what the backward pass needs; where blocks are computed again, that is nothing.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:
