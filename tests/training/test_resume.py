@@ -144,7 +144,7 @@ def test_twenty_kills_change_no_bit(recipe: Callable[..., Path], stage: int) -> 
 def test_other_processes_and_stages_go_on_alike(recipe: Callable[..., Path], precision: str, tolerance: float) -> None:
     """2 processes at ZeRO-3, killed; 1 at ZeRO-3, killed; 3 at ZeRO-1: the losses of 2 at ZeRO-1 throughout.
 
-    Drop path draws by rank, so it is off. A share of nothing but padding (the head's two biases among
+    The tolerance is of the loss itself, which is below 1. Drop path draws by rank, so it is off. A share of nothing but padding (the head's two biases among
     three processes) is what DeepSpeed's own universal checkpoint dies of.
     """
     same: dict[str, Any] = {
@@ -161,7 +161,9 @@ def test_other_processes_and_stages_go_on_alike(recipe: Callable[..., Path], pre
         assert newest(config) < 18, "it must not be over"
     moved = finish(recipe("moved", engine=engine | {"zero_stage": 1}, **same), 3)
     assert [step for step, *_ in curve(moved)] == list(range(1, 19))
-    np.testing.assert_allclose([row[1] for row in curve(moved)], [row[1] for row in curve(straight)], rtol=tolerance)
+    np.testing.assert_allclose(
+        [row[1] for row in curve(moved)], [row[1] for row in curve(straight)], rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.slow
