@@ -21,7 +21,8 @@ import numpy as np
 from data_prep.encode import H264, TIME_BASE, differs, ticks, write_video
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
-from video_swinv2.data.decode import DecodeError, VideoReader, size_for
+from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.display import size_for
 from video_swinv2.files import PART_SUFFIX, keep, sha256
 
 # Raised when the same settings would give other bytes; part of what decides whether an old output still counts.

@@ -17,7 +17,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from video_swinv2.data.decode import Orientation
+from video_swinv2.data.display import Orientation
 
 # Without the accurate flags a change of colour matrix darkens the picture by two to three grey levels.
 ACCURATE = (

@@ -18,6 +18,7 @@ from data_prep.clip import Task, prepare_clip
 from data_prep.pool import Allow, Crew, each
 from data_prep.status import duration
 from video_swinv2.errors import UserError
+from video_swinv2.memory import memory_free, memory_peak
 
 SAMPLE = 20
 SAMPLE_COST = 50  # where nobody asked for it, the sample may take this part of the work at most: a fiftieth
@@ -84,7 +85,7 @@ def preflight(crew: Crew, tasks: Sequence[Task], *, pending: int, workers: int, 
     goes too. Raises UserError where it cannot be made.
     """
     problems = [*_encoder(), *_open_files(workers)]
-    memory = memory_available()
+    memory = memory_free()
     trials = [] if problems else _try(crew, tasks, folder)
     free = shutil.disk_usage(folder.parent).free
     hours = size = None
@@ -122,34 +123,7 @@ def try_clip(task: Task, allow: Allow) -> Trial:
     with contextlib.suppress(OSError):
         size = task.target.stat().st_size
         task.target.unlink()
-    return Trial(outcome.seconds, size, outcome.reason, outcome.detail, _peak_bytes())
-
-
-def _peak_bytes() -> int:
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        # Not getrusage: a process that was started by a large one counts that one's memory as its own.
-        return _kernel_says("/proc/self/status", "VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory_available() -> int | None:
-    """Bytes that processes may still take, by the kernel and by the limit of our control group; None if unknown."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        found.append(_kernel_says("/proc/meminfo", "MemAvailable"))
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        files = next(line for line in (group / "memory.stat").read_text().splitlines() if "inactive_file" in line)
-        # `max`, no limit, is no number. What was read from files and lies idle is given back when wanted.
-        found.append(int(limit) - int(used) + int(files.split()[1]))
-    return min(found) if found else None
-
-
-def _kernel_says(path: str, key: str) -> int:
-    """A line `key: N kB` of the kernel's, in bytes."""
-    lines = Path(path).read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+    return Trial(outcome.seconds, size, outcome.reason, outcome.detail, memory_peak())
 
 
 def _encoder() -> list[str]:

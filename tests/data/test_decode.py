@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from video_swinv2.data import decode
-from video_swinv2.data.decode import DecodeError, Orientation, VideoReader, size_for
+from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.display import Orientation, size_for
 
 Writer = Callable[..., Path]
 

@@ -8,7 +8,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from data_prep.picture import ACCURATE, Fitter
-from video_swinv2.data.decode import Orientation
+from video_swinv2.data.display import Orientation
 
 
 def frame_of(kind: str, colours: int, spread: int, seed: int = 0) -> av.VideoFrame:

@@ -43,8 +43,10 @@ def resamples(origins: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([(drawn == source).sum(axis=1) for source in range(len(groups))], axis=1), members
 
 
-def ends(values: np.ndarray) -> list[float]:
-    """The middle 95 %."""
+def ends(values: np.ndarray, sources: int) -> list[float]:
+    """The middle 95 %; of nothing but 0 or nothing but 1, Wilson's."""
+    if (values == 0).all() or (values == 1).all():
+        return wilson(values[0], sources)
     return np.quantile(values, [0.025, 0.975]).tolist()
 
 
@@ -93,16 +95,16 @@ def figures(path: Path) -> dict[str, Any]:
         "top1": right.mean(),
         "top5": in_five.mean(),
         "mean_class_accuracy": np.mean([row["accuracy"] for row in per_class if row["n"]]),
-        "top1_interval": ends(times @ (members @ right) / size),
-        "top5_interval": ends(times @ (members @ in_five) / size),
-        "mean_class_accuracy_interval": ends(np.nanmean(recall_drawn, axis=1)),
+        "top1_interval": ends(times @ (members @ right) / size, len(members)),
+        "top5_interval": ends(times @ (members @ in_five) / size, len(members)),
+        "mean_class_accuracy_interval": ends(np.nanmean(recall_drawn, axis=1), len(members)),
         "top1_bounds": [right.sum() / listed, (right.sum() + listed - n) / listed],
         "videos": {"listed": listed, "scored": n, "failed": listed - n},
         "sources": len(members),
         "other_average": {
             "average": other,
             "top1": right_other.mean(),
-            "top1_interval": ends(times @ (members @ right_other) / size),
+            "top1_interval": ends(times @ (members @ right_other) / size, len(members)),
         },
         "per_class": per_class,
         "calibration": calibration(p.max(axis=1), right),
@@ -153,7 +155,7 @@ def views_curve(
                 part = grid[:, of_clips][:, :, of_crops].reshape(len(grid), a * b, -1)
                 hits.append(chances(part, record["average"]).argmax(axis=1) == labels)
             share = np.mean(hits, axis=0)
-            interval = ends(times @ (members @ share) / (times @ members.sum(axis=1)))
+            interval = ends(times @ (members @ share) / (times @ members.sum(axis=1)), len(members))
             points.append({"clips": a, "crops": b, "subsets": len(choices), "top1": share.mean(), "interval": interval})
     return points
 

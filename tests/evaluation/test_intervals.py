@@ -11,6 +11,7 @@ from video_swinv2.evaluation.intervals import (
     class_mean,
     compare_pairs,
     holm,
+    of_shares,
     shares,
     source_numbers,
     wilson,
@@ -18,8 +19,7 @@ from video_swinv2.evaluation.intervals import (
 
 
 def interval(correct: np.ndarray, sources: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    low, high = bootstrap(shares(correct[:, None].astype(float)), sources, seed)[0].tolist()
-    return low, high
+    return of_shares(shares(correct[:, None].astype(float)), sources, seed)[0]
 
 
 def test_interval_is_that_of_resampled_videos() -> None:
@@ -32,7 +32,16 @@ def test_interval_is_that_of_resampled_videos() -> None:
     assert interval(correct, own) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.006)
     assert interval(correct, own) == interval(correct, own)
     assert interval(correct, own, seed=1) != interval(correct, own, seed=2)
-    assert interval(np.ones(7, bool), np.arange(7)) == (1.0, 1.0)
+
+
+def test_a_perfect_score_of_few_videos_is_not_a_sure_one() -> None:
+    """7 of 7 right: resamples would say 100 to 100. Two sources of many clips are no more than two."""
+    assert bootstrap(shares(np.ones((7, 1))), np.arange(7), 0).tolist() == [[1.0, 1.0]]
+    assert interval(np.ones(7, bool), np.arange(7)) == pytest.approx(independent.wilson(1.0, 7))
+    assert interval(np.zeros(7, bool), np.arange(7)) == pytest.approx(independent.wilson(0.0, 7))
+    assert interval(np.ones(40, bool), np.arange(40) % 2)[0] == pytest.approx(independent.wilson(1.0, 2)[0])
+    same = np.ones(9, bool)
+    assert compare_pairs(same, same, np.arange(9), 0).interval == (0.0, 0.0), "a difference is not a share"
 
 
 def test_interval_covers_the_truth_as_often_as_it_says_for_clips_of_one_source_too() -> None:

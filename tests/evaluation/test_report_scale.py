@@ -28,14 +28,14 @@ RECORD = {
     "seed": 0,
 }
 MEASURED = """
-import json, resource, sys, time
+import json, sys, time
 started, cpu = time.perf_counter(), time.process_time()
 from pathlib import Path
 from video_swinv2.evaluation.report import write_report
 result = write_report(Path(sys.argv[1]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, "bytes": peak,
-                  "top1": result["top1"]}))
+seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+from video_swinv2.memory import memory_peak
+print(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": memory_peak(), "top1": result["top1"]}))
 """
 
 

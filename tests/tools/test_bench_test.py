@@ -1,4 +1,4 @@
-"""The benchmark of a test: both ways give the same scores, and each opens the files as often as it says."""
+"""The benchmark of a test: all ways give the same scores, and each opens the files as often as it says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., P
     return root / "m.safetensors", root
 
 
-def test_both_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
     really_open = av.open
 
@@ -44,12 +44,12 @@ def test_both_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: p
     monkeypatch.setattr(av, "open", counting_open)
     what = {"split": "test", "videos": 2, "batch_views": 12, "rounds": 2, "device": "cpu"}
     result = bench_test(*paths, protocols="videoswin-4x3,center-1x1", **what)  # type: ignore[arg-type]  # as named
-    assert opened == {"0.mp4": 3 * (1 + 13), "1.mp4": 3 * (1 + 13)}, "warm-up and two rounds of both ways"
+    assert opened == {"0.mp4": 3 * (1 + 13 + 13), "1.mp4": 3 * (1 + 13 + 13)}, "warm-up and two rounds of all ways"
     assert (result["videos"], result["views"], result["rounds"]) == (2, 13, 2)
     assert result["difference"] < 1e-4
-    assert result["decode_times_as_fast"] > 1, "14 openings and decodes take longer than one"
-    assert "times as fast" in show_test(result)
-    assert "one decode a view" in show_test(result)
+    assert min(result["decode_times_as_fast"].values()) > 1, "13 openings and decodes take longer than one"
+    for words in ("times as fast as a leap a view", "times as fast as a decode a view"):
+        assert words in show_test(result)
 
 
 def test_a_video_that_cannot_be_read_is_named(paths: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Run by torchrun as ``sharding_worker.py FOLDER MODEL STAGE [offloaded]``. FOLDER
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 import video_swinv2 as vs
 from video_swinv2.config import EngineConfig
+from video_swinv2.memory import memory_peak
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.training import runtime
 from video_swinv2.training.engine import EngineSettings, import_deepspeed, make_engine
@@ -39,11 +39,6 @@ ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-3}
 def sample(step: int, rank: int) -> Tensor:
     """(1, 3, 32, 32), another one for every step and process."""
     return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
-
-
-def resident() -> int:
-    """Bytes of memory this process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def whole_weights(model: SwinV2, world: World) -> dict[str, Tensor]:
@@ -84,12 +79,12 @@ def main() -> None:
     world = runtime.start("cpu")
     try:
         import_deepspeed(world)
-        before = resident()
+        before = memory_peak()
         torch.manual_seed(0)
         with sharded_construction(EngineConfig(**keys), world):
             model = vs.create_model(name, num_classes=10, image_size=32, window=4)
         held = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
-        measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": resident() - before}
+        measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": memory_peak() - before}
         if (folder / "init.safetensors").exists():
             train(model, folder, keys, world)
         (folder / f"stage-{stage}-rank-{world.rank}.json").write_text(json.dumps(measures))

@@ -144,8 +144,8 @@ def test_twenty_kills_change_no_bit(recipe: Callable[..., Path], stage: int) -> 
 def test_other_processes_and_stages_go_on_alike(recipe: Callable[..., Path], precision: str, tolerance: float) -> None:
     """2 processes at ZeRO-3, killed; 1 at ZeRO-3, killed; 3 at ZeRO-1: the losses of 2 at ZeRO-1 throughout.
 
-    The tolerance is of the loss itself, which is below 1. Drop path draws by rank, so it is off. A share of nothing but padding (the head's two biases among
-    three processes) is what DeepSpeed's own universal checkpoint dies of.
+    The tolerance is of the loss itself, which is below 1. Drop path draws by rank, so it is off. A share of nothing
+    but padding (the head's two biases among three processes) is what DeepSpeed's own universal checkpoint dies of.
     """
     same: dict[str, Any] = {
         "model": {"drop_path": 0.0},

@@ -13,14 +13,13 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from video_swinv2.data.display import Display, Orientation
 from video_swinv2.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 TIMED_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 ONE_PICTURE_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
 RETAINED_BYTES = 256 * 2**20
-LIKELY_PIXEL_SHAPE = (Fraction(1, 8), Fraction(8))
 
 
 class DecodeError(UserError):
@@ -44,56 +42,6 @@ class DecodeError(UserError):
     def __init__(self, message: str, reason: str = "decode_error") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class Orientation(NamedTuple):
-    """How decoded pixels become the picture shown: swap the axes first, then mirror."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    def apply(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(H, W, C) as decoded -> (H, W, C) as shown."""
-        if self.transpose:
-            image = image.swapaxes(0, 1)
-        return image[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
-
-
-_BY_ROTATION = {
-    90: Orientation(transpose=True, flip_y=True),
-    180: Orientation(flip_x=True, flip_y=True),
-    270: Orientation(transpose=True, flip_x=True),
-}
-
-
-def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """The display matrix of a frame, rounded to quarter turns and mirrors.
-
-    The matrix maps x' = a x + c y, y' = b x + d y (QuickTime file format, "matrices"). PyAV's `frame.rotation` is not
-    enough: it reports a mirrored picture as a half turn.
-    """
-    try:
-        attached: Any = frame.side_data  # declared a TypedDict, is a Mapping by kind
-    except ValueError:
-        # PyAV cannot list side data of a kind it has no name for, as that of cameras' JPEG frames (EXIF).
-        return _BY_ROTATION.get(frame.rotation % 360, Orientation())
-    if SideDataType.DISPLAYMATRIX not in attached:
-        return Orientation()
-    data = attached[SideDataType.DISPLAYMATRIX]
-    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
-    return Orientation(flip_x=a < 0, flip_y=d < 0)
-
-
-def size_for(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    """(height, width) with the short side as asked, the aspect ratio kept and the long side rounded to even."""
-    if short_side is None:
-        return shown
-    scale = short_side / min(shown)
-    long_side = max(short_side, 2 * round(max(shown) * scale / 2))
-    return (short_side, long_side) if shown[0] <= shown[1] else (long_side, short_side)
 
 
 class VideoReader:
@@ -110,11 +58,9 @@ class VideoReader:
         self.missing = 0
         self._limit = time_limit_seconds
         self._deadline = time.monotonic() + time_limit_seconds
-        self._reformatter = VideoReformatter()
         self._packets: list[Packet[VideoStream]] | None = []
-        self._shown: tuple[int, int] | None = None
-        self._orientation = Orientation()
         self._container, self._stream = self._open()
+        self._display = Display(self._stream)
         self.codec = self._stream.codec_context.name
         try:
             self._index()
@@ -136,13 +82,13 @@ class VideoReader:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) as shown: turned, square pixels. Decodes the first frame if none was decoded yet."""
-        if self._shown is None:
+        if self._display.size is None:
             self._start_clock()
             for _ in self._decode(0):
                 break
-        if self._shown is None:
+        if self._display.size is None:
             raise self._error("no frame can be decoded", "no_frames")
-        return self._shown
+        return self._display.size
 
     def close(self) -> None:
         """Give the file back; PyAV leaks what is not closed."""
@@ -181,7 +127,11 @@ class VideoReader:
     @property
     def orientation(self) -> Orientation:
         """How a frame of `sequence` has to be turned to be seen as shown."""
-        return self._orientation if self.size else Orientation()
+        return self._display.orientation if self.size else Orientation()
+
+    def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
+        """A frame of `sequence` as shown -> uint8 (H, W, 3), its short side resized to `short_side`."""
+        return self._display.picture(frame, short_side)
 
     def _error(self, what: str, reason: str = "decode_error") -> DecodeError:
         return DecodeError(f"{self.path}: {what}", reason)
@@ -296,30 +246,11 @@ class VideoReader:
             except (av.FFmpegError, ValueError):
                 continue
             for frame in decoded:
-                if self._shown is None:
-                    self._note_shape(frame)
+                self._display.note(frame)
                 index = count if self._ordinal is None else self._ordinal.get(frame.pts or 0)
                 count += 1
                 if index is not None:
                     yield index, frame
-
-    def _note_shape(self, frame: av.VideoFrame) -> None:
-        shape = self._stream.sample_aspect_ratio or Fraction(1)
-        if not LIKELY_PIXEL_SHAPE[0] <= shape <= LIKELY_PIXEL_SHAPE[1]:
-            shape = Fraction(1)
-        self._orientation = orientation_of(frame)
-        height, width = frame.height, max(1, round(frame.width * shape))
-        self._shown = (width, height) if self._orientation.transpose else (height, width)
-
-    def _image(self, frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
-        height, width = size_for(self._shown or (frame.height, frame.width), short_side)
-        if self._orientation.transpose:
-            height, width = width, height
-        # One thread: on a small picture the scaler's own threads cost five times the work.
-        picture = self._reformatter.reformat(
-            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        )
-        return self._orientation.apply(np.asarray(picture.to_ndarray(), dtype=np.uint8))
 
     def _collect(self, wanted: list[int], short_side: int | None) -> dict[int, NDArray[np.uint8]]:
         """The wanted frames that decode, each once: one forward pass per run of neighbouring groups of pictures."""
@@ -328,7 +259,7 @@ class VideoReader:
             left = set(run)
             for index, frame in self._decode(start):
                 if index in left:
-                    images[index] = self._image(frame, short_side)
+                    images[index] = self.picture(frame, short_side)
                     left.remove(index)
                 if not left or index > run[-1]:
                     break
@@ -354,17 +285,17 @@ class VideoReader:
         before: av.VideoFrame | None = None
         for index, frame in self._decode(0):
             while waiting and waiting[0] < index:
-                images[waiting.pop(0)] = self._image(before or frame, short_side)
+                images[waiting.pop(0)] = self.picture(before or frame, short_side)
                 self.missing += 1
             if waiting and waiting[0] == index:
-                images[waiting.pop(0)] = self._image(frame, short_side)
+                images[waiting.pop(0)] = self.picture(frame, short_side)
             if not waiting:
                 break
             before = frame
         if waiting:
             if before is None:
                 raise self._error("no frame can be decoded", "no_frames")
-            images |= dict.fromkeys(waiting, self._image(before, short_side))
+            images |= dict.fromkeys(waiting, self.picture(before, short_side))
             self.missing += len(waiting)
         return images
 

@@ -139,8 +139,9 @@ class Erasing(nn.Module):
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, ...) uint8 -> float32, (pixel / 255 - mean) / std per channel, on the device the pixels are on."""
     shape = (1, 3) + (1,) * (pixels.ndim - 2)
-    scale = torch.tensor(std, device=pixels.device).view(shape)
-    return (pixels.float() / 255 - torch.tensor(mean, device=pixels.device).view(shape)) / scale
+    mean_255, std_255 = (255 * torch.tensor(numbers, device=pixels.device).view(shape) for numbers in (mean, std))
+    # In place: on CPUs fresh memory for each operation takes three times as long as all of them.
+    return pixels.to(torch.float32, copy=True).sub_(mean_255).div_(std_255)
 
 
 def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -10,17 +10,16 @@ import math
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from video_swinv2.data.decode import LIKELY_PIXEL_SHAPE, DecodeError, Orientation, orientation_of, size_for
+from video_swinv2.data.decode import DecodeError
+from video_swinv2.data.display import Display, size_for
 from video_swinv2.evaluation.protocols import find_protocol, plan_views, short_side
 
 STANDARD_INPUT = "-"
@@ -75,9 +74,7 @@ class Source:
         self.fps = rate if RATES[0] <= rate <= RATES[1] else LIKELY_RATE
         length = self._container.duration
         self.seconds = length / av.time_base if length and length > 0 else None
-        self._reformatter = VideoReformatter()
-        self._shown: tuple[int, int] | None = None
-        self._orientation = Orientation()
+        self._display = Display(stream)
 
     def __enter__(self) -> Source:
         return self
@@ -91,8 +88,7 @@ class Source:
         first, last = math.nan, -math.inf
         step = 1 / self.fps
         for frame in self._decoded():
-            if self._shown is None:
-                self._note_shape(frame)
+            self._display.note(frame)
             time = math.nan if frame.time is None else frame.time
             first = time if math.isnan(first) else first
             seconds = time - first
@@ -104,20 +100,14 @@ class Source:
 
     def image(self, frame: av.VideoFrame, short: int | None) -> NDArray[np.uint8]:
         """The frame as shown, (H, W, 3) uint8, its short side `short` pixels long if given."""
-        height, width = size_for(self.shown, short)
-        if self._orientation.transpose:
-            height, width = width, height
-        picture = self._reformatter.reformat(
-            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        )
-        return self._orientation.apply(np.asarray(picture.to_ndarray(), dtype=np.uint8))
+        return self._display.picture(frame, short)
 
     @property
     def shown(self) -> tuple[int, int]:
         """(height, width) as shown; known from the first frame on."""
-        if self._shown is None:
+        if self._display.size is None:
             raise DecodeError(f"{self.name}: no frame can be decoded", "no_frames")
-        return self._shown
+        return self._display.size
 
     def _open(self, descriptor: int | None, wait_seconds: float) -> av.container.InputContainer:
         format_name = None
@@ -147,14 +137,6 @@ class Source:
                     continue
         except (av.FFmpegError, OSError, ValueError):
             return  # cut short, or a sender that fell silent: what came before is the video
-
-    def _note_shape(self, frame: av.VideoFrame) -> None:
-        shape = self._stream.sample_aspect_ratio or Fraction(1)
-        if not LIKELY_PIXEL_SHAPE[0] <= shape <= LIKELY_PIXEL_SHAPE[1]:
-            shape = Fraction(1)
-        self._orientation = orientation_of(frame)
-        height, width = frame.height, max(1, round(frame.width * shape))
-        self._shown = (width, height) if self._orientation.transpose else (height, width)
 
 
 def centre_cut(shown: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[slice, slice]]:

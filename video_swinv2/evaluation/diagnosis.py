@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
-from video_swinv2.evaluation.intervals import Interval, bootstrap, shares, wilson
+from video_swinv2.evaluation.intervals import Interval, of_shares, shares, wilson
 from video_swinv2.evaluation.metrics import softmax
 
 RELIABILITY_BINS = 15  # the number of Guo et al. 2017, "On Calibration of Modern Neural Networks"
@@ -130,10 +130,10 @@ def views_curve(
         answers = (weights @ (softmax(views) if average == "prob" else views)).argmax(axis=2)
         hits = answers == labels[rows, None]
         right[rows] = np.stack([part.mean(axis=1) for part in np.split(hits, ends, axis=1)], axis=1)
-    intervals = bootstrap(shares(right), sources, seed)
+    intervals = of_shares(shares(right), sources, seed)
     return tuple(
-        ViewPoint(*point, len(rows), float(share), (float(low), float(high)))
-        for point, rows, share, (low, high) in zip(points, chosen, right.mean(axis=0), intervals, strict=True)
+        ViewPoint(*point, len(rows), float(share), interval)
+        for point, rows, share, interval in zip(points, chosen, right.mean(axis=0), intervals, strict=True)
     )
 
 

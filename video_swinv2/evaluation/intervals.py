@@ -51,6 +51,16 @@ def bootstrap(figure: Figure, sources: NDArray[np.int64], seed: int) -> NDArray[
     return np.asarray(np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T)
 
 
+def of_shares(figure: Figure, sources: NDArray[np.int64], seed: int) -> list[Interval]:
+    """`bootstrap` of M figures between 0 and 1, Wilson's interval over the sources where all resamples are all 0 or 1.
+
+    Resamples of nothing but right answers know no doubt, however few they are.
+    """
+    found = [(float(low), float(high)) for low, high in bootstrap(figure, sources, seed)]
+    n = len(np.unique(sources))
+    return [wilson(low, n) if low == high and low in (0.0, 1.0) else (low, high) for low, high in found]
+
+
 def shares(correct: NDArray[np.float64]) -> Figure:
     """correct: (N, M), 0 to 1 for each video; their means over a resample."""
     return lambda times: np.asarray((times @ correct) / times.sum(axis=1, keepdims=True))

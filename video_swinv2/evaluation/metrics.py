@@ -12,8 +12,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.intervals import (
     Interval,
-    bootstrap,
     class_mean,
+    of_shares,
     shares,
     source_numbers,
     together,
@@ -164,7 +164,7 @@ def measure(
     confusion = confusion_matrix(labels, answers, labels=np.arange(len(names)))
     per_class = _per_class(labels, answers, names, sources)
     drawn = together(shares(np.stack([right, hits], axis=1).astype(np.float64)), class_mean(labels, right))
-    intervals = [(float(low), float(high)) for low, high in bootstrap(drawn, sources, seed)]
+    intervals = of_shares(drawn, sources, seed)
     correct = int(accuracy_score(labels, answers, normalize=False))
     failed = listed - labels.size
     return Metrics(

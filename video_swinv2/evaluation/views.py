@@ -10,12 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Interpolation, VideoReformatter
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from video_swinv2.data.decode import DecodeError, VideoReader, size_for
+from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.display import size_for
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, View, plan_views, short_side
 from video_swinv2.weights.store import Preprocessing
@@ -74,7 +73,7 @@ def cut_views(
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
     shower = Shower(reader)
     for index, frame in shower.frames(list(places)):
-        pictures = {side: shower.picture(frame, side) for side in {side for _, _, side in places[index]}}
+        pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in places[index]}}
         for row, step, side in places[index]:
             top, left, height, width = views[row].box
             crop = pictures[side][top : top + height, left : left + width]
@@ -84,7 +83,7 @@ def cut_views(
 
 
 class Shower:
-    """The frames of an open video that are asked for, in one forward pass, as pictures of any size.
+    """The frames of an open video that are asked for, as decoded, in one forward pass.
 
     `stand_ins` counts the frames so far that could not be decoded and were stood in for by their neighbours.
     """
@@ -92,7 +91,6 @@ class Shower:
     def __init__(self, reader: VideoReader) -> None:
         self.stand_ins = 0
         self._reader = reader
-        self._reformatter = VideoReformatter()
         self._longest = 0  # way from one key frame to the next, of those that were passed
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -108,17 +106,6 @@ class Shower:
         # What is lost when decoding starts at a key frame may be there when it starts at the first.
         if lost:
             yield from self._from_the_start(lost)
-
-    def picture(self, frame: av.VideoFrame, side: int) -> NDArray[np.uint8]:
-        """The frame as shown, its short side `side` pixels -> uint8 (H, W, 3). The same bytes as VideoReader's."""
-        orientation = self._reader.orientation
-        height, width = size_for(self._reader.size, side)
-        if orientation.transpose:
-            height, width = width, height
-        picture = self._reformatter.reformat(
-            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        )
-        return orientation.apply(np.asarray(picture.to_ndarray(), dtype=np.uint8))
 
     def _run(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
         """Decode on from the key frame before the first of `left` to a gap that is worth a leap; the index reached.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.errors import UsageError
+from video_swinv2.memory import memory_free
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.simmim import SimMIM, mask_cells, masked_l1, random_mask
 from video_swinv2.models.swinv2 import SwinV2
@@ -278,9 +279,8 @@ def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
 
 
 def _limited(work: Callable[..., Any], *arguments: object) -> Any:
-    if "cpu" in arguments:
-        sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        free = int(sizes["MemAvailable"].split()[0]) * 1024
+    free = memory_free()
+    if "cpu" in arguments and free is not None:
         used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + int(0.8 * free), resource.RLIM_INFINITY))
     return work(*arguments)

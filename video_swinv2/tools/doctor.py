@@ -20,6 +20,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.memory import memory_free
 from video_swinv2.tools.sample_clip import number_of, write_clip
 from video_swinv2.training.speed import cores
 
@@ -264,10 +265,9 @@ def check_open_files() -> Finding:
 
 def check_memory() -> Finding:
     """Of the host, and its cores."""
-    if not Path("/proc/meminfo").exists():
+    free = memory_free()
+    if free is None:
         return Finding("memory", "ok", f"not known here; {cores()} cores")
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     text = f"{free / 1e9:.1f} GB free, {cores()} cores"
     mend = "end other programs; use fewer data.workers"
     return Finding("memory", "ok", text) if free >= MEMORY else Finding("memory", "fault", text, mend)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from video_swinv2.memory import memory_peak
+
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds: of this process on a CPU, which others hardly change; of the wall on a GPU, when its work is done."""
@@ -46,17 +48,10 @@ def start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # The kernel's high-water mark of this process; ru_maxrss would also count the parent's.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return status_bytes("VmHWM")
+    return memory_peak()
 
 
 def read_peak(device: torch.device) -> int:
     """The most bytes held since `start_peak`: allocated on a GPU, resident in this process on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
-
-
-def status_bytes(key: str) -> int:
-    """A line of /proc/self/status, such as VmHWM, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_peak()

@@ -23,6 +23,7 @@ from video_swinv2.data.loading import plan_batch
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.errors import UsageError
+from video_swinv2.memory import memory_free
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.tools.activations import choose_backends, count_giga_macs, measure_pass, without_memory
 from video_swinv2.tools.rates import ReadRate, device_speed, read_rate
@@ -292,8 +293,5 @@ def memory_here(plan: Plan) -> int | None:
     """Bytes of a device of the planned kind on this machine, for each process its share; None where there is none."""
     if plan.device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    if not Path("/proc/meminfo").exists():
-        return None
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return available // plan.processes
+    free = memory_free()
+    return None if free is None else free // plan.processes

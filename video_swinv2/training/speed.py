@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 
 import torch
 
 from video_swinv2.config import Config
+from video_swinv2.memory import memory_peak
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink
 from video_swinv2.training.runtime import World
@@ -71,8 +70,7 @@ def peak_memory(world: World) -> float:
     """The most memory this process has held, GB: tensors on its GPU, else all of it on the host."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return memory_peak() / 1e9
 
 
 def cores() -> int:
