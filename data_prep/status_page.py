@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from data_prep.account import account
 from data_prep.state import EXCLUDED, REASONS, SplitCount, State
 from data_prep.status import LOST, QUIET_SECONDS, Standing, duration, progress, total
+from video_swinv2.axes import Tick, ticks
 from video_swinv2.files import whole
 from video_swinv2.pages import render
 
@@ -26,14 +26,6 @@ TITLES = {
     "source_size": "Size of their sources",
     "seconds": "Time each took on one worker",
 }
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A number on an axis and where it stands, 0 to 1."""
-
-    text: str
-    place: float
 
 
 @dataclass(frozen=True)
@@ -136,8 +128,8 @@ def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) 
         ok=_shape(x, ok_by / listed),
         done=_shape(x, done_by / listed),
         breaks=tuple((100 * hours[1:][stopped] / end).round(2).tolist()),
-        hours=ticks(end),
-        videos=ticks(listed),
+        hours=ticks(0, end),
+        videos=ticks(0, listed),
     )
 
 
@@ -155,19 +147,8 @@ def histogram(title: str, values: NDArray[np.float64], unit: str) -> Histogram |
     )
     median, least, most = (_number(float(value)) for value in (np.median(values), values.min(), values.max()))
     words = f"median {median} {unit}, {least} to {most} {unit}, {len(values)} videos"
-    return Histogram(title, bars, ticks(high, unit), words)
-
-
-def ticks(high: float, unit: str = "", most: int = 5) -> tuple[Tick, ...]:
-    """Round numbers from 0 to at most `high`, no more than `most` steps apart."""
-    raw = high / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    count = math.floor(high / step * (1 + 1e-9))
-    words = [f"{place * step:.6g}" for place in range(count + 1)]
-    if unit:
-        words[-1] += f" {unit}"
-    return tuple(Tick(text, min(place * step / high, 1.0)) for place, text in enumerate(words))
+    *others, end = ticks(0, high)
+    return Histogram(title, bars, (*others, Tick(f"{end.text} {unit}", end.place)), words)
 
 
 def _number(value: float) -> str:

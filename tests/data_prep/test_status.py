@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -15,7 +14,7 @@ import pytest
 from data_prep.cli import main
 from data_prep.state import REASONS, SplitCount, State, Wanted
 from data_prep.status import as_text, duration, open_states, progress, standing, table, worst_classes
-from data_prep.status_page import curve, histogram, survivors, ticks
+from data_prep.status_page import curve, histogram, survivors
 from video_swinv2.errors import UserError
 
 ATTACK = "<script>alert(1)</script>"
@@ -163,15 +162,6 @@ def test_histogram_holds_every_video() -> None:
     assert "median 10 s, 1 to 5000 s, 100 videos" in drawn.summary
     assert histogram("x", values[:0], "s") is None
     assert histogram("x", np.zeros(3), "s") is not None
-
-
-@pytest.mark.parametrize("high", [0.003, 1, 7, 10, 246_534])
-def test_ticks_are_round_and_few(high: float) -> None:
-    found = ticks(high)
-    assert 2 <= len(found) <= 6
-    assert found[0].place == 0
-    assert found[-1].place <= 1
-    assert all(re.fullmatch(r"0|0?\.?0*[1-9]\d?0*|\d*\.\d", tick.text) for tick in found), found
 
 
 class Page(HTMLParser):

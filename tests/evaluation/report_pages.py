@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from video_swinv2.evaluation.metrics import video_probabilities
+from video_swinv2.evaluation.metrics import Metrics, measure_scores, video_probabilities
 from video_swinv2.evaluation.mistakes import film_strip, surest_mistakes
 from video_swinv2.evaluation.report import write_report
 from video_swinv2.evaluation.scores import Scores, save_scores, write_arrays
@@ -32,6 +32,11 @@ RECORD = {
     "model": {"path": "runs/<b>/model.safetensors"},
     "seed": 0,
 }
+
+
+def metrics_of(scores: Scores, average: str = "prob") -> Metrics:
+    """The figures as a report has them."""
+    return measure_scores(scores, video_probabilities(scores, average), seed=0)
 
 
 class Page(HTMLParser):

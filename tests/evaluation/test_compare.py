@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.evaluation import independent
+from tests.evaluation import independent, report_pages
 from video_swinv2.cli import main
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.compare import compare, score_folders
@@ -20,20 +20,7 @@ from video_swinv2.evaluation.scores import Scores, load_scores, save_scores
 
 ATTACK = "<script>alert(1)</script>"
 CLASSES = ("a", ATTACK, "c", "d|e")
-RECORD = {
-    "protocol": "videoswin-4x3",
-    "average": "prob",
-    "views": 3,
-    "frames": 8,
-    "frame_stride": 4,
-    "image_size": [64, 64],
-    "frame_order": "in-order",
-    "split": "test",
-    "data": "data",
-    "data_fingerprint": "ab" * 32,
-    "model": {"path": "nowhere/model.safetensors"},
-    "seed": 0,
-}
+RECORD = report_pages.RECORD | {"data": "data", "model": {"path": "nowhere/model.safetensors"}}
 
 
 def make(folder: Path, skill: float, seed: int, names: Sequence[str] | None = None, **record: Any) -> Scores:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
+from tests.evaluation.report_pages import metrics_of
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.metrics import compute_metrics, most_confused, video_probabilities
+from video_swinv2.evaluation.metrics import most_confused, video_probabilities
 from video_swinv2.evaluation.scores import Scores
 
 
@@ -64,7 +65,7 @@ def test_every_figure(
     scores = random_scores(seed, n, views, classes, failed, present)
     labels, probabilities = by_hand(scores, average)
     np.testing.assert_allclose(video_probabilities(scores, average), probabilities, atol=1e-12)
-    metrics = compute_metrics(scores, average=average)
+    metrics = metrics_of(scores, average=average)
 
     orders = [[k for _, k in sorted((-p[k], k) for k in range(classes))] for p in probabilities]
     answers = [order[0] for order in orders]
@@ -96,7 +97,7 @@ def test_every_figure(
 def test_top5_agrees_with_scikit_learn() -> None:
     scores = random_scores(7, 300, 3, 30, 0)
     expected = top_k_accuracy_score(scores.labels, video_probabilities(scores), k=5, labels=np.arange(30))
-    assert compute_metrics(scores).top5 == pytest.approx(expected)
+    assert metrics_of(scores).top5 == pytest.approx(expected)
 
 
 def test_averages_differ_where_views_disagree() -> None:
@@ -108,8 +109,8 @@ def test_averages_differ_where_views_disagree() -> None:
     assert video_probabilities(scores, "logit")[0, 0] == pytest.approx(1 / (1 + np.exp(-7 / 3)))
     flipped = Scores(("v",), np.array([1]), logits, scores.views, ("",), ("a", "b"), {})
     flipped.logits[0] = np.array([[4, 0], [0, 1.5], [0, 1.5]])
-    assert compute_metrics(flipped, average="prob").top1 == 1.0
-    assert compute_metrics(flipped, average="logit").top1 == 0.0
+    assert metrics_of(flipped, average="prob").top1 == 1.0
+    assert metrics_of(flipped, average="logit").top1 == 0.0
 
 
 def test_equal_scores_are_answered_the_same_everywhere() -> None:
@@ -118,7 +119,7 @@ def test_equal_scores_are_answered_the_same_everywhere() -> None:
         tuple("abcde"), labels, np.zeros((5, 1, 7), np.float16), np.zeros((5, 1, 5), np.int32), ("",) * 5,
         tuple("0123456"), {},
     )  # fmt: skip
-    metrics = compute_metrics(scores)
+    metrics = metrics_of(scores)
     assert (metrics.top1, metrics.top5) == (0.2, 0.6)
     assert metrics.confusion[:, 0].tolist() == np.bincount(labels, minlength=7).tolist()
 
@@ -134,7 +135,7 @@ def test_a_failed_video_moves_the_bounds_and_nothing_else() -> None:
         whole.classes,
         {},
     )
-    before, after = compute_metrics(whole), compute_metrics(broken)
+    before, after = metrics_of(whole), metrics_of(broken)
     assert (before.top1, before.top5, before.top1_interval) == (after.top1, after.top5, after.top1_interval)
     assert before.mean_class_accuracy == after.mean_class_accuracy
     np.testing.assert_array_equal(before.confusion, after.confusion)
@@ -151,12 +152,12 @@ def test_most_confused_is_by_count_then_share() -> None:
 
 def test_no_scored_video_is_no_accuracy() -> None:
     with pytest.raises(UserError, match=r"none of the 3 listed videos.*0\.mp4: broken"):
-        compute_metrics(random_scores(0, 3, 1, 4, 3))
+        metrics_of(random_scores(0, 3, 1, 4, 3))
 
 
 def test_videos_lost_in_preparation_bound_the_accuracy_too() -> None:
     scores = random_scores(0, 50, 3, 5, failed=2)
-    plain, lost = compute_metrics(scores), compute_metrics(replace(scores, metadata={"lost_in_preparation": 10}))
+    plain, lost = metrics_of(scores), metrics_of(replace(scores, metadata={"lost_in_preparation": 10}))
     assert (lost.listed, lost.scored, lost.failed) == (60, 48, 12)
     assert (lost.top1, lost.top1_interval) == (plain.top1, plain.top1_interval)
     correct = round(plain.top1 * 48)

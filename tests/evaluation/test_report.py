@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluation.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, write_page
+from tests.evaluation.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, metrics_of, write_page
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.matrix import confused_order, matrix_data
-from video_swinv2.evaluation.metrics import ClassAccuracy, compute_metrics, video_probabilities
+from video_swinv2.evaluation.metrics import ClassAccuracy, video_probabilities
 from video_swinv2.evaluation.mistakes import film_strip, surest_mistakes
 from video_swinv2.evaluation.report import split_classes, write_report
 from video_swinv2.evaluation.runs import find_run, flatten
@@ -39,7 +39,7 @@ def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
     out, scores = six
     raw = write_page(out)
     page = Page(raw)
-    metrics = compute_metrics(scores)
+    metrics = metrics_of(scores)
     text = page.text
     assert f"{100 * metrics.top1:.1f} % top-1" in text
     assert f"{100 * metrics.top1_interval[0]:.1f} to {100 * metrics.top1_interval[1]:.1f}" in text
@@ -123,7 +123,7 @@ def test_any_number_of_classes(n_classes: int, tmp_path: Path) -> None:
     assert set(bars) == set(names)
     data = matrix_of(raw)
     assert sum(data["cells"][2::3]) == 5 * n_classes
-    assert len(data["cells"]) == 3 * (compute_metrics(scores).confusion > 0).sum()
+    assert len(data["cells"]) == 3 * (metrics_of(scores).confusion > 0).sum()
     assert sorted(data["together"]) == list(range(n_classes))
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.evaluation.report_pages import Page, make_folder, make_six, write_page
-from video_swinv2.evaluation.metrics import compute_metrics
+from tests.evaluation.report_pages import Page, make_folder, make_six, metrics_of, write_page
 from video_swinv2.evaluation.report import write_report
 from video_swinv2.evaluation.scores import Scores
 
@@ -67,7 +66,7 @@ addEventListener("load", () => setTimeout(() => {
 def test_the_matrix_in_a_browser_answers_to_pointing_sorting_and_zooming(tmp_path: Path) -> None:
     names = tuple(f"<b>{i:02d}</b>" for i in range(30))
     scores = make_folder(tmp_path, names, 900, failed=0)
-    confusion = compute_metrics(scores).confusion
+    confusion = metrics_of(scores).confusion
     raw = re.sub(r"<meta http-equiv[^>]*>", "", write_page(tmp_path)) + PROBE  # its policy forbids this very script
     (tmp_path / "probe.html").write_text(raw)
     dom = chromium(tmp_path / "probe.html", tmp_path / "profile", "--window-size=1200,900", "--dump-dom").stdout

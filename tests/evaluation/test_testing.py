@@ -19,13 +19,14 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.evaluation.report_pages import metrics_of
 from video_swinv2 import files
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import class_list_hash, read_manifest
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation import reading, shards, testing
-from video_swinv2.evaluation.metrics import compute_metrics, video_probabilities
+from video_swinv2.evaluation.metrics import video_probabilities
 from video_swinv2.evaluation.mistakes import surest_mistakes
 from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
 from video_swinv2.evaluation.protocols import PROTOCOLS
@@ -124,7 +125,7 @@ def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -
 
 def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Path) -> None:
     result = json.loads((tested / "results.json").read_text())
-    metrics = compute_metrics(load_scores(tested / "scores.npz"))
+    metrics = metrics_of(load_scores(tested / "scores.npz"))
     assert result["top1"] == metrics.top1
     assert result["top1_interval"] == list(metrics.top1_interval)
     assert result["top1_bounds"] == [metrics.top1, metrics.top1]

@@ -14,11 +14,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
+from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import load_config
 from video_swinv2.errors import UserError
 from video_swinv2.training.checkpoint import Checkpoints
@@ -31,14 +30,8 @@ SECONDS = 60  # in which all processes have to end
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, write_video):
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        write_video(folder / f"{i}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
-    lines = "".join(f"{i}.mp4 {i % 2}\n" for i in range(8))
-    for name, text in (("train.txt", lines), ("val.txt", lines), ("classes.txt", "even\nodd\n")):
-        (folder / name).write_text(text)
-    return folder
+    labels = [number % 2 for number in range(8)]
+    return write_noise_clips(tmp_path_factory.mktemp("clips"), write_video, labels, ("even", "odd"))
 
 
 @pytest.fixture
@@ -57,11 +50,7 @@ def recipe(clips, tmp_path):
             "checkpoint_minutes": 0,
             "keep_checkpoints": 2,
         }
-        for key, value in changes.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        path = tmp_path / f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_recipe(tmp_path, values, changes)
 
     return write
 

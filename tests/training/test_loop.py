@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import video_swinv2 as vs
+from tests.training.runs import write_recipe
 from video_swinv2.cli import main
 from video_swinv2.config import load_config
 from video_swinv2.errors import UserError
@@ -58,14 +58,7 @@ def recipe(clips, tmp_path):
             "log_every": 1,
             "checkpoint_minutes": 0,
         }
-        for key, value in changes.items():
-            if isinstance(value, dict):
-                values[key] = values.get(key, {}) | value
-            else:
-                values[key] = value
-        path = tmp_path / f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_recipe(tmp_path, values, changes)
 
     return write
 

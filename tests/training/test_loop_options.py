@@ -4,13 +4,12 @@ import json
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 import video_swinv2 as vs
+from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import OptimConfig, load_config
 from video_swinv2.data import datasets
 from video_swinv2.data.datasets import collate
@@ -26,14 +25,8 @@ from video_swinv2.weights.store import read_tensors
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, write_video):
     """Six clips of class `often`, two of class `seldom`."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        write_video(folder / f"{i}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
-    lines = "".join(f"{i}.mp4 {int(i > 5)}\n" for i in range(8))
-    for name, text in (("train.txt", lines), ("val.txt", lines), ("classes.txt", "often\nseldom\n")):
-        (folder / name).write_text(text)
-    return folder
+    labels = [int(number > 5) for number in range(8)]
+    return write_noise_clips(tmp_path_factory.mktemp("clips"), write_video, labels, ("often", "seldom"))
 
 
 @pytest.fixture
@@ -50,8 +43,7 @@ def config(clips, tmp_path):
             "engine": {"engine": "plain", "precision": "fp32", "device": "cpu"},
             "log_every": 1,
         }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-        return load_config(tmp_path / "recipe.yaml", overrides)
+        return load_config(write_recipe(tmp_path, values, {}), overrides)
 
     return make
 

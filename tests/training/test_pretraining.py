@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.training.runs import write_recipe
 from video_swinv2.cli import main
 from video_swinv2.config import load_config
 from video_swinv2.data.datasets import collate
@@ -75,11 +75,7 @@ def recipe(images, tmp_path):
             "log_every": 1,
             "checkpoint_minutes": 60,
         }
-        for key, value in changes.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        path = tmp_path / f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_recipe(tmp_path, values, changes)
 
     return write
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from tests.training import resume_worker
 from tests.training.resume_worker import BATCH, LR, Ranks, clips, network, train_run
+from tests.training.runs import write_recipe
 from video_swinv2.training.measure import read_metrics
 from video_swinv2.training.optim import parameter_groups
 from video_swinv2.training.runtime import AGAIN_FILE, START_AGAIN
@@ -62,11 +62,7 @@ def recipe(videos: Path, tmp_path: Path) -> Callable[..., Path]:
             "val_epochs": 4,
             "checkpoint_minutes": 0,
         }  # fmt: skip
-        for key, change in changes.items():
-            values[key] = values[key] | change
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_recipe(tmp_path, values, changes, name)
 
     return write
 

@@ -122,13 +122,11 @@ def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: 
     return tuple(ConfusedPair(classes[rows[i]], classes[columns[i]], int(counts[i]), float(shares[i])) for i in order)
 
 
-def compute_metrics(scores: Scores, *, average: str = "prob", seed: int = 0) -> Metrics:
-    """All figures of a test; `seed` is the bootstrap's. Raises UserError where not one video was scored."""
-    return measure_scores(scores, video_probabilities(scores, average), seed=seed)
-
-
 def measure_scores(scores: Scores, probabilities: NDArray[np.float64], *, seed: int) -> Metrics:
-    """The same where (scored videos, K) probabilities are there already."""
+    """All figures of a test from probabilities (scored videos, K), those of `video_probabilities`.
+
+    `seed` is the bootstrap's. Raises UserError where not one video was scored.
+    """
     # Videos that failed in preparation are no entries any more, but they were listed: leaving them out would flatter.
     listed, labels = len(scores.paths) + scores.metadata.get("lost_in_preparation", 0), scores.labels[scores.scored]
     if labels.size == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from video_swinv2.axes import Tick, ticks
 
 COLOURS = 6
 
@@ -22,14 +23,6 @@ class Series:
     low: NDArray[np.float64] | None = None
     high: NDArray[np.float64] | None = None
     dots: bool = False
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A number on an axis and where it stands, 0 to 1."""
-
-    text: str
-    place: float
 
 
 @dataclass(frozen=True)
@@ -98,20 +91,6 @@ def plot(
         x = ticks(x_low, x_high)
     lines = tuple(_line(one, colour, (x_low, x_high), (bottom, top), scale) for one, colour in coloured)
     return Plot(title, across, up, x, ticks(bottom, top, " %" if percent else ""), lines)
-
-
-def ticks(low: float, high: float, unit: str = "", most: int = 5) -> tuple[Tick, ...]:
-    """Round numbers from `low` to `high`, about `most` steps apart at the closest."""
-    raw = (high - low) / most
-    if raw <= 0:
-        return (Tick(f"{low:.6g}{unit}", 0.5),)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(
-        Tick(f"{place * step:.6g}{unit}", min(1.0, max(0.0, _share(place * step, low, high))))
-        for place in range(first, last + 1)
-    )
 
 
 def _room(low: float, high: float, percent: bool) -> tuple[float, float]:

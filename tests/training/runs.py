@@ -1,0 +1,33 @@
+"""What tests of whole runs share: data sets of noise, and recipes with changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+
+def write_recipe(folder: Path, values: Mapping[str, Any], changes: Mapping[str, Any], name: str | None = None) -> Path:
+    """`values` with what `changes` has, sections merged key by key, in a new file of `folder`."""
+    merged = dict(values)
+    for key, value in changes.items():
+        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    path = folder / f"{name or len(list(folder.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(merged))
+    return path
+
+
+def write_noise_clips(
+    folder: Path, write_video: Callable[..., Path], labels: Sequence[int], classes: Sequence[str]
+) -> Path:
+    """A clip of six noisy frames of 32 x 32 for each label; the same ones to train and to validate."""
+    rng = np.random.default_rng(0)
+    for number in range(len(labels)):
+        write_video(folder / f"{number}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))
+    lines = "".join(f"{number}.mp4 {label}\n" for number, label in enumerate(labels))
+    for name, text in (("train", lines), ("val", lines), ("classes", "".join(f"{each}\n" for each in classes))):
+        (folder / f"{name}.txt").write_text(text)
+    return folder
