@@ -13,7 +13,7 @@ proof: $(READY)
 	$(VENV)/bin/python -m tests.proof
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow
