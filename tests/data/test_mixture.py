@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from video_swinv2.config import WeightedSource, check, load_config, to_yaml
 from video_swinv2.data.datasets import spread_clip, unlabelled
@@ -143,3 +144,24 @@ def test_entries_reach_spawned_workers_in_shared_memory():
     sent = ForkingPickler.dumps(listed)
     assert len(sent) < 5_000 < len(pickle.dumps(source("v", 20_000)))
     assert list(pickle.loads(pickle.dumps(listed)))[5:7] == source("v", 20_000)[5:7]
+
+
+def tell_last(samples, answers):
+    answers.put(samples[len(samples) - 1].entry.name)
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_workers_that_are_not_forked_get_them_too(tmp_path, method):
+    """Files and listed clips, in a process that starts from nothing, as on macOS."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"")
+    (images,) = unlabelled(check(settings(str(tmp_path / "images")), "x.yaml").data, validation=False).parts
+    samples = Mixture([images, Part(Listed(source("v", 50)))])
+    context = torch.multiprocessing.get_context(method)
+    answers = context.Queue()
+    process = context.Process(target=tell_last, args=(samples, answers))
+    process.start()
+    assert answers.get(timeout=120) == "v49"
+    process.join()
+    assert process.exitcode == 0

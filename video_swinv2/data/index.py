@@ -57,6 +57,15 @@ class OnDemand(Sequence[T]):
         return self.item(range(len(self))[place])
 
 
+def as_tensors(*arrays: NDArray[Any]) -> tuple[Tensor, ...]:
+    """The arrays for a pickle: torch hands tensors to spawned workers in shared memory, and copies nothing.
+
+    The sender has to keep them until the worker runs: with the last one that is freed its file handle is closed, which
+    is passed on only after pickling.
+    """
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
 class Names(OnDemand[str]):
     """Many names as two arrays: their bytes, each ended by NUL, and where they end. A million are two objects."""
 
@@ -64,9 +73,9 @@ class Names(OnDemand[str]):
         self.text: NDArray[np.uint8] = text.numpy()
         self.ends: NDArray[np.int64] = ends.numpy()
 
-    def __reduce__(self) -> tuple[type[Names], tuple[Tensor, Tensor]]:
-        # As tensors, which torch hands to spawned workers in shared memory.
-        return Names, (torch.from_numpy(self.text), torch.from_numpy(self.ends))
+    def __reduce__(self) -> tuple[type[Names], tuple[Tensor, ...]]:
+        self._sent = as_tensors(self.text, self.ends)
+        return Names, self._sent
 
     @classmethod
     def of(cls, text: bytes | Iterable[str]) -> Names:
@@ -128,9 +137,9 @@ class Index:
         self.columns: dict[str, NDArray[np.int64]] = {key: column.numpy() for key, column in columns.items()}
 
     def __reduce__(self) -> tuple[type[Index], tuple[object, ...]]:
-        columns = {key: torch.from_numpy(column) for key, column in self.columns.items()}
-        stamps, starts = torch.from_numpy(self.stamps), torch.from_numpy(self.starts)
-        return Index, (self.containers, stamps, starts, self.about, self.names, columns)
+        stamps, starts, *columns = self._sent = as_tensors(self.stamps, self.starts, *self.columns.values())
+        named = dict(zip(self.columns, columns, strict=True))
+        return Index, (self.containers, stamps, starts, self.about, self.names, named)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -300,7 +309,8 @@ class Indexed(OnDemand[Item]):
         self.labels: NDArray[np.int32] = labels.numpy()
 
     def __reduce__(self) -> tuple[type[Indexed], tuple[object, ...]]:
-        return Indexed, (self.root, self.among, torch.from_numpy(self.rows), torch.from_numpy(self.labels))
+        self._sent = as_tensors(self.rows, self.labels)
+        return Indexed, (self.root, self.among, *self._sent)
 
     def __len__(self) -> int:
         return len(self.rows)

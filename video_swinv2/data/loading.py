@@ -161,7 +161,7 @@ class Loader:
             collate_fn=partial(collate, repeats=self.dataset.repeats),
             pin_memory=self.pin,
             prefetch_factor=PREFETCH if workers else None,
-            # What Linux did by default before Python 3.14: under its forkserver our shared tensors do not arrive.
+            # What Linux did by default before Python 3.14: a forked worker starts at once, another in seconds.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         if not workers or threading.current_thread() is not threading.main_thread():
