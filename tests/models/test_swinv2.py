@@ -57,6 +57,18 @@ def test_dropped_branches_leave_a_sample_as_it_is():
     assert not (stage(x, 0) == x).flatten(1).all(dim=1).any()
 
 
+def test_dropped_branches_still_have_gradients():
+    """A rank that left a branch out would reduce fewer gradients than the others: ZeRO 1-3 abort or hang."""
+    model = randomise(vs.create_model("swinv2_nano", num_classes=3, image_size=32, window=4)).train()
+    for block in model.blocks():
+        block.drop_path.rate = 1 - 1e-7
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    for block in model.blocks():
+        for name, parameter in block.named_parameters():
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
 def test_drop_path_rates_rise_over_the_blocks():
     model = vs.create_model("swinv2_tiny", num_classes=3, image_size=64, drop_path=0.2)
     rates = [block.drop_path.rate for block in model.blocks()]

@@ -19,7 +19,7 @@ from video_swinv2.training.engine import compile_blocks
 from video_swinv2.training.offload import MappedFolder
 from video_swinv2.training.scaling import FIRST_SCALE, STEADY_STEPS, LossScale
 from video_swinv2.training.settings import EngineSettings
-from video_swinv2.training.zero import DERIVED, TUNABLE, deepspeed_config
+from video_swinv2.training.zero import DERIVED, TUNABLE, ZERO, deepspeed_config
 
 WORKER = Path(__file__).with_name("engine_modes_worker.py")
 
@@ -207,6 +207,16 @@ def test_every_key_that_may_be_set_is_one_that_deepspeed_knows() -> None:
     ours = {key.removeprefix("zero_optimization.") for key in {*TUNABLE, *DERIVED} if key.startswith("zero_optim")}
     assert ours <= known
     assert not TUNABLE.keys() & DERIVED.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_deepspeed_is_known_to_do_wrong_is_never_asked_for(stage: int, precision: str) -> None:
+    """On a CPU neither shows: buffers that are refilled while they are sent, and half-precision weights."""
+    config = deepspeed_config(EngineSettings(zero_stage=stage), precision=precision, cuda=True)
+    assert config[ZERO]["overlap_comm"] is False, "left away, it is DeepSpeed's to choose: true at ZeRO-3"
+    assert not config.keys() & {"bf16", "fp16", "amp", "optimizer", "scheduler", "checkpoint"}
+    assert config["torch_autocast"]["enabled"] is (precision != "fp32")
 
 
 def test_the_section_is_passed_on_over_what_is_derived() -> None:

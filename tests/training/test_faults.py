@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import load_config
 from video_swinv2.errors import UserError
 from video_swinv2.training.checkpoint import Checkpoints
-from video_swinv2.training.loop import run
+from video_swinv2.training.loop import StoppedError, run
 from video_swinv2.training.measure import read_metrics
 from video_swinv2.training.tasks import Classification
 
@@ -197,6 +197,47 @@ def test_a_step_that_is_not_finite_is_dropped_counted_and_its_inputs_are_named(r
     assert (step, portable.optimizer_step) == (4, 2)
     assert all(tensor.isfinite().all() for tensor in portable.weights.values())
     assert "skipped steps 2, see skipped.jsonl" in capsys.readouterr().out
+
+
+class Joined(Classification):
+    """Tells where the process group is missing in the middle of a run."""
+
+    def loss(self, forward, batch):
+        assert torch.distributed.is_initialized()
+        return super().loss(forward, batch)
+
+
+class Told(Joined):
+    """Gets SIGTERM in the middle of its first step."""
+
+    def loss(self, forward, batch):
+        signal.raise_signal(signal.SIGTERM)
+        return super().loss(forward, batch)
+
+
+class Unforeseen(Joined):
+    """Meets an error that nobody has thought of."""
+
+    def loss(self, forward, batch):
+        super().loss(forward, batch)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "error"),
+    [
+        (Joined, {}, None),
+        (Told, {}, StoppedError),
+        (Unforeseen, {}, ZeroDivisionError),
+        (Joined, {"data": {"source": "nowhere"}}, UserError),
+    ],
+)
+def test_no_way_out_of_a_run_leaves_the_process_group_behind(recipe, task, changes, error):
+    """With DeepSpeed, gloo's threads abort about every second process that ends with its group alive."""
+    config = load_config(recipe(optim={"epochs": 1}, **changes))
+    with pytest.raises(error) if error else nullcontext():
+        run(config, task)
+    assert not torch.distributed.is_initialized()
 
 
 def test_exhausted_memory_names_the_knob(recipe):
