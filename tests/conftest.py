@@ -15,7 +15,6 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +23,6 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the old global generator
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Benchmarks set the number of threads, which decides how sums are rounded; the next test has the usual one."""
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
