@@ -12,7 +12,9 @@ KERNEL_LINES = {"VmHWM": "/proc/self/status", "VmRSS": "/proc/self/status", "Mem
 
 def memory_free() -> int | None:
     """What processes may still take, by the kernel and by the limit of our control group; None if unknown."""
-    found = [value for value in (kernel_says("MemAvailable"),) if value is not None]
+    found = []
+    if (available := kernel_says("MemAvailable")) is not None:
+        found.append(available)
     with contextlib.suppress(OSError, ValueError, StopIteration):
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))

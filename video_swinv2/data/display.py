@@ -79,21 +79,20 @@ class Display:
         self._stream = stream
         self._reformatter = VideoReformatter()
 
-    def note(self, frame: av.VideoFrame) -> None:
-        """See a frame; what comes after the first changes nothing."""
-        if self.size is not None:
-            return
-        shape = self._stream.sample_aspect_ratio or Fraction(1)
-        if not LIKELY_PIXEL_SHAPE[0] <= shape <= LIKELY_PIXEL_SHAPE[1]:
-            shape = Fraction(1)
-        self.orientation = orientation_of(frame)
-        height, width = frame.height, max(1, round(frame.width * shape))
-        self.size = (width, height) if self.orientation.transpose else (height, width)
+    def note(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """See a frame, of which the first decides; the size."""
+        if self.size is None:
+            shape = self._stream.sample_aspect_ratio or Fraction(1)
+            if not LIKELY_PIXEL_SHAPE[0] <= shape <= LIKELY_PIXEL_SHAPE[1]:
+                shape = Fraction(1)
+            self.orientation = orientation_of(frame)
+            height, width = frame.height, max(1, round(frame.width * shape))
+            self.size = (width, height) if self.orientation.transpose else (height, width)
+        return self.size
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
         """The frame as shown -> uint8 (H, W, 3), its short side resized to `short_side`, up as well as down."""
-        self.note(frame)
-        height, width = size_for(self.size or (frame.height, frame.width), short_side)
+        height, width = size_for(self.note(frame), short_side)
         if self.orientation.transpose:
             height, width = width, height
         # One thread: on a small picture the scaler's own threads cost five times the work.

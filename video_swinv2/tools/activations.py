@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-import video_swinv2.models.sequential as sequential
 from video_swinv2.config import Config
+from video_swinv2.models import sequential
 from video_swinv2.models.attention import choose
 from video_swinv2.models.simmim import SimMIM, mask_cells
 from video_swinv2.models.swinv2 import SwinV2

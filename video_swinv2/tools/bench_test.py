@@ -24,10 +24,14 @@ from video_swinv2.tools.measuring import clock_of
 from video_swinv2.weights.store import load_model, read_card
 
 SAME_WITHIN = 1e-4
-"""Logits of both ways may differ by so much; they are of the same pixels in the same batches."""
+"""Logits of all ways may differ by so much; they are of the same pixels in the same batches."""
 
 _ONE, _LEAPING, _WHOLE = "one decode", "a leap a view", "a decode a view"
 _RIVALS = (_LEAPING, _WHOLE)
+
+
+_Fetch = Callable[[VideoReader, Sequence[int], int], Tensor]
+"""Reads frames by index, resized to a short side -> (T, 3, H, W)."""
 
 
 @dataclass
@@ -108,10 +112,7 @@ def _at_once(groups: VideoGroups, position: int) -> Tensor:
     return pixels
 
 
-Fetch = Callable[[VideoReader, Sequence[int], int], Tensor]
-
-
-def _view_by_view(groups: VideoGroups, position: int, fetch: Fetch) -> Tensor:
+def _view_by_view(groups: VideoGroups, position: int, fetch: _Fetch) -> Tensor:
     """The same pixels, each view from a file opened for it."""
     path = Path(groups.entries[position].path)
     frames, stride = clip_length(groups.preprocessing)
@@ -131,12 +132,12 @@ def _view_by_view(groups: VideoGroups, position: int, fetch: Fetch) -> Tensor:
 
 
 def _leap(reader: VideoReader, indices: Sequence[int], side: int) -> Tensor:
-    """Only what the view needs is decoded, from the key frame before it, (T, 3, H, W)."""
+    """Only what the view needs is decoded, from the key frame before it."""
     return reader.frames(indices, short_side=side)
 
 
 def _decode_all(reader: VideoReader, indices: Sequence[int], side: int) -> Tensor:
-    """The whole video is decoded, and what the view needs is made a picture, (T, 3, H, W)."""
+    """The whole video is decoded, and what the view needs is made a picture."""
     wanted = set(indices)
     images = {index: reader.picture(frame, side) for index, frame in reader.sequence() if index in wanted}
     if len(images) < len(wanted):
