@@ -4,6 +4,11 @@ Every axis of motion has two classes, each the other played backwards. A clip is
 for the other, and every process in it is stationary: places are uniform on a torus, angles in a sector, sizes
 log-uniform, noise independent in time, the background's drift uniform in direction. So frame t looks alike in all eight
 classes, for every t, and a model blind to the order of frames is right at most half the time.
+
+A clip is a function of the seed alone, whatever the CPU. Vector instructions, and where an array happens to lie in
+memory, change the last bit of sines and sums. So everything is computed in float64, where that is 1e-13 of a pixel's
+level, and rounded once: the noise makes levels continuous, and a level so close to a rounding boundary does not occur.
+What follows the rounding (the conversion to YUV here, x264's encoding) is arithmetic of whole numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -26,7 +31,10 @@ from video_swinv2.files import keep, part_of, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[np.float64]
+
+# Raised whenever the same seed draws other clips.
+VERSION = 2
 
 # Neighbours are twins: the second of a pair is the first played backwards.
 CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approaching", "receding")
@@ -74,13 +82,28 @@ def draw(clip: Clip) -> NDArray[np.uint8]:
 def make(clip: Clip, _allow: Allow) -> str:
     """Draw, encode and name one clip; returns the sha256 of the file."""
     part = part_of(clip.path)
-    images = np.ascontiguousarray(draw(clip))
-    pictures = (av.VideoFrame.from_ndarray(image, format="rgb24") for image in images)
+    pictures = (av.VideoFrame.from_ndarray(image, format="yuv420p") for image in to_yuv420(draw(clip)))
     pairs = zip(ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
     digest = sha256(part)
     keep(part, clip.path)
     return digest
+
+
+def to_yuv420(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB frames (T, H, W, 3) -> planes of yuv420p (T, H * 3 / 2, W), BT.601 in the limited range, H and W even.
+
+    In whole numbers: FFmpeg's own conversion rounds differently from one CPU to the next. A chroma sample is the mean
+    of the four pixels that share it.
+    """
+    count, height, width, _ = images.shape
+    rgb = images.astype(np.int32)
+    luma = (66 * rgb[..., 0] + 129 * rgb[..., 1] + 25 * rgb[..., 2] + 128 >> 8) + 16
+    fours = rgb.reshape(count, height // 2, 2, width // 2, 2, 3).sum(axis=(2, 4))  # (T, H/2, W/2, 3), sums of 4 pixels
+    blue = (-38 * fours[..., 0] - 74 * fours[..., 1] + 112 * fours[..., 2] + 512 >> 10) + 128
+    red = (112 * fours[..., 0] - 94 * fours[..., 1] - 18 * fours[..., 2] + 512 >> 10) + 128
+    planes = [plane.reshape(count, -1) for plane in (luma, blue, red)]
+    return np.concatenate(planes, axis=1).astype(np.uint8).reshape(count, height * 3 // 2, width)
 
 
 def synthesise(
@@ -94,6 +117,7 @@ def synthesise(
     _check(counts, size, frames)
     settings: dict[str, object] = {
         "made_by": "synth",
+        "version": VERSION,
         "level": level,
         "size": size,
         "frames": frames,
@@ -150,29 +174,29 @@ def _key(seed: int, split: str, label: str, index: int) -> list[int]:
 def _render(rng: np.random.Generator, motion: str, level: Level, size: int, frames: int) -> NDArray[np.uint8]:
     x, y, angle, radius = (track[:, None, None] for track in _track(rng, motion, frames))
     (ground, ground_contrast), (colour, contrast) = _inks(rng, level)
-    column = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, None, :]
+    column = ((np.arange(size) + 0.5) / size)[None, None, :]
     row = column.transpose(0, 2, 1)
     behind = ground + _background(rng, column, row, frames) * ground_contrast
     # The place of every pixel as the shape sees it: (T, H, W), in radii.
     dx, dy = (column - x + 0.5) % 1 - 0.5, (row - y + 0.5) % 1 - 0.5
     a = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
     b = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
-    beyond = np.hypot(a, b) - np.interp(np.arctan2(b, a), *_outline(rng)).astype(np.float32)
+    beyond = np.hypot(a, b) - np.interp(np.arctan2(b, a), *_outline(rng))
     # A soft edge one pixel wide: motion of less than a pixel stays visible.
     mask = np.clip(0.5 - beyond * radius * size, 0, 1)[..., None]
     surface = _sample(_texture(rng), 0.25 * a, 0.25 * b) + SHADE[level] * a[..., None]
     images = behind + mask * (colour + surface * contrast - behind)
-    images += rng.standard_normal(images.shape, dtype=np.float32) * np.float32(rng.uniform(2, 8))
+    images += rng.standard_normal(images.shape) * rng.uniform(2, 8)
     return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
 
 def _background(rng: np.random.Generator, column: Floats, row: Floats, frames: int) -> Floats:
     """Texture (T, H, W, 1), still in half the clips and drifting slowly in any direction in the others."""
     heading, drift = rng.uniform(0, 2 * np.pi), rng.uniform(0, DRIFT) * rng.integers(0, 2)
-    start = rng.uniform(0, 1, 2).astype(np.float32)
-    t = np.arange(frames if drift else 1, dtype=np.float32)[:, None, None] * np.float32(drift)
-    u = start[0] + np.float32(np.cos(heading)) * t + column
-    v = start[1] + np.float32(np.sin(heading)) * t + row
+    start = rng.uniform(0, 1, 2)
+    t = np.arange(frames if drift else 1)[:, None, None] * drift
+    u = start[0] + np.cos(heading) * t + column
+    v = start[1] + np.sin(heading) * t + row
     return _sample(_texture(rng), u, v)
 
 
@@ -181,7 +205,7 @@ def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, 
 
     All four start uniform over a range that they move through cyclically, hence are distributed alike at every frame.
     """
-    t = np.arange(frames, dtype=np.float32)
+    t = np.arange(frames)
     x, y, angle, zoom = (rng.uniform(0, 1) + 0 * t for _ in range(4))
     shift, turn, growth = rng.uniform(*SHIFT), rng.uniform(*TURN), rng.uniform(*GROWTH)
     octaves = np.log(RADIUS[1] / RADIUS[0])
@@ -197,13 +221,12 @@ def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, 
     if motion == "clockwise":
         arm = rng.uniform(*ARM)
         x, y = x + arm * np.sin(swing), y - arm * np.cos(swing)
-    tracks = x % 1, y % 1, swing, RADIUS[0] * np.exp(octaves * (zoom % 1))
-    return tuple(track.astype(np.float32) for track in tracks)
+    return x % 1, y % 1, swing, RADIUS[0] * np.exp(octaves * (zoom % 1))
 
 
 def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
     """(angles, radii) of a closed shape of mean radius 1: a polygon, an ellipse or a blob."""
-    angles = np.linspace(-np.pi, np.pi, 361, dtype=np.float32)
+    angles = np.linspace(-np.pi, np.pi, 361)
     kind = rng.integers(0, 3)
     if kind == 0:
         corners = rng.integers(3, 5)
@@ -215,7 +238,7 @@ def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
     else:
         lobes = rng.integers(2, 5)
         radii = 1 + rng.uniform(0.3, 0.6) * np.cos(lobes * angles)
-    return angles, (radii / radii.mean()).astype(np.float32)
+    return angles, radii / radii.mean()
 
 
 def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
@@ -223,7 +246,7 @@ def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
     waves = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]) * size
     band = np.exp(-(((waves - rng.uniform(3, 7)) / 2) ** 2))
     noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * band).real
-    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+    return np.asarray((noise - noise.mean()) / noise.std())
 
 
 def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]:
@@ -231,7 +254,7 @@ def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]
 
     def ink(low: float, high: float, contrast: float) -> tuple[Floats, Floats]:
         colour = rng.uniform(low, high) * rng.uniform(0.75, 1.25, 3)
-        return colour.astype(np.float32), (contrast * rng.uniform(0.5, 1.5, 3)).astype(np.float32)
+        return colour, contrast * rng.uniform(0.5, 1.5, 3)
 
     if level == "easy":
         return [ink(30, 70, 14), ink(140, 190, 35)]

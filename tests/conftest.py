@@ -1,13 +1,15 @@
-"""Fixtures shared by all tests: outside data, a small video writer, seeds that do not leak."""
+"""Fixtures shared by all tests: outside data, a small video writer; and a seed for every test and fixture."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,12 +19,38 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _seeds() -> None:
-    """Every test starts from the same random state, so that their order does not matter."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the old global generator
-    torch.manual_seed(0)
+def _seed(name: str) -> None:
+    """The random state of a test or fixture follows from its name alone; Python's own hash() differs by process."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries under test draw from the old global generator
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Every fixture is set up from a random state of its own, of whatever scope and for whichever test it is first.
+
+    What was there before comes back: a test that asks for a fixture in its midst draws the same whether or not another
+    test has set it up already.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - as above
+    _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+    try:
+        return (yield)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002 - as above
+        torch.set_rng_state(before[2])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Every test starts from a random state of its own: neither their order nor their selection matters."""
+    _seed(item.nodeid)
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

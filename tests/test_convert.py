@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.closeness import assert_close, assert_same
 from tests.weights.released import as_shards, microsoft_state, ours, randomise, timm_model
 from video_swinv2.cli import main
 from video_swinv2.files import sha256
@@ -35,7 +36,8 @@ def test_an_image_model_of_the_size_in_the_tensors(microsoft, tmp_path, capsys):
     assert model.name == "swinv2_nano"
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(x), reference(x))
+        assert_close(model(x), reference(x))
+    assert_same(model.state_dict(), reference.state_dict())
     card = vs.read_card(tmp_path / "out.safetensors")
     assert card.preprocessing == vs.Preprocessing(None, 1, (64, 64))
     assert card.provenance["sha256"] == {"a.pth": sha256(source)}
@@ -52,7 +54,7 @@ def test_a_clip_model_of_image_weights_and_of_that_another_window(microsoft, tmp
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         still = clip(x[:, :, None].expand(-1, -1, 8, -1, -1))
-        torch.testing.assert_close(still, reference(x), rtol=0, atol=1e-5)
+        assert_close(still, reference(x))
     assert vs.read_card(tmp_path / "clip.safetensors").preprocessing.frame_stride == 4
 
     options = ["--frames", 16, "--window", "4,8,8", "--image-size", "96,128", "--json"]
@@ -84,7 +86,7 @@ def test_sharded_timm_folder_with_class_names(tmp_path, capsys):
     model = vs.load_model(tmp_path / "out.safetensors")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), reference(x)[:, [5, 0, 3]], rtol=0, atol=1e-5)
+        assert_close(model(x), reference(x)[:, [5, 0, 3]])
     assert vs.read_card(tmp_path / "out.safetensors").classes == ("n5", "n0", "n3")
 
     (tmp_path / "names.txt").write_text("n5\ncrane\n")
@@ -110,7 +112,8 @@ def test_simmim_of_ours_becomes_a_backbone(tmp_path, capsys):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = pretrained.encoder.forward_features(x)
-        assert torch.equal(vs.load_model(tmp_path / "o.safetensors").forward_features(x), expected)
+        model = vs.load_model(tmp_path / "o.safetensors")
+        assert_close(model.forward_features(x), expected)
 
 
 def test_a_size_of_no_name_and_a_size_asked_for(tmp_path, capsys):

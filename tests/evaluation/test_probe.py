@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.closeness import assert_close
 from tests.evaluation import independent
 from tests.weights.released import microsoft_state, ours, randomise
 from video_swinv2.cli import main
@@ -79,7 +80,7 @@ def test_features_are_the_mean_of_the_last_tokens(simmim: tuple[Path, vs.SwinV2]
         pixels, _ = cut_image(picture, PROTOCOLS["center-1x1"], preprocessing)
         with torch.no_grad():
             tokens = encoder.eval().forward_features(normalise(pixels, preprocessing.mean, preprocessing.std))
-        np.testing.assert_allclose(made.vectors[row], tokens.mean(dim=(1, 2))[0].numpy(), rtol=1e-4, atol=1e-5)
+        assert_close(made.vectors[row], tokens.mean(dim=(1, 2))[0])
 
 
 def test_what_colours_tell_is_found_and_told(

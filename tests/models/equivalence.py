@@ -78,13 +78,18 @@ def inflated(image: SwinV2, frames: int, window: int, patch: int) -> SwinV2:
 
 def still_difference(image: SwinV2, case: Still) -> tuple[float, float]:
     """Largest differences between a still clip and its image, logits and final features of every frame."""
+    return tuple((got - expected).abs().max().item() for got, expected in still_answers(image, case))
+
+
+def still_answers(image: SwinV2, case: Still) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Of a still clip and of its image: logits, and final features of every frame."""
     clip = inflated(image, case.frames, case.window, case.patch)
     x = torch.randn(1, 3, *image.image_size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         features = image.forward_features(x)
         frames = clip.forward_features(x[:, :, None].expand(-1, -1, case.frames, -1, -1))
-        logits = image.forward_head(features) - clip.forward_head(frames)
-    return logits.abs().max().item(), (frames - features[:, None]).abs().max().item()
+        logits = clip.forward_head(frames), image.forward_head(features)
+    return logits, (frames, features[:, None].expand_as(frames))
 
 
 @contextmanager
@@ -104,10 +109,16 @@ def padding_attended() -> Iterator[None]:
 
 def order_difference(clip: SwinV2, frames: int) -> float:
     """Largest difference of the logits between a random clip and the same frames in another order."""
+    plain, shuffled = order_answers(clip, frames)
+    return (plain - shuffled).abs().max().item()
+
+
+def order_answers(clip: SwinV2, frames: int) -> tuple[Tensor, Tensor]:
+    """Logits of a random clip, and of the same frames in another order."""
     x = torch.randn(1, 3, frames, *clip.image_size, generator=torch.Generator().manual_seed(3))
     order = torch.randperm(frames, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        return (clip(x) - clip(x[:, :, order])).abs().max().item()
+        return clip(x), clip(x[:, :, order])
 
 
 def perturb_time(clip: SwinV2) -> SwinV2:
@@ -127,7 +138,9 @@ def can_differentiate(attention: Backend) -> bool:
     return attention != "flex" or torch.cuda.is_available()
 
 
-def answers(attention: Backend, frames: int, size: tuple[int, int]) -> dict[str, Tensor]:
+def answers(
+    attention: Backend, frames: int, size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Logits of a small clip model, "logits", and the gradients of its parameters and its "input", by name.
 
     Windows (2, 4, 4) over `frames` and `size` pixels; two frames and 4 x 4 pixels are a token.
@@ -135,8 +148,8 @@ def answers(attention: Backend, frames: int, size: tuple[int, int]) -> dict[str,
     device = "cuda" if attention == "flex" else "cpu"
     model = randomise(
         vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64, window=(2, 4, 4), attention=attention)
-    ).to(device)
-    x = torch.randn(2, 3, frames, *size, generator=torch.Generator().manual_seed(6)).to(device).requires_grad_()
+    ).to(device, dtype)
+    x = torch.randn(2, 3, frames, *size, generator=torch.Generator().manual_seed(6)).to(device, dtype).requires_grad_()
     logits = model(x)
     logits.square().sum().backward()
     found = {"logits": logits.detach(), "input": x.grad} | {name: p.grad for name, p in model.named_parameters()}

@@ -65,6 +65,13 @@ def differences(model: SwinV2, case: Case, library: str) -> list[float]:
     Logits as they are (they spread by about 3). Features in units of their standard deviation: the stages end on the
     residual stream, whose size grows with the number of blocks. In the precision of `model`.
     """
+    (logits, answer), *stages = pairs_of_outputs(model, case, library)
+    features = [_largest(mine, theirs) / theirs.std().item() for mine, theirs in stages]
+    return [_largest(logits, answer), *features]
+
+
+def pairs_of_outputs(model: SwinV2, case: Case, library: str) -> list[tuple[Tensor, Tensor]]:
+    """For two images, ours and the library's: the logits, then every stage's features before merging."""
     other = LIBRARIES[library]
     dtype = next(model.parameters()).dtype
     theirs = other.build(model, case).eval().to(dtype)
@@ -75,16 +82,16 @@ def differences(model: SwinV2, case: Case, library: str) -> list[float]:
     x = torch.randn(2, 3, *case.size, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         answer = theirs(x)
-        results = [_largest(model(x), getattr(answer, "logits", answer))]
+        pairs = [(model(x), getattr(answer, "logits", answer))]
         for mine, tokens in zip(model.forward_pyramid(x), outputs, strict=True):
             mine = mine.movedim(1, -1)
-            results.append(_largest(mine, tokens.reshape(mine.shape)) / tokens.std().item())
-    return results
+            pairs.append((mine, tokens.reshape(mine.shape)))
+    if any(theirs.std() < 0.5 for _, theirs in pairs):
+        raise AssertionError("outputs without spread prove nothing")
+    return pairs
 
 
 def _largest(mine: Tensor, theirs: Tensor) -> float:
-    if theirs.std() < 0.5:
-        raise AssertionError("outputs without spread prove nothing")
     return (mine - theirs).abs().max().item()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.closeness import assert_close
 from tests.models.reference import randomise
 from video_swinv2.models.swinv2 import DropPath
 
@@ -23,13 +24,13 @@ def test_checkpointed_blocks_change_nothing():
         model = vs.create_model(
             "swinv2_nano", num_classes=3, frames=4, image_size=64, window=4, drop_path=0.3, checkpoint_blocks=blocks
         )
-        randomise(model).train()
+        randomise(model).double().train()  # in fp64: rounding grows a lot where gradients are sums that cancel
         torch.manual_seed(2)
-        model(torch.randn(2, 3, 4, 64, 64)).sum().backward()
+        model(torch.randn(2, 3, 4, 64, 64).double()).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+            assert_close(a, b, 1e-6)
 
 
 def test_fresh_blocks_are_the_identity():

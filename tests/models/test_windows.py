@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
+from tests.closeness import assert_close
 from video_swinv2.models.position_bias import expand
 from video_swinv2.models.windows import crop_to, layout, merge, pad_to, padded, partition, roll, shrink
 
@@ -132,4 +133,4 @@ def test_windows_are_those_of_torchvisions_video_swin(grid, shifted):
         logits = logits.masked_fill(~plan.allowed[:, None], -torch.inf)
     out = theirs.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
     with torch.no_grad():
-        torch.testing.assert_close(roll(merge(out, plan.window, grid), plan.shift), theirs(x), rtol=0, atol=1e-5)
+        assert_close(roll(merge(out, plan.window, grid), plan.shift), theirs(x))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from tests.closeness import assert_close
 from video_swinv2.training import runtime
 from video_swinv2.training.checkpoint import Checkpoints, Portable
 from video_swinv2.training.engine import Engine, EngineSettings, make_engine
@@ -280,8 +281,8 @@ def averaged(world: runtime.World, folder: Path) -> None:
         if shown is not None and average is not None:
             if not all(torch.equal(shown[name], average[name]) for name in average):
                 raise RuntimeError("the module does not hold the averages")
-            if not torch.equal(logits, functional_call(Tiny(0), average, (batch(9)[0],))):
-                raise RuntimeError("the averages are not what the module computes with")
+            # Not to the bit: DeepSpeed keeps weights at other addresses, and sums may be in another order there.
+            assert_close(logits, functional_call(Tiny(0), average, (batch(9)[0],)), name="with averaged weights")
         keep(folder, f"straight-averaged-{stage}", engine.states() if train(engine, world, 1, 2, 4) else None, [])
         dist.barrier()
         found = checkpoints.newest()

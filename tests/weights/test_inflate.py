@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.closeness import assert_close, assert_same
 from tests.weights.released import randomise
 from video_swinv2.errors import UserError
 from video_swinv2.models.position_bias import log_coordinates, offsets
@@ -48,7 +49,7 @@ def test_still_clip_equals_image(image_file, patch, window, frames):
         expected = image.forward_features(x)
         got = clip.forward_features(x[:, :, None].expand(-1, -1, frames, -1, -1))
         assert expected.std() > 0.5
-        torch.testing.assert_close(got, expected[:, None].expand_as(got), rtol=0, atol=1e-5)
+        assert_close(got, expected[:, None].expand_as(got))
 
 
 def test_order_in_time_is_free_at_inflation_and_matters_after_learning(image_file):
@@ -59,7 +60,7 @@ def test_order_in_time_is_free_at_inflation_and_matters_after_learning(image_fil
     vs.load_weights(clip.eval(), path)
     x = torch.randn(1, 3, 4, 64, 64)
     with torch.no_grad():
-        assert (clip(x) - clip(x[:, :, [2, 0, 3, 1]])).abs().max() < 1e-5
+        assert_close(clip(x[:, :, [2, 0, 3, 1]]), clip(x))
         for block in clip.blocks():
             block.attn.cpb_mlp[0].weight[:, 0].normal_()
         assert (clip(x) - clip(x[:, :, [2, 0, 3, 1]])).abs().max() > 1e-3
@@ -78,10 +79,9 @@ def test_time_noise_keeps_still_clips_and_tells_a_clip_from_its_reversal(image_f
     x = torch.randn(2, 3, 2, 64, 64)
     still = x[:, :, :1].expand(-1, -1, 2, -1, -1)
     with torch.no_grad():
-        torch.testing.assert_close(clips[1](still), image(x[:, :, 0]), rtol=0, atol=1e-5)
-        reversal = [(clip(x) - clip(x.flip(2))).abs().max().item() for clip in clips]
-    assert reversal[0] < 1e-5
-    assert reversal[1] > 1e-2
+        assert_close(clips[1](still), image(x[:, :, 0]))
+        assert_close(clips[0](x.flip(2)), clips[0](x))
+        assert (clips[1](x) - clips[1](x.flip(2))).abs().max() > 1e-2
 
 
 def test_time_noise_without_inflation_is_refused(image_file):
@@ -135,7 +135,8 @@ def test_microsoft_files_bring_their_normaliser(tmp_path):
     assert len(account.derived) == 8
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(fresh.forward_features(x), image.forward_features(x))
+        assert_close(fresh.forward_features(x), image.forward_features(x))
+    assert_same(fresh.state_dict(), {name: t for name, t in image.state_dict().items() if "head" not in name})
 
 
 def test_normaliser_is_never_guessed(tmp_path):
@@ -154,7 +155,8 @@ def test_head_follows_the_class_names(image_file):
     vs.load_weights(other, path, classes=["d", "b", "a", "c"])
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(other(x), image(x)[:, [3, 1, 0, 2]], rtol=0, atol=1e-6)
+        assert_close(other(x), image(x)[:, [3, 1, 0, 2]])
+    assert torch.equal(other.head.weight, image.head.weight[[3, 1, 0, 2]])
 
 
 class Planted:

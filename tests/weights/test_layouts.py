@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import video_swinv2 as vs
+from tests.closeness import assert_close, assert_same
 from tests.weights.released import (
     CLASSES,
     as_shards,
@@ -38,7 +39,7 @@ def same(model, reference, account, size=64):
         expected = reference(x)
         expected = getattr(expected, "logits", expected)
         assert expected.std() > 0.05
-        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+        assert_close(model(x), expected)
     assert sorted([*account.loaded, *account.inflated, *account.initialised]) == sorted(model.state_dict())
 
 
@@ -160,7 +161,7 @@ def test_hugging_face_feature_backbone(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for got, expected in zip(model.forward_pyramid(x), reference(x).feature_maps, strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+            assert_close(got, expected)
 
 
 def test_torchvision_without_its_keys_bias(tmp_path):
@@ -207,7 +208,8 @@ def test_extra_norms_of_huge_and_giant_under_both_names(tmp_path):
         assert model.extra_norm_every == 2
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
-            assert torch.equal(model(x), reference(x))
+            assert_close(model(x), reference(x))
+        assert_same(model.state_dict(), reference.state_dict())
 
 
 def test_shards_of_a_folder(tmp_path):

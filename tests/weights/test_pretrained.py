@@ -9,6 +9,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 
 import video_swinv2 as vs
+from tests.closeness import assert_close, assert_same
 from tests.weights.released import hugging_face_config, microsoft_state, ours, randomise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.training.optim import decays, layer_id, parameter_groups
@@ -23,7 +24,8 @@ def test_folder_round_trip(tmp_path):
     assert not again.training
     x = torch.randn(1, 3, 8, 64, 64)
     with torch.no_grad():
-        assert torch.equal(again(x), model(x))
+        assert_close(again(x), model(x))
+    assert_same(again.state_dict(), model.state_dict())
     assert vs.read_card(tmp_path / "hub").classes == ("a", "b", "c")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["classes"] == ["a", "b", "c"]
@@ -41,10 +43,10 @@ def test_of_a_hugging_face_folder(tmp_path):
     assert (model.name, model.image_size, model.window, model.num_classes) == ("swinv2_nano", (64, 64), (4, 4), 5)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), reference(x).logits, rtol=0, atol=1e-5)
+        assert_close(model(x), reference(x).logits)
         clip = vs.SwinV2.from_pretrained(tmp_path, frames=8)
         still = clip(x[:, :, None].expand(-1, -1, 8, -1, -1))
-        torch.testing.assert_close(still, model(x), rtol=0, atol=1e-5)
+        assert_close(still, model(x))
     assert (clip.frames, clip.window, clip.patch_size) == (8, (8, 4, 4), (2, 4, 4))
 
 
@@ -82,10 +84,10 @@ def test_reset_classifier():
 
 
 def test_gradient_checkpointing_switch():
-    model = ours().train()
+    model = ours().double().train()  # in fp64: rounding grows a lot where gradients are sums that cancel
     model.set_grad_checkpointing()
     assert model.checkpoint_blocks == 8
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 64, 64).double()
     gradients = []
     for enable in (True, False):
         model.set_grad_checkpointing(enable)
@@ -93,7 +95,7 @@ def test_gradient_checkpointing_switch():
         model(x).sum().backward()
         gradients.append(model.layers[0].blocks[0].attn.qkv.weight.grad.clone())
     assert model.checkpoint_blocks == 0
-    torch.testing.assert_close(*gradients)
+    assert_close(*gradients, 1e-6)
 
 
 def test_names_and_groups_are_those_of_our_own_optimizer():
