@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -31,7 +31,7 @@ from video_swinv2.files import keep, part_of, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 # Raised whenever the same seed draws other clips.
 VERSION = 2

@@ -13,9 +13,9 @@ import torch
 from tests.conftest import REPOSITORY
 from video_swinv2.config import Config, load_config
 from video_swinv2.data.loading import plan_batch
+from video_swinv2.engine.optimizer import freeze, make_schedule, parameter_groups
 from video_swinv2.models.simmim import SimMIM
-from video_swinv2.tools.plan import make_plan
-from video_swinv2.training.optim import freeze, make_schedule, parameter_groups
+from video_swinv2.plan.plan import make_plan
 from video_swinv2.training.tasks import build_model, resolved_mask
 
 CONFIGS = REPOSITORY / "configs"

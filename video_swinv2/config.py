@@ -15,9 +15,9 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from video_swinv2.engine.settings import EngineSettings
 from video_swinv2.errors import UsageError
 from video_swinv2.models.attention import Backend
-from video_swinv2.training.settings import EngineSettings
 
 STRICT = ConfigDict(extra="forbid")
 

@@ -17,9 +17,9 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.scores import load_scores
 from video_swinv2.evaluation.testing import run_test, summary
 from video_swinv2.evaluation.views import cut_image
+from video_swinv2.report.scores import load_scores
 
 CLASSES = ("zebra", "ant", "bee")  # the model's order is not the alphabet's
 QUICK = TestOverrides(workers=0, device="cpu")

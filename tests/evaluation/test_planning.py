@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.state import State, Wanted
 from video_swinv2.data.manifest import Entry, Manifest
+from video_swinv2.evaluation.parts import MOST_SHARDS, ShardFolder
 from video_swinv2.evaluation.planning import origins_of
-from video_swinv2.evaluation.shards import MOST_SHARDS, ShardFolder
 
 
 def test_origins_are_those_of_the_preparation(tmp_path: Path) -> None:

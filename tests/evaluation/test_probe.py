@@ -15,7 +15,7 @@ from PIL import Image
 
 import video_swinv2 as vs
 from tests.closeness import assert_close
-from tests.evaluation import independent
+from tests.report import independent
 from tests.weights.released import microsoft_state, ours, randomise
 from video_swinv2.cli import main
 from video_swinv2.data.transforms import normalise

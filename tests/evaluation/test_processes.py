@@ -21,17 +21,18 @@ from tests.evaluation.small import N_VIDEOS, quick
 from video_swinv2 import files
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation import reading, shards, testing
-from video_swinv2.evaluation.scores import load_scores
-from video_swinv2.evaluation.shards import Share
+from video_swinv2.evaluation import parts as shards
+from video_swinv2.evaluation import reading, testing
+from video_swinv2.evaluation.parts import Share
 from video_swinv2.evaluation.testing import run_test
+from video_swinv2.report.scores import load_scores
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.testing import run_test
-from video_swinv2.training.runtime import start, stop
+from video_swinv2.distributed.world import start, stop
 model, data, out = sys.argv[1:]
 start("cpu")  # one rendezvous for both tests
 for protocol, batch in (("center-1x1", 2), ("videoswin-4x3", 12)):

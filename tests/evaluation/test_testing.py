@@ -13,21 +13,21 @@ import pytest
 import torch
 
 import video_swinv2 as vs
-from tests.evaluation.report_pages import metrics_of
 from tests.evaluation.small import CLASSES, N_VIDEOS, quick
+from tests.report.report_pages import metrics_of
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import class_list_hash, read_manifest
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation import reading
-from video_swinv2.evaluation.metrics import video_probabilities
-from video_swinv2.evaluation.mistakes import surest_mistakes
 from video_swinv2.evaluation.overrides import parse_overrides
+from video_swinv2.evaluation.parts import Share, join_shares
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.scores import load_scores, read_arrays
-from video_swinv2.evaluation.shards import Share, join_shares
 from video_swinv2.evaluation.testing import run_test, run_tests, summary
 from video_swinv2.evaluation.views import read_views
+from video_swinv2.report.metrics import video_probabilities
+from video_swinv2.report.mistakes import surest_mistakes
+from video_swinv2.report.scores import load_scores, read_arrays
 
 
 def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -> None:

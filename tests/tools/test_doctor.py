@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from video_swinv2.bench.sample_clip import number_of, write_clip
 from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.tools import doctor
 from video_swinv2.tools.doctor import Finding, check_decoders, check_disk, check_shared_memory, show
-from video_swinv2.tools.sample_clip import number_of, write_clip
 
 BROKEN_IMPORT = "raise ImportError('libsomething.so.3: cannot open shared object file')\n"
 

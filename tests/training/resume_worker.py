@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import video_swinv2 as vs
 from video_swinv2.cli import main
-from video_swinv2.training import loop, runtime, tasks  # noqa: F401 - the same
-from video_swinv2.training.engine import EngineSettings, make_engine
-from video_swinv2.training.optim import parameter_groups
+from video_swinv2.distributed import world as runtime
+from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.optimizer import parameter_groups
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.training.resume_worker"])

@@ -19,10 +19,10 @@ import torch
 
 from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import load_config
+from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.errors import UserError
-from video_swinv2.training.checkpoint import Checkpoints
 from video_swinv2.training.loop import StoppedError, run
-from video_swinv2.training.measure import read_metrics
+from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.tasks import Classification
 
 SECONDS = 60  # in which all processes have to end

@@ -18,7 +18,7 @@ from video_swinv2.cli import main
 from video_swinv2.config import load_config
 from video_swinv2.errors import UserError
 from video_swinv2.training.loop import run
-from video_swinv2.training.measure import read_metrics
+from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.tasks import Classification, Pretraining
 from video_swinv2.weights.store import read_tensors
 

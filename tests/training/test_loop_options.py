@@ -13,11 +13,11 @@ from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import OptimConfig, load_config
 from video_swinv2.data import datasets
 from video_swinv2.data.datasets import collate
+from video_swinv2.engine.optimizer import freeze, make_schedule, parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import DropPath
 from video_swinv2.training.loop import run
-from video_swinv2.training.measure import read_metrics
-from video_swinv2.training.optim import freeze, make_schedule, parameter_groups
+from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.tasks import Classification, Pretraining
 from video_swinv2.weights.store import read_tensors
 

@@ -18,7 +18,7 @@ from video_swinv2.data.datasets import collate
 from video_swinv2.data.transforms import GREY
 from video_swinv2.files import sha256
 from video_swinv2.training.loop import run
-from video_swinv2.training.measure import read_metrics
+from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.pictures import contact_sheet, draw
 from video_swinv2.training.tasks import Classification, Pretraining
 from video_swinv2.weights.store import read_tensors

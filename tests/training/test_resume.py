@@ -19,9 +19,9 @@ from torch import nn
 from tests.training import resume_worker
 from tests.training.resume_worker import BATCH, LR, Ranks, clips, network, train_run
 from tests.training.runs import write_recipe
-from video_swinv2.training.measure import read_metrics
-from video_swinv2.training.optim import parameter_groups
-from video_swinv2.training.runtime import AGAIN_FILE, START_AGAIN
+from video_swinv2.distributed.world import AGAIN_FILE, START_AGAIN
+from video_swinv2.engine.optimizer import parameter_groups
+from video_swinv2.training.metrics import read_metrics
 from video_swinv2.weights.store import read_tensors
 
 KILLS = 20

@@ -11,8 +11,8 @@ from timm.optim import param_groups_layer_decay
 import video_swinv2 as vs
 from tests.closeness import assert_close, assert_same
 from tests.weights.released import hugging_face_config, microsoft_state, ours, randomise
+from video_swinv2.engine.optimizer import decays, layer_id, parameter_groups
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.training.optim import decays, layer_id, parameter_groups
 
 
 def test_folder_round_trip(tmp_path):

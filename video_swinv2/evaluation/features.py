@@ -21,11 +21,11 @@ from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, pick_device, use_bf16
 from video_swinv2.evaluation.protocols import Protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.scores import read_arrays, write_arrays
 from video_swinv2.evaluation.testing import answer_views
 from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
+from video_swinv2.report.scores import read_arrays, write_arrays
 from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.pretrained import Sizes, open_model

@@ -16,6 +16,7 @@ import torch
 
 import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.listing import ClassesBy, is_image, read_split, views_of
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, use_bf16
@@ -23,7 +24,6 @@ from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
 from video_swinv2.evaluation.views import clip_length
 from video_swinv2.files import sha256
-from video_swinv2.training.runtime import World
 from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
 
 

@@ -25,10 +25,10 @@ from video_swinv2.data.manifest import Manifest
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.features import Backbone, Features, features_of, open_backbone, with_random_weights
 from video_swinv2.evaluation.listing import read_split, splits_of, views_of
-from video_swinv2.evaluation.metrics import Metrics, measure, ranking
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.files import write_json
+from video_swinv2.report.metrics import Metrics, measure, ranking
 
 Method = Literal["knn", "linear"]
 PROTOCOL = "center-1x1"

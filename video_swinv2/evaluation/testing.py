@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from video_swinv2.data.transforms import normalise
+from video_swinv2.distributed.world import World, gather, start, stop
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.listing import ClassesBy
-from video_swinv2.evaluation.markdown import accuracy_line
-from video_swinv2.evaluation.metrics import video_probabilities
-from video_swinv2.evaluation.mistakes import MOST_MISTAKES, film_strip, surest_mistakes
 from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides, use_bf16
+from video_swinv2.evaluation.parts import ShardFolder, Share
 from video_swinv2.evaluation.planning import TestPlan, identify, plan_test, record_protocol, record_test
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, VideoRecord, default_workers, deliver_groups
-from video_swinv2.evaluation.report import write_report
-from video_swinv2.evaluation.scores import NO_VIEW, VIEW_FIELDS, Scores, save_scores, write_arrays
-from video_swinv2.evaluation.shards import ShardFolder, Share
 from video_swinv2.files import hold
 from video_swinv2.progress import Progress
-from video_swinv2.training.runtime import World, gather, start, stop
+from video_swinv2.report.markdown import accuracy_line
+from video_swinv2.report.metrics import video_probabilities
+from video_swinv2.report.mistakes import MOST_MISTAKES, film_strip, surest_mistakes
+from video_swinv2.report.page import write_report
+from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, save_scores, write_arrays
 from video_swinv2.weights.store import Preprocessing, load_model
 
 __all__ = ["TestOverrides", "answer_views", "parse_overrides", "run_test", "run_tests", "summary"]

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from video_swinv2.bench.sample_clip import number_of, write_clip
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.memory import memory_free
-from video_swinv2.tools.sample_clip import number_of, write_clip
-from video_swinv2.training.speed import cores
+from video_swinv2.training.throughput import cores
 
 OLDEST = {"torch": (2, 7), "torchvision": (0, 22), "deepspeed": (0, 19), "av": (17, 0)}  # as pyproject.toml asks
 DISK_FAULT, DISK_NOTE = 2e9, 50e9  # bytes: a checkpoint of base is 1 GB, and three are kept while one is written
@@ -142,9 +142,9 @@ def _meet(rank: int, folder: str) -> None:
 
 def check_deepspeed() -> list[Finding]:
     """A step of ZeRO-1 in one process, and which of DeepSpeed's own operators are there."""
-    from video_swinv2.training.engine import EngineSettings, make_engine
-    from video_swinv2.training.optim import parameter_groups
-    from video_swinv2.training.runtime import start, stop
+    from video_swinv2.distributed.world import start, stop
+    from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+    from video_swinv2.engine.optimizer import parameter_groups
 
     mend = "pip install 'deepspeed>=0.19.8', or use engine.engine=plain in one process"
     try:

@@ -16,8 +16,8 @@ from torch import Tensor
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import Batch, SampleDataset
 from video_swinv2.data.loading import plan_batch
+from video_swinv2.distributed.world import World, gather, say, total
 from video_swinv2.errors import UserError
-from video_swinv2.training.runtime import World, gather, say, total
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")

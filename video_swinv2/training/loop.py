@@ -18,17 +18,8 @@ from torch import Tensor
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader
-from video_swinv2.errors import UsageError, UserError
-from video_swinv2.progress import Progress
-from video_swinv2.training.checkpoint import Checkpoints, Portable
-from video_swinv2.training.engine import Engine, StepOutcome, make_engine
-from video_swinv2.training.faults import Faults, explained
-from video_swinv2.training.imports import newest_of
-from video_swinv2.training.lifeline import Lifeline
-from video_swinv2.training.measure import MetricLog, Waiting, Window, check_wandb
-from video_swinv2.training.optim import make_schedule, parameter_groups
-from video_swinv2.training.record import Pace, batch_words, next_command, rate_words, table, write_record
-from video_swinv2.training.runtime import (
+from video_swinv2.distributed.lifeline import Lifeline
+from video_swinv2.distributed.world import (
     START_AGAIN,
     StopSignal,
     World,
@@ -41,7 +32,16 @@ from video_swinv2.training.runtime import (
     total,
     unmark_again,
 )
-from video_swinv2.training.sharding import sharded_construction, whole_numel
+from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.engine.deepspeed import Engine, StepOutcome, make_engine
+from video_swinv2.engine.foreign_checkpoints import newest_of
+from video_swinv2.engine.optimizer import make_schedule, parameter_groups
+from video_swinv2.engine.zero3 import sharded_construction, whole_numel
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.progress import Progress
+from video_swinv2.training.faults import Faults, explained
+from video_swinv2.training.metrics import MetricLog, Waiting, Window, check_wandb
+from video_swinv2.training.record import Pace, batch_words, next_command, rate_words, table, write_record
 from video_swinv2.training.tasks import Task, initialise
 from video_swinv2.training.validation import measure, ready
 

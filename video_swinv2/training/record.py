@@ -11,12 +11,12 @@ import yaml
 
 from video_swinv2.config import Config, OptimConfig, to_yaml
 from video_swinv2.data.loading import BatchPlan
+from video_swinv2.distributed.world import World
+from video_swinv2.engine.optimizer import linear_rule
 from video_swinv2.files import whole, write_json
-from video_swinv2.training.measure import git_state, versions
-from video_swinv2.training.optim import linear_rule
-from video_swinv2.training.runtime import World
-from video_swinv2.training.speed import peak_memory, peak_tflops, training_flops, verdict
+from video_swinv2.training.metrics import git_state, versions
 from video_swinv2.training.tasks import Pretraining, Task
+from video_swinv2.training.throughput import peak_memory, peak_tflops, training_flops, verdict
 
 ADVISE_EVERY_SECONDS = 600.0
 

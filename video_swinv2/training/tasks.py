@@ -17,6 +17,9 @@ from video_swinv2.config import Config, DataConfig, MaskConfig
 from video_swinv2.data.datasets import Batch, SampleDataset, labelled, labelled_splits, unlabelled
 from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.data.transforms import denormalise, mix, normalise
+from video_swinv2.distributed.world import World
+from video_swinv2.engine.optimizer import freeze
+from video_swinv2.engine.zero3 import is_sharded, values_loaded, whole_twin, write_shards
 from video_swinv2.errors import UsageError
 from video_swinv2.files import sha256
 from video_swinv2.models.simmim import (
@@ -33,10 +36,7 @@ from video_swinv2.models.simmim import (
 from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.models.variants import create_model
 from video_swinv2.training.ancestry import ancestors_of
-from video_swinv2.training.optim import freeze
 from video_swinv2.training.pictures import chosen_samples, draw
-from video_swinv2.training.runtime import World
-from video_swinv2.training.sharding import is_sharded, values_loaded, whole_twin, write_shards
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.inflate import fill
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, save_model

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from video_swinv2.data.datasets import Batch, SampleDataset, collate
 from video_swinv2.data.loading import validation_loader
-from video_swinv2.training.engine import Engine
-from video_swinv2.training.runtime import World, gather, total
+from video_swinv2.distributed.world import World, gather, total
+from video_swinv2.engine.deepspeed import Engine
 from video_swinv2.training.tasks import Task
 
 

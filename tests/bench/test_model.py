@@ -1,0 +1,104 @@
+"""The benchmarks at small sizes: every figure is measured, and what they print holds it. No clock decides anything."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.weights.released import randomise
+from video_swinv2.bench import model as bench
+from video_swinv2.bench.model import bench_layer, bench_model, show_layer, show_model
+from video_swinv2.errors import UsageError
+
+
+def test_both_models_are_raced_and_weighed():
+    result = bench_model("swinv2_tiny", rounds=2, threads=1, device="cpu", frames=2, pixels=32)
+    assert [(race["what"], len(race["ours"]), len(race["peer"])) for race in result["races"]] == [
+        ("forward", 2, 2),
+        ("training step", 2, 2),
+    ]
+    assert all(seconds > 0 for race in result["races"] for seconds in (*race["ours"], *race["peer"], race["ratio"]))
+    # Gradients of 28 million weights alone are 100 MiB, and both models have to make them.
+    assert all(100 * 2**20 < peak < 2 * 2**30 for peak in result["peak_bytes"].values())
+    assert all(0 < share < 1 for share in result["share_of_floor"].values())
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in result["where_time_goes"].values())
+    text = show_model(result)
+    assert "against torchvision swin3d_t: [1, 3, 2, 32, 32]" in text
+    assert f"{result['races'][0]['ratio']:.2f}" in text
+    json.dumps(result)
+
+
+def test_simmim_is_raced_against_timms_encoder():
+    result = bench_model("swinv2_nano", against="timm", rounds=1, threads=1, device="cpu", batch=2, pixels=64)
+    assert [(race["what"], len(race["ours"]), len(race["peer"])) for race in result["races"]] == [
+        ("training step", 1, 1)
+    ]
+    # Gradients of 2.4 million weights and of the head's 800,000 are 12 MiB.
+    assert all(12 * 2**20 < peak < 2**30 for peak in result["peak_bytes"].values())
+    assert "against timm SwinTransformerV2 (as swinv2_nano_window12_64): [2, 3, 64, 64]" in show_model(result)
+    json.dumps(result)
+
+
+def test_both_encoders_are_one_function():
+    """With the same weights in timm's encoder and in ours, loss and gradients agree: the race is over the same work."""
+    # 96 pixels make whole windows: where there is something to pad, timm attends to the padding and we do not.
+    contest = bench._masked_images("swinv2_nano", batch=2, pixels=96)
+    ours, peer = (bench._build(contest, kind).eval() for kind in ("ours", "peer"))
+    randomise(ours)
+    renamed = {}
+    for name, value in ours.state_dict().items():
+        name = re.sub(
+            r"encoder\.layers\.(\d)\.downsample", lambda m: f"encoder.layers.{int(m[1]) + 1}.downsample", name
+        )
+        renamed[re.sub(r"^simmim\.encoder\.(?!mask_token)", "simmim.encoder.model.", name)] = value
+    missing, unexpected = peer.load_state_dict(renamed, strict=False)
+    assert all(name.endswith(("k_bias", "relative_coords_table", "relative_position_index")) for name in missing)
+    assert not unexpected
+    x = torch.randn(contest.shape)
+    losses = [model(x) for model in (ours, peer)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    mine, theirs = (dict(model.named_parameters()) for model in (ours, peer))
+    for name in (
+        "patch_embed.proj.weight",
+        "layers.3.blocks.1.attn.qkv.weight",
+        "layers.0.blocks.1.attn.cpb_mlp.0.bias",
+    ):
+        expected = theirs[f"simmim.encoder.model.{name}"].grad
+        torch.testing.assert_close(mine[f"simmim.encoder.{name}"].grad, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_peer_of_base_is_timms_own_model():
+    import timm
+
+    contest = bench._masked_images("swinv2_base", batch=1, pixels=None)
+    with torch.device("meta"):
+        peer = bench._image_encoder("peer", contest.name, contest.shape[-1]).model
+        released = timm.create_model("swinv2_base_window12_192", pretrained=False, num_classes=0)
+    assert {n: p.shape for n, p in peer.named_parameters()} == {n: p.shape for n, p in released.named_parameters()}
+    rates = [
+        [b.drop_path1.drop_prob for s in m.layers for b in s.blocks if hasattr(b.drop_path1, "drop_prob")]
+        for m in (peer, released)
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_every_backend_has_its_row():
+    rows = bench_layer("swinv2_tiny", rounds=1, threads=1, device="cpu", cases=[(32, (8, 4, 4))])
+    assert [(row["backend"], row["gradients"]) for row in rows] == [
+        (backend, gradients) for backend in ("eager", "sdpa", "flex", "sequential") for gradients in (False, True)
+    ]
+    assert [row["backend"] for row in rows if "not_run" in row] == ["flex", "flex"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows if "not_run" not in row)
+    assert show_layer(rows).count("8, 4, 4") == 8
+
+
+def test_a_size_that_torchvision_lacks_is_refused():
+    with pytest.raises(UsageError, match="swinv2_giant: torchvision has no such size"):
+        bench_model("swinv2_giant", rounds=1, threads=1, device="cpu")
+    with pytest.raises(UsageError, match="timm's SwinV2 has no extra norms"):
+        bench_model("swinv2_huge", against="timm", rounds=1, threads=1, device="cpu")
+    with pytest.raises(UsageError, match="did you mean 'swinv2_base'"):
+        bench_model("swinv2_bas", against="timm", rounds=1, threads=1, device="cpu")

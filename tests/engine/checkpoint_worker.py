@@ -1,0 +1,43 @@
+"""A process that saves a second checkpoint and does not finish it: hangs in mid-write, or meets a full disk.
+
+Run as ``python checkpoint_worker.py hang|full FOLDER`` beside a folder that may hold older checkpoints.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from video_swinv2.engine import checkpoint
+from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.errors import UserError
+
+
+def main(how: str, folder: str) -> None:
+    """Save step 2 under the condition named."""
+    tensors = {"layer.weight": torch.ones(1000, 100)}
+    portable = Portable(tensors, dict(tensors), dict(tensors), optimizer_step=2)
+    checkpoints = Checkpoints(Path(folder))
+    if how == "hang":
+        # The disk stops answering when the first file is to be forced onto it.
+        checkpoint.sync = lambda path: time.sleep(600)
+        checkpoints.save(portable, {}, step=2)
+        checkpoints.wait()
+    else:
+        # No file may grow past 100 kB: writing fails as it does on a full disk, with an OSError and not a signal.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        checkpoints.save(portable, {}, step=2)
+        try:
+            checkpoints.save(portable, {}, step=3)
+        except UserError as error:
+            print(error)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

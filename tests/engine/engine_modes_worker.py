@@ -1,0 +1,138 @@
+"""One process of a test of the engine's modes: fp16, gradients that travel in bf16, what is offloaded, what is held.
+
+Run as ``python engine_modes_worker.py CASES RANK SIZE FOLDER``; writes what happened as `engine_worker` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.engine.engine_worker import LR, build, keep, run_cases, train
+from video_swinv2.distributed import world as runtime
+from video_swinv2.engine.checkpoint import Checkpoints
+from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
+from video_swinv2.engine.optimizer import parameter_groups
+from video_swinv2.models.variants import create_model
+from video_swinv2.plan.activations import Allocations
+
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "1-cpu": {"zero_stage": 1, "offload_optimizer": "cpu"},
+    "2-nvme": {"zero_stage": 2, "offload_optimizer": "nvme"},
+    "3-cpu": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "3-nvme": {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"},
+}
+
+
+def until_applied(engine: Engine, world: runtime.World, accumulation: int, first: int, last: int) -> list[Any]:
+    """Steps whose scale was too large are taken again, as no training would, to be compared with fp32's."""
+    records = []
+    for step in range(first, last):
+        for _ in range(20):
+            record = train(engine, world, accumulation, step, step + 1)[0]
+            records.append(record)
+            if record["applied"]:
+                break
+        else:
+            raise RuntimeError("the loss scale did not fall")
+    return records
+
+
+def fp16(world: runtime.World, folder: Path) -> None:
+    """Four steps at every stage; a checkpoint after two of them, continued by a fresh engine."""
+    for stage in range(4):
+        engine = build(world, zero_stage=stage, precision="fp16", accumulation=2)
+        first = until_applied(engine, world, 2, 0, 2)
+        checkpoints = Checkpoints(folder / f"fp16-{stage}")
+        portable = engine.states()
+        if portable is not None:
+            checkpoints.save(portable, {}, step=2)
+            checkpoints.wait()
+        dist.barrier()
+        later = until_applied(engine, world, 2, 2, 4)
+        keep(folder, f"fp16-{stage}", engine.states(), first + later)
+        found = checkpoints.newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        other = build(world, seed=7, zero_stage=stage, precision="fp16", accumulation=2)
+        other.load(found[1])
+        again = train(other, world, 2, 2, 4)
+        keep(folder, f"fp16-resumed-{stage}", other.states(), again)
+
+
+def rounded(world: runtime.World, folder: Path) -> None:
+    """Gradients in bf16 on their way, in fp32 and in autocast; an fp32 engine after them must know nothing of it."""
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            engine = build(world, zero_stage=stage, precision=precision, communication="bf16", clip_norm=None)
+            records = train(engine, world, 1, 0, 4)
+            keep(folder, f"rounded-{precision}-{stage}", engine.states(), records)
+        engine = build(world, zero_stage=stage, precision="fp32")
+        records = train(engine, world, 1, 0, 4)
+        keep(folder, f"afterwards-{stage}", engine.states(), records)
+
+
+def offloaded(world: runtime.World, folder: Path) -> None:
+    """Two steps, a step that is not finite on the last rank, two more from a checkpoint and without one."""
+
+    def spoil(step: int, micro: int, loss: Tensor) -> Tensor:
+        return loss * math.nan if world.rank == world.size - 1 and micro == 0 else loss
+
+    for name, settings in OFFLOADED.items():
+        if "nvme" in name:
+            settings = settings | {"offload_folder": str(folder / name)}
+        engine = build(world, precision="fp32", accumulation=2, ema=0.6, **settings)
+        pieces = [shard.piece for shard in engine._shards]  # type: ignore[attr-defined]  # DeepSpeedEngine's own
+        if any(piece.device.type != "cpu" for piece in pieces):
+            raise RuntimeError("a piece is on the device")
+        if not all(group["fused"] for group in engine._adamw.param_groups):  # type: ignore[attr-defined]  # the same
+            raise RuntimeError("offloaded weights are updated one operation at a time")
+        first = train(engine, world, 2, 0, 2)
+        skipped = train(engine, world, 2, 2, 3, spoil)
+        checkpoints = Checkpoints(folder / f"offloaded-{name}")
+        portable = engine.states()
+        if portable is not None:
+            checkpoints.save(portable, {}, step=2)
+            checkpoints.wait()
+        dist.barrier()
+        records = first + skipped + train(engine, world, 2, 2, 4)
+        keep(folder, f"offloaded-{name}", engine.states(), records)
+        found = checkpoints.newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        other = build(world, seed=7, precision="fp32", accumulation=2, ema=0.6, **settings)
+        other.load(found[1])
+        train(other, world, 2, 2, 4)
+        keep(folder, f"offloaded-resumed-{name}", other.states(), [])
+
+
+def held_at_the_head(world: runtime.World, **engine: Any) -> float:
+    """Bytes alive where a forward pass in bf16 comes to the head, per weight; all blocks are to be computed again."""
+    module = create_model("swinv2_nano", num_classes=2, image_size=32, window=8, checkpoint_blocks=8)
+    numbers = sum(parameter.numel() for parameter in module.parameters())
+    groups = parameter_groups(module, module.depths, weight_decay=0.1)
+    settings = EngineSettings(precision="bf16", micro_batch=1, **engine)
+    made = make_engine(module, groups, settings, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    seen = []
+    with Allocations(module.parameters()) as allocations:
+        module.head.register_forward_pre_hook(lambda *_: seen.append(allocations.now))
+        made.forward(torch.zeros(1, 3, 32, 32))
+    return seen[0] / numbers
+
+
+def held(world: runtime.World, folder: Path) -> None:
+    """At every stage."""
+    for stage in range(4):
+        found = held_at_the_head(world, zero_stage=stage)
+        if world.rank == 0:
+            (folder / f"held-{stage}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_cases({"fp16": fp16, "rounded": rounded, "offloaded": offloaded, "held": held})

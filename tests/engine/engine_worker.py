@@ -1,0 +1,325 @@
+"""One process of an engine test: trains a tiny network with SwinV2's parameter names and writes down what happened.
+
+Run as ``python engine_worker.py CASES RANK SIZE FOLDER``; the processes meet at a file in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from tests.closeness import assert_close
+from video_swinv2.distributed import world as runtime
+from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
+from video_swinv2.engine.optimizer import parameter_groups
+
+DEPTHS = (1, 2)
+BATCH = 8
+LR = 0.02
+
+
+class Attention(nn.Module):
+    """Parameters as SwinV2's attention names them, of sizes that two ranks cannot share evenly."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((1, 1, 1), 0.5))
+        self.cpb_mlp = nn.Sequential(nn.Linear(dim, 3), nn.ReLU(), nn.Linear(3, dim, bias=False))
+        self.qkv = nn.Linear(dim, dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, C)."""
+        return torch.tanh(self.qkv(x) * self.logit_scale.flatten() + self.q_bias) + self.cpb_mlp(x)
+
+
+class Block(nn.Module):
+    """A residual block whose attention is used twice in every forward pass."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim)
+        self.norm1 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, C)."""
+        return x + self.norm1(self.attn(self.attn(x)))
+
+
+class Stage(nn.Module):
+    """Blocks under activation checkpointing, then a linear in place of patch merging."""
+
+    def __init__(self, dim: int, depth: int, merging: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.downsample = nn.ModuleDict({"reduction": nn.Linear(dim, dim + 2, bias=False)}) if merging else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, C or C + 2)."""
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x if self.downsample is None else self.downsample["reduction"](x)
+
+
+class Tiny(nn.Module):
+    """Two stages, a frozen norm and a buffer: (B, 6) -> (B, 3)."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(6, 5), "norm": nn.LayerNorm(5)})
+        self.patch_embed["norm"].requires_grad_(False)
+        self.layers = nn.ModuleList([Stage(5, DEPTHS[0], merging=True), Stage(7, DEPTHS[1], merging=False)])
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 3)
+        self.register_buffer("shift", torch.rand(5))
+        with torch.no_grad():
+            self.patch_embed["norm"].weight.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = self.patch_embed["norm"](self.patch_embed["proj"](x)) + self.shift
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The whole batch of a step, the same for every process and accumulation."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def build(world: runtime.World, *, seed: int = 0, clip_norm: float | None = 0.3, **settings: Any) -> Engine:
+    """An engine over a fresh network, with layer decay, weight decay and clipping that bites."""
+    module = Tiny(seed)
+    groups = parameter_groups(module, DEPTHS, weight_decay=0.1, layer_decay=0.75)
+    chosen = EngineSettings(clip_norm=clip_norm, micro_batch=1, **settings)
+    return make_engine(module, groups, chosen, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+
+
+Spoil = Callable[[int, int, Tensor], Tensor]
+
+
+def train(
+    engine: Engine, world: runtime.World, accumulation: int, first: int, last: int, spoil: Spoil | None = None
+) -> list[dict[str, Any]]:
+    """Steps ``first`` to ``last``; ``spoil`` may change a micro-batch's loss. One record per step."""
+    records = []
+    for step in range(first, last):
+        engine.set_lr(LR * (1.0 - step / 10))
+        images, labels = batch(step)
+        parts = range(world.rank, world.size * accumulation, world.size)
+        losses, outcome = 0.0, None
+        for micro, part in enumerate(parts):
+            mine = slice(part * BATCH // len(parts) // world.size, (part + 1) * BATCH // len(parts) // world.size)
+            loss = nn.functional.cross_entropy(engine.forward(images[mine]).float(), labels[mine])
+            losses += loss.item() / accumulation / world.size
+            engine.backward(loss if spoil is None else spoil(step, micro, loss))
+            outcome = engine.step()
+            if (outcome is None) != (micro + 1 < accumulation):
+                raise RuntimeError(f"outcome {outcome} at micro-batch {micro} of {accumulation}")
+        (mean,) = runtime.total(world, [losses])
+        records.append({"loss": mean, "norm": outcome.grad_norm, "applied": outcome.applied})
+        records[-1]["rescaled"] = outcome.rescaled
+    return records
+
+
+def keep(folder: Path, name: str, portable: Portable | None, records: list[dict[str, Any]]) -> None:
+    """Write a case's outcome for the test to read; only rank 0 holds the tensors."""
+    if portable is not None:
+        tensors = {f"weights/{key}": value for key, value in portable.weights.items()}
+        tensors |= {f"exp_avg/{key}": value for key, value in portable.exp_avg.items()}
+        tensors |= {f"exp_avg_sq/{key}": value for key, value in portable.exp_avg_sq.items()}
+        tensors |= {f"ema/{key}": value for key, value in portable.ema.items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+        note = {"steps": portable.optimizer_step, "records": records, "loss_scale": portable.loss_scale}
+        (folder / f"{name}.json").write_text(json.dumps(note))
+
+
+def parity(world: runtime.World, folder: Path) -> None:
+    """Four steps of every stage and accumulation."""
+    for stage in range(4):
+        for accumulation in (1, 2):
+            engine = build(world, zero_stage=stage, precision="fp32", accumulation=accumulation)
+            records = train(engine, world, accumulation, 0, 4)
+            weights = engine.weights()
+            if (weights is None) != (world.rank != 0):
+                raise RuntimeError("weights() belong to rank 0")
+            keep(folder, f"parity-{stage}-{accumulation}", engine.states(), records)
+
+
+def resume(world: runtime.World, folder: Path) -> None:
+    """Two steps, a checkpoint on disk, then two more from it: by the same stage and by ZeRO-1 after ZeRO-3."""
+    for stage, after in ((0, 0), (1, 1), (2, 2), (3, 3), (3, 1), (1, 3)):
+        engine = build(world, zero_stage=stage, precision="fp32")
+        train(engine, world, 1, 0, 2)
+        checkpoints = Checkpoints(folder / f"checkpoints-{stage}-{after}")
+        portable = engine.states()
+        if portable is not None:
+            checkpoints.save(portable, {}, step=2)
+            checkpoints.wait()
+        dist.barrier()
+        found = checkpoints.newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        other = build(world, seed=7, zero_stage=after, precision="fp32")
+        other.load(found[1])
+        records = train(other, world, 1, 2, 4)
+        keep(folder, f"resume-{stage}-{after}", other.states(), records)
+
+
+def first_states(world: runtime.World, folder: Path) -> None:
+    """States before the first step, and a load into an engine that has already stepped."""
+    for stage in range(4):
+        engine = build(world, zero_stage=stage, precision="fp32")
+        portable = engine.states()
+        keep(folder, f"first-{stage}", portable, [])
+        if portable is not None:
+            Checkpoints(folder / f"first-{stage}").save(portable, {}, step=0)
+        train(engine, world, 1, 0, 1)
+        dist.barrier()
+        found = Checkpoints(folder / f"first-{stage}").newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        engine.load(found[1])
+        keep(folder, f"rewound-{stage}", engine.states(), [])
+
+
+def spoilt(world: runtime.World, folder: Path) -> None:
+    """Four steps, the second with a loss or gradient that is not finite on the last rank only."""
+
+    def nan_loss(step: int, micro: int, loss: Tensor) -> Tensor:
+        return loss * math.nan if (step, micro, world.rank) == (1, 0, world.size - 1) else loss
+
+    def infinite_loss(step: int, micro: int, loss: Tensor) -> Tensor:
+        return loss + math.inf if (step, micro, world.rank) == (1, 0, world.size - 1) else loss
+
+    def nan_gradient(step: int, micro: int, loss: Tensor) -> Tensor:
+        if (step, micro, world.rank) == (1, 0, world.size - 1):
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    kinds = (("loss", nan_loss, (1, 2)), ("infinite", infinite_loss, (2,)), ("gradient", nan_gradient, (2,)))
+    for name, spoil, accumulations in kinds:
+        for stage in range(4):
+            for accumulation in accumulations:
+                engine = build(world, zero_stage=stage, precision="fp32", accumulation=accumulation)
+                before = train(engine, world, accumulation, 0, 1, spoil)
+                keep(folder, f"before-{name}-{stage}-{accumulation}", engine.states(), before)
+                during = train(engine, world, accumulation, 1, 2, spoil)
+                keep(folder, f"during-{name}-{stage}-{accumulation}", engine.states(), during)
+                after = train(engine, world, accumulation, 2, 4, spoil)
+                keep(folder, f"after-{name}-{stage}-{accumulation}", engine.states(), after)
+                # Every rank must hold the same weights: compare this rank's own logits with all others'.
+                logits = engine.forward(batch(9)[0]).detach().flatten().tolist()
+                highest = runtime.agree(world, *logits)
+                lowest = runtime.agree(world, *[-value for value in logits])
+                if list(highest) != [-value for value in lowest]:
+                    raise RuntimeError("ranks differ after a step that was not applied")
+
+
+def alone(world: runtime.World, folder: Path) -> None:
+    """One process goes on from what two processes saved."""
+    if world.size != 1:
+        raise RuntimeError("this case is for one process")
+    for stage, after in ((0, 1), (1, 1), (2, 2), (3, 3), (3, 1)):
+        found = Checkpoints(folder / f"checkpoints-{stage}-{stage}").newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        engine = build(world, seed=7, zero_stage=after, precision="fp32")
+        engine.load(found[1])
+        records = train(engine, world, 1, 2, 4)
+        keep(folder, f"alone-{stage}-{after}", engine.states(), records)
+
+
+def halves(world: runtime.World, folder: Path) -> None:
+    """bf16 autocast at every stage, with unclipped gradients; no step before the first (DeepSpeed's bf16 takes one)."""
+    for stage in range(4):
+        for accumulation in (1, 2):
+            engine = build(world, zero_stage=stage, precision="bf16", accumulation=accumulation, clip_norm=None)
+            fresh, built = Tiny(0).state_dict(), engine.states()
+            if built is not None and (
+                built.optimizer_step or not all(torch.equal(built.weights[name], fresh[name]) for name in fresh)
+            ):
+                raise RuntimeError("a step was taken at construction")
+            with torch.no_grad():
+                if engine.forward(batch(0)[0]).dtype != torch.bfloat16:
+                    raise RuntimeError("forward was not in autocast")
+            records = train(engine, world, accumulation, 0, 4)
+            keep(folder, f"bf16-{stage}-{accumulation}", engine.states(), records)
+
+
+def averaged(world: runtime.World, folder: Path) -> None:
+    """Two steps with averaged weights, a checkpoint, a look at the averages, and two more steps from each."""
+    for stage in range(4):
+        engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
+        train(engine, world, 1, 0, 2)
+        checkpoints = Checkpoints(folder / f"averaged-{stage}")
+        portable = engine.states()
+        if portable is not None:
+            checkpoints.save(portable, {}, step=2)
+            checkpoints.wait()
+        trained, average = engine.weights(), engine.averaged_weights()
+        engine.write_weights(average)
+        with torch.no_grad():
+            logits = engine.forward(batch(9)[0])
+        shown = engine.weights()
+        engine.write_weights(trained)
+        if shown is not None and average is not None:
+            if not all(torch.equal(shown[name], average[name]) for name in average):
+                raise RuntimeError("the module does not hold the averages")
+            # Not to the bit: DeepSpeed keeps weights at other addresses, and sums may be in another order there.
+            assert_close(logits, functional_call(Tiny(0), average, (batch(9)[0],)), name="with averaged weights")
+        keep(folder, f"straight-averaged-{stage}", engine.states() if train(engine, world, 1, 2, 4) else None, [])
+        dist.barrier()
+        found = checkpoints.newest()
+        if found is None:
+            raise RuntimeError("no checkpoint")
+        other = build(world, seed=7, zero_stage=stage, precision="fp32", ema=0.6)
+        other.load(found[1])
+        train(other, world, 1, 2, 4)
+        keep(folder, f"resumed-averaged-{stage}", other.states(), [])
+
+
+Case = Callable[[runtime.World, Path], None]
+
+CASES: dict[str, Case] = {
+    "parity": parity,
+    "resume": resume,
+    "first": first_states,
+    "spoilt": spoilt,
+    "bf16": halves,
+    "alone": alone,
+    "averaged": averaged,
+}
+
+
+def run_cases(cases: Mapping[str, Case]) -> None:
+    """Run those named on the command line; where this process is the only one, the runtime makes its world of one."""
+    names, rank, size, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    if int(size) > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
+    world = runtime.start("cpu")
+    try:
+        for name in names.split(","):
+            cases[name](world, Path(folder))
+    finally:
+        runtime.stop()
+
+
+if __name__ == "__main__":
+    run_cases(CASES)

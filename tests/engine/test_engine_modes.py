@@ -1,0 +1,231 @@
+"""The engine's modes in two real processes: fp16 and its loss scale, rounded gradients, offloading, compiled blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import video_swinv2 as vs
+from tests.engine.engine_modes_worker import OFFLOADED, held_at_the_head
+from tests.engine.test_engine import ALONE, STAGES, _difference, _identical, _outcome, _plain, _run, worker
+from video_swinv2.config import EngineConfig
+from video_swinv2.engine.deepspeed import compile_blocks
+from video_swinv2.engine.deepspeed_config import DERIVED, TUNABLE, ZERO, deepspeed_config
+from video_swinv2.engine.loss_scale import FIRST_SCALE, STEADY_STEPS, LossScale
+from video_swinv2.engine.offload import MappedFolder
+from video_swinv2.engine.settings import EngineSettings
+from video_swinv2.errors import UsageError, UserError
+
+WORKER = Path(__file__).with_name("engine_modes_worker.py")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("modes")
+    _run(folder, "fp16,offloaded,held", 2, WORKER)
+    assert not (folder / "extensions").exists(), "something was compiled"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounded")
+    _run(folder, "rounded", 2, WORKER)
+    return folder
+
+
+def _applied(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if record["applied"]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_finds_its_scale_and_learns_what_fp32_learns(outcomes: Path, stage: int) -> None:
+    """Norms as in fp32 tell that they are unscaled; a step lost to the scale is told apart from one lost to the data.
+
+    DeepSpeed's own scale never falls at stages 1-3, and the worker gives up after 20 attempts at a step.
+    """
+    reference, expected = _plain()
+    found, records = _outcome(outcomes, f"fp16-{stage}")
+    lost = [record for record in records if not record["applied"]]
+    assert lost, "the first scale must be too large here"
+    assert all(record["rescaled"] for record in lost)
+    assert found.loss_scale is not None
+    assert found.loss_scale[0] == FIRST_SCALE / 2 ** len(lost)
+    for key in ("loss", "norm"):
+        wanted = [record[key] for record in expected]
+        torch.testing.assert_close(_applied(records, key), wanted, rtol=0.01, atol=0.0)
+    assert found.optimizer_step == 4
+    assert _difference(found, reference) > 0, "it must have been fp16"
+    moved = torch.cat([(found.weights[n] - reference.weights[n]).flatten() for n in found.weights])
+    assert float(moved.abs().max()) < 4 * worker.LR
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_goes_on_with_the_scale_it_had(outcomes: Path, stage: int) -> None:
+    straight, records = _outcome(outcomes, f"fp16-{stage}")
+    resumed, again = _outcome(outcomes, f"fp16-resumed-{stage}")
+    assert again == records[-2:]
+    assert _identical(resumed, straight)
+
+
+def test_no_half_precision_copies_of_weights_are_kept(outcomes: Path) -> None:
+    """Autocast's cache would hold 2 bytes of each to the end of the pass: 6 GB of the giant, under ZeRO-3 too."""
+    kept = [json.loads((outcomes / f"held-{stage}.json").read_text()) for stage in STAGES]
+    kept.append(held_at_the_head(ALONE, engine="plain"))
+    assert max(kept) < 0.5
+
+
+def test_the_plain_engine_scales_alike() -> None:
+    engine = worker.build(ALONE, engine="plain", precision="fp16", accumulation=2)
+    (lost,) = worker.train(engine, ALONE, 2, 0, 1, lambda step, micro, loss: loss * math.inf)
+    assert (lost["applied"], lost["rescaled"]) == (False, True)
+    (record,) = worker.train(engine, ALONE, 2, 0, 1)
+    assert record["norm"] == pytest.approx(_plain()[1][0]["norm"], rel=0.01)
+    portable = engine.states()
+    assert portable.loss_scale == (FIRST_SCALE / 2, 1)
+    other = worker.build(ALONE, engine="plain", precision="fp16")
+    other.load(portable)
+    assert other.states().loss_scale == portable.loss_scale
+
+
+def test_the_scale_rises_after_a_long_quiet_and_cannot_hide_a_fault_for_ever() -> None:
+    scale = LossScale()
+    assert not any(scale.update(True) for _ in range(STEADY_STEPS))
+    assert scale.state() == (2 * FIRST_SCALE, 0)
+    assert [scale.update(False) for _ in range(19)] == [True] * 17 + [False] * 2
+    assert scale.state() == (1.0, 0)
+    scale.restore(None)
+    assert scale.state() == (FIRST_SCALE, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_may_travel_in_bf16(rounded: Path, stage: int, precision: str) -> None:
+    reference, expected = _plain(clip_norm=None)
+    found, records = _outcome(rounded, f"rounded-{precision}-{stage}")
+    losses = [[record["loss"] for record in run] for run in (records, expected)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.0)
+    if precision == "fp32":
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6), "only the gradients are rounded"
+    moment = found.exp_avg["head.weight"] - reference.exp_avg["head.weight"]
+    assert float(moment.abs().max()) > 1e-5, "they must have been rounded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_does_not_inherit_how_another_s_gradients_travelled(rounded: Path, stage: int) -> None:
+    found, _ = _outcome(rounded, f"afterwards-{stage}")
+    assert _difference(found, _plain()[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_what_is_offloaded_trains_as_what_is_not(outcomes: Path, name: str) -> None:
+    """With accumulation, of which DeepSpeed once kept the last micro-batch only, and over a step that is dropped."""
+    reference, expected = _plain(ema=0.6)
+    found, records = _outcome(outcomes, f"offloaded-{name}")
+    assert [record["applied"] for record in records] == [True, True, False, True, True]
+    del records[2]
+    assert _difference(found, reference) < 1e-4
+    for key in ("loss", "norm"):
+        torch.testing.assert_close([r[key] for r in records], [r[key] for r in expected], rtol=1e-5, atol=1e-6)
+    resumed, _ = _outcome(outcomes, f"offloaded-resumed-{name}")
+    assert _identical(resumed, found)
+
+
+def test_files_of_offloading_leave_nothing_behind(outcomes: Path, tmp_path: Path) -> None:
+    assert not [path for path in (outcomes / "2-nvme").rglob("*") if path.is_file()]
+    tensor = torch.randn(3, 5)
+    mapped = MappedFolder(str(tmp_path), ALONE).mapped(tensor)
+    assert torch.equal(mapped, tensor)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text(), "the memory is a file's"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"name another engine\.offload_folder"):
+        MappedFolder(str(tmp_path / "file"), ALONE)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
+    """Through AOT autograd without a code generator: what is compiled, and around checkpointing, is what counts."""
+    torch.manual_seed(0)
+    model = vs.create_model(
+        "swinv2_nano", num_classes=3, image_size=32, window=4, checkpoint_blocks=2, attention="eager"
+    )
+    images = torch.randn(2, 3, 32, 32)
+    names = list(model.state_dict())
+    runs = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(model, backend="aot_eager")
+        model.zero_grad()
+        logits = model.train()(images)
+        logits.square().sum().backward()
+        runs.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert list(model.state_dict()) == names
+    assert any(block._compiled_call_impl for block in model.modules())
+    for first, second in zip(*runs, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"engine": "plain", "offload_optimizer": "cpu"}, "engine.offload_optimizer: only DeepSpeed does this"),
+        ({"offload_optimizer": "cpu", "zero_stage": 0}, "engine.offload_optimizer: ZeRO-0"),
+        ({"offload_parameters": "cpu", "zero_stage": 3}, "engine.offload_parameters: needs"),
+        ({"offload_optimizer": "nvme"}, "engine.offload_folder: missing"),
+        ({"offload_folder": "/fast"}, "engine.offload_folder: nothing goes there"),
+        ({"precision": "fp16", "communication": "bf16"}, "engine.communication: with precision fp16"),
+        ({"compile": True, "zero_stage": 3}, "engine.compile: recompiles"),
+        ({"deepspeed": {"train_batch_size": 64}}, "train_batch_size: follows from optim.batch; remove it here"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed.fp16: follows from engine.precision"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "zero_optimization.stage: follows from engine.zero_stage"),
+        ({"deepspeed": {"zero_optimisation": {"stage": 2}}}, "did you mean zero_optimization"),
+        ({"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "did you mean zero_optimization.overlap_comm"),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": 1}}}, "1 is not true or false"),
+        ({"deepspeed": {"zero_optimization": {"reduce_bucket_size": "auto"}}}, "'auto' is not a positive whole number"),
+        ({"deepspeed": {"zero_optimization": 2}}, "zero_optimization: is not a key"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_when_the_file_is_read(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        EngineConfig(**keys)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_that_may_be_set_is_one_that_deepspeed_knows() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    ours = {key.removeprefix("zero_optimization.") for key in {*TUNABLE, *DERIVED} if key.startswith("zero_optim")}
+    assert ours <= known
+    assert not TUNABLE.keys() & DERIVED.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_deepspeed_is_known_to_do_wrong_is_never_asked_for(stage: int, precision: str) -> None:
+    """On a CPU neither shows: buffers that are refilled while they are sent, and half-precision weights."""
+    config = deepspeed_config(EngineSettings(zero_stage=stage), precision=precision, cuda=True)
+    assert config[ZERO]["overlap_comm"] is False, "left away, it is DeepSpeed's to choose: true at ZeRO-3"
+    assert not config.keys() & {"bf16", "fp16", "amp", "optimizer", "scheduler", "checkpoint"}
+    assert config["torch_autocast"]["enabled"] is (precision != "fp32")
+
+
+def test_the_section_is_passed_on_over_what_is_derived() -> None:
+    section = {"prescale_gradients": True, "zero_optimization": {"reduce_bucket_size": 2e8, "overlap_comm": True}}
+    settings = EngineSettings(zero_stage=2, micro_batch=3, accumulation=4, clip_norm=5.0, deepspeed=section)
+    config = deepspeed_config(settings, precision="bf16", cuda=True)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 200_000_000
+    assert isinstance(config["zero_optimization"]["reduce_bucket_size"], int)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["prescale_gradients"] is True
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 4)
+    assert math.isclose(config["gradient_clipping"], 5.0)

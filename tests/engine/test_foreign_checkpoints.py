@@ -1,0 +1,130 @@
+"""DeepSpeed's checkpoints of other runs: what its own tools make of them is read, and training goes on from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+import video_swinv2 as vs
+from tests.engine.engine_worker import LR, batch
+from tests.engine.test_engine import ALONE, REPOSITORY, _environment, _outcome, worker
+from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.foreign_checkpoints import newest_of
+from video_swinv2.engine.optimizer import parameter_groups
+from video_swinv2.errors import UserError
+from video_swinv2.weights.formats import read_checkpoint
+
+WORKER = Path(__file__).with_name("import_worker.py")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    environment = _environment(folder) | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(WORKER), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_goes_on_from_a_universal_checkpoint(foreign: Path, stage: int) -> None:
+    """With groups by layer, whose settings and Adam's count DeepSpeed's own loading spoils at ZeRO-3."""
+    expected, _ = _outcome(foreign, f"expected-{stage}")
+    found = newest_of(foreign / f"zero-{stage}")
+    assert found is not None
+    step, portable, state = found
+    assert (step, portable.optimizer_step, state) == (2, 2, None)
+    alone = worker.build(ALONE, seed=7, engine="plain", precision="fp32", clip_norm=1.0)
+    engine = _all_trained() if stage == 3 else alone
+    engine.load(portable)
+    for number in (2, 3):
+        engine.set_lr(LR)
+        images, labels = batch(number)
+        engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
+        engine.step()
+    for name, tensor in engine.weights().items():
+        torch.testing.assert_close(tensor, expected.weights[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert {path.name for path in (foreign / f"zero-{stage}" / "fp32").iterdir()} >= {"pytorch_model.bin"}
+
+
+def _all_trained() -> object:
+    module = worker.Tiny(7)
+    module.patch_embed["norm"].requires_grad_(True)
+    groups = parameter_groups(module, worker.DEPTHS, weight_decay=0.1, layer_decay=0.75)
+    settings = EngineSettings(engine="plain", precision="fp32", clip_norm=1.0)
+    return make_engine(module, groups, settings, ALONE, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pieces_are_told_how_to_be_joined(foreign: Path, tmp_path: Path, stage: int) -> None:
+    """The folder of pieces itself, and the one above it, whose `latest` names it."""
+    for name in ("global_step2", "latest"):
+        (tmp_path / name).symlink_to(foreign / f"zero-{stage}" / name)
+    for folder in (tmp_path, tmp_path / "global_step2"):
+        with pytest.raises(UserError, match="in pieces; join them with `python -m deepspeed") as caught:
+            newest_of(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_universal_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "zero" / "head.weight"
+    folder.mkdir(parents=True)
+    (folder / "fp32.pt").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt: cannot be read as a part"):
+        newest_of(tmp_path)
+    torch.save(
+        {"global_steps": 7, "skipped_steps": 2, "param_shapes": [{"head.weight": torch.Size([2, 3])}]},
+        tmp_path / "a_model_states.pt",
+    )
+    with pytest.raises(UserError, match=r"head.weight/fp32.pt: cannot be read as a part"):
+        newest_of(tmp_path)
+    torch.save(torch.zeros(5), folder / "fp32.pt")
+    with pytest.raises(UserError, match=r"has 5 elements, not those of shape \(2, 3\)"):
+        newest_of(tmp_path)
+    torch.save({"param": torch.ones(6)}, folder / "fp32.pt")
+    with pytest.raises(UserError, match="holds no moments of Adam; give it as init="):
+        newest_of(tmp_path)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        torch.save(torch.ones(6), folder / f"{moment}.pt")
+    found = newest_of(tmp_path)
+    assert found is not None
+    assert (found[0], found[1].optimizer_step, found[1].weights["head.weight"].shape) == (7, 5, (2, 3))
+
+
+def test_a_folder_of_ours_and_one_of_nobody_s(tmp_path: Path) -> None:
+    assert newest_of(tmp_path) is None
+    tensors = {"a": torch.ones(2)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(Portable(tensors, {}, {}, optimizer_step=1), {"best": None}, step=1)
+    checkpoints.wait()
+    found = newest_of(tmp_path)
+    assert found is not None
+    assert (found[0], found[2]) == (1, {"best": None})
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_zero_to_fp32_writes_is_a_model_s_weights(tmp_path: Path, sharded: bool) -> None:
+    """A folder with `pytorch_model.bin`, or with shards and their index, as DeepSpeed's tool writes them."""
+    model = vs.create_model("swinv2_nano", num_classes=3, image_size=32, window=4)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()} if sharded else model.state_dict()
+    parts = split_torch_state_dict_into_shards(
+        state, filename_pattern="pytorch_model{suffix}.bin", max_shard_size="1MB" if sharded else "1GB"
+    )
+    for name, keys in parts.filename_to_tensors.items():
+        torch.save({key: state[key] for key in keys}, tmp_path / name)
+    if sharded:
+        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert len(parts.filename_to_tensors) > 1 if sharded else len(parts.filename_to_tensors) == 1
+    found = read_checkpoint(tmp_path).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,294 @@
+"""Watching over time: one answer by every road, nothing that hangs or dies takes us along, videos are written on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import video_swinv2 as vs
+from tests.inference.conftest import CLASSES
+from video_swinv2.cli import main
+from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.transforms import normalise
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.inference.over_time import Moment
+from video_swinv2.inference.predictor import OverTime, Prediction, predict
+from video_swinv2.inference.streams import centre_cut
+from video_swinv2.inference.watching import Task, Watcher
+
+EVERY = OverTime(every_seconds=0.2)  # 5 of 25 pictures
+STARTS = (0, 5, 10, 15, 20, 25, 30, 33)  # of 40 pictures, 7 to a window
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def transport_stream(video: Path, path: Path) -> bytes:
+    """The pictures of a video as MPEG-TS, which can be read from anywhere on."""
+    with av.open(str(video)) as source, av.open(str(path), "w", format="mpegts") as target:
+        stream = target.add_stream("mpeg2video", rate=25, options={"g": "1"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 10**6
+        for frame in source.decode(video=0):
+            target.mux(stream.encode(frame.reformat(format="yuv420p")))
+        target.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def over_time(evil_model: Path, changing: Path) -> Prediction:
+    told: list[tuple[str, Moment]] = []
+    (prediction,) = predict(
+        evil_model, [changing], device="cpu", top=6, over_time=EVERY, tell=lambda *one: told.append(one)
+    )
+    assert told == [(str(changing), moment) for moment in prediction.windows]
+    return prediction
+
+
+def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model: Path, changing: Path) -> None:
+    card = vs.read_card(evil_model)
+    with VideoReader(changing) as reader:
+        side, (rows, columns) = centre_cut(reader.size, (32, 32))
+        clips = [reader.frames([start + 2 * i for i in range(4)], short_side=side) for start in STARTS]
+    pixels = torch.stack([clip[:, :, rows, columns].transpose(0, 1) for clip in clips])
+    with torch.no_grad():
+        expected = vs.load_model(evil_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
+    shares = expected.softmax(-1)
+    assert shares.std(0).max() > 0.01, "equal windows prove nothing"
+    assert len(over_time.windows) == len(STARTS)
+    for start, moment, row in zip(STARTS, over_time.windows, shares, strict=True):
+        assert (moment.start_seconds, moment.end_seconds) == pytest.approx((start / 25, (start + 6) / 25), abs=1e-6)
+        assert [one.name for one in moment.answers] == [CLASSES[i] for i in row.argsort(descending=True)]
+        assert [one.probability for one in moment.answers] == pytest.approx(
+            row.sort(descending=True)[0].tolist(), abs=1e-5
+        )
+    mean = shares.mean(0)
+    assert [one.probability for one in over_time.answers] == pytest.approx(
+        mean.sort(descending=True)[0].tolist(), abs=1e-5
+    )
+
+
+def test_one_answer_by_every_road(over_time: Prediction, evil_model: Path, changing: Path, tmp_path: Path) -> None:
+    """A file, the same from a server and through a pipe; a sender that ends and one that waits for a reader."""
+    moving = tmp_path / "moving.mkv"  # can be read without going back, as MP4 cannot
+    with av.open(str(changing)) as source, av.open(str(moving), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.write_bytes(moving.read_bytes()), daemon=True).start()
+    with served(tmp_path) as url:
+        found = predict(evil_model, [f"{url}/moving.mkv", pipe], device="cpu", top=6, over_time=EVERY)
+    for prediction in found:
+        assert not prediction.error
+        assert len(prediction.windows) == len(over_time.windows)
+        for ours, theirs in zip(prediction.windows, over_time.windows, strict=True):
+            assert ours.start_seconds == pytest.approx(theirs.start_seconds, abs=0.002)  # Matroska counts milliseconds
+            assert [one.name for one in ours.answers] == [one.name for one in theirs.answers]
+            shares = [[one.probability for one in side.answers] for side in (ours, theirs)]
+            assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+
+
+def test_a_growing_file_through_standard_input(evil_model: Path, changing: Path, tmp_path: Path) -> None:
+    """What has come is answered before the rest is there; the end of the input is the end."""
+    content, growing = transport_stream(changing, tmp_path / "whole.ts"), tmp_path / "growing.ts"
+    growing.write_bytes(content[: len(content) * 3 // 4])
+    tail = subprocess.Popen(["tail", "-c", "+1", "-f", str(growing)], stdout=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "video_swinv2",
+        "predict",
+        str(evil_model),
+        "-",
+        "--every",
+        "0.2",
+        "--csv",
+        "--top",
+        "6",
+    ]
+    reading = subprocess.Popen(command, stdin=tail.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert reading.stdout is not None
+    first = [reading.stdout.readline() for _ in range(7)]  # the header and the first windows
+    with growing.open("ab") as file:
+        file.write(content[len(content) * 3 // 4 :])
+    time.sleep(1.5)  # tail looks once a second
+    tail.terminate()
+    out, err = reading.communicate(timeout=120)
+    rows = list(csv.DictReader([*first, *out.splitlines()]))
+    assert reading.returncode == 0, err
+    starts = {row["start_seconds"] for row in rows}
+    assert len(starts) == len(STARTS) + 1, "the windows and the whole"
+    assert starts >= {"0.00", "0.20", "1.00"}
+    assert sum(float(row["probability"]) for row in rows if not row["start_seconds"]) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_live_stream_ends_when_told(evil_model: Path, changing: Path) -> None:
+    """UDP, as an IP camera sends; the sender never ends."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    over = threading.Event()
+
+    def send() -> None:
+        with av.open(f"udp://127.0.0.1:{port}?pkt_size=1316", "w", format="mpegts") as target:
+            stream = target.add_stream("mpeg2video", rate=25, options={"g": "5"})
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 10**6
+            for i in range(25 * 120):
+                if over.wait(0.04):
+                    return
+                image = np.full((48, 64, 3), i % 256, np.uint8)
+                frame = av.VideoFrame.from_ndarray(image, "rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, 25)
+                target.mux(stream.encode(frame))
+
+    threading.Thread(target=send, daemon=True).start()
+    how = OverTime(every_seconds=0.2, seconds=1.0)
+    (prediction,) = predict(evil_model, [f"udp://127.0.0.1:{port}"], device="cpu", over_time=how)
+    over.set()
+    assert not prediction.error
+    assert 1 <= len(prediction.windows) <= 6
+    assert len(prediction.windows) + prediction.skipped >= 4
+    assert max(moment.end_seconds for moment in prediction.windows) <= 1.0
+
+
+def test_a_live_source_goes_on_without_what_is_not_answered(changing: Path) -> None:
+    seen = {}
+    for live in (True, False):
+        with Watcher(Task(str(changing), 4, 2, (32, 32), every_seconds=0.2, live=live, ahead=1)) as watcher:
+            starts = []
+            for window in watcher:
+                starts.append(window.indices[0])
+                time.sleep(0.1)
+                watcher.answer([("a", 1.0)])
+            watcher.finish()
+        seen[live] = starts, watcher.seen and watcher.seen.skipped
+    assert seen[False] == (list(STARTS), 0)
+    starts, skipped = seen[True]
+    assert 0 < skipped == len(STARTS) - len(starts)
+    assert starts[-1] == STARTS[-1], "the end is always seen"
+
+
+def test_a_source_that_hangs_or_dies_is_given_up(evil_model: Path, changing: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "silent")  # nobody writes: opening it never returns
+    started = time.monotonic()
+    silent, file = predict(
+        evil_model, [tmp_path / "silent", changing], device="cpu", over_time=EVERY, time_limit_seconds=1.5
+    )
+    assert "not one picture within 1.5 seconds" in silent.error
+    assert not file.error
+    assert time.monotonic() - started < 60
+    with Watcher(Task(str(tmp_path / "silent"), 4, 2, (32, 32))) as watcher:
+        os.kill(watcher._process.pid or 0, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"silent: the decoder crashed \(SIGKILL\)"):
+            next(iter(watcher))
+    with (
+        Watcher(Task(str(changing), 4, 2, (32, 32)), limit_seconds=0.0) as watcher,
+        pytest.raises(UserError, match="took longer than 0 seconds"),
+    ):
+        next(iter(watcher))
+
+
+def test_what_cannot_be_watched_is_one_line(evil_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.mp4").write_text("<html>not found</html>")
+    names = [str(tmp_path / "page.mp4"), "http://127.0.0.1:1/x.mp4", "/dev/null"]
+    found = predict(evil_model, names, device="cpu", over_time=EVERY)
+    assert [prediction.error.split(" (")[0] for prediction in found] == ["is not a video FFmpeg can open"] * 3
+    assert all("\n" not in prediction.error for prediction in found)
+    for names, words in (
+        (["ftp://host/x.mp4"], "no stream of this kind"),
+        (["file:///etc/passwd"], "no stream of this kind"),
+        (["-", "-"], "one standard input"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            predict(evil_model, names, device="cpu")
+    with pytest.raises(UsageError, match="--every 0"):
+        predict(evil_model, ["-"], device="cpu", over_time=OverTime(every_seconds=0.0))
+
+
+def test_a_video_with_the_answers_on_it(
+    evil_model: Path, changing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as the video, its pictures at their times, each with a panel at the bottom; answers as without it."""
+    out = tmp_path / "out"
+    twice = [str(changing), str(changing)]
+    assert main(["predict", str(evil_model), *twice, "--every", "0.2", "--video", str(out), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == second
+    assert len(first["windows"]) == len(STARTS)
+    assert sorted(path.name for path in out.iterdir()) == ["changing-2.mp4", "changing.mp4"]
+    with VideoReader(changing) as before, VideoReader(out / "changing.mp4") as after:
+        assert after.size == before.size
+        np.testing.assert_allclose(after.times - after.times[0], before.times - before.times[0], atol=1e-3)
+        for i in (0, 20, 39):
+            difference = (after.frames([i]).float() - before.frames([i]).float()).abs().mean((0, 1, 3))
+            assert difference[:8].mean() < 12, "the top is as it was"
+            assert difference[-8:].mean() > 30, "the panel covers the bottom"
+
+
+def test_a_failure_leaves_no_video(evil_model: Path, outside_data: Path, tmp_path: Path) -> None:
+    broken = outside_data / "odd_clips" / "broken" / "html_error_page.mp4"
+    (prediction,) = predict(evil_model, [broken], device="cpu", over_time=OverTime(video=tmp_path / "out"))
+    assert prediction.error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_image_model_watches_single_frames(evil_image_model: Path, changing: Path) -> None:
+    (prediction,) = predict(evil_image_model, [changing], device="cpu", over_time=OverTime(every_seconds=0.4))
+    assert [moment.start_seconds for moment in prediction.windows] == pytest.approx([0, 0.4, 0.8, 1.2, 1.56])
+
+
+def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "silent")
+    code = (
+        "import sys, time; from video_swinv2.inference.watching import Task, Watcher\n"
+        "if __name__ == '__main__':\n"
+        f"    watcher = Watcher(Task({str(tmp_path / 'silent')!r}, 4, 2, (32, 32)))\n"
+        "    watcher._receive(60); print(watcher._process.pid, flush=True); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while alive(child):
+        assert time.monotonic() < deadline, "the process lives on"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,163 @@
+"""Predictions for real files: the right numbers, and every kind of wrong file reported without stopping the others."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import video_swinv2 as vs
+from video_swinv2.data.transforms import normalise
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.evaluation.views import read_views
+from video_swinv2.inference.kinds import IMAGE, VIDEO, find_files, kind_of, kind_of_bytes
+from video_swinv2.inference.predictor import predict, read_image_views
+from video_swinv2.inference.showing import COLUMNS, show
+
+CLASSES = ("a", "b", "c", "d")
+
+
+def save(path: Path, frames: int | None, classes: tuple[str, ...] = CLASSES) -> Path:
+    torch.manual_seed(0)
+    window = (4, 4) if frames is None else (2, 4, 4)
+    model = vs.create_model("swinv2_nano", num_classes=4, frames=frames, image_size=32, window=window)
+    preprocessing = vs.Preprocessing(frames=frames, frame_stride=2, image_size=(32, 32))
+    vs.save_model(model, path, classes=classes, preprocessing=preprocessing, provenance={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model") / "clip.safetensors", 4)
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model") / "image.safetensors", None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (3, 12, 6, 8, 3), dtype=np.uint8).repeat(8, 2).repeat(8, 3)
+    write_video(folder / "one.mp4", noise[0])
+    write_video(folder / "deep" / "two 'quoted'.mkv", noise[1])
+    write_video(folder / "three.mp4", noise[2]).rename(folder / "no_suffix")
+    (folder / "broken.mp4").write_bytes((folder / "one.mp4").read_bytes()[:300])
+    (folder / "notes.txt").write_text("hello\n" * 100)
+    (folder / "empty.avi").write_bytes(b"")
+    Image.fromarray(noise[0, 0]).save(folder / "still.png")
+    return folder
+
+
+def test_probabilities_are_the_models(clip_model: Path, files: Path) -> None:
+    (prediction,) = predict(clip_model, [files / "one.mp4"], device="cpu", top=9)
+    card = vs.read_card(clip_model)
+    pixels, _ = read_views(files / "one.mp4", PROTOCOLS["videoswin-4x3"], card.preprocessing)
+    with torch.no_grad():
+        expected = (
+            vs.load_model(clip_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
+            .softmax(-1)
+            .mean(0)
+        )
+    assert [answer.name for answer in prediction.answers] == [CLASSES[i] for i in expected.argsort(descending=True)]
+    for answer in prediction.answers:
+        assert answer.probability == pytest.approx(float(expected[CLASSES.index(answer.name)]), abs=1e-5)
+    assert sum(answer.probability for answer in prediction.answers) == pytest.approx(1.0)
+    assert predict(clip_model, [files / "one.mp4"], device="cpu", top=2)[0].answers == prediction.answers[:2]
+
+
+def test_a_folder_is_searched_by_suffix_and_content(clip_model: Path, files: Path) -> None:
+    predictions = predict(clip_model, [files], device="cpu", protocol="center-1x1")
+    found = {Path(prediction.path).name: prediction for prediction in predictions}
+    assert sorted(found) == ["broken.mp4", "empty.avi", "no_suffix", "one.mp4", "two 'quoted'.mkv"]
+    for name in ("one.mp4", "no_suffix", "two 'quoted'.mkv"):
+        assert not found[name].error
+        assert len(found[name].answers) == 4
+    assert "0 bytes" in found["empty.avi"].error
+    assert found["broken.mp4"].error
+    assert not found["broken.mp4"].answers
+    assert str(files) not in found["broken.mp4"].error, "the path is said once"
+
+
+def test_files_given_by_name_keep_their_order_and_their_errors(clip_model: Path, files: Path) -> None:
+    names = ["gone.mp4", "still.png", "one.mp4", "notes.txt", "one.mp4"]
+    predictions = predict(clip_model, [files / name for name in names], device="cpu", protocol="center-1x1")
+    assert [Path(prediction.path).name for prediction in predictions] == names
+    assert [prediction.error for prediction in predictions] == [
+        "no such file",
+        "an image, and this model takes videos",
+        "",
+        "neither a video nor an image",
+        "",
+    ]
+    assert predictions[2] == predictions[4]
+    read_back = json.loads(show(predictions, "json"))
+    assert read_back[2]["answers"][0].keys() == {"name", "probability"}
+    rows = list(csv.DictReader(show(predictions, "csv").splitlines(), COLUMNS))
+    assert [row["error"] for row in rows[:2]] == [prediction.error for prediction in predictions[:2]]
+    assert [row["class"] for row in rows[2:6]] == [answer.name for answer in predictions[2].answers]
+    assert float(rows[2]["probability"]) == pytest.approx(predictions[2].answers[0].probability, abs=1e-6)
+    text = show(predictions)
+    assert "gone.mp4: no such file" in text
+    assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
+
+
+def test_an_image_model_takes_images_as_they_are_shown(image_model: Path, files: Path, tmp_path: Path) -> None:
+    picture = Image.open(files / "still.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter turn clockwise
+    picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=turned, quality=100, subsampling=0)
+    (tmp_path / "cut.png").write_bytes((files / "still.png").read_bytes()[:80])
+    picture.save(tmp_path / "plain.png")
+    cut, plain, same = predict(image_model, [tmp_path], device="cpu")
+    assert "cut.png" in cut.path
+    assert "not a readable image" in cut.error
+    for a, b in zip(plain.answers, same.answers, strict=True):
+        assert a.name == b.name
+        assert a.probability == pytest.approx(b.probability, abs=0.02)
+    (video,) = predict(image_model, [files / "one.mp4"], device="cpu")
+    assert len(video.answers) == 4
+
+
+def test_views_of_a_still_are_its_crops_once(files: Path) -> None:
+    preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
+    assert read_image_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
+    assert read_image_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
+
+
+def test_kinds(files: Path) -> None:
+    assert kind_of(files / "one.mp4") == kind_of(files / "no_suffix") == kind_of(files / "empty.avi") == VIDEO
+    assert kind_of(files / "still.png") == IMAGE
+    assert kind_of(files / "notes.txt") is None
+    assert find_files([files], IMAGE) == [(files / "still.png", IMAGE)]
+
+
+def test_real_containers_are_known_by_their_content(outside_data: Path) -> None:
+    """Real files with their names taken away."""
+    videos = [*(outside_data / "ut_interaction").rglob("*.avi"), *(outside_data / "raw_clips").rglob("*.mp4")]
+    assert videos
+    for path in videos[:200:10]:
+        with path.open("rb") as stream:
+            assert kind_of_bytes(stream.read(400)) == VIDEO, path
+
+
+def test_wrong_usage(clip_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no video in this folder"):
+        predict(clip_model, [tmp_path], device="cpu")
+    with pytest.raises(UsageError, match="top"):
+        predict(clip_model, [tmp_path], top=0)
+    with pytest.raises(UsageError, match="center-1x1"):
+        predict(clip_model, [tmp_path], protocol="centre-1x1")
+    with pytest.raises(UserError, match=r"gone\.safetensors"):
+        predict(tmp_path / "gone.safetensors", [tmp_path])
+    with pytest.raises(UsageError, match="no class names"):
+        predict(save(tmp_path / "nameless.safetensors", 4, ()), [tmp_path])

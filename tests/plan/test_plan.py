@@ -1,0 +1,358 @@
+"""The plan of a run: allocations counted without memory are those of the real pass, states those of the engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import video_swinv2 as vs
+from video_swinv2.bench.train import Way, Workload, run_way
+from video_swinv2.cli import main
+from video_swinv2.config import Config, check
+from video_swinv2.errors import UsageError
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.plan.activations import Allocations, PassMemory, pass_memory, without_memory
+from video_swinv2.plan.plan import Plan, make_plan, shortfalls
+from video_swinv2.plan.states import States, count, moments_of, states_of
+from video_swinv2.plan.text import show
+
+
+def config(
+    *,
+    engine: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    optim: dict[str, Any] | None = None,
+    **model: Any,
+) -> Config:
+    values = {
+        "out": "runs/none",
+        "init": "scratch",
+        "model": {"name": "swinv2_nano", "window": (2, 4, 4), **model},
+        "data": {"source": "/nowhere", "image_size": 32, "frames": 4, **(data or {})},
+        "optim": {"epochs": 2, "lr": 1e-3, "batch": 16, "micro_batch": 2, **(optim or {})},
+        "engine": {"device": "cpu", "precision": "fp32", **(engine or {})},
+    }
+    return check(values, "test")
+
+
+def small(attention: str, checkpoint_blocks: int = 0) -> SwinV2:
+    return SwinV2(
+        embed_dim=32,
+        depths=(2, 2),
+        num_heads=(1, 2),
+        num_classes=5,
+        frames=5,
+        image_size=40,
+        window=(2, 4, 4),
+        attention=attention,  # type: ignore[arg-type]  # one of the literals
+        checkpoint_blocks=checkpoint_blocks,
+        drop_path=0.1,
+    ).train()
+
+
+def real_parameters(attention: str) -> list[torch.nn.Parameter]:
+    with torch.device("meta"):
+        return list(small(attention).parameters())
+
+
+def clips(batch: int) -> tuple[torch.Tensor, ...]:
+    return (torch.zeros(batch, 3, 5, 40, 40),)
+
+
+@pytest.mark.parametrize(
+    ("attention", "recomputed", "bf16"), [("eager", 3, False), ("eager", 3, True), ("sequential", 0, False)]
+)
+def test_counting_without_memory_is_counting_with_it(attention: str, recomputed: int, bf16: bool) -> None:
+    """To the byte in fp32, with masks, padding, drop path and checkpointing.
+
+    Under autocast the CPU's LayerNorm keeps its statistics in bf16, and torch's account of it says fp32.
+    """
+    real = small(attention, recomputed)
+    measured = [pass_memory(real, clips, batch, bf16=bf16) for batch in (1, 3)]
+    with torch.device("meta"):
+        planned = small(attention, recomputed)
+    with without_memory(planned):
+        counted = [pass_memory(planned, clips, batch, bf16=bf16) for batch in (1, 3)]
+    for ours, real in zip(counted, measured, strict=True):
+        assert ours == (pytest.approx(real, rel=0.005) if bf16 else real)
+    small_pass, large_pass = measured
+    assert large_pass.activations > 2 * small_pass.activations > 0
+    # Gradients come while activations go.
+    gradients = 4 * sum(parameter.numel() for parameter in real_parameters(attention))
+    assert large_pass.activations < large_pass.together < large_pass.activations + gradients
+
+
+def test_allocations_are_those_alive() -> None:
+    given = torch.zeros(1000)
+    with Allocations([given]) as allocations:
+        doubled = given * 2
+        view = doubled[:10]
+        given.mul_(3)
+        assert allocations.now == 4000
+        tripled = torch.cat([doubled, doubled, doubled])
+        del doubled
+        assert allocations.now == 16_000  # the view keeps it
+        del view
+        assert (allocations.now, allocations.peak) == (12_000, 16_000)
+    assert tripled.numel() == 3000
+
+
+def test_memory_beyond_what_is_measured_is_linear() -> None:
+    model = small("eager")
+    three, four, seven = (pass_memory(model, clips, batch, bf16=False).activations for batch in (3, 4, 7))
+    assert seven == pytest.approx(four + 3 * (four - three), rel=0.01)
+
+
+def test_recomputed_blocks_take_less() -> None:
+    recomputed, kept = (pass_memory(small("eager", blocks), clips, 3, bf16=False).activations for blocks in (4, 0))
+    assert recomputed < 0.5 * kept
+
+
+def test_a_gpu_gets_the_fused_kernel() -> None:
+    """`auto` on a GPU, recomputed blocks included: less than with logits kept for the backward pass."""
+    values: dict[str, Any] = {"data": {"frames": None}, "window": 4, "checkpoint_blocks": 1}
+    gpu = make_plan(config(engine={"device": "auto"}, **values))
+    eager = make_plan(config(engine={"device": "auto"}, attention="eager", **values))
+    assert gpu.device == "cuda"
+    assert set(gpu.backends) == {"sdpa"}
+    assert gpu.activations < eager.activations
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plan:
+    return make_plan(config(engine={"engine": "plain"}, attention="eager"), samples=100, classes=7)
+
+
+def test_figures_of_a_run(plain: Plan) -> None:
+    plan = plain
+    with torch.device("meta"):
+        model = vs.create_model("swinv2_nano", num_classes=7, frames=4, image_size=32, window=(2, 4, 4))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert plan.parameters == parameters
+    states = plan.states
+    assert (states.weights, states.gradients, states.optimizer, states.averages, states.buffers) == tuple(
+        4 * parameters * times for times in (1, 1, 2, 0, 0)
+    )
+    assert (plan.batch, plan.micro_batch, plan.accumulation) == (16, 2, 8)
+    assert plan.steps == 12  # 2 epochs of 100 samples in batches of 16
+    assert plan.steps_per_epoch == pytest.approx(6.25)
+    # Eight micro-batches are accumulated, so all gradients are there while one more passes.
+    assert plan.peak == states.weights + states.optimizer + states.gradients + plan.activations
+    assert plan.checkpoint == 3 * 4 * parameters
+    assert plan.files == 3 * plan.checkpoint + 2 * 4 * parameters  # two are kept, one is being written, best and last
+    text = show(plan, memory=plan.peak)
+    assert f"{parameters:,} parameters" in text
+    assert "fits" in text
+    assert "does not fit" in show(plan, memory=plan.peak - 1)
+
+
+def states(engine: dict[str, Any], processes: int, *, ema: bool = False, accumulation: int = 1) -> States:
+    """Of a model of 3.0 B parameters on a GPU, a third of them in one group."""
+    counts = count([[1_000_000_000], [2_000_000_000]], 3_000_000_000, processes, accumulation)
+    return states_of(config(engine={"device": "auto", **engine}).engine, counts, ema=ema, device="cuda")
+
+
+def test_giant_fits_where_zero_3_shares_it() -> None:
+    """The paper's 3.0 B: alone its states need 60 GB; 8 devices hold an eighth each, and what is gathered."""
+    alone, shared = states({"zero_stage": 1}, 1), states({"zero_stage": 3}, 8)
+    assert alone.weights + alone.gradients + alone.optimizer == 60e9
+    assert shared.weights + shared.gradients + shared.optimizer == 7.5e9
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [({"engine": "plain"}, 12e9), ({"zero_stage": 0}, 12e9), ({"zero_stage": 1}, 1.5e9), ({"zero_stage": 3}, 1.5e9)],
+)
+def test_averaged_weights_are_counted_where_they_are_kept(engine: dict[str, Any], expected: float) -> None:
+    """Whole in the plain engine and ZeRO-0, from ZeRO-1 on the piece that a process updates."""
+    processes = 1 if "engine" in engine else 8
+    assert states(engine, processes).averages == 0
+    assert states(engine, processes, ema=True).averages == expected
+
+
+def test_what_is_offloaded_is_on_the_host() -> None:
+    counts = count([[3_000_000_000]], 3_000_000_000, 8, 1)
+    peaks = {}
+    for where in ("none", "cpu"):
+        engine = config(engine={"device": "auto", "zero_stage": 1, "offload_optimizer": where}).engine
+        found = states_of(engine, counts, ema=False, device="cuda")
+        peaks[where] = moments_of(found, PassMemory(0, 0), engine, counts, "cuda")["passes"]
+        # The fp32 piece, both moments and its gradients: 16 bytes for each parameter of the share.
+        assert found.host == (16 * 375_000_000 if where == "cpu" else 0)
+    assert peaks["none"] - peaks["cpu"] == 16 * 375_000_000
+
+
+def test_averages_frozen_stages_and_repeats_enter_the_plan(plain: Plan) -> None:
+    optim = {"ema": 0.99, "frozen_stages": 2, "backbone_lr": 0.1}
+    settings = config(engine={"engine": "plain"}, optim=optim, attention="eager")
+    plan = make_plan(settings, samples=100, classes=7)
+    assert 0 < plan.trained < plan.parameters == plain.parameters
+    assert plan.states.averages == plan.states.gradients == 4 * plan.trained
+    assert plan.checkpoint == 4 * plan.parameters + 3 * 4 * plan.trained
+    assert plan.activations < plain.activations
+    assert plan.pace.flops_per_sample < plain.pace.flops_per_sample
+    assert {layer.name: layer.lr for layer in plan.layers} == {
+        "all_layers_backbone": pytest.approx(1e-4),
+        "all_layers_head": pytest.approx(1e-3),
+    }
+    assert sum(layer.parameters for layer in plan.layers) == plan.trained
+
+
+def test_layers_have_their_learning_rates() -> None:
+    plan = make_plan(config(optim={"layer_decay": 0.5}, engine={"engine": "plain"}), samples=100, classes=7)
+    assert [layer.name for layer in plan.layers] == [f"layer_{number:02d}" for number in range(10)]
+    assert [layer.lr for layer in plan.layers] == pytest.approx([1e-3 * 0.5 ** (9 - n) for n in range(10)])
+    assert "layer_00" in show(plan)
+
+
+def test_time_follows_from_the_speed_of_a_device(plain: Plan) -> None:
+    assert plain.pace.hours is None
+    assert "give --tflops" in show(plain)
+    plan = make_plan(config(engine={"engine": "plain"}, attention="eager"), samples=100, classes=7, tflops=0.001)
+    pace = plan.pace
+    assert pace.step_seconds == pytest.approx(16 * pace.flops_per_sample / 1e9)
+    assert pace.hours == pytest.approx(12 * (pace.step_seconds or 0) / 3600)
+    # Three times the forward pass, by another count of its products, and without the log-CPB networks.
+    assert 0.6 < pace.flops_per_sample / (3 * 2e9 * plan.giga_macs) <= 1
+
+
+def test_what_does_not_fit_comes_with_a_mend(plain: Plan, tmp_path: Path) -> None:
+    settings = config(engine={"engine": "plain"}, attention="eager")
+    assert shortfalls(plain, settings, plain.peak) == []
+    (line,) = shortfalls(plain, settings, plain.peak - 1)
+    assert line.startswith("memory: ")
+    assert "optim.micro_batch" in line or "engine.zero_stage=3" in line
+
+
+def test_reading_is_measured_against_what_is_needed(write_video: Any, tmp_path: Path) -> None:
+    """A data set of one video, a device that is too fast for one worker."""
+    import numpy as np
+
+    write_video(tmp_path / "videos" / "a.mp4", np.zeros((30, 64, 64, 3), np.uint8))
+    (tmp_path / "train.csv").write_text("path,label\nvideos/a.mp4,still\n")
+    settings = config(engine={"engine": "plain"}, data={"source": str(tmp_path), "workers": 1}, attention="eager")
+    plan = make_plan(settings, tflops=100.0, measuring=True)
+    assert plan.samples == 1
+    assert plan.pace.read is not None
+    assert plan.pace.read.per_second > 0
+    assert plan.pace.workers_needed is not None
+    assert plan.pace.workers_needed > 1
+    (line,) = shortfalls(plan, settings, None)
+    assert f"data.workers={plan.pace.workers_needed}" in line
+
+
+def test_pretraining_has_a_decoder_and_masks(plain: Plan) -> None:
+    masked = make_plan(config(data={"frames": None, "image_size": 64}, window=4), pretraining=True)
+    assert masked.parameters > plain.parameters
+    assert masked.activations > 0
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "out: runs/a\ninit: scratch\nmodel: {name: swinv2_nano, window: 4}\ndata: {source: nowhere, image_size: 32}\n"
+        "optim: {epochs: 1, lr: 1.e-3, batch: 8, micro_batch: 4}\nengine: {engine: plain, device: cpu}\n"
+    )
+    arguments = ["plan", str(file), "--samples", "80", "--classes", "3", "--json"]
+    assert main([*arguments, "--quick", "--memory", "0.01GB"]) == 1, "it does not fit"
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["problems"][0].startswith("memory: ")
+    assert answer["steps"] == 10
+    assert answer["activations"] > 0
+    assert main(["plan", str(file), "--processes", "2"]) == 2
+    assert "--processes" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="multiple of 3"):
+        make_plan(config(), processes=3)
+
+
+GROWTH = """
+import torch, video_swinv2 as vs
+from video_swinv2.memory import kernel_says, memory_peak
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.plan.activations import pass_memory
+"""
+
+
+def run(script: str) -> list[float]:
+    """The numbers that a fresh process prints: only there is the most resident memory that of the script."""
+    # Freed memory goes back to the system at once, so that resident memory is what is held.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", GROWTH + script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [float(number) for number in done.stdout.split()]
+
+
+@pytest.mark.slow
+def test_peak_of_a_process_is_near_the_plan() -> None:
+    """The resident memory that a forward and backward pass adds on a CPU."""
+    counted, grown = run(
+        "m = vs.create_model('swinv2_tiny', num_classes=5, frames=8, image_size=112, attention='eager').train()\n"
+        "clips = lambda n: (torch.zeros(n, 3, 8, 112, 112),)\n"
+        "pass_memory(m, lambda n: (torch.zeros(n, 3, 2, 32, 32),), 1, bf16=False)\n"
+        "before = kernel_says('VmRSS')\n"
+        "counted = pass_memory(m, clips, 4, bf16=False).together\n"
+        "print(counted, memory_peak() - before)\n"
+    )
+    assert grown == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.slow
+def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
+    """The paper's 3.0 B at its true widths, 512 to 4096, one block per stage: 5 GB of states."""
+    parameters, grown, counted, first, second = run(
+        "from video_swinv2.engine.deepspeed import EngineSettings, make_engine\n"
+        "from video_swinv2.engine.optimizer import parameter_groups\n"
+        "from video_swinv2.distributed.world import World\n"
+        "before = kernel_says('VmRSS')\n"
+        "m = SwinV2(embed_dim=512, depths=(1, 1, 1, 1), num_heads=(16, 32, 64, 128), extra_norm_every=1,\n"
+        "           num_classes=10, frames=4, image_size=64, window=(2, 4, 4), checkpoint_blocks=4).train()\n"
+        "x, y = torch.randn(2, 3, 4, 64, 64), torch.tensor([3, 7])\n"
+        "groups = parameter_groups(m, m.depths, weight_decay=0.05)\n"
+        "settings = EngineSettings(engine='plain', precision='fp32', clip_norm=1.0)\n"
+        "world = World(0, 1, 0, torch.device('cpu'))\n"
+        "engine = make_engine(m, groups, settings, world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8)\n"
+        "losses = []\n"
+        "for _ in range(2):\n"
+        "    loss = torch.nn.functional.cross_entropy(engine.forward(x), y)\n"
+        "    engine.backward(loss); losses.append(loss.item()); engine.step()\n"
+        "grown = memory_peak() - before\n"
+        "counted = pass_memory(m, lambda n: (x,), 2, bf16=False).activations\n"
+        "print(sum(p.numel() for p in m.parameters()), grown, counted, *losses)\n"
+    )
+    states = 4 * 4 * parameters  # weights, gradients, two moments
+    assert parameters > 3e8
+    assert second < first
+    assert grown == pytest.approx(states + counted, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "zero_stage", "processes"),
+    [("swinv2_tiny", None, 1), ("swinv2_tiny", 1, 2), ("swinv2_small", None, 1), ("swinv2_small", 1, 2)],
+)
+def test_the_plan_is_near_the_measured_peak(
+    name: str, zero_stage: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of the engine that `train` uses, in processes of their own: the most resident memory, within 10 %."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back to the system at once
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    engine = {"engine": "plain"} if zero_stage is None else {"zero_stage": zero_stage}
+    settings = config(
+        engine=engine,
+        data={"frames": 8, "image_size": 112},
+        optim={"batch": 2 * processes, "micro_batch": 2},
+        name=name,
+        window=(8, 7, 7),
+        drop_path=0.1,
+    )
+    plan = make_plan(settings, processes=processes, samples=100, classes=400)
+    work = Workload(name, 8, 112, (8, 7, 7), 2, processes, "cpu", "fp32", rounds=1, threads=1)
+    measured = run_way(work, Way("measured", zero_stage=zero_stage))
+    assert plan.peak == pytest.approx(measured["peak_bytes"], rel=0.1)

@@ -1,0 +1,159 @@
+"""Tests compared: pairs on shared videos, classes by name, what was different, and every wrong combination refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.report import independent, report_pages
+from video_swinv2.cli import main
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.report.compare import compare, score_folders
+from video_swinv2.report.scores import Scores, load_scores, save_scores
+
+ATTACK = "<script>alert(1)</script>"
+CLASSES = ("a", ATTACK, "c", "d|e")
+RECORD = report_pages.RECORD | {"data": "data", "model": {"path": "nowhere/model.safetensors"}}
+
+
+def make(folder: Path, skill: float, seed: int, names: Sequence[str] | None = None, **record: Any) -> Scores:
+    """Scores of 60 videos whose labels do not depend on the seed."""
+    labels = np.random.default_rng(99).integers(0, 4, 60)
+    logits = np.random.default_rng(seed).normal(size=(60, 3, 4))
+    logits[np.arange(60), :, labels] += skill
+    paths = tuple(names) if names else tuple(f"{i}.mp4" for i in range(60))
+    scores = Scores(
+        paths, labels, logits.astype(np.float16), np.zeros((60, 3, 5), np.int32), ("",) * 60, CLASSES, RECORD | record
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_scores(scores, folder / "scores.npz")
+    return scores
+
+
+def right(scores: Scores) -> np.ndarray:
+    return independent.chances(scores.logits, "prob").argmax(axis=1) == scores.labels
+
+
+def test_pairs_are_compared_video_by_video(tmp_path: Path) -> None:
+    hits = [
+        right(make(tmp_path / name, skill, i)) for i, (name, skill) in enumerate([("x", 0.5), ("y", 1.0), ("z", 3)])
+    ]
+    result = compare([tmp_path / name for name in "xyz"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
+    assert [(pair["first"], pair["second"]) for pair in result["pairs"]] == [("A", "B"), ("A", "C"), ("B", "C")]
+    p_values = []
+    for pair, (i, j) in zip(result["pairs"], [(0, 1), (0, 2), (1, 2)], strict=True):
+        paired = pair["paired"]
+        only = int((hits[i] & ~hits[j]).sum()), int((hits[j] & ~hits[i]).sum())
+        assert (paired["only_first"], paired["only_second"], paired["n"]) == (*only, 60)
+        assert paired["difference"] == pytest.approx(hits[j].mean() - hits[i].mean())
+        assert paired["p_value"] == pytest.approx(independent.mcnemar(*only))
+        p_values.append(paired["p_value"])
+    assert max(pair["p_holm"] / pair["paired"]["p_value"] for pair in result["pairs"]) == pytest.approx(3, rel=1)
+    assert min(pair["p_holm"] for pair in result["pairs"]) == pytest.approx(3 * min(p_values))
+    assert [test["top1"] for test in result["tests"]] == pytest.approx([hit.mean() for hit in hits])
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    text = re.sub(r"<[^>]*>", " ", page)
+    for pair in result["pairs"]:
+        assert f"{100 * pair['paired']['difference']:+.1f}" in text
+    assert page.count("abababababab") >= 6, "each accuracy with the fingerprint of its data"
+    assert ATTACK not in page
+    assert "script-src" not in page
+    assert "<script" not in page
+    said = (tmp_path / "out" / "comparison.md").read_text()
+    assert said.count("videoswin-4x3") == 3
+
+
+def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
+    scores = make(tmp_path / "x", 1.5, 0)
+    order = [2, 0, 3, 1]
+    turned = replace(
+        scores,
+        classes=tuple(CLASSES[i] for i in order),
+        labels=np.argsort(order)[scores.labels],
+        logits=scores.logits[:, :, order],
+    )
+    (tmp_path / "y").mkdir()
+    save_scores(turned, tmp_path / "y" / "scores.npz")
+    result = compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    assert (result["pairs"][0]["paired"]["only_first"], result["pairs"][0]["paired"]["only_second"]) == (0, 0)
+    assert all(row["apart"] == 0 for row in result["classes"])
+    other = replace(scores, classes=("a", "b", "c", "d"))
+    save_scores(other, tmp_path / "y" / "scores.npz")
+    with pytest.raises(UserError, match=r"y/scores\.npz: its class 'b'"):
+        compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+
+
+def test_only_shared_videos_count(tmp_path: Path) -> None:
+    x = make(tmp_path / "x", 1, 0)
+    names = [*(f"{i}.mp4" for i in range(40)), *(f"other {i}.mp4" for i in range(20))]
+    y = make(tmp_path / "y", 1, 1, names, data_fingerprint="cd" * 32, protocol="center-1x1")
+    gone = y.logits.copy()
+    gone[:5] = np.nan
+    places = y.views.copy()
+    places[:5] = -1
+    save_scores(
+        replace(y, logits=gone, views=places, reasons=("broken",) * 5 + ("",) * 55), tmp_path / "y" / "scores.npz"
+    )
+    result = compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    paired = result["pairs"][0]["paired"]
+    assert paired["n"] == 35
+    assert paired["difference"] == pytest.approx(right(y)[5:40].mean() - right(x)[5:40].mean())
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "The tests are of different data" in page
+    assert "The protocols differ too" in page
+    assert result["different"]["protocol"] == ["videoswin-4x3", "center-1x1"]
+    assert "seed" not in result["different"]
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
+    x = make(tmp_path / "x", 1, 0)
+    make(tmp_path / "y", 1, 1, [f"other {i}.mp4" for i in range(60)])
+    with pytest.raises(UsageError, match=r"x and .*y: no video was scored in both"):
+        compare([tmp_path / "x", tmp_path / "y"], tmp_path)
+    save_scores(replace(x, labels=(x.labels + 1) % 4), tmp_path / "y" / "scores.npz")
+    with pytest.raises(UsageError, match=r"0\.mp4: is .* in .*x and .* in .*y"):
+        compare([tmp_path / "x", tmp_path / "y"], tmp_path)
+    with pytest.raises(UsageError, match="given twice"):
+        compare([tmp_path / "x", tmp_path / "x"], tmp_path)
+    with pytest.raises(UserError, match=r"nothing/scores\.npz: no such file"):
+        score_folders(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        compare([tmp_path / "x", make_second(tmp_path)], tmp_path / "file" / "out")
+
+
+def make_second(tmp_path: Path) -> Path:
+    make(tmp_path / "second", 2, 5)
+    return tmp_path / "second"
+
+
+def test_the_verb_reports_one_test_and_compares_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "x", 1, 0)
+    make(tmp_path / "y" / "center-1x1", 1, 1, protocol="center-1x1")
+    make(tmp_path / "y" / "videoswin-4x3", 2, 1)
+    assert main(["report", str(tmp_path / "x")]) == 0
+    assert re.search(r"x/report\.html: top-1 \d+\.\d\d % \(95 % interval .*60 videos, videoswin-4x3, data ababababab", capsys.readouterr().out)  # fmt: skip  # noqa: E501 - one line is what is looked for
+    assert (tmp_path / "x" / "results.json").is_file()
+    assert main(["report", str(tmp_path / "y"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"center-1x1", "videoswin-4x3", "comparison"}
+    assert (tmp_path / "y" / "comparison.html").is_file()
+    assert (tmp_path / "y" / "center-1x1" / "report.html").is_file()
+    assert main(["report", str(tmp_path / "x"), str(tmp_path / "y"), "--out", str(tmp_path / "all")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in lines[:3]] == ["A", "B", "C"]
+    assert lines[-1] == str(tmp_path / "all" / "comparison.html")
+    assert main(["report", str(tmp_path / "x"), str(tmp_path / "y"), "--run", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path / "x"), "--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "leave it away" in error
+    assert "no run.json and metrics.jsonl" in error
+    assert load_scores(tmp_path / "x" / "scores.npz").classes == CLASSES

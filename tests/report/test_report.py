@@ -1,0 +1,252 @@
+"""The report page: parsed, compared with the figures, attacked with names."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.report.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, metrics_of, write_page
+from video_swinv2.errors import UsageError, UserError
+from video_swinv2.report.matrix import confused_order, matrix_data
+from video_swinv2.report.metrics import ClassAccuracy, video_probabilities
+from video_swinv2.report.mistakes import film_strip, surest_mistakes
+from video_swinv2.report.page import split_classes, write_report
+from video_swinv2.report.runs import find_run, flatten
+from video_swinv2.report.scores import Scores, save_scores
+
+
+def counts(confusion: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """(label, answer, count) of all cells above zero."""
+    places = [(i, j) for i in range(len(classes)) for j in range(len(classes)) if confusion[i, j]]
+    return [(classes[i], classes[j], int(confusion[i, j])) for i, j in places]
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> tuple[Path, Scores]:
+    return make_six(tmp_path)
+
+
+def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
+    out, scores = six
+    raw = write_page(out)
+    page = Page(raw)
+    metrics = metrics_of(scores)
+    text = page.text
+    assert f"{100 * metrics.top1:.1f} % top-1" in text
+    assert f"{100 * metrics.top1_interval[0]:.1f} to {100 * metrics.top1_interval[1]:.1f}" in text
+    assert f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} % of all listed" in text
+    assert "ab" * 32 in text
+    assert "videoswin-4x3" in text
+    data = matrix_of(raw)
+    cells = data["cells"]
+    drawn = [
+        (data["classes"][i], data["classes"][j], n)
+        for i, j, n in zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+    ]
+    assert drawn == counts(metrics.confusion, scores.classes)
+    for row in metrics.per_class:
+        assert row.name in page.texts
+    for mistake in surest_mistakes(scores, video_probabilities(scores)):
+        assert f"{mistake.path} · view {mistake.view + 1} from frame {mistake.start}" in text
+    assert text.count(f"reason {ATTACK}") == 2
+
+
+def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> None:
+    out, _ = six
+    raw = write_page(out)
+    assert ATTACK not in raw
+    page = Page(raw)
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "matrix-data"}, {}]
+    assert "'unsafe-inline'" not in raw.split("script-src")[1].split('"')[0], "only the script of known digest may run"
+    assert "sha256-" in raw.split("script-src")[1].split('"')[0]
+    assert ATTACK in page.texts, "shown as text"
+    known = {"class", "style", "title", "src", "alt", "id", "role", "x", "y", "width", "height", "fill-opacity"}
+    known |= {"lang", "charset", "name", "content", "http-equiv", "aria-label", "aria-live", "viewbox", "transform"}
+    known |= {"type", "for", "list", "placeholder", "size", "value", "selected", "open", "preserveaspectratio"}
+    known |= {"points", "d", "x1", "x2", "y1", "y2"}
+    for tag, attributes in page.tags:
+        assert set(attributes) <= known, f"a name broke out of an attribute of {tag}"
+    assert any(attributes.get("title") == ATTACK for _, attributes in page.tags)
+
+
+def test_page_needs_nothing_else(six: tuple[Path, Scores]) -> None:
+    out, scores = six
+    raw = write_page(out)
+    page = Page(raw)
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == len(surest_mistakes(scores, video_probabilities(scores))) > 5
+    for image in images:
+        head, _, data = image.partition(",")
+        assert head == "data:image/jpeg;base64"
+        assert base64.b64decode(data).startswith(b"\xff\xd8\xff")
+    without_script = raw[: raw.rindex("<script>")]
+    assert "//" not in re.sub(r"(base64,|sha256-)[A-Za-z0-9+/=]+", "", without_script), "no address of any kind"
+    assert not re.search(r"fetch|XMLHttp|import|src|https?:", raw[raw.rindex("<script>") :])
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        assert "href" not in attributes
+
+
+def test_page_is_made_again_from_the_scores_alone(six: tuple[Path, Scores]) -> None:
+    out, _ = six
+    result = write_report(out)
+    first = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "results.json")}
+    assert json.loads(first["results.json"]) == result
+    assert write_report(out) == result
+    assert {name: (out / name).read_bytes() for name in first} == first
+    (out / "strips.npz").unlink()
+    page = Page(write_page(out))
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    with pytest.raises(UserError, match=r"nothing.*no such file"):
+        write_report(out / "nothing")
+
+
+@pytest.mark.parametrize("n_classes", [2, 13, 40, 400])
+def test_any_number_of_classes(n_classes: int, tmp_path: Path) -> None:
+    names = tuple(f"class number {i} with a rather long name" for i in range(n_classes))
+    scores = make_folder(tmp_path, names, 5 * n_classes, failed=0, frame_order="shuffled")
+    raw = write_page(tmp_path)
+    page = Page(raw)
+    assert len(raw) < 3e6
+    assert "Frames were shuffled" in page.text
+    bars = [attributes["title"] for tag, attributes in page.tags if tag == "span" and attributes.get("class") == "name"]
+    assert set(bars) == set(names)
+    data = matrix_of(raw)
+    assert sum(data["cells"][2::3]) == 5 * n_classes
+    assert len(data["cells"]) == 3 * (metrics_of(scores).confusion > 0).sum()
+    assert sorted(data["together"]) == list(range(n_classes))
+
+
+def test_matrix_puts_confused_classes_side_by_side() -> None:
+    confusion = np.diag([9, 9, 9, 9, 9, 9])
+    confusion[0, 4] = confusion[3, 1] = 6
+    order = confused_order(confusion)
+    assert abs(order.index(0) - order.index(4)) == 1
+    assert abs(order.index(1) - order.index(3)) == 1
+    assert sorted(order) == list(range(6))
+    assert confused_order(np.array([[1, 2], [0, 0]])) == [0, 1]
+    data = matrix_data(np.array([[3, 1, 0], [0, 0, 0], [0, 2, 2]]), ("a", "b", "c"), "videos")
+    assert data["cells"] == [0, 0, 3, 0, 1, 1, 2, 1, 2, 2, 2, 2]
+    json.dumps(data)
+
+
+def make_run(folder: Path, **record: Any) -> None:
+    folder.mkdir()
+    known = {"hours": 0.5, "device_hours": 4.0, "device": "cuda", "processes": 8, "parameters": 28_000_000}
+    (folder / "run.json").write_text(json.dumps(known | record))
+    lines = [{"step": step, "train/loss": 3.0 / step, "train/lr": 1e-3} for step in range(1, 1000)]
+    lines += [{"step": step, "val/loss": 2.0, "val/top1": step / 1000} for step in (250, 500, 1000)]
+    lines.append({"step": 7, "train/loss": float("nan")})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1001, "tr')
+
+
+def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", note=ATTACK)
+    scores = make_folder(
+        tmp_path / "test", ("a", "b", "c"), 40, model={"path": str(tmp_path / "run" / "m.safetensors")}
+    )
+    raw = write_page(tmp_path / "test")
+    page = Page(raw)
+    for words in ("Loss", "Accuracy in validation", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
+        assert words in page.text
+    assert ATTACK not in raw
+    assert ATTACK in page.texts
+    assert json.loads((tmp_path / "test" / "results.json").read_text())["run"]["hours"] == 0.5
+    run = find_run(tmp_path / "run")
+    assert run is not None
+    steps, losses = run.series("train/loss")
+    assert len(steps) == 240
+    assert losses[0] == pytest.approx(np.mean([3.0, 1.5, 1.0, 0.75, 0.6]))
+    assert run.series("val/top1")[0].tolist() == [250, 500, 1000]
+    make_folder(tmp_path / "test", scores.classes, 40)
+    assert "Learning rate" not in Page(write_page(tmp_path / "test")).text
+    write_report(tmp_path / "test", tmp_path / "run")
+    assert "Learning rate" in (tmp_path / "test" / "report.html").read_text()
+    with pytest.raises(UsageError, match=r"test: no run\.json"):
+        write_report(tmp_path / "test", tmp_path / "test")
+
+
+def test_a_test_on_the_training_data_is_no_accuracy_to_quote(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", data={"data_fingerprint": "ab" * 32})
+    make_folder(tmp_path / "test", ("a", "b"), 20, model={"path": str(tmp_path / "run" / "m.safetensors")})
+    assert "was trained on these very videos" in Page(write_page(tmp_path / "test")).text
+
+
+def test_classes_out_of_order_are_pointed_out(tmp_path: Path) -> None:
+    scores = make_folder(tmp_path, tuple("fedcba"), 200, failed=0)
+    assert "out of order" not in Page(write_page(tmp_path)).text
+    turned = Scores(scores.paths, scores.labels, scores.logits[:, :, ::-1].copy(), scores.views, scores.reasons,
+                    scores.classes, scores.metadata)  # fmt: skip
+    save_scores(turned, tmp_path / "scores.npz")
+    text = Page(write_page(tmp_path)).text
+    assert "The classes look out of order" in text
+    assert "in alphabetical order" in text
+    assert "class order looks wrong" in (tmp_path / "report.md").read_text()
+    hint = json.loads((tmp_path / "results.json").read_text())["class_order_hint"]
+    assert {(row["label"], row["answer"]) for row in hint["moved"]} == set(zip("fedcba", "abcdef", strict=True))
+
+
+def test_surest_mistakes(tmp_path: Path) -> None:
+    scores = make_folder(tmp_path, tuple("abcdef"), 80)
+    probabilities = video_probabilities(scores)
+    positions = np.flatnonzero(scores.scored)
+    wrong = []
+    for row, position in zip(probabilities, positions, strict=True):
+        if row.argmax() != scores.labels[position]:
+            wrong.append((float(row.max()), int(position)))
+    wrong.sort(reverse=True)
+    found = surest_mistakes(scores, probabilities)
+    assert [(mistake.answer_probability, mistake.position) for mistake in found] == wrong[:12]
+    for mistake in found:
+        views = scores.logits[mistake.position].astype(float)
+        shares = np.exp(views) / np.exp(views).sum(axis=1, keepdims=True)
+        answer = scores.classes.index(mistake.answer)
+        assert shares[mistake.view, answer] == shares[:, answer].max()
+        assert mistake.label == scores.classes[scores.labels[mistake.position]] != mistake.answer
+        assert mistake.guesses[0].name == mistake.answer
+        assert [guess.name for guess in mistake.guesses if guess.right] == [mistake.label]
+        assert len(mistake.guesses) in (5, 6)
+
+
+def test_classes_worst_first() -> None:
+    rows = (*(ClassAccuracy(str(i), 5, i / 100) for i in range(99, 0, -1)), ClassAccuracy("none", 0, None))
+    shown, rest = split_classes(rows)
+    assert [row.name for row in shown] == [str(i) for i in range(1, 21)]
+    assert len(rest) == 80
+    assert rest[-1].name == "none"
+    assert split_classes(rows[:30])[1] == []
+
+
+def test_film_strip_is_a_picture_of_the_frames() -> None:
+    clip = torch.arange(16, dtype=torch.uint8)[None, :, None, None].expand(3, 16, 32, 48) * 15
+    picture = np.asarray(Image.open(BytesIO(film_strip(clip)))).astype(int)
+    assert picture.shape == (2 * 34 + 2, 4 * 50 + 2, 3)
+    centres = [picture[18 + 34 * row, 26 + 50 * column, 0] for row in range(2) for column in range(4)]
+    np.testing.assert_allclose(centres, np.round(np.linspace(0, 15, 8)) * 15, atol=4)
+    assert film_strip(clip[:, 0])[:3] == b"\xff\xd8\xff"
+
+
+def test_record_is_flat() -> None:
+    assert list(flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": "x", "f": {}})) == [
+        ("a.b.c", "1"), ("d", "[1, 2]"), ("e", "x"), ("f", "{}")
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_no_text_does_not_stop_the_page(tmp_path: Path) -> None:
+    scores = make_folder(tmp_path, ("a", "b"), 10, failed=0)
+    odd = Scores(("\udcff.mp4", *scores.paths[1:]), scores.labels, scores.logits, scores.views, scores.reasons,
+                 scores.classes, scores.metadata)  # fmt: skip
+    save_scores(odd, tmp_path / "scores.npz")
+    write_report(tmp_path)
+    for name in ("report.html", "report.md", "results.json"):
+        assert (tmp_path / name).stat().st_size > 500

@@ -1,0 +1,120 @@
+"""The report in headless Chromium, where there is one: no complaints, no requests, a matrix that answers, a print."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.report.report_pages import Page, make_folder, make_six, metrics_of, write_page
+from video_swinv2.report.page import write_report
+from video_swinv2.report.scores import Scores
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> tuple[Path, Scores]:
+    return make_six(tmp_path)
+
+
+def chromium(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--disable-background-networking", "--virtual-time-budget=2000", f"--user-data-dir={profile}"]
+    return subprocess.run(
+        [*command, *options, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
+    )
+
+
+PROBE = """
+<script>
+const say = (id, text) => {
+  const line = document.createElement("p");
+  line.id = id;
+  line.textContent = text;
+  document.body.append(line);
+};
+const at = (row, column) => {
+  const box = canvas.getBoundingClientRect(), { margin, head, cell } = layout;
+  const clientX = box.left + margin + (column + 0.5) * cell, clientY = box.top + head + (row + 0.5) * cell;
+  return { clientX, clientY, bubbles: true };
+};
+const aim = (row, column) => {
+  canvas.dispatchEvent(new PointerEvent("pointermove", at(row, column)));
+  return readout.textContent;
+};
+addEventListener("load", () => setTimeout(() => {
+  say("first", aim(0, 1));
+  canvas.dispatchEvent(new MouseEvent("click", at(0, 1)));
+  say("picked-said", picked.textContent);
+  const choice = document.getElementById("order");
+  choice.value = "worst";
+  choice.dispatchEvent(new Event("change"));
+  say("worst", aim(0, 0));
+  document.getElementById("closer").click();
+  say("span", String(span));
+  say("ink", String(new Set(pen.getImageData(0, 0, canvas.width, canvas.height).data).size));
+}, 300));
+</script>
+"""
+
+
+def test_the_matrix_in_a_browser_answers_to_pointing_sorting_and_zooming(tmp_path: Path) -> None:
+    names = tuple(f"<b>{i:02d}</b>" for i in range(30))
+    scores = make_folder(tmp_path, names, 900, failed=0)
+    confusion = metrics_of(scores).confusion
+    raw = re.sub(r"<meta http-equiv[^>]*>", "", write_page(tmp_path)) + PROBE  # its policy forbids this very script
+    (tmp_path / "probe.html").write_text(raw)
+    dom = chromium(tmp_path / "probe.html", tmp_path / "profile", "--window-size=1200,900", "--dump-dom").stdout
+    page = Page(dom[dom.index("<html") :])
+    said = {attributes.get("id"): i for i, (_, attributes) in enumerate(page.tags) if attributes.get("id")}
+    assert {"first", "picked-said", "worst", "span", "ink"} <= set(said)
+    total, count = confusion[0].sum(), confusion[0, 1]
+    assert f"{names[0]}, answered {names[1]}: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
+    worst = int(np.argmin(np.diag(confusion) / confusion.sum(axis=1)))
+    total, count = confusion[worst].sum(), confusion[worst, worst]
+    assert f"{names[worst]}, answered rightly: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
+    assert "15" in page.texts, "zoomed in"
+    assert any(text.startswith(f"Answers to {names[0]}: ") for text in page.texts)
+    assert max(int(text) for text in page.texts if text.isdecimal()) > 50, "something was drawn"
+
+
+@pytest.mark.parametrize("window", ["1200,900", "390,800"])
+def test_a_browser_has_nothing_to_complain_of(six: tuple[Path, Scores], window: str, tmp_path: Path) -> None:
+    out, _ = six
+    write_report(out)
+    done = chromium(out / "report.html", tmp_path / "profile", f"--window-size={window}", "--dump-dom")
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    assert "Record of this test" in done.stdout
+    assert "alert(1)&lt;/script" in done.stdout
+
+
+def test_the_page_asks_for_nothing_from_outside(six: tuple[Path, Scores], tmp_path: Path) -> None:
+    out, _ = six
+    raw = write_page(out)
+    assert not asked_by_the_page(out / "report.html", tmp_path)
+    # The same page without its policy and with a picture from elsewhere: such a request would have been seen.
+    (out / "leak.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", raw) + '<img src="http://127.0.0.1:9/x.png">')
+    assert asked_by_the_page(out / "leak.html", tmp_path)
+
+
+def asked_by_the_page(page: Path, folder: Path) -> list[str]:
+    """Who asked for what went over the network, but for the browser itself, which looks for its own updates."""
+    log = folder / "net.json"
+    chromium(page, folder / "profile", f"--log-net-log={log}", "--dump-dom")
+    initiators = re.findall(r'"initiator":"([^"]*)"', log.read_text(errors="replace"))
+    return [initiator for initiator in initiators if initiator != "not an origin"]
+
+
+def test_the_page_prints(six: tuple[Path, Scores], tmp_path: Path) -> None:
+    out, _ = six
+    write_report(out)
+    done = chromium(out / "report.html", tmp_path / "profile", f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    pdf = (tmp_path / "report.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12

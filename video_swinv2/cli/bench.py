@@ -1,0 +1,112 @@
+"""The verb `bench`: what it takes and which benchmark it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from video_swinv2.command import Verbs, add_verb, integers
+from video_swinv2.errors import UsageError
+
+
+def add_bench(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Put the verb among the others."""
+    example = "video-swinv2 bench model --against torchvision"
+    verb = add_verb(verbs, "bench", _bench, "speed and memory, measured on this machine", example)
+    verb.add_argument(
+        "what",
+        choices=("model", "train", "loader", "test"),
+        help="model: against another library's, or backend by backend; train: steps under each engine, next to "
+        "torchvision's Video Swin; loader: clips read, by workers, next to a plain DataLoader; test: where its time "
+        "goes, one decode for all views next to one for each",
+    )
+    verb.add_argument(
+        "--against",
+        choices=("torchvision", "timm", "backends"),
+        default="torchvision",
+        help="clips against Video Swin, SimMIM of images against SwinV2, or backend by backend; default %(default)s",
+    )
+    verb.add_argument(
+        "--model", metavar="NAME", help="default swinv2_tiny, against timm and for train swinv2_base; test: a file"
+    )
+    verb.add_argument("--batch", type=int, metavar="N", help="samples; default 1 clip, 8 images; 8 clips to read")
+    verb.add_argument(
+        "--frames", type=int, default=32, metavar="N", help="train, loader: of a clip, default %(default)s"
+    )
+    verb.add_argument("--pixels", type=int, default=224, metavar="N", help="train, loader: default %(default)s")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="train: devices, default %(default)s")
+    verb.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="train: default %(default)s")
+    verb.add_argument("--data", type=Path, metavar="DIR", help="a prepared data set; loader: default made clips")
+    verb.add_argument("--workers", type=integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: to be tried")
+    verb.add_argument("--clips", type=int, default=64, metavar="N", help="loader, test: each time, default %(default)s")
+    verb.add_argument("--split", default="test", help="of the data, for test; default %(default)s")
+    verb.add_argument("--protocol", default="videoswin-4x3", metavar="NAME[,NAME]", help="test: default %(default)s")
+    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
+    verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    {"model": _bench_model, "train": _bench_train, "loader": _bench_loader, "test": _bench_test}[options.what](options)
+
+
+def _bench_model(options: argparse.Namespace) -> None:
+    from video_swinv2.bench import model as bench
+
+    common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
+    if options.against == "backends":
+        rows = bench.bench_layer(options.model or "swinv2_tiny", **common)
+        print(json.dumps(rows, indent=1) if options.json else bench.show_layer(rows))
+        return
+    name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
+    result = bench.bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
+    print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from video_swinv2.bench.model import WINDOW
+    from video_swinv2.bench.train import Workload, bench_train, show_train
+
+    work = Workload(
+        model=options.model or "swinv2_base",
+        frames=options.frames,
+        pixels=options.pixels,
+        window=WINDOW,
+        clips=options.batch or 1,
+        processes=options.processes,
+        device=options.device,
+        precision=options.precision,
+        rounds=options.rounds,
+        threads=options.threads,
+    )
+    result = bench_train(work)
+    print(json.dumps(result, indent=1) if options.json else show_train(result))
+
+
+def _bench_loader(options: argparse.Namespace) -> None:
+    from video_swinv2.bench.loader import Reading, bench_loader, show_loader
+
+    short_side = round(options.pixels * 256 / 224)
+    reading = Reading(options.frames, 2, options.pixels, short_side, options.batch or 8, options.clips)
+    result = bench_loader(options.data, reading, options.workers, rounds=options.rounds)
+    print(json.dumps(result, indent=1) if options.json else show_loader(result))
+
+
+def _bench_test(options: argparse.Namespace) -> None:
+    from video_swinv2.bench.testing import bench_test, show_test
+
+    if options.model is None or options.data is None:
+        raise UsageError("bench test needs --model FILE and --data DIR")
+    result = bench_test(
+        Path(options.model),
+        options.data,
+        protocols=options.protocol,
+        split=options.split,
+        videos=options.clips,
+        batch_views=options.batch or 12,
+        rounds=options.rounds,
+        device=options.device,
+    )
+    print(json.dumps(result, indent=1) if options.json else show_test(result))

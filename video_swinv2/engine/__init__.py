@@ -1,0 +1,1 @@
+"""How steps are computed: plain PyTorch or DeepSpeed behind one surface."""

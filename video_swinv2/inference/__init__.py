@@ -1,0 +1,1 @@
+"""Using a trained model: prediction, streams, retrieval, export, the page."""

@@ -1,0 +1,1 @@
+"""What the scores of a test say: figures, intervals, pages."""

@@ -1,0 +1,104 @@
+"""The wrong answers a model was surest of, and strips of the frames it saw. K classes, V views."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from video_swinv2.report.metrics import ranking, softmax
+from video_swinv2.report.scores import Scores, read_arrays
+
+MOST_MISTAKES = 12
+STRIP_FRAMES = 8
+STRIP_COLUMNS = 4
+JPEG_QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One of the likeliest classes of a video."""
+
+    name: str
+    probability: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A video answered wrongly: its place in the list, both classes and probabilities, and the view surest of it.
+
+    `guesses` are the likeliest five classes, the label behind them where it is not one.
+    """
+
+    position: int
+    path: str
+    label: str
+    answer: str
+    answer_probability: float
+    label_probability: float
+    guesses: tuple[Guess, ...]
+    view: int
+    start: int
+
+
+def surest_mistakes(
+    scores: Scores, probabilities: NDArray[np.float64], most: int = MOST_MISTAKES
+) -> tuple[Mistake, ...]:
+    """The wrong answers given with the highest probability, surest first. probabilities: (scored videos, K)."""
+    positions = np.flatnonzero(scores.scored)
+    answers = probabilities.argmax(axis=1)
+    labels = scores.labels[positions]
+    wrong = np.flatnonzero(answers != labels)
+    order = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")][:most]
+    return tuple(_mistake(scores, int(positions[row]), int(answers[row]), probabilities[row]) for row in order)
+
+
+def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[np.float64]) -> Mistake:
+    label = int(scores.labels[position])
+    best = ranking(probabilities[None], 5)[0].tolist()
+    view = int(softmax(scores.logits[position].astype(np.float64))[:, answer].argmax())
+    return Mistake(
+        position=position,
+        path=scores.paths[position],
+        label=scores.classes[label],
+        answer=scores.classes[answer],
+        answer_probability=float(probabilities[answer]),
+        label_probability=float(probabilities[label]),
+        guesses=tuple(
+            Guess(scores.classes[place], float(probabilities[place]), place == label)
+            for place in (best if label in best else [*best, label])
+        ),
+        view=view,
+        start=int(scores.views[position, view, 0]),
+    )
+
+
+def read_strips(path: Path) -> dict[int, str]:
+    """Data URIs by place in the list; none where the file was not kept."""
+    if not path.is_file():
+        return {}
+    arrays = read_arrays(path, "run the test again")
+    return {
+        int(position): "data:image/jpeg;base64," + base64.b64encode(arrays[f"jpeg_{row:03d}"].tobytes()).decode()
+        for row, position in enumerate(arrays.get("positions", np.empty(0, np.int64)))
+    }
+
+
+def film_strip(view: Tensor) -> bytes:
+    """uint8 (3, T, H, W) or (3, H, W) -> the bytes of one JPEG: STRIP_FRAMES frames in rows of STRIP_COLUMNS."""
+    clip = view.unsqueeze(1) if view.ndim == 3 else view
+    frames = clip.shape[1]
+    chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
+    picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)
+    jpeg = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(jpeg, format="jpeg", quality=JPEG_QUALITY)
+    return jpeg.getvalue()
