@@ -1,13 +1,17 @@
-# Everything a person runs by hand; each target makes the environment by itself when it is missing or stale.
+# Everything that is run by hand. Each target builds the environment first if it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo proof test test-slow lint clean
+.PHONY: demo docs proof test test-slow lint clean
 
 demo: $(READY)
 	$(VENV)/bin/video-swinv2 demo --out $(OUT)
+
+# The site, in site/index.html. Strict: a broken link or an undocumented reference is an error.
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --quiet --strict
 
 proof: $(READY)
 	$(VENV)/bin/python -m tests.proof
@@ -22,6 +26,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -29,4 +34,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
