@@ -8,29 +8,29 @@ import pytest
 
 from data_prep.state import State, Wanted
 from video_swinv2.data.manifest import Entry, Manifest
-from video_swinv2.evaluation.parts import MOST_SHARDS, ShardFolder
-from video_swinv2.evaluation.planning import origins_of
+from video_swinv2.evaluation.parts import MAX_PARTS, PartFolder
+from video_swinv2.evaluation.planning import read_origins
 
 
 def test_origins_are_those_of_the_preparation(tmp_path: Path) -> None:
     names = [f"videos/test/a/{name}.mp4" for name in ("one_1", "one_2", "other")]
     manifest = Manifest(tmp_path, "test", ("a",), tuple(Entry(name, tmp_path / name, 0) for name in names), "f")
-    assert origins_of(manifest) == ["", "", ""]
+    assert read_origins(manifest) == ["", "", ""]
     with State(tmp_path, create=True) as state:
         state.sync(
             Wanted("test", place, name, "a", f"/from/{place}", target=name, origin=origin)
             for place, (name, origin) in enumerate(zip(names, ("one", "one", ""), strict=True))
         )
-    assert origins_of(manifest) == ["one", "one", ""]
+    assert read_origins(manifest) == ["one", "one", ""]
     (tmp_path / "prep.sqlite").write_bytes(b"no state" * 200)
-    assert origins_of(manifest) == ["", "", ""]
+    assert read_origins(manifest) == ["", "", ""]
 
 
-@pytest.mark.parametrize("groups", [1, 2, MOST_SHARDS, MOST_SHARDS + 1, 20_000])
+@pytest.mark.parametrize("groups", [1, 2, MAX_PARTS, MAX_PARTS + 1, 20_000])
 def test_every_group_is_in_one_shard_and_shards_are_not_too_many(tmp_path: Path, groups: int) -> None:
-    folder = ShardFolder(tmp_path, {"model": "a"}, groups)
+    folder = PartFolder(tmp_path, {"model": "a"}, groups)
     pending = folder.open()
-    assert len(pending) == folder.number <= MOST_SHARDS
+    assert len(pending) == folder.number <= MAX_PARTS
     held = [group for shard in pending for group in folder.groups(shard)]
     assert held == list(range(groups))
     assert all(folder.shard_of(group) == shard for shard in pending for group in folder.groups(shard))
@@ -38,7 +38,7 @@ def test_every_group_is_in_one_shard_and_shards_are_not_too_many(tmp_path: Path,
 
 def test_only_shards_of_the_same_test_are_found_again(tmp_path: Path) -> None:
     for identity, left in (({"seed": 0}, 3), ({"seed": 0}, 2), ({"seed": 1}, 3), ({"seed": 0}, 3)):
-        folder = ShardFolder(tmp_path, identity, 3)
+        folder = PartFolder(tmp_path, identity, 3)
         assert len(folder.open()) == left
         next(tmp_path.glob("shards/*")).joinpath("00001.npz").write_bytes(b"done")
         (tmp_path / "shards" / "stale.npz").write_bytes(b"of an older form")

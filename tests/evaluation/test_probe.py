@@ -21,11 +21,11 @@ from video_swinv2.cli import main
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation import features as features_room
-from video_swinv2.evaluation.features import features_of, open_backbone, with_random_weights
-from video_swinv2.evaluation.listing import read_split
+from video_swinv2.evaluation.features import extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.probe import TEMPERATURE, linear, nearest, run_probe
 from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.evaluation.splits import read_labelled_split
 from video_swinv2.evaluation.views import cut_image
 
 PER_CLASS = 10
@@ -70,8 +70,8 @@ def probe(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
 
 def test_features_are_the_mean_of_the_last_tokens(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
     path, encoder = simmim
-    manifest = read_split(data, "all")
-    made = features_of(open_backbone(path, QUICK), manifest, PROTOCOLS["center-1x1"], QUICK, None)
+    manifest = read_labelled_split(data, "all")
+    made = extract_features(open_backbone(path, QUICK), manifest, PROTOCOLS["center-1x1"], QUICK, None)
     assert made.names == tuple(f"{name}/{i:02d}.png" for name in NAMES for i in range(PER_CLASS))
     assert made.labels.tolist() == [label for label in range(3) for _ in range(PER_CLASS)]
     preprocessing = vs.Preprocessing(None, 1, (64, 64))
@@ -97,7 +97,7 @@ def test_what_colours_tell_is_found_and_told(
         assert row["top1"] == 1.0
         assert row["top1_interval"] == pytest.approx(independent.wilson(1.0, 6)), "6 of 6 are not many"
     assert result["model"]["layout"] == "swinv2_nano of this project, SimMIM"
-    assert result["data_fingerprint"] == {"all": read_split(data, "all").fingerprint}
+    assert result["data_fingerprint"] == {"all": read_labelled_split(data, "all").fingerprint}
     assert result["channels"] == 256
     assert main([*line, "data.workers=0", "--method", "knn"]) == 0
     told = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_a_broken_file_is_named_and_bounds_the_accuracy(
 def test_a_tree_without_splits_is_cut_by_the_seed(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
     from video_swinv2.evaluation.probe import _Data  # its cut, without features
 
-    source = _Data((read_split(data, "all"),))
+    source = _Data((read_labelled_split(data, "all"),))
     labels = np.repeat(np.arange(3), PER_CLASS)
     cuts = [source.split(labels, seed) for seed in (0, 0, 1)]
     for cut in cuts:

@@ -21,9 +21,8 @@ from tests.evaluation.small import N_VIDEOS, quick
 from video_swinv2 import files
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation import parts as shards
-from video_swinv2.evaluation import reading, testing
-from video_swinv2.evaluation.parts import Share
+from video_swinv2.evaluation import parts, reading, testing
+from video_swinv2.evaluation.parts import ScoredVideos
 from video_swinv2.evaluation.testing import run_test
 from video_swinv2.report.scores import load_scores
 
@@ -71,9 +70,9 @@ def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path],
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     die, times = (lambda: os.kill(os.getpid(), signal.SIGKILL)), Counter[str]()
-    really_save, really_keep = shards.ShardFolder.save, files.keep
+    really_save, really_keep = parts.PartFolder.save, files.commit_file
 
-    def save(folder: shards.ShardFolder, number: int, share: Share) -> None:
+    def save(folder: parts.PartFolder, number: int, share: ScoredVideos) -> None:
         times["save"] += 1
         if kill == "before" and times["save"] == kills:
             die()
@@ -87,7 +86,7 @@ def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path],
             die()
         really_keep(part, path)
 
-    shards.ShardFolder.save, files.keep = save, keep  # type: ignore[method-assign]  # of this process only
+    parts.PartFolder.save, files.commit_file = save, keep  # type: ignore[method-assign]  # of this process only
     if kill == "report":
         testing.write_report = lambda out: die()
     model, data, out = arguments
@@ -153,7 +152,7 @@ def test_shards_of_another_test_are_not_used(model_path: Path, data: Path, teste
 
 
 def test_two_tests_in_one_folder_are_refused(model_path: Path, data: Path, tmp_path: Path) -> None:
-    with files.hold(tmp_path / ".lock", "x"), pytest.raises(UserError, match="another test is writing here"):
+    with files.lock_file(tmp_path / ".lock", "x"), pytest.raises(UserError, match="another test is writing here"):
         run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=quick())
 
 

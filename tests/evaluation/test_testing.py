@@ -21,7 +21,7 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation import reading
 from video_swinv2.evaluation.overrides import parse_overrides
-from video_swinv2.evaluation.parts import Share, join_shares
+from video_swinv2.evaluation.parts import ScoredVideos, join_scored_videos
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.testing import run_test, run_tests, summary
 from video_swinv2.evaluation.views import read_views
@@ -247,9 +247,9 @@ def test_batches_are_full_whatever_the_number_of_views(views: int, batch: int) -
 
 
 def test_shares_must_hold_each_video_once() -> None:
-    def share(*videos: int, views: int = 2) -> Share:
+    def share(*videos: int, views: int = 2) -> ScoredVideos:
         n = len(videos)
-        return Share(
+        return ScoredVideos(
             videos=np.array(videos),
             logits=np.full((n, views, 2), videos[0], np.float16),
             views=np.zeros((n, views, 5), np.int32),
@@ -261,17 +261,17 @@ def test_shares_must_hold_each_video_once() -> None:
             strips=np.full(len(videos), videos[0], np.uint8),
         )
 
-    merged = join_shares([share(0, 3), share(1, 2)], 4)
+    merged = join_scored_videos([share(0, 3), share(1, 2)], 4)
     assert merged.videos.tolist() == [0, 1, 2, 3]
     assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
     assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
     assert merged.seconds.tolist() == [2.0, 1.0]
     assert {place: jpeg.tolist() for place, jpeg in merged.pictures().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
     with pytest.raises(UserError, match="1 were not scored and 0 more than once"):
-        join_shares([share(0, 3), share(1)], 4)
+        join_scored_videos([share(0, 3), share(1)], 4)
     with pytest.raises(UserError, match="0 were not scored and 1 more than once"):
-        join_shares([share(0, 3), share(1, 2, 3)], 4)
+        join_scored_videos([share(0, 3), share(1, 2, 3)], 4)
     with pytest.raises(UserError, match="of 3 videos"):
-        join_shares([share(0, 3), share(1, 2)], 3)
+        join_scored_videos([share(0, 3), share(1, 2)], 3)
     with pytest.raises(UserError, match="not the same"):
-        join_shares([share(0, 3), share(1, 2, views=3)], 4)
+        join_scored_videos([share(0, 3), share(1, 2, views=3)], 4)

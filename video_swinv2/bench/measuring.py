@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from video_swinv2.memory import memory_peak
+from video_swinv2.memory import peak_memory_bytes
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -49,9 +49,9 @@ def start_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return memory_peak()
+    return peak_memory_bytes()
 
 
 def read_peak(device: torch.device) -> int:
     """The most bytes held since `start_peak`: allocated on a GPU, resident in this process on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_peak()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.bench.measuring import clock_of, peak_of, product_speed
 from video_swinv2.errors import UsageError
-from video_swinv2.memory import memory_free
+from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.simmim import SimMIM, mask_cells, masked_l1, random_mask
 from video_swinv2.models.swinv2 import SwinV2
@@ -279,7 +279,7 @@ def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
 
 
 def _limited(work: Callable[..., Any], *arguments: object) -> Any:
-    free = memory_free()
+    free = free_memory_bytes()
     if "cpu" in arguments and free is not None:
         used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + int(0.8 * free), resource.RLIM_INFINITY))

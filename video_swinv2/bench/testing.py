@@ -16,11 +16,11 @@ from video_swinv2.bench.measuring import clock_of
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.listing import read_split
 from video_swinv2.evaluation.protocols import find_protocols, plan_views, short_side
 from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
-from video_swinv2.evaluation.testing import answer_views
-from video_swinv2.evaluation.views import clip_length
+from video_swinv2.evaluation.splits import read_labelled_split
+from video_swinv2.evaluation.testing import forward_views
+from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.weights.store import load_model, read_card
 
 SAME_WITHIN = 1e-4
@@ -54,7 +54,7 @@ def bench_test(
     card, where = read_card(model_path), torch.device(device)
     model = load_model(model_path).to(where)
     clock, looks = clock_of(where), find_protocols(protocols)
-    entries = read_split(data, split, card.classes or None).entries[:videos]
+    entries = read_labelled_split(data, split, card.classes or None).entries[:videos]
     views = sum(protocol.views for protocol in looks)
     groups = VideoGroups(
         entries,
@@ -98,7 +98,7 @@ def _round(way: _Way, groups: VideoGroups, model: nn.Module, batch_views: int, c
         started = clock()
         pixels = torch.cat([way.read(position) for position in groups.positions(number)])
         read = clock()
-        parts.append(answer_views(model, pixels, groups.preprocessing, batch=batch_views, bf16=False))
+        parts.append(forward_views(model, pixels, groups.preprocessing, batch=batch_views, bf16=False))
         decode, compute = decode + read - started, compute + clock() - read
     way.decode.append(decode)
     way.compute.append(compute)
@@ -115,7 +115,7 @@ def _at_once(groups: VideoGroups, position: int) -> Tensor:
 def _view_by_view(groups: VideoGroups, position: int, fetch: _Fetch) -> Tensor:
     """The same pixels, each view from a file opened for it."""
     path = Path(groups.entries[position].path)
-    frames, stride = clip_length(groups.preprocessing)
+    frames, stride = clip_frames_and_stride(groups.preprocessing)
     size = groups.preprocessing.image_size
     clips = []
     for protocol in groups.protocols:

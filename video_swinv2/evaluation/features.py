@@ -21,7 +21,7 @@ from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, pick_device, use_bf16
 from video_swinv2.evaluation.protocols import Protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.testing import answer_views
+from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
@@ -94,7 +94,7 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
     )
 
 
-def features_of(
+def extract_features(
     backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, kept_in: Path | None
 ) -> Features:
     """The features of a split, made now, or as kept in the folder `kept_in` by an earlier call for the same things.
@@ -144,7 +144,7 @@ def _make(
     with Progress("features", n, unit="samples", shown=True) as progress:
 
         def keep(group: Group, waited: float) -> None:
-            answers = answer_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
+            answers = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
             means = answers.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
             for record, vector in zip(group.videos, means, strict=True):
                 reasons[record.position] = record.reason

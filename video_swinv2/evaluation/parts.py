@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UserError
 from video_swinv2.report.scores import read_arrays, write_arrays
 
-MOST_SHARDS = 256
+MAX_PARTS = 256
 """A killed process has to do at most one shard again; more of them are more files to sync and to read."""
 
 
 @dataclass(frozen=True)
-class Share:
+class ScoredVideos:
     """What is known of some videos: `videos` (places in the list), a row of each other field for each.
 
     logits: (G, V, K) float16. views: (G, V, 5) int32. seconds: (spent, of them waiting for the reading). strips: places
@@ -49,7 +49,7 @@ class Share:
         return {(video, view): part for (video, view), part in zip(self.strip_places.tolist(), parts, strict=False)}
 
 
-class ShardFolder:
+class PartFolder:
     """The shards of one test in `out`/shards; `identity` is of everything that its scores depend on."""
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
@@ -57,7 +57,7 @@ class ShardFolder:
         self._parent = out / "shards"
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups
-        self._size = math.ceil(groups / MOST_SHARDS)
+        self._size = math.ceil(groups / MAX_PARTS)
 
     def open(self) -> list[int]:
         """Make the folder, remove what other tests left beside it, and tell which shards are still to be done."""
@@ -85,15 +85,15 @@ class ShardFolder:
         """The shard that a group belongs to."""
         return group // self._size
 
-    def save(self, number: int, share: Share) -> None:
+    def save(self, number: int, share: ScoredVideos) -> None:
         """Keep a finished shard, whole or not at all."""
-        write_arrays(self._path(number), {name: getattr(share, name) for name in Share.__dataclass_fields__})
+        write_arrays(self._path(number), {name: getattr(share, name) for name in ScoredVideos.__dataclass_fields__})
 
-    def join(self, videos: int) -> Share:
-        """All shards as one, in the order of the list of `videos` videos; see `join_shares`."""
+    def join(self, videos: int) -> ScoredVideos:
+        """All shards as one, in the order of the list of `videos` videos; see `join_scored_videos`."""
         mend = "`out` must be a folder that all processes share; run the test again"
         arrays = [read_arrays(self._path(number), mend) for number in range(self.number)]
-        return join_shares([Share(**parts) for parts in arrays], videos)
+        return join_scored_videos([ScoredVideos(**parts) for parts in arrays], videos)
 
     def remove(self) -> None:
         """Forget the shards of a test that is done."""
@@ -103,7 +103,7 @@ class ShardFolder:
         return self._folder / f"{number:05d}.npz"
 
 
-def join_shares(shares: Sequence[Share], n: int) -> Share:
+def join_scored_videos(shares: Sequence[ScoredVideos], n: int) -> ScoredVideos:
     """The rows of all shares in the order of the list of `n` videos; UserError unless each (video, view) is there once.
 
     Raises UserError also where shares have other numbers of views.
@@ -125,4 +125,4 @@ def join_shares(shares: Sequence[Share], n: int) -> Share:
         name: np.concatenate([getattr(share, name) for share in shares])
         for name in ("strip_places", "strip_bytes", "strips")
     }
-    return Share(**ordered, **after_each_other, seconds=np.sum([share.seconds for share in shares], axis=0))
+    return ScoredVideos(**ordered, **after_each_other, seconds=np.sum([share.seconds for share in shares], axis=0))

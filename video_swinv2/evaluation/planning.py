@@ -18,11 +18,11 @@ import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.listing import ClassesBy, is_image, read_split, views_of
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, use_bf16
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
-from video_swinv2.evaluation.views import clip_length
+from video_swinv2.evaluation.splits import ClassesBy, is_image, protocol_for_split, read_labelled_split
+from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
 from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
 
@@ -88,15 +88,15 @@ def plan_test(
     if not card.classes:
         raise UsageError(f"{model_path}: holds no class names, so no label can be checked; save the model with classes")
     preprocessing = override_preprocessing(card.preprocessing, overrides)
-    manifest = read_split(data, split, card.classes, classes_by)
-    looked_at = tuple(views_of(manifest, protocol, preprocessing) for protocol in chosen)
+    manifest = read_labelled_split(data, split, card.classes, classes_by)
+    looked_at = tuple(protocol_for_split(manifest, protocol, preprocessing) for protocol in chosen)
     return TestPlan(model_path, card, preprocessing, looked_at, manifest, overrides, out)
 
 
 def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
     """What the scores of every protocol are of: enough to repeat the test, or to refuse a comparison. Plain JSON."""
     preprocessing, overrides = plan.preprocessing, plan.overrides
-    origins = origins_of(plan.manifest)
+    origins = read_origins(plan.manifest)
     return ({"origins": origins} if any(origins) else {}) | {
         "unit": plan.unit,
         "frames": preprocessing.frames,
@@ -133,7 +133,7 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
 
 def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
     """The part of the record that is one protocol's."""
-    frames, stride = clip_length(plan.preprocessing)
+    frames, stride = clip_frames_and_stride(plan.preprocessing)
     stride = protocol.stride or stride
     return {
         "protocol": protocol.name,
@@ -146,7 +146,7 @@ def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def identify(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
+def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
     """All that the scores depend on, to the bit: finished shards are used again where this is the same.
 
     Processes, threads and reading workers are no part of it, nor where the files lie.
@@ -160,7 +160,7 @@ def identify(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def origins_of(manifest: Manifest) -> list[str]:
+def read_origins(manifest: Manifest) -> list[str]:
     """The video that each video was cut from, '' where unknown, as the state of a prepared data set tells."""
     state, told = manifest.root / "prep.sqlite", {}
     if state.is_file():

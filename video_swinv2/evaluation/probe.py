@@ -23,10 +23,10 @@ from sklearn.preprocessing import StandardScaler
 
 from video_swinv2.data.manifest import Manifest
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.features import Backbone, Features, features_of, open_backbone, with_random_weights
-from video_swinv2.evaluation.listing import read_split, splits_of, views_of
+from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
+from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
 from video_swinv2.files import write_json
 from video_swinv2.report.metrics import Metrics, measure, ranking
 
@@ -175,19 +175,21 @@ def _make_folder(out: Path) -> None:
 
 def _read_data(data: Path, train_split: str | None, test_split: str | None) -> _Data:
     """The two splits asked for or usual; the one there is, to be cut, where none is asked for."""
-    splits = splits_of(data)
+    splits = available_splits(data)
     if len(splits) == 1 and train_split is None and test_split is None:
-        return _Data((read_split(data, splits[0]),))
+        return _Data((read_labelled_split(data, splits[0]),))
     if train_split == test_split is not None:
         raise UsageError(f"{data}: split {train_split!r} cannot be both learned from and tested")
-    train = read_split(data, train_split or "train")
-    return _Data((train, read_split(data, test_split or "val", train.classes)))
+    train = read_labelled_split(data, train_split or "train")
+    return _Data((train, read_labelled_split(data, test_split or "val", train.classes)))
 
 
 def _all_features(backbone: Backbone, source: _Data, overrides: TestOverrides, kept_in: Path | None) -> Features:
     protocol = find_protocol(PROTOCOL)
     parts = [
-        features_of(backbone, manifest, views_of(manifest, protocol, backbone.preprocessing), overrides, kept_in)
+        extract_features(
+            backbone, manifest, protocol_for_split(manifest, protocol, backbone.preprocessing), overrides, kept_in
+        )
         for manifest in source.manifests
     ]
     return Features(

@@ -186,7 +186,7 @@ def _stated(name: str) -> Protocol:
     return Protocol(name, clips, crops, resize, said["starts"], said["crops"], said["average"], source, stride)
 
 
-def of_stills(protocol: Protocol) -> Protocol:
+def protocol_for_images(protocol: Protocol) -> Protocol:
     """The protocol for still images: its crops, of the one moment there is."""
     return replace(protocol, clips=1)
 

@@ -26,9 +26,9 @@ from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.images import read_image, read_member
 from video_swinv2.data.index import Item, Member
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.listing import is_image
 from video_swinv2.evaluation.protocols import Protocol, View
-from video_swinv2.evaluation.views import cut_image, cut_views, pixels_shape
+from video_swinv2.evaluation.splits import is_image
+from video_swinv2.evaluation.views import cut_image, cut_views, view_shape
 from video_swinv2.weights.store import Preprocessing
 
 _PREFETCH_GROUPS = 2
@@ -139,7 +139,7 @@ class VideoGroups(Dataset[Group]):
 
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
         """One tensor for the whole group."""
-        shape = (len(videos), self.views, *pixels_shape(self.preprocessing))
+        shape = (len(videos), self.views, *view_shape(self.preprocessing))
         pixels = torch.zeros(shape, dtype=torch.uint8)
         for row, (_, part) in zip(pixels, videos, strict=True):
             if part is not None:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.world import World, gather, start, stop
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.listing import ClassesBy
 from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides, use_bf16
-from video_swinv2.evaluation.parts import ShardFolder, Share
-from video_swinv2.evaluation.planning import TestPlan, identify, plan_test, record_protocol, record_test
+from video_swinv2.evaluation.parts import PartFolder, ScoredVideos
+from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, VideoRecord, default_workers, deliver_groups
-from video_swinv2.files import hold
+from video_swinv2.evaluation.splits import ClassesBy
+from video_swinv2.files import lock_file
 from video_swinv2.progress import Progress
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
@@ -36,7 +36,7 @@ from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, save_scores, write_arrays
 from video_swinv2.weights.store import Preprocessing, load_model
 
-__all__ = ["TestOverrides", "answer_views", "parse_overrides", "run_test", "run_tests", "summary"]
+__all__ = ["TestOverrides", "forward_views", "parse_overrides", "run_test", "run_tests", "summary"]
 _REPORTED = ("strips.npz", "results.json", "report.html", "report.md")
 
 
@@ -71,7 +71,7 @@ def run_tests(
 
     protocols: names joined by commas, see `find_protocol`; several share one decode of each video, and each gets a
     folder in `out`. A tree of images is tested likewise, each image as a video of one frame; classes_by: see
-    `read_split`. Returns what each protocol's results.json holds, on every process. Started by torchrun, deepspeed or
+    `read_labelled_split`. Returns what each protocol's results.json holds, on every process. Started by torchrun, deepspeed or
     srun it shares the work. Killed at any time and started again it goes on from the shards that were finished, on as
     many processes as there are then; the scores depend on neither. Raises UsageError before any work for what cannot be
     right (a label the model does not know, an unlabelled video) and UserError where no video, or not every video, could
@@ -92,7 +92,7 @@ def run_tests(
     try:
         with _alone(plan.out, world):
             record = gather(world, record_test(plan, world) if world.rank == 0 else {})[0]
-            shards = ShardFolder(plan.out, identify(plan, record), len(plan.groups))
+            shards = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
             pending = gather(world, shards.open() if world.rank == 0 else [])[0]
             record["shards_finished_before"] = shards.number - len(pending)
             if world.rank == 0 and len(pending) < shards.number:
@@ -112,7 +112,7 @@ def run_tests(
     }
 
 
-def answer_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
+def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
     """uint8 (V, 3, [T,] H, W), moved as bytes and normalised on the device -> logits float32 (V, K), on the CPU."""
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -133,7 +133,7 @@ def _alone(out: Path, world: World) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
-    with hold(out / ".lock", f"{out}: another test is writing here; wait for it or choose another --out"):
+    with lock_file(out / ".lock", f"{out}: another test is writing here; wait for it or choose another --out"):
         yield
 
 
@@ -149,7 +149,7 @@ def _load(plan: TestPlan, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _score(plan: TestPlan, world: World, shards: ShardFolder, mine: Sequence[int]) -> None:
+def _score(plan: TestPlan, world: World, shards: PartFolder, mine: Sequence[int]) -> None:
     """Score the shards `mine`, one after the other, while the next videos are read, and keep each when it is whole."""
     if not mine:
         return
@@ -166,7 +166,7 @@ def _score(plan: TestPlan, world: World, shards: ShardFolder, mine: Sequence[int
             shard = shards.shard_of(group.number)
             if shard in kept:
                 return
-            logits = answer_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
+            logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
             unfinished.add(group, _as_stored(logits, group, plan))
             if group.number == shards.groups(shard)[-1]:  # groups come in the order asked for
                 shards.save(shard, unfinished.share(shards.groups(shard), waited))
@@ -215,13 +215,13 @@ class _Unfinished:
                     strips[place] = film_strip(group.pixels[mistake.position * views + view])
         self._groups[group.number] = group.videos, logits, strips
 
-    def share(self, numbers: Sequence[int], waited: float) -> Share:
+    def share(self, numbers: Sequence[int], waited: float) -> ScoredVideos:
         """The groups `numbers`; `waited` are the seconds spent waiting for the reading so far, in all."""
         groups = [self._groups[number] for number in numbers]
         records = [record for videos, _, _ in groups for record in videos]
         strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
         logits, now = np.concatenate([logits for _, logits, _ in groups]), time.perf_counter()
-        share = Share(
+        share = ScoredVideos(
             videos=np.array([record.position for record in records], dtype=np.int64),
             logits=logits,
             views=_places(records, logits.shape[1]),
@@ -262,7 +262,7 @@ def _places(records: Sequence[VideoRecord], n_views: int) -> NDArray[np.int32]:
     return views
 
 
-def _finish(plan: TestPlan, shards: ShardFolder, record: dict[str, Any]) -> None:
+def _finish(plan: TestPlan, shards: PartFolder, record: dict[str, Any]) -> None:
     """On the first process: join the shards, then write scores, strips, figures and report of each protocol."""
     entries = plan.manifest.entries
     joined = shards.join(len(entries))

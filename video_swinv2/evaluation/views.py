@@ -58,7 +58,7 @@ def cut_views(
     One forward pass: each picture is resized as it is decoded, once for each size the protocols ask for, and its crops
     are kept; nothing else is. Also returns how many of the frames were damaged and stood in for by their neighbours.
     """
-    frames, stride = clip_length(preprocessing)
+    frames, stride = clip_frames_and_stride(preprocessing)
     views: list[View] = []
     places: dict[int, list[tuple[int, int, int]]] = {}  # frame -> (view, step, short side) that show it
     for protocol in protocols:
@@ -162,12 +162,12 @@ def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing)
     return torch.stack(crops), views
 
 
-def clip_length(preprocessing: Preprocessing) -> tuple[int, int]:
+def clip_frames_and_stride(preprocessing: Preprocessing) -> tuple[int, int]:
     """(frames, stride) of a clip; an image model looks at single frames."""
     return (1, 1) if preprocessing.frames is None else (preprocessing.frames, preprocessing.frame_stride)
 
 
-def pixels_shape(preprocessing: Preprocessing) -> tuple[int, ...]:
+def view_shape(preprocessing: Preprocessing) -> tuple[int, ...]:
     """Shape of one view's pixels: (3, T, H, W), for image models (3, H, W)."""
     time = () if preprocessing.frames is None else (preprocessing.frames,)
     return (3, *time, *preprocessing.image_size)

@@ -22,8 +22,8 @@ from torch.export import Dim, ExportedProgram
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import pixels_shape, read_views
-from video_swinv2.files import whole
+from video_swinv2.evaluation.views import view_shape, read_views
+from video_swinv2.files import atomic_write
 from video_swinv2.inference.kinds import IMAGE, VIDEO, find_files
 from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import Axes, SwinV2
@@ -77,7 +77,7 @@ def export(
     size = sum(parameter.nbytes for parameter in model.parameters())
     if out.suffix == ".onnx" and size >= ONNX_BYTES:
         raise UserError(f"{out}: an ONNX file holds less than 2 GB and these weights are {size / 1e9:.1f}; use .pt2")
-    with whole(out) as part:
+    with atomic_write(out) as part:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(model, (inputs,), dynamic_shapes=({0: Dim.DYNAMIC},))
             description = json.dumps(_description(card))
@@ -138,7 +138,7 @@ def _inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> Iterator[Ten
             pixels, _ = read_views(path, protocol, preprocessing)
         yield normalise(pixels[:SAMPLES], preprocessing.mean, preprocessing.std)
     if not check:
-        noise = torch.randint(0, 256, (SAMPLES, *pixels_shape(preprocessing)), dtype=torch.uint8)
+        noise = torch.randint(0, 256, (SAMPLES, *view_shape(preprocessing)), dtype=torch.uint8)
         yield normalise(noise, preprocessing.mean, preprocessing.std)
 
 

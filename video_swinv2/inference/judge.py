@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision, pick_device, use_bf16
-from video_swinv2.evaluation.testing import answer_views
+from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.report.metrics import average_views, ranking
 from video_swinv2.weights.store import ModelCard, load_model, read_card
 
@@ -53,7 +53,7 @@ class Judge:
         )
 
     def _logits(self, pixels: Tensor) -> NDArray[np.float64]:
-        logits = answer_views(self.model, pixels, self.card.preprocessing, batch=self.batch_views, bf16=self.bf16)
+        logits = forward_views(self.model, pixels, self.card.preprocessing, batch=self.batch_views, bf16=self.bf16)
         if not torch.isfinite(logits).all():
             raise UserError("the model's scores are not finite; check the weights, or use fp32")
         return np.asarray(logits.double().numpy())

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.views import clip_length
+from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.inference.judge import Answer, Judge
 from video_swinv2.inference.watching import Seen, Task, Watcher
 from video_swinv2.inference.windows import Window
@@ -40,7 +40,7 @@ def task_for(
     for name, value in (("--every", every_seconds), ("--seconds", seconds)):
         if value is not None and not value > 0:
             raise UsageError(f"{name} {value:g}: give seconds, more than 0")
-    frames, stride = clip_length(card.preprocessing)
+    frames, stride = clip_frames_and_stride(card.preprocessing)
     size = card.preprocessing.image_size
     return Task(source, frames, stride, size, every_seconds=every_seconds, seconds=seconds, ahead=ahead)
 

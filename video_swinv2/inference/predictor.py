@@ -15,7 +15,7 @@ from video_swinv2.data.datasets import read_image
 from video_swinv2.data.manifest import Entry
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
-from video_swinv2.evaluation.protocols import Protocol, find_protocol, of_stills
+from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.views import cut_image
 from video_swinv2.inference.judge import Answer, Judge, open_judge
@@ -123,7 +123,7 @@ def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | N
 
 def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Tensor:
     """The different views of a still -> uint8 (V, 3, H, W), turned as its EXIF says. UserError where it is none."""
-    return cut_image(read_image(path), of_stills(protocol), preprocessing)[0]
+    return cut_image(read_image(path), protocol_for_images(protocol), preprocessing)[0]
 
 
 def _by_protocol(

@@ -16,10 +16,10 @@ from sklearn.neighbors import NearestNeighbors
 
 from video_swinv2.data.manifest import Entry, Manifest
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.features import Backbone, features_of, open_backbone
+from video_swinv2.evaluation.features import Backbone, extract_features, open_backbone
 from video_swinv2.evaluation.overrides import Device, TestOverrides
 from video_swinv2.evaluation.probe import TEMPERATURE
-from video_swinv2.evaluation.protocols import Protocol, find_protocol, of_stills
+from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.inference.judge import Answer
 from video_swinv2.inference.kinds import IMAGE, VIDEO
 from video_swinv2.inference.predictor import STREAM, find_sources
@@ -91,7 +91,7 @@ def make_gallery(
             kinds.append(kind)
     reasons = [_reason(name, kind, wanted) for name, kind in zip(names, kinds, strict=True)]
     vectors = np.zeros((len(names), backbone.model.num_features), np.float32)
-    for kind, views in ((VIDEO, chosen), (IMAGE, of_stills(chosen))):
+    for kind, views in ((VIDEO, chosen), (IMAGE, protocol_for_images(chosen))):
         places = [i for i, reason in enumerate(reasons) if not reason and kinds[i] == kind]
         if places:
             made, why = _features(backbone, [names[i] for i in places], views, overrides)
@@ -157,7 +157,7 @@ def _features(
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     entries = [Entry(name, Path(name).absolute(), -1) for name in names]
     manifest = Manifest(Path(), "files", (), entries, fingerprint="")
-    features = features_of(backbone, manifest, protocol, overrides, None)
+    features = extract_features(backbone, manifest, protocol, overrides, None)
     return features.vectors, features.reasons
 
 

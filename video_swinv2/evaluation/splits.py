@@ -12,7 +12,7 @@ from video_swinv2.data.images import IMAGE_SUFFIXES
 from video_swinv2.data.index import Item, Member
 from video_swinv2.data.manifest import Manifest, find_splits, read_manifest
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.protocols import Protocol, of_stills
+from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
 from video_swinv2.weights.store import Preprocessing
 
 ClassesBy = Literal["name", "index"]
@@ -23,7 +23,7 @@ def is_image(item: Item) -> bool:
     return isinstance(item, Member) or item.path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def splits_of(data: Path) -> tuple[str, ...]:
+def available_splits(data: Path) -> tuple[str, ...]:
     """The splits that the data set itself has; one, `all`, for images that are not in splits."""
     images = images_of(str(data))
     if images is None:
@@ -32,7 +32,9 @@ def splits_of(data: Path) -> tuple[str, ...]:
     return (EVERYTHING,) if own == ("train",) else own
 
 
-def read_split(data: Path, split: str, classes: Sequence[str] | None = None, by: ClassesBy = "name") -> Manifest:
+def read_labelled_split(
+    data: Path, split: str, classes: Sequence[str] | None = None, by: ClassesBy = "name"
+) -> Manifest:
     """One labelled split of a data set, labels in the order of `classes` (its own order by default).
 
     by: "index" takes class folders of images that are called by numbers as places in `classes`, as ImageNet-V2's 0 to
@@ -55,13 +57,13 @@ def read_split(data: Path, split: str, classes: Sequence[str] | None = None, by:
     return manifest
 
 
-def views_of(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
+def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
     """The protocol, or what is left of it for stills; raises UsageError for a clip model that is given stills."""
     if not is_image(manifest.entries[0]):
         return protocol
     if preprocessing.frames is not None:
         raise UsageError(f"{manifest.root}: holds images, and this model takes videos; give it clips")
-    return of_stills(protocol)
+    return protocol_for_images(protocol)
 
 
 def _check_words(images: Collection, classes: Sequence[str], by: ClassesBy) -> None:
