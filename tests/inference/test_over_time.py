@@ -29,9 +29,9 @@ from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.inference.over_time import Moment
+from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import OverTime, Prediction, predict
-from video_swinv2.inference.streams import centre_cut
+from video_swinv2.inference.streams import centre_crop
 from video_swinv2.inference.watching import Task, Watcher
 
 EVERY = OverTime(every_seconds=0.2)  # 5 of 25 pictures
@@ -63,7 +63,7 @@ def transport_stream(video: Path, path: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def over_time(evil_model: Path, changing: Path) -> Prediction:
-    told: list[tuple[str, Moment]] = []
+    told: list[tuple[str, SegmentPrediction]] = []
     (prediction,) = predict(
         evil_model, [changing], device="cpu", top=6, over_time=EVERY, tell=lambda *one: told.append(one)
     )
@@ -74,7 +74,7 @@ def over_time(evil_model: Path, changing: Path) -> Prediction:
 def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model: Path, changing: Path) -> None:
     card = vs.read_card(evil_model)
     with VideoReader(changing) as reader:
-        side, (rows, columns) = centre_cut(reader.size, (32, 32))
+        side, (rows, columns) = centre_crop(reader.size, (32, 32))
         clips = [reader.frames([start + 2 * i for i in range(4)], short_side=side) for start in STARTS]
     pixels = torch.stack([clip[:, :, rows, columns].transpose(0, 1) for clip in clips])
     with torch.no_grad():

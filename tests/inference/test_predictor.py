@@ -17,9 +17,9 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
-from video_swinv2.inference.kinds import IMAGE, VIDEO, find_files, kind_of, kind_of_bytes
+from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files, media_type_of, media_type_of_bytes
 from video_swinv2.inference.predictor import predict, read_image_views
-from video_swinv2.inference.showing import COLUMNS, show
+from video_swinv2.inference.formatting import COLUMNS, show
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -135,10 +135,10 @@ def test_views_of_a_still_are_its_crops_once(files: Path) -> None:
 
 
 def test_kinds(files: Path) -> None:
-    assert kind_of(files / "one.mp4") == kind_of(files / "no_suffix") == kind_of(files / "empty.avi") == VIDEO
-    assert kind_of(files / "still.png") == IMAGE
-    assert kind_of(files / "notes.txt") is None
-    assert find_files([files], IMAGE) == [(files / "still.png", IMAGE)]
+    assert media_type_of(files / "one.mp4") == media_type_of(files / "no_suffix") == media_type_of(files / "empty.avi") == VIDEO
+    assert media_type_of(files / "still.png") == IMAGE
+    assert media_type_of(files / "notes.txt") is None
+    assert find_media_files([files], IMAGE) == [(files / "still.png", IMAGE)]
 
 
 def test_real_containers_are_known_by_their_content(outside_data: Path) -> None:
@@ -147,7 +147,7 @@ def test_real_containers_are_known_by_their_content(outside_data: Path) -> None:
     assert videos
     for path in videos[:200:10]:
         with path.open("rb") as stream:
-            assert kind_of_bytes(stream.read(400)) == VIDEO, path
+            assert media_type_of_bytes(stream.read(400)) == VIDEO, path
 
 
 def test_wrong_usage(clip_model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from tests.inference.browser import Browser
 from tests.inference.conftest import CLASSES, EVIL
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.inference.looking import Limits
+from video_swinv2.inference.clip_summary import Limits
 from video_swinv2.inference.predictor import OverTime, predict
 from video_swinv2.inference.serve import PageServer, _Handler, open_server
 

@@ -193,7 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _pretrain(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
     from video_swinv2.training.loop import run
-    from video_swinv2.training.tasks import Pretraining
+    from video_swinv2.training.tasks.simmim import Pretraining
 
     run(load_config(options.config, options.overrides), Pretraining)
 
@@ -201,7 +201,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
     from video_swinv2.training.loop import run
-    from video_swinv2.training.tasks import Classification
+    from video_swinv2.training.tasks.classification import Classification
 
     run(load_config(options.config, options.overrides), Classification)
 
@@ -252,7 +252,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from video_swinv2.inference.predictor import OverTime, predict
-    from video_swinv2.inference.showing import header, show, show_moment
+    from video_swinv2.inference.formatting import header, show, format_segment
 
     if options.features or options.gallery:
         return _retrieve(options)
@@ -268,7 +268,7 @@ def _predict(options: argparse.Namespace) -> int:
         top=options.top,
         protocol=options.protocol or "videoswin-4x3",
         over_time=OverTime(options.every, options.seconds, options.video),
-        tell=lambda path, moment: say(show_moment(path, moment, options.form)),
+        tell=lambda path, moment: say(format_segment(path, moment, options.form)),
     )
     say(show(answers, options.form))
     return 1 if any(answer.error for answer in answers) else 0
@@ -276,7 +276,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _retrieve(options: argparse.Namespace) -> int:
     from video_swinv2.inference.retrieval import load_gallery, make_gallery, save_gallery, search
-    from video_swinv2.inference.showing import show_found
+    from video_swinv2.inference.formatting import format_search_results
 
     gallery = load_gallery(options.gallery) if options.gallery else None
     made = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1")
@@ -285,12 +285,12 @@ def _retrieve(options: argparse.Namespace) -> int:
         read = len(made.reasons) - sum(map(bool, made.reasons))
         print(f"wrote {options.features}: {read} of {len(made.names)} files", file=sys.stderr)
     if gallery is not None:
-        print(show_found(search(gallery, made, options.k), options.form))
+        print(format_search_results(search(gallery, made, options.k), options.form))
     return 1 if any(made.reasons) else 0
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from video_swinv2.inference.looking import Limits
+    from video_swinv2.inference.clip_summary import Limits
     from video_swinv2.inference.serve import serve
 
     limits = Limits(upload_bytes=int(options.most_megabytes * 10**6), seconds=options.most_seconds)

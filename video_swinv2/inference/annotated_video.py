@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-MOST_SHORT_SIDE = 480  # pictures wait for their answers in memory
-MOST_WAITING = 300  # of them, about 370 MB; of windows farther apart the answer comes later than it might
+MAX_SHORT_SIDE = 480  # pictures wait for their answers in memory
+MAX_WAITING_FRAMES = 300  # of them, about 370 MB; of windows farther apart the answer comes later than it might
 _CLOCK = 90_000  # ticks per second, as in MPEG
 _LINES = 3
 _PANEL, _TRACK, _FILL, _INK = (16, 20, 24, 176), (255, 255, 255, 48), (95, 179, 207, 255), (255, 255, 255, 255)
@@ -43,7 +43,7 @@ def draw_caption(image: NDArray[np.uint8], caption: Caption) -> NDArray[np.uint8
     return np.asarray(picture)
 
 
-class Recorder:
+class AnnotatedVideoWriter:
     """Writes pictures to an H.264 file at the times they were shown; each waits for the answer about its time.
 
     A picture is given the caption of the first window that ends with it or after it.
@@ -64,10 +64,10 @@ class Recorder:
     def add(self, index: int, seconds: float, image: NDArray[np.uint8]) -> None:
         """Take the next picture, (H, W, 3) uint8 of even sides, the same for all."""
         self._waiting.append((index, seconds, image))
-        if len(self._waiting) > MOST_WAITING:
+        if len(self._waiting) > MAX_WAITING_FRAMES:
             self._write(*self._waiting.popleft())
 
-    def answered(self, until: int, caption: Caption) -> None:
+    def caption_until(self, until: int, caption: Caption) -> None:
         """What the model says of a window that ends with picture `until`."""
         self._caption = caption
         while self._waiting and self._waiting[0][0] <= until:

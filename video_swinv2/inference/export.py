@@ -24,7 +24,7 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import view_shape, read_views
 from video_swinv2.files import atomic_write
-from video_swinv2.inference.kinds import IMAGE, VIDEO, find_files
+from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
 from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import Axes, SwinV2
 from video_swinv2.weights.store import KEY, ModelCard, Preprocessing, load_model, read_card
@@ -131,7 +131,7 @@ def _inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> Iterator[Ten
     protocol, missing = PROTOCOLS["videoswin-4x3"], [path for path in check if not path.exists()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file")
-    for path, kind in find_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
+    for path, kind in find_media_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
         if preprocessing.frames is None and kind == IMAGE:
             pixels = read_image_views(path, protocol, preprocessing)
         else:

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.views import clip_frames_and_stride
-from video_swinv2.inference.judge import Answer, Judge
+from video_swinv2.inference.classifier import Answer, Classifier
 from video_swinv2.inference.watching import Seen, Task, Watcher
-from video_swinv2.inference.windows import Window
+from video_swinv2.inference.segments import Segment
 from video_swinv2.weights.store import ModelCard
 
 
 @dataclass(frozen=True)
-class Moment:
+class SegmentPrediction:
     """The likeliest classes of one window of a video, which shows it from `start_seconds` to `end_seconds`."""
 
     start_seconds: float
@@ -30,7 +30,7 @@ class Moment:
     answers: tuple[Answer, ...]
 
 
-Tell = Callable[[Window, NDArray[np.float64], Moment], None]
+Tell = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
 
 
 def task_for(
@@ -45,17 +45,17 @@ def task_for(
     return Task(source, frames, stride, size, every_seconds=every_seconds, seconds=seconds, ahead=ahead)
 
 
-def answer_windows(judge: Judge, watcher: Watcher, batch: int, tell: Tell) -> tuple[NDArray[np.float64], Seen]:
+def classify_segments(classifier: Classifier, watcher: Watcher, batch: int, tell: Tell) -> tuple[NDArray[np.float64], Seen]:
     """Answer all windows of a source, `batch` at once -> the mean of their probabilities (K,), and what there was.
 
     tell: is given each window, its probabilities (K,), and them in words.
     """
-    total, count = np.zeros(len(judge.card.classes)), 0
+    total, count = np.zeros(len(classifier.card.classes)), 0
     for windows in _batches(watcher, batch):
         pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).permute(0, 4, 1, 2, 3)
-        rows = judge.probabilities(pixels if judge.card.preprocessing.frames is not None else pixels.squeeze(2))
+        rows = classifier.probabilities(pixels if classifier.card.preprocessing.frames is not None else pixels.squeeze(2))
         for window, row in zip(windows, rows, strict=True):
-            moment = Moment(min(window.seconds), max(window.seconds), judge.best(row))
+            moment = SegmentPrediction(min(window.seconds), max(window.seconds), classifier.best(row))
             watcher.answer([(answer.name, answer.probability) for answer in moment.answers])
             tell(window, row, moment)
             total, count = total + row, count + 1
@@ -83,8 +83,8 @@ def interrupt_ends(watcher: Watcher) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _batches(watcher: Watcher, size: int) -> Iterator[Sequence[Window]]:
-    windows: list[Window] = []
+def _batches(watcher: Watcher, size: int) -> Iterator[Sequence[Segment]]:
+    windows: list[Segment] = []
     for window in watcher:
         windows.append(window)
         if len(windows) == size:

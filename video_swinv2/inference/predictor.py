@@ -18,15 +18,15 @@ from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.views import cut_image
-from video_swinv2.inference.judge import Answer, Judge, open_judge
-from video_swinv2.inference.kinds import IMAGE, VIDEO, find_files
-from video_swinv2.inference.over_time import Moment, answer_windows, interrupt_ends, task_for
+from video_swinv2.inference.classifier import Answer, Classifier, open_classifier
+from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
+from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, interrupt_ends, task_for
 from video_swinv2.inference.streams import STANDARD_INPUT, is_live, is_stream
 from video_swinv2.inference.watching import Watcher, start_early
 from video_swinv2.weights.store import Preprocessing
 
 STREAM = "stream"
-Tell = Callable[[str, Moment], None]
+Tell = Callable[[str, SegmentPrediction], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Prediction:
     path: str
     answers: tuple[Answer, ...]
     error: str = ""
-    windows: tuple[Moment, ...] = ()
+    windows: tuple[SegmentPrediction, ...] = ()
     skipped: int = 0
 
 
@@ -82,32 +82,32 @@ def predict(
     class names, an unknown protocol, and a folder that holds no such file.
     """
     how, chosen = over_time or OverTime(), find_protocol(protocol)
-    judge = open_judge(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
-    taken = IMAGE if judge.card.preprocessing.frames is None else VIDEO
+    classifier = open_classifier(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
+    taken = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
     found = find_sources([str(source) for source in sources], taken)
     watched = {STREAM, VIDEO} if how.asked_for else {STREAM}
     if watched & {kind for _, kind in found}:
-        task_for(judge.card, "", ahead=1, every_seconds=how.every_seconds, seconds=how.seconds)
+        task_for(classifier.card, "", ahead=1, every_seconds=how.every_seconds, seconds=how.seconds)
         start_early()
     videos = [i for i, (_, kind) in enumerate(found) if kind == VIDEO and kind not in watched]
     results = dict(
         zip(
             videos,
-            _by_protocol(judge, [found[i][0] for i in videos], chosen, workers, time_limit_seconds),
+            _by_protocol(classifier, [found[i][0] for i in videos], chosen, workers, time_limit_seconds),
             strict=True,
         )
     )
     targets = _targets(how.video, [name for name, kind in found if kind in watched])
     for i, (name, kind) in enumerate(found):
         if kind in watched:
-            results[i] = _over_time(judge, name, how, targets.pop(0), time_limit_seconds, tell)
+            results[i] = _over_time(classifier, name, how, targets.pop(0), time_limit_seconds, tell)
         elif kind != VIDEO:
-            results[i] = _other(judge, Path(name), kind, chosen)
+            results[i] = _other(classifier, Path(name), kind, chosen)
     return [results[i] for i in range(len(found))]
 
 
 def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | None]]:
-    """(name, kind) of every file, of those of the kind `wanted` in folders, and of streams; see `find_files`."""
+    """(name, kind) of every file, of those of the kind `wanted` in folders, and of streams; see `find_media_files`."""
     found: list[tuple[str, str | None]] = []
     for source in sources:
         if is_stream(source):
@@ -115,7 +115,7 @@ def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | N
         elif "://" in source:
             raise UsageError(f"{source}: no stream of this kind is read; give http, https, rtsp, rtmp, rtp, udp or tcp")
         else:
-            found += [(str(path), kind) for path, kind in find_files([Path(source)], wanted)]
+            found += [(str(path), kind) for path, kind in find_media_files([Path(source)], wanted)]
     if [name for name, _ in found].count(STANDARD_INPUT) > 1:
         raise UsageError(f"{STANDARD_INPUT}: there is one standard input; name it once")
     return found
@@ -127,14 +127,14 @@ def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessin
 
 
 def _by_protocol(
-    judge: Judge, names: Sequence[str], protocol: Protocol, workers: int | None, time_limit_seconds: float
+    classifier: Classifier, names: Sequence[str], protocol: Protocol, workers: int | None, time_limit_seconds: float
 ) -> list[Prediction]:
     """Videos in the views of a test, read ahead by several processes."""
     results: dict[int, Prediction] = {}
     groups = VideoGroups(
         [Entry(name, Path(name).absolute(), -1) for name in names],
         protocol,
-        judge.card.preprocessing,
+        classifier.card.preprocessing,
         group_videos=1,
         frame_order="in-order",
         seed=0,
@@ -143,7 +143,7 @@ def _by_protocol(
 
     def deliver(group: Group, waited_seconds: float) -> None:
         (record,) = group.videos
-        answers = () if record.reason else judge.best(judge.views_averaged(group.pixels, protocol.average))
+        answers = () if record.reason else classifier.best(classifier.views_averaged(group.pixels, protocol.average))
         results[record.position] = Prediction(names[record.position], answers, record.reason)
 
     deliver_groups(groups, range(len(groups)), default_workers() if workers is None else workers, deliver)
@@ -151,41 +151,41 @@ def _by_protocol(
 
 
 def _over_time(
-    judge: Judge, name: str, how: OverTime, target: Path | None, time_limit_seconds: float, tell: Tell
+    classifier: Classifier, name: str, how: OverTime, target: Path | None, time_limit_seconds: float, tell: Tell
 ) -> Prediction:
     """Windows of one source; whatever goes wrong with it is its error."""
     live, stream = is_live(name), is_stream(name)
-    batch = 1 if stream or target is not None else judge.batch_views  # answers that something waits for come at once
+    batch = 1 if stream or target is not None else classifier.batch_views  # answers that something waits for come at once
     seconds = how.seconds if stream else math.inf
-    task = task_for(judge.card, name, ahead=1 if live else 2 * batch, every_seconds=how.every_seconds, seconds=seconds)
+    task = task_for(classifier.card, name, ahead=1 if live else 2 * batch, every_seconds=how.every_seconds, seconds=seconds)
     task = replace(task, live=live, video=target, wait_seconds=time_limit_seconds)
-    moments: list[Moment] = []
+    moments: list[SegmentPrediction] = []
 
-    def note(_window: object, _row: object, moment: Moment) -> None:
+    def note(_window: object, _row: object, moment: SegmentPrediction) -> None:
         moments.append(moment)
         tell(name, moment)
 
     try:
         with Watcher(task, descriptor=0 if name == STANDARD_INPUT else None) as watcher, interrupt_ends(watcher):
-            mean, seen = answer_windows(judge, watcher, batch, note)
+            mean, seen = classify_segments(classifier, watcher, batch, note)
     except UserError as error:
         return Prediction(name, (), str(error).removeprefix(f"{name}: "), tuple(moments))
-    return Prediction(name, judge.best(mean), "", tuple(moments), seen.skipped)
+    return Prediction(name, classifier.best(mean), "", tuple(moments), seen.skipped)
 
 
-def _other(judge: Judge, path: Path, kind: str | None, protocol: Protocol) -> Prediction:
+def _other(classifier: Classifier, path: Path, kind: str | None, protocol: Protocol) -> Prediction:
     """An image for an image model; the error for anything that is not read."""
     if not path.exists():
         return Prediction(str(path), (), "no such file")
     if kind != IMAGE:
         return Prediction(str(path), (), "neither a video nor an image")
-    if judge.card.preprocessing.frames is not None:
+    if classifier.card.preprocessing.frames is not None:
         return Prediction(str(path), (), "an image, and this model takes videos")
     try:
-        pixels = read_image_views(path, protocol, judge.card.preprocessing)
+        pixels = read_image_views(path, protocol, classifier.card.preprocessing)
     except UserError as error:
         return Prediction(str(path), (), str(error).removeprefix(f"{path}: "))
-    return Prediction(str(path), judge.best(judge.views_averaged(pixels, protocol.average)))
+    return Prediction(str(path), classifier.best(classifier.views_averaged(pixels, protocol.average)))
 
 
 def _targets(folder: Path | None, names: Sequence[str]) -> list[Path | None]:

@@ -20,8 +20,8 @@ from video_swinv2.evaluation.features import Backbone, extract_features, open_ba
 from video_swinv2.evaluation.overrides import Device, TestOverrides
 from video_swinv2.evaluation.probe import TEMPERATURE
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
-from video_swinv2.inference.judge import Answer
-from video_swinv2.inference.kinds import IMAGE, VIDEO
+from video_swinv2.inference.classifier import Answer
+from video_swinv2.inference.media_types import IMAGE, VIDEO
 from video_swinv2.inference.predictor import STREAM, find_sources
 from video_swinv2.report.scores import read_arrays, write_arrays
 
@@ -50,7 +50,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The files most like one, the likest first, and the shares of their labels in a vote; or why there is nothing."""
 
     path: str
@@ -126,7 +126,7 @@ def load_gallery(path: Path) -> Gallery:
         raise UserError(f"{path}: holds no {error}; make it with `predict --features`") from error
 
 
-def search(gallery: Gallery, queries: Gallery, k: int) -> list[Found]:
+def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
     """The k files of a gallery nearest to each of the queries by cosine, and the vote of their labels.
 
     A neighbour's vote weighs exp(cosine / temperature), as in `probe`. Raises UsageError where the two were not made by
@@ -142,13 +142,13 @@ def search(gallery: Gallery, queries: Gallery, k: int) -> list[Found]:
     found = []
     for i, name in enumerate(queries.names):
         if queries.reasons[i]:
-            found.append(Found(name, (), (), queries.reasons[i]))
+            found.append(SearchResult(name, (), (), queries.reasons[i]))
             continue
         nearest = tuple(
             Neighbour(gallery.names[read[place]], gallery.labels[read[place]], 1.0 - float(distance))
             for place, distance in zip(places[i], distances[i], strict=True)
         )
-        found.append(Found(name, nearest, _vote(nearest)))
+        found.append(SearchResult(name, nearest, _vote(nearest)))
     return found
 
 

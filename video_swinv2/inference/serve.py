@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
-from video_swinv2.inference.judge import Judge, open_judge
-from video_swinv2.inference.kinds import HEAD_BYTES, IMAGE, VIDEO, kind_of_bytes
-from video_swinv2.inference.looking import Limits, look
+from video_swinv2.inference.classifier import Classifier, open_classifier
+from video_swinv2.inference.media_types import HEAD_BYTES, IMAGE, VIDEO, media_type_of_bytes
+from video_swinv2.inference.clip_summary import Limits, summarise_clip
 from video_swinv2.inference.watching import start_early
 from video_swinv2.pages import render
 
@@ -60,10 +60,10 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, judge: Judge, port: int, limits: Limits) -> None:
-        self.judge, self.limits = judge, limits
-        self.page = _page(judge, limits)
-        self.wanted = IMAGE if judge.card.preprocessing.frames is None else VIDEO
+    def __init__(self, classifier: Classifier, port: int, limits: Limits) -> None:
+        self.classifier, self.limits = classifier, limits
+        self.page = _page(classifier, limits)
+        self.wanted = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
         self.uploads = threading.BoundedSemaphore(UPLOADS_AT_ONCE)
         self.model = threading.Lock()
         self._connections = threading.BoundedSemaphore(CONNECTIONS_AT_ONCE)
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             with tempfile.TemporaryFile() as file:
                 self._receive(file, length)
                 with server.model:
-                    return look(server.judge, file.fileno(), server.limits)
+                    return summarise_clip(server.classifier, file.fileno(), server.limits)
         except UserError as error:
             raise _RefusalError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
         finally:
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         file.flush()
 
     def _check_kind(self, head: bytes) -> None:
-        kind = kind_of_bytes(head)
+        kind = media_type_of_bytes(head)
         if kind is None:
             raise _RefusalError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "This is neither a video nor an image.")
         if kind == IMAGE and self.server.wanted == VIDEO:
@@ -262,16 +262,16 @@ def open_server(
         raise UsageError(f"--port {port}: give a number from 0 to 65535")
     if limits.upload_bytes < 1 or not limits.seconds > 0:
         raise UsageError("the limits of size and time must be more than 0")
-    judge = open_judge(model_path, top=top, device=device, precision=precision)
+    classifier = open_classifier(model_path, top=top, device=device, precision=precision)
     start_early()
     try:
-        return PageServer(judge, port, limits)
+        return PageServer(classifier, port, limits)
     except OSError as error:
         raise UserError(f"--port {port}: cannot be used ({error.strerror}); give another, or 0 for any") from error
 
 
-def _page(judge: Judge, limits: Limits) -> bytes:
-    card = judge.card
+def _page(classifier: Classifier, limits: Limits) -> bytes:
+    card = classifier.card
     values: dict[str, object] = {
         "name": card.architecture["name"],
         "classes": len(card.classes),

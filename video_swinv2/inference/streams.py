@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.display import Display, size_for
-from video_swinv2.evaluation.protocols import find_protocol, plan_views, short_side
+from video_swinv2.evaluation.placement import resized_short_side
+from video_swinv2.evaluation.protocols import find_protocol, plan_views
 
 STANDARD_INPUT = "-"
 # Their senders do not wait: what is not taken in time is lost, and what is taken late is no longer what happens.
@@ -31,7 +32,7 @@ RATES = (0.1, 1000.0)  # some containers give their clock, 90000 a second, for a
 
 
 @dataclass(frozen=True)
-class Picture:
+class Frame:
     """One frame as the model sees it: `image` uint8 (H, W, 3), resized, turned and cut to the model's size."""
 
     index: int
@@ -51,7 +52,7 @@ def is_live(source: str) -> bool:
     return _scheme(source) in LIVE_SCHEMES or _is_camera(source)
 
 
-class Source:
+class FrameStream:
     """An open source, a context manager; iterating gives (seconds, frame as decoded) once, damaged frames left out.
 
     `fps`: pictures a second; `seconds`: how long the header says it is, None if it says nothing. Both are for planning,
@@ -76,7 +77,7 @@ class Source:
         self.seconds = length / av.time_base if length and length > 0 else None
         self._display = Display(stream)
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> FrameStream:
         return self
 
     def __exit__(
@@ -103,7 +104,7 @@ class Source:
         return self._display.picture(frame, short)
 
     @property
-    def shown(self) -> tuple[int, int]:
+    def shown_size(self) -> tuple[int, int]:
         """(height, width) as shown; known from the first frame on."""
         if self._display.size is None:
             raise DecodeError(f"{self.name}: no frame can be decoded", "no_frames")
@@ -139,13 +140,13 @@ class Source:
             return  # cut short, or a sender that fell silent: what came before is the video
 
 
-def centre_cut(shown: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[slice, slice]]:
+def centre_crop(shown: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[slice, slice]]:
     """How a picture of `shown` (H, W) becomes one of `size`: its short side, and what is then cut from the middle.
 
     As in the protocol center-1x1.
     """
     protocol = find_protocol("center-1x1")
-    side = short_side(*shown, size, protocol.resize)
+    side = resized_short_side(*shown, size, protocol.resize)
     top, left, height, width = plan_views(protocol, 1, *size_for(shown, side), 1, 1, size)[0].box
     return side, (slice(top, top + height), slice(left, left + width))
 

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import keep, part_of
-from video_swinv2.inference.annotated_video import MOST_SHORT_SIDE, Caption, Recorder
-from video_swinv2.inference.streams import Picture, Source, centre_cut
-from video_swinv2.inference.windows import Slider, Window
+from video_swinv2.files import commit_file, partial_path
+from video_swinv2.inference.annotated_video import MAX_SHORT_SIDE, Caption, AnnotatedVideoWriter
+from video_swinv2.inference.streams import Frame, FrameStream, centre_crop
+from video_swinv2.inference.segments import SegmentCutter, Segment
 
 START_SECONDS = 60.0  # for the first process to import its libraries on a busy machine
 _ALIVE_SECONDS = 1.0
@@ -44,7 +44,7 @@ class Task:
     A window follows the last after `every_seconds`, or so that there are about `most_windows` of them in all; with
     neither they follow without overlap. `seconds`: watch no longer than that. `ahead`: windows that may wait for an
     answer; where so many do, a source that is `live` goes on without the next one, any other waits. `video`: write the
-    pictures with their answers there, under the hidden name of `files.part_of`.
+    pictures with their answers there, under the hidden name of `files.partial_path`.
     """
 
     source: str
@@ -80,7 +80,7 @@ class _Done:
     """All answers came, and the video, if there is one, is written."""
 
 
-_Message = Window | Seen | _Failed | _Done | None  # None: alive, nothing to say
+_Message = Segment | Seen | _Failed | _Done | None  # None: alive, nothing to say
 
 
 class Watcher:
@@ -114,14 +114,14 @@ class Watcher:
         self._process.join()
         self._pipe.close()
         if self._task.video is not None and not self._finished:
-            part_of(self._task.video).unlink(missing_ok=True)
+            partial_path(self._task.video).unlink(missing_ok=True)
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Segment]:
         patience = self._task.wait_seconds + START_SECONDS
         while True:
             message = self._receive(patience)
             patience = self._task.wait_seconds
-            if isinstance(message, Window):
+            if isinstance(message, Segment):
                 yield message
             elif isinstance(message, Seen):
                 self.seen = message
@@ -137,7 +137,7 @@ class Watcher:
         while not isinstance(self._receive(self._task.wait_seconds), _Done):
             pass
         if self._task.video is not None:
-            keep(part_of(self._task.video), self._task.video)
+            commit_file(partial_path(self._task.video), self._task.video)
         self._finished = True
 
     def stop(self) -> None:
@@ -212,7 +212,7 @@ class _Watch:
     def __init__(self, pipe: Connection, task: Task) -> None:
         self._pipe, self._task = pipe, task
         self._unanswered: deque[int] = deque()  # the last picture of each window that was sent
-        self._recorder: Recorder | None = None
+        self._recorder: AnnotatedVideoWriter | None = None
         self._skipped = 0
         self._stopped = False
         self._spoke = time.monotonic()
@@ -220,23 +220,23 @@ class _Watch:
     def run(self, descriptor: int | None) -> None:
         task = self._task
         count, seconds = 0, 0.0
-        with Source(task.source, descriptor=descriptor, wait_seconds=task.wait_seconds) as source:
-            slider = Slider(task.frames, task.stride, _hop(task, source))
+        with FrameStream(task.source, descriptor=descriptor, wait_seconds=task.wait_seconds) as source:
+            slider = SegmentCutter(task.frames, task.stride, _hop(task, source))
             if task.video is not None:
-                self._recorder = Recorder(part_of(task.video), source.fps)
+                self._recorder = AnnotatedVideoWriter(partial_path(task.video), source.fps)
             for seconds, frame in source:
                 if self._stopped or seconds >= task.seconds:
                     break
-                side, cut = centre_cut(source.shown, task.size)
+                side, cut = centre_crop(source.shown_size, task.size)
                 image = np.ascontiguousarray(source.image(frame, side)[cut])
                 if self._recorder is not None:
-                    height, width = source.shown
-                    shown = source.image(frame, min(height, width, MOST_SHORT_SIDE) // 2 * 2)
+                    height, width = source.shown_size
+                    shown = source.image(frame, min(height, width, MAX_SHORT_SIDE) // 2 * 2)
                     self._recorder.add(count, seconds, shown[: shown.shape[0] // 2 * 2, : shown.shape[1] // 2 * 2])
-                self._offer(slider.add(Picture(count, seconds, image)), must=False)
+                self._offer(slider.add(Frame(count, seconds, image)), must=False)
                 count += 1
                 self._breathe()
-            source.shown  # noqa: B018 - raises where there was not one picture
+            source.shown_size  # noqa: B018 - raises where there was not one picture
             self._offer(slider.finish(), must=True)
         # Before the answers: who collects windows for a batch must know that no other comes.
         self._pipe.send(Seen(count, seconds, self._skipped))
@@ -246,7 +246,7 @@ class _Watch:
             self._recorder.close()
         self._pipe.send(_Done())
 
-    def _offer(self, window: Window | None, must: bool) -> None:
+    def _offer(self, window: Segment | None, must: bool) -> None:
         if window is None:
             return
         if self._task.live and not must and len(self._unanswered) >= self._task.ahead:
@@ -272,14 +272,14 @@ class _Watch:
             return
         until = self._unanswered.popleft()
         if self._recorder is not None:
-            self._recorder.answered(until, caption)
+            self._recorder.caption_until(until, caption)
 
-    def _send(self, message: Window | None) -> None:
+    def _send(self, message: Segment | None) -> None:
         self._pipe.send(message)
         self._spoke = time.monotonic()
 
 
-def _hop(task: Task, source: Source) -> int:
+def _hop(task: Task, source: FrameStream) -> int:
     """Pictures from one window to the next."""
     span = (task.frames - 1) * task.stride + 1
     if task.every_seconds is not None:

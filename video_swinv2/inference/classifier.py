@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.overrides import Device, Precision, pick_device, use_bf16
+from video_swinv2.distributed.devices import choose_device, use_bf16
+from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.report.metrics import average_views, ranking
 from video_swinv2.weights.store import ModelCard, load_model, read_card
@@ -29,7 +30,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Classifier:
     """A model on its device, with its card; `top` answers are given, from `batch_views` views at once."""
 
     model: nn.Module
@@ -59,18 +60,18 @@ class Judge:
         return np.asarray(logits.double().numpy())
 
 
-def open_judge(
+def open_classifier(
     model_path: Path | str,
     *,
     top: int = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     batch_views: int = 12,
-) -> Judge:
+) -> Classifier:
     """The model of a file, ready to answer. Raises UsageError for a model without class names."""
     if top < 1 or batch_views < 1:
         raise UsageError("top and batch_views must be 1 or more")
-    card, place = read_card(model_path), pick_device(device)
+    card, place = read_card(model_path), choose_device(device)
     if not card.classes:
         raise UsageError(f"{model_path}: holds no class names; save the model with classes")
-    return Judge(load_model(model_path).to(place), card, top, batch_views, use_bf16(precision, place))
+    return Classifier(load_model(model_path).to(place), card, top, batch_views, use_bf16(precision, place))

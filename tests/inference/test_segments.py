@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.inference.streams import Picture, Source, centre_cut, is_live, is_stream
-from video_swinv2.inference.windows import Slider
+from video_swinv2.inference.streams import Frame, FrameStream, centre_crop, is_live, is_stream
+from video_swinv2.inference.segments import SegmentCutter
 
 
 def windows_of(n: int, frames: int, stride: int, hop: int) -> list[tuple[int, ...]]:
-    slider = Slider(frames, stride, hop)
+    slider = SegmentCutter(frames, stride, hop)
     image = np.zeros((1, 1, 3), np.uint8)
-    found = [slider.add(Picture(i, i / 10, image)) for i in range(n)]
+    found = [slider.add(Frame(i, i / 10, image)) for i in range(n)]
     return [window.indices for window in [*found, slider.finish()] if window is not None]
 
 
@@ -40,11 +40,11 @@ def test_windows(n: int, frames: int, stride: int, hop: int, expected: list[tupl
 def test_pictures_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
     """Times and pixels as VideoReader has them, also where the picture is turned."""
     for path in (changing, outside_data / "odd_clips" / "decord__video_90.mov"):
-        with VideoReader(path) as reader, Source(str(path)) as source:
+        with VideoReader(path) as reader, FrameStream(str(path)) as source:
             for i, (seconds, frame) in enumerate(source):
-                assert source.shown == reader.size
+                assert source.shown_size == reader.size
                 assert seconds == pytest.approx(reader.times[i] - reader.times[0], abs=1e-6)
-                side, (rows, columns) = centre_cut(source.shown, (32, 48))
+                side, (rows, columns) = centre_crop(source.shown_size, (32, 48))
                 ours = torch.from_numpy(source.image(frame, side)[rows, columns].copy()).permute(2, 0, 1)
                 assert ours.shape == (3, 32, 48)
                 if i > 12:

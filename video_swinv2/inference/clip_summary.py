@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from video_swinv2.inference.judge import Judge
-from video_swinv2.inference.over_time import Moment, answer_windows, task_for
+from video_swinv2.inference.classifier import Classifier
+from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, task_for
 from video_swinv2.inference.watching import Watcher
-from video_swinv2.inference.windows import Window
+from video_swinv2.inference.segments import Segment
 from video_swinv2.report.metrics import ranking
 
 NAME = "The clip"
@@ -41,23 +41,23 @@ class Limits:
     windows: int = 24
 
 
-def look(judge: Judge, descriptor: int, limits: Limits) -> dict[str, Any]:
+def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> dict[str, Any]:
     """All that is said of the open file `descriptor`, as plain JSON; UserError where it cannot be read in the limits.
 
     `answers` are of the mean of all `windows`; each window has its own, its probabilities of the classes of `answers`
     (`shares`, in their order), the seconds of its frames and a picture of them.
     """
     started = time.monotonic()
-    task = task_for(judge.card, NAME, ahead=2 * judge.batch_views)
+    task = task_for(classifier.card, NAME, ahead=2 * classifier.batch_views)
     task = replace(task, most_windows=limits.windows, memory_bytes=limits.memory_bytes, wait_seconds=limits.seconds)
-    seen_windows: list[tuple[Window, NDArray[np.float64], Moment]] = []
+    seen_windows: list[tuple[Segment, NDArray[np.float64], SegmentPrediction]] = []
 
-    def note(window: Window, row: NDArray[np.float64], moment: Moment) -> None:
+    def note(window: Segment, row: NDArray[np.float64], moment: SegmentPrediction) -> None:
         seen_windows.append((replace(window, pixels=_tiles(window.pixels)), row, moment))
 
     with Watcher(task, descriptor=descriptor, limit_seconds=limits.seconds) as watcher:
-        mean, seen = answer_windows(judge, watcher, judge.batch_views, note)
-    answers = judge.best(mean)
+        mean, seen = classify_segments(classifier, watcher, classifier.batch_views, note)
+    answers = classifier.best(mean)
     places = ranking(mean[None], len(answers))[0]
     return {
         "answers": [asdict(answer) for answer in answers],

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
-from video_swinv2.inference.judge import Answer
-from video_swinv2.inference.over_time import Moment
+from video_swinv2.inference.classifier import Answer
+from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import Prediction
-from video_swinv2.inference.retrieval import Found
+from video_swinv2.inference.retrieval import SearchResult
 
 Form = Literal["text", "json", "csv"]
 FOUND_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
@@ -22,7 +22,7 @@ COLUMNS = ("path", "start_seconds", "end_seconds", "rank", "class", "probability
 def show(predictions: Sequence[Prediction], form: Form = "text") -> str:
     """All predictions: text, a JSON list of them, or rows of CSV without their header.
 
-    In CSV a class is a row; those of windows have times (and are left to `show_moment`), those of the whole have none.
+    In CSV a class is a row; those of windows have times (and are left to `format_segment`), those of the whole have none.
     """
     if form == "json":
         return json.dumps([asdict(prediction) for prediction in predictions], indent=1)
@@ -49,7 +49,7 @@ def header(form: Form) -> str:
     return _csv([COLUMNS]) if form == "csv" else ""
 
 
-def show_moment(path: str, moment: Moment, form: Form) -> str:
+def format_segment(path: str, moment: SegmentPrediction, form: Form) -> str:
     """The answers of one window, as soon as they are known; '' in JSON, which is whole only at the end."""
     start, end = f"{moment.start_seconds:.2f}", f"{moment.end_seconds:.2f}"
     if form == "csv":
@@ -60,7 +60,7 @@ def show_moment(path: str, moment: Moment, form: Form) -> str:
     return f"{path}  {start:>7s} to {end:>7s} s  {said}"
 
 
-def show_found(found: Sequence[Found], form: Form) -> str:
+def format_search_results(found: Sequence[SearchResult], form: Form) -> str:
     """The neighbours of all queries: text, a JSON list, or CSV with a header."""
     if form == "json":
         return json.dumps([asdict(one) for one in found], indent=1)

@@ -25,7 +25,7 @@ _VIDEO_STARTS = (
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
 
 
-def find_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | None]]:
+def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | None]]:
     """(file, its kind): files given by name whatever they are, and those of the kind `wanted` in folders, sorted.
 
     Raises UsageError for a folder that holds none.
@@ -33,16 +33,16 @@ def find_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | Non
     found: list[tuple[Path, str | None]] = []
     for path in paths:
         if not path.is_dir():
-            found.append((path, kind_of(path)))
+            found.append((path, media_type_of(path)))
             continue
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file) == wanted]
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and media_type_of(file) == wanted]
         if not inside:
             raise UsageError(f"{path}: no {wanted} in this folder, and this model takes {wanted}s")
         found += [(file, wanted) for file in inside]
     return found
 
 
-def kind_of(path: Path) -> str | None:
+def media_type_of(path: Path) -> str | None:
     """VIDEO or IMAGE by the first bytes, else by the suffix, so that a broken video is still one; None for neither."""
     try:
         with path.open("rb") as stream:
@@ -51,10 +51,10 @@ def kind_of(path: Path) -> str | None:
         head = b""
     suffix = path.suffix.lower()
     by_suffix = VIDEO if suffix in VIDEO_SUFFIXES else IMAGE if suffix in IMAGE_SUFFIXES else None
-    return kind_of_bytes(head) or by_suffix
+    return media_type_of_bytes(head) or by_suffix
 
 
-def kind_of_bytes(head: bytes) -> str | None:
+def media_type_of_bytes(head: bytes) -> str | None:
     """VIDEO or IMAGE by the marks that containers begin with; None for none of them."""
     riff = head[8:12] if head.startswith(b"RIFF") else b""
     mpeg_ts = len(head) > 376 and head[0] == head[188] == head[376] == 0x47
