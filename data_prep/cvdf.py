@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from video_swinv2.data.lists import SPLITS, is_kinetics, read_clips
 from video_swinv2.errors import UserError
-from video_swinv2.files import whole
+from video_swinv2.files import atomic_write
 
 BASE = "https://s3.amazonaws.com/kinetics"
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
@@ -40,7 +40,7 @@ class Dataset:
 
 
 TABLES = {split: f"{split}.csv" for split in SPLITS}
-DATASETS = {
+VERSIONS = {
     "kinetics400": Dataset("400", "k400", TABLES, "replacement_for_corrupted_k400.tgz"),
     # train.csv and val.csv are there too, but lack half of the clips (issue 33 of kinetics-dataset).
     "kinetics600": Dataset("600", "k600", {**TABLES, "train": "train.txt", "val": "val.txt"}),
@@ -62,7 +62,7 @@ class Archive:
         return f"archives/{self.split}/{self.name}"
 
 
-def not_text(path: Path) -> str:
+def text_fault(path: Path) -> str:
     """What else the file is, if it is not a list in UTF-8."""
     try:
         start = path.read_text(encoding="utf-8-sig").lstrip()[:1]
@@ -108,14 +108,14 @@ def write_list(published: Path, target: Path, split: str) -> str:
     """
     target.parent.mkdir(exist_ok=True)
     if is_kinetics(published):
-        with whole(target) as part:
+        with atomic_write(target) as part:
             part.write_bytes(published.read_bytes())
         return ""
     lines = [line.strip() for line in published.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     matches = [match for line in lines if (match := CLIP_LINE.fullmatch(line))]
     if len(matches) < len(lines):
         return f"{published}: in a form not known here, so there is no {target}; give `prepare` a list of your own"
-    with whole(target) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(target) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for match in matches:

@@ -16,16 +16,16 @@ from typing import Any
 
 import av
 
-from data_prep.account import account
-from data_prep.state import SplitCount
+from data_prep.outcomes import account
+from data_prep.state import VideoCounts
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
 from video_swinv2.errors import UserError
-from video_swinv2.files import whole, write_json
+from video_swinv2.files import atomic_write, write_json
 
 
 @dataclass(frozen=True)
-class Listed:
+class PreparedVideo:
     """A video of the data set: path relative to it, class name ('' for none), sha256 of the file."""
 
     path: str
@@ -34,7 +34,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedVideo:
     """A video that did not make it: its source, one word from the list of reasons, what the decoder said last."""
 
     path: str
@@ -46,8 +46,8 @@ class Failed:
 class SplitContent:
     """What became of the videos of one split; `excluded` is how many of those listed were not wanted after all."""
 
-    ok: Sequence[Listed]
-    failed: Sequence[Failed] = ()
+    ok: Sequence[PreparedVideo]
+    failed: Sequence[FailedVideo] = ()
     excluded: int = 0
 
 
@@ -84,7 +84,7 @@ def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
     write_text(path, text)
     reasons = dict(Counter(item.reason for item in content.failed))
     ok, failed, excluded = len(content.ok), len(content.failed), content.excluded
-    counts = SplitCount(
+    counts = VideoCounts(
         listed=ok + failed + excluded, ok=ok, pending=0, failed=reasons, excluded={"duplicate": excluded}
     )
     ends = account(counts)
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, synced to disk. Raises UserError naming the file."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 

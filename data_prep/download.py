@@ -20,11 +20,11 @@ from urllib.parse import unquote, urlsplit
 
 from data_prep import cvdf
 from data_prep.cvdf import Archive
-from data_prep.fetch import AbsentError, DiskError, StopError, disk_faults, fetch, is_url
-from data_prep.unpack import DamagedError, not_an_archive, same_content, unpack
+from data_prep.fetch import AbsentError, DiskError, StopError, as_disk_error, fetch, is_url
+from data_prep.unpack import DamagedError, archive_fault, same_content, unpack
 from video_swinv2.data.lists import SPLITS
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import hold, sync, write_json
+from video_swinv2.files import lock_file, sync_to_disk, write_json
 from video_swinv2.progress import Progress
 
 LEDGER_NAME = "archives.json"
@@ -107,7 +107,7 @@ def download(
         raise UsageError("--delete-archives: would leave nothing with --no-extract; leave out one of them")
     chosen = [split for split in SPLITS if split in splits]
     to = Path(to).absolute()
-    with disk_faults(to):
+    with as_disk_error(to):
         to.mkdir(parents=True, exist_ok=True)
     with _lock(to):
         run = _Download(dataset, to, _source(source), extract=extract, delete_archives=delete_archives)
@@ -118,7 +118,7 @@ class _Download:
     """One call of `download`."""
 
     def __init__(self, dataset: str, to: Path, source: str, *, extract: bool, delete_archives: bool) -> None:
-        self.dataset = cvdf.DATASETS[dataset]
+        self.dataset = cvdf.VERSIONS[dataset]
         self.to = to
         self.source = source
         self.extract = extract
@@ -149,12 +149,12 @@ class _Download:
     def _listed(self, split: str) -> list[Archive]:
         """The archives of a split, after its annotations were brought here."""
         name, folder = self.dataset.annotations[split], self.dataset.folder
-        self._fetch(f"{folder}/annotations/{name}", f"archives/annotations/{name}", cvdf.not_text)
-        with disk_faults(self.to):
+        self._fetch(f"{folder}/annotations/{name}", f"archives/annotations/{name}", cvdf.text_fault)
+        with as_disk_error(self.to):
             note = cvdf.write_list(self.to / "archives/annotations" / name, self._list(split), split)
         self.notes += [note] if note else []
         name = f"{self.dataset.prefix}_{split}_path.txt"
-        self._fetch(f"{folder}/{split}/{name}", f"archives/{split}/{name}", cvdf.not_text)
+        self._fetch(f"{folder}/{split}/{name}", f"archives/{split}/{name}", cvdf.text_fault)
         archives = cvdf.read_part_list(self.to / "archives" / split / name, split, f"{folder}/{split}")
         for archive in archives:
             self._sums_beside(archive.path, archive.key)  # here, once, and not by every thread
@@ -205,14 +205,14 @@ class _Download:
         """Fetch an archive and put its clips into the folder of the split."""
         if self.stop.is_set():
             raise StopError
-        self._fetch(archive.path, archive.key, not_an_archive)
+        self._fetch(archive.path, archive.key, archive_fault)
         if not self.extract:
             return
         home = self.to / archive.split
-        with self._unpacked(archive.key) as (aside, names, facts), self.placing, disk_faults(home):
+        with self._unpacked(archive.key) as (aside, names, facts), self.placing, as_disk_error(home):
             home.mkdir(exist_ok=True)
             conflicts = [name for name in names if not _place(aside / name, home / name)]
-            sync(home)
+            sync_to_disk(home)
         self.ledger.note(archive.key, **facts, conflicts=conflicts)
         if self.delete_archives:
             (self.to / archive.key).unlink(missing_ok=True)
@@ -223,7 +223,7 @@ class _Download:
         todo = [split for split in splits if self.ledger.replaced(split) is None]
         if not todo:
             return
-        self._fetch(f"{self.dataset.folder}/{self.dataset.replacement}", key, not_an_archive)
+        self._fetch(f"{self.dataset.folder}/{self.dataset.replacement}", key, archive_fault)
         if not self.extract:
             return
         with self._unpacked(key) as (aside, names, facts):
@@ -231,10 +231,10 @@ class _Download:
             for split in todo:
                 home, listed = self.to / split, cvdf.listed_clips(self._list(split), split)
                 chosen = [name for name in names if Path(name).stem in listed or (home / name).exists()]
-                with disk_faults(home):
+                with as_disk_error(home):
                     for name in chosen:
                         os.replace(aside / name, home / name)
-                    sync(home)
+                    sync_to_disk(home)
                 self.ledger.note_replaced(split, chosen)
         if self.delete_archives:
             (self.to / key).unlink(missing_ok=True)
@@ -255,13 +255,13 @@ class _Download:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _fetch(self, path: str, key: str, fault_of: Callable[[Path], str]) -> None:
+    def _fetch(self, path: str, key: str, find_fault: Callable[[Path], str]) -> None:
         """Bring one file below the source here, or check the one that is here, and write down what it was."""
         known, name = self.ledger.of(key), Path(key).name
         expected = known.get("sha256") or self._sums_beside(path, key).get(name, "")
         target = self.to / key
         fetched = fetch(
-            self._address(path), target, fault_of=fault_of, sha256=expected, stop=self.stop, moved=self._moved
+            self._address(path), target, find_fault=find_fault, sha256=expected, stop=self.stop, moved=self._moved
         )
         if not known:
             self.ledger.note(key, **asdict(fetched))
@@ -272,7 +272,7 @@ class _Download:
         if folder not in self.sums:
             target = (self.to / key).with_name(SUMS_NAME)
             try:
-                fetch(self._address(f"{folder}/{SUMS_NAME}"), target, fault_of=cvdf.not_text, stop=self.stop)
+                fetch(self._address(f"{folder}/{SUMS_NAME}"), target, find_fault=cvdf.text_fault, stop=self.stop)
                 self.sums[folder] = cvdf.read_sums(target)
             except AbsentError:
                 self.sums[folder] = {}
@@ -318,6 +318,6 @@ def _source(text: str) -> str:
 @contextlib.contextmanager
 def _lock(to: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
-        with disk_faults(to):
-            held.enter_context(hold(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it"))
+        with as_disk_error(to):
+            held.enter_context(lock_file(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it"))
         yield

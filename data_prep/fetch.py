@@ -18,7 +18,7 @@ import requests
 import urllib3
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import keep, part_of, write_json
+from video_swinv2.files import commit_file, partial_path, write_json
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # without a byte; also the longest that Ctrl-C may have to wait
@@ -51,7 +51,7 @@ class _NetworkError(Exception):
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedFile:
     """What a file turned out to be."""
 
     address: str
@@ -62,7 +62,7 @@ class Fetched:
 
 
 @dataclass(frozen=True)
-class _Promise:
+class _RemoteFile:
     """What the server says of a file: kept beside the half of it, since half a file is only worth its other half."""
 
     address: str
@@ -80,20 +80,20 @@ def fetch(
     address: str,
     target: Path,
     *,
-    fault_of: Callable[[Path], str],
+    find_fault: Callable[[Path], str],
     sha256: str = "",
     stop: threading.Event | None = None,
     moved: Callable[[int], None] = lambda size: None,
-) -> Fetched:
+) -> FetchedFile:
     """Bring a URL, or a file by its path, to `target`; one that is there already is only checked.
 
-    `fault_of` looks at the whole file before it gets its name and says what is wrong with it, or ''; `moved` is told
+    `find_fault` looks at the whole file before it gets its name and says what is wrong with it, or ''; `moved` is told
     the size of every block; setting `stop` ends the work with StopError, and the next call goes on from there.
     UserError naming the address; AbsentError where the source has no such file; DiskError naming the target.
     """
     stop = stop or threading.Event()
-    part, promise = part_of(target), _Promise(address, None, "", "", "")
-    with disk_faults(target):
+    part, promise = partial_path(target), _RemoteFile(address, None, "", "", "")
+    with as_disk_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file():
             part = target
@@ -102,16 +102,16 @@ def fetch(
         else:
             _copy(Path(address), part, stop, moved)
         hashes = _hashes(part, stop)
-        wrong = _difference(hashes, sha256, promise.md5) or fault_of(part)
+        wrong = _difference(hashes, sha256, promise.md5) or find_fault(part)
         if wrong and part == target:
             raise UserError(f"{target}: {wrong}; remove it to fetch it again")
         if wrong:
             _forget(part)
             raise UserError(f"{address}: {wrong}; run again or try another source")
         if part != target:
-            keep(part, target)
+            commit_file(part, target)
             _note(part).unlink(missing_ok=True)
-        return Fetched(address, target.stat().st_size, hashes[0], promise.etag, promise.last_modified)
+        return FetchedFile(address, target.stat().st_size, hashes[0], promise.etag, promise.last_modified)
 
 
 def is_url(address: str) -> bool:
@@ -120,7 +120,7 @@ def is_url(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def disk_faults(path: Path) -> Iterator[None]:
+def as_disk_error(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a DiskError that names `path`."""
     try:
         yield
@@ -129,7 +129,7 @@ def disk_faults(path: Path) -> Iterator[None]:
         raise DiskError(f"{path}: cannot be written ({text}); free space or mend it, then run again") from fault
 
 
-def refuse_full_disk(folder: Path, size: int) -> None:
+def require_free_space(folder: Path, size: int) -> None:
     """DiskError if `size` more bytes do not fit."""
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -137,7 +137,7 @@ def refuse_full_disk(folder: Path, size: int) -> None:
         raise DiskError(f"{folder}: {text}; free space, then run again")
 
 
-def _download(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _Promise:
+def _download(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _RemoteFile:
     """Try until the part is whole, with longer and longer pauses, as long as tries bring something."""
     best = vain = 0
     while True:
@@ -156,7 +156,7 @@ def _download(address: str, part: Path, stop: threading.Event, moved: Callable[[
                 raise StopError from fault
 
 
-def _attempt(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _Promise:
+def _attempt(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _RemoteFile:
     """One request for what the part still lacks."""
     promise = _read_note(part, address)
     have = _size(part) if promise and promise.validator() else 0
@@ -168,7 +168,7 @@ def _attempt(address: str, part: Path, stop: threading.Event, moved: Callable[[i
     with _answer(address, headers) as response:
         offset, promise = _judge(response, address, promise, have, part)
         if promise.size is not None:
-            refuse_full_disk(part.parent, promise.size - offset)
+            require_free_space(part.parent, promise.size - offset)
         if not offset:
             # The note comes after the bytes it does not describe are gone, and before the first that it does.
             _forget(part)
@@ -190,8 +190,8 @@ def _attempt(address: str, part: Path, stop: threading.Event, moved: Callable[[i
 
 
 def _judge(
-    response: requests.Response, address: str, known: _Promise | None, have: int, part: Path
-) -> tuple[int, _Promise]:
+    response: requests.Response, address: str, known: _RemoteFile | None, have: int, part: Path
+) -> tuple[int, _RemoteFile]:
     """Where in the file the body begins, and what is promised of the whole. Raises _NetworkError, UserError."""
     status = response.status_code
     if status == 200:
@@ -212,14 +212,14 @@ def _judge(
     raise AbsentError(f"{address}: {reason}; check the source and the name")
 
 
-def _promise(response: requests.Response, address: str, size: int | None) -> _Promise:
+def _promise(response: requests.Response, address: str, size: int | None) -> _RemoteFile:
     headers = response.headers
     etag = headers.get("ETag", "")
     # S3's ETag is the MD5 of the bytes unless they came in several pieces (then it holds a dash) or are encrypted
     # with a key of the owner's; elsewhere it may be anything.
     plain = "x-amz-request-id" in headers and "kms" not in headers.get("x-amz-server-side-encryption", "")
     md5 = re.fullmatch(r'"([0-9a-f]{32})"', etag) if plain else None
-    return _Promise(address, size, etag, headers.get("Last-Modified", ""), md5[1] if md5 else "")
+    return _RemoteFile(address, size, etag, headers.get("Last-Modified", ""), md5[1] if md5 else "")
 
 
 @contextlib.contextmanager
@@ -262,7 +262,7 @@ def _copy(source: Path, part: Path, stop: threading.Event, moved: Callable[[int]
 def _blocks_of_file(source: Path, target: Path) -> Iterator[bytes]:
     try:
         with source.open("rb") as file:
-            refuse_full_disk(target, source.stat().st_size)
+            require_free_space(target, source.stat().st_size)
             while block := file.read(BLOCK):
                 yield block
     except OSError as fault:
@@ -292,10 +292,10 @@ def _note(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _read_note(part: Path, address: str) -> _Promise | None:
+def _read_note(part: Path, address: str) -> _RemoteFile | None:
     """What was promised of a half file; None if it is of another address or unreadable."""
     try:
-        promise = _Promise(**json.loads(_note(part).read_text(encoding="utf-8")))
+        promise = _RemoteFile(**json.loads(_note(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return promise if promise.address == address else None

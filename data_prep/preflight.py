@@ -14,11 +14,11 @@ from pathlib import Path
 
 import av
 
-from data_prep.clip import Task, prepare_clip
+from data_prep.transcode import TranscodeJob, transcode_video
 from data_prep.pool import Allow, Crew, each
 from data_prep.status import duration
 from video_swinv2.errors import UserError
-from video_swinv2.memory import memory_free, memory_peak
+from video_swinv2.memory import free_memory_bytes, peak_memory_bytes
 
 SAMPLE = 20
 SAMPLE_COST = 50  # where nobody asked for it, the sample may take this part of the work at most: a fiftieth
@@ -78,14 +78,14 @@ def sample_size(pending: int, *, asked: bool) -> int:
     return min(SAMPLE, pending if asked else pending // SAMPLE_COST)
 
 
-def preflight(crew: Crew, tasks: Sequence[Task], *, pending: int, workers: int, folder: Path) -> Preflight:
+def preflight(crew: Crew, tasks: Sequence[TranscodeJob], *, pending: int, workers: int, folder: Path) -> Preflight:
     """Prepare `tasks`, a sample of the `pending` videos, in `folder` with the `crew` that is to do the work.
 
     The folder is one of its own below the data set; it is removed before and after, so that one left by a killed run
     goes too. Raises UserError where it cannot be made.
     """
     problems = [*_encoder(), *_open_files(workers)]
-    memory = memory_free()
+    memory = free_memory_bytes()
     trials = [] if problems else _try(crew, tasks, folder)
     free = shutil.disk_usage(folder.parent).free
     hours = size = None
@@ -99,7 +99,7 @@ def preflight(crew: Crew, tasks: Sequence[Task], *, pending: int, workers: int, 
     return Preflight(pending, workers, tuple(trials), hours, size, free, tuple(problems))
 
 
-def _try(crew: Crew, tasks: Sequence[Task], folder: Path) -> list[Trial]:
+def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[Trial]:
     shutil.rmtree(folder, ignore_errors=True)
     if not tasks:
         return []
@@ -108,7 +108,7 @@ def _try(crew: Crew, tasks: Sequence[Task], folder: Path) -> list[Trial]:
         moved = [replace(task, target=folder / f"{task.row}.mp4") for task in tasks]
         return [
             outcome if isinstance(outcome, Trial) else Trial(0.0, 0, outcome.reason, outcome.detail, 0)
-            for _, outcome in each(crew, try_clip, moved)
+            for _, outcome in each(crew, measure_video, moved)
         ]
     except OSError as fault:
         raise UserError(f"{folder}: cannot be made ({fault.strerror}); choose another folder") from fault
@@ -116,14 +116,14 @@ def _try(crew: Crew, tasks: Sequence[Task], folder: Path) -> list[Trial]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_clip(task: Task, allow: Allow) -> Trial:
+def measure_video(task: TranscodeJob, allow: Allow) -> Trial:
     """Prepare a video as in earnest, note what it took and remove it."""
-    outcome = prepare_clip(task, allow)
+    outcome = transcode_video(task, allow)
     size = 0
     with contextlib.suppress(OSError):
         size = task.target.stat().st_size
         task.target.unlink()
-    return Trial(outcome.seconds, size, outcome.reason, outcome.detail, memory_peak())
+    return Trial(outcome.seconds, size, outcome.reason, outcome.detail, peak_memory_bytes())
 
 
 def _encoder() -> list[str]:

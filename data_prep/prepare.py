@@ -11,16 +11,16 @@ from pathlib import Path
 from sqlite3 import Row
 
 from data_prep import executors, shards
-from data_prep.account import account
-from data_prep.clip import Outcome, Settings, Task, prepare_clip, seconds_for, size_and_time, sweep, task_of
-from data_prep.dataset import Failed, Listed, SplitContent, versions, write_dataset
+from data_prep.outcomes import account
+from data_prep.transcode import Outcome, TranscodeSettings, TranscodeJob, transcode_video, seconds_for, size_and_mtime, sweep, job_for_row
+from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
 from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import Preflight, preflight, sample_size
-from data_prep.shards import Shard
+from data_prep.shards import WorkShard
 from data_prep.sources import plan
-from data_prep.state import REASONS, STATE_NAME, SplitCount, State, Wanted, split_order
+from data_prep.state import REASONS, STATE_NAME, VideoCounts, PreparationState, PlannedVideo, split_order
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import keep, part_of
+from video_swinv2.files import commit_file, partial_path
 from video_swinv2.progress import track
 
 MEMORY_GIB = 8.0
@@ -32,7 +32,7 @@ Say = Callable[[str], object]
 class Report:
     """How a run ended: counts by split."""
 
-    counts: dict[str, SplitCount]
+    counts: dict[str, VideoCounts]
 
     def failed_share(self) -> float:
         """Videos missing, broken or too short over those listed and wanted."""
@@ -44,7 +44,7 @@ class Report:
 def prepare(
     source: Path,
     out: Path,
-    settings: Settings,
+    settings: TranscodeSettings,
     *,
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
@@ -52,7 +52,7 @@ def prepare(
     name: str | None = None,
     workers: int = 1,
     executor: str = "local",
-    shard: Shard | None = None,
+    shard: WorkShard | None = None,
     retry_failed: Collection[str] | None = None,
     say: Say = print,
 ) -> Report:
@@ -68,7 +68,7 @@ def prepare(
     wanted = [item for item in listed.wanted if shard is None or shard.holds(item.name)]
     out.mkdir(parents=True, exist_ok=True)
     path = None if shard is None else shard.state_path(out)
-    with shards.lock(out, shard), State(out, create=True, path=path) as state:
+    with shards.lock(out, shard), PreparationState(out, create=True, path=path) as state:
         for note in listed.notes:
             say(note)
         _bring_up_to_date(state, out, wanted, settings, shard, retry_failed, say)
@@ -86,10 +86,10 @@ def prepare(
         return Report(state.counts())
 
 
-def look_ahead(
+def estimate_preparation(
     source: Path,
     out: Path,
-    settings: Settings,
+    settings: TranscodeSettings,
     *,
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
@@ -108,7 +108,7 @@ def look_ahead(
     count = sample_size(len(wanted), asked=True)
     chosen = [wanted[(2 * place + 1) * len(wanted) // (2 * count)] for place in range(count)]
     tasks = [
-        Task(place, Path(item.source), out / item.target, settings, item.start, item.end)
+        TranscodeJob(place, Path(item.source), out / item.target, settings, item.start, item.end)
         for place, item in enumerate(chosen)
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -122,16 +122,16 @@ def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Report
     for folder in (out, *others):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name one in which shards were prepared")
-    whole, part = out / STATE_NAME, part_of(out / STATE_NAME)
+    whole, part = out / STATE_NAME, partial_path(out / STATE_NAME)
     with shards.lock_all([out, *others]):
         note = "the shards were merged before"
         if not whole.is_file():  # which it becomes when all is in it, so that no later run takes half of it for all
             for left in (part, part.with_name(f"{part.name}-journal")):
                 left.unlink(missing_ok=True)
-            with State(out, create=True, path=part) as state:
+            with PreparationState(out, create=True, path=part) as state:
                 note = f"{shards.join(state, out, others)} shards merged"
-            keep(part, whole)
-        with State(out) as state:
+            commit_file(part, whole)
+        with PreparationState(out) as state:
             if not state.fact("merged"):
                 raise UserError(f"{out}: was prepared as a whole, there is nothing to merge; give another folder")
             write_lists(state, out)
@@ -139,14 +139,14 @@ def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Report
             return Report(state.counts())
 
 
-def write_lists(state: State, out: Path) -> None:
+def write_lists(state: PreparationState, out: Path) -> None:
     """dataset.json, the lists and failed.csv from what the state knows."""
-    ok: dict[str, list[Listed]] = {}
-    failed: dict[str, list[Failed]] = {}
+    ok: dict[str, list[PreparedVideo]] = {}
+    failed: dict[str, list[FailedVideo]] = {}
     for row in state.rows("ok", ("target", "label", "sha256")):
-        ok.setdefault(row["split"], []).append(Listed(row["target"], row["label"], row["sha256"]))
+        ok.setdefault(row["split"], []).append(PreparedVideo(row["target"], row["label"], row["sha256"]))
     for row in state.rows("failed", ("name", "reason", "detail")):
-        failed.setdefault(row["split"], []).append(Failed(row["name"], row["reason"], row["detail"] or ""))
+        failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
         split: SplitContent(ok.get(split, []), failed.get(split, []), sum(count.excluded.values()))
         for split, count in state.counts().items()
@@ -162,7 +162,7 @@ def write_lists(state: State, out: Path) -> None:
     )
 
 
-def _check(source: Path, out: Path, settings: Settings, retry_failed: Collection[str] | None) -> None:
+def _check(source: Path, out: Path, settings: TranscodeSettings, retry_failed: Collection[str] | None) -> None:
     if settings.short_side < 16 or settings.short_side % 2:
         raise UsageError(f"--short-side {settings.short_side}: must be even and at least 16")
     if settings.gop < 1:
@@ -178,7 +178,7 @@ def _check(source: Path, out: Path, settings: Settings, retry_failed: Collection
         raise UsageError(f"{out}: lies inside the source {source}; give a folder outside it")
 
 
-def _listing_hash(wanted: Sequence[Wanted]) -> str:
+def _listing_hash(wanted: Sequence[PlannedVideo]) -> str:
     """What all shards of one preparation share; where the sources lie may differ from machine to machine."""
     digest = hashlib.sha256()
     for item in wanted:
@@ -187,11 +187,11 @@ def _listing_hash(wanted: Sequence[Wanted]) -> str:
 
 
 def _bring_up_to_date(
-    state: State,
+    state: PreparationState,
     out: Path,
-    wanted: Sequence[Wanted],
-    settings: Settings,
-    shard: Shard | None,
+    wanted: Sequence[PlannedVideo],
+    settings: TranscodeSettings,
+    shard: WorkShard | None,
     retry_failed: Collection[str] | None,
     say: Say,
 ) -> None:
@@ -215,7 +215,7 @@ def _bring_up_to_date(
         say(f"{len(ids)} videos are prepared again: {why}")
 
 
-def _sweep(out: Path, wanted: Sequence[Wanted], shard: Shard | None) -> int:
+def _sweep(out: Path, wanted: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
     """Remove half-written files; of a shard its own, since others may be at work in the same folder."""
     if shard is None:
         return sweep(out / "videos")
@@ -227,7 +227,7 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     if row["settings_hash"] != form:
         return "the settings have changed"
     ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
-    now = size_and_time(row["source"])
+    now = size_and_mtime(row["source"])
     # A source that went away after its video was made takes nothing from the video.
     if now != before and not (ok and now == (None, None)):
         return "their sources have changed"
@@ -238,12 +238,12 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     return None
 
 
-def _work(state: State, out: Path, settings: Settings, executor: str, workers: int, say: Say) -> int:
+def _work(state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, say: Say) -> int:
     """Prepare what is pending; how many that was. Only this process writes the state, a row at a time as they end."""
     pending = sum(count.pending for count in state.counts().values())
     if not pending:
         return 0
-    tasks = (task_of(row, out, settings) for row in state.rows("pending"))
+    tasks = (job_for_row(row, out, settings) for row in state.rows("pending"))
     mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
     with executors.start(executor, min(workers, pending), seconds_for, MEMORY_GIB) as crew:
         ahead = _look_at_pending(crew, state, out, settings, pending)
@@ -251,9 +251,9 @@ def _work(state: State, out: Path, settings: Settings, executor: str, workers: i
             say(ahead.as_text())
         if ahead.problems and not executor.startswith("dask:"):  # of another machine's memory we know nothing
             raise UserError(ahead.problems[0])
-        for task, outcome in track(each(crew, prepare_clip, tasks), "prepare", pending, "clips"):
+        for task, outcome in track(each(crew, transcode_video, tasks), "prepare", pending, "clips"):
             if isinstance(outcome, Lost):
-                size, changed = size_and_time(task.source)
+                size, changed = size_and_mtime(task.source)
                 outcome = Outcome(outcome.reason, outcome.detail, source_size=size, source_mtime_ns=changed)
             if outcome.reason == "disk":
                 raise UserError(
@@ -263,11 +263,11 @@ def _work(state: State, out: Path, settings: Settings, executor: str, workers: i
     return pending
 
 
-def _look_at_pending(crew: Crew, state: State, out: Path, settings: Settings, pending: int) -> Preflight:
+def _look_at_pending(crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int) -> Preflight:
     """What the rest will come to. A sample is made once, and only where it is small beside the rest."""
     seen = state.fact("sampled") == settings.hash()
     size = 0 if seen else sample_size(pending, asked=False)
-    tasks = [task_of(row, out, settings) for row in state.sample(size)]
+    tasks = [job_for_row(row, out, settings) for row in state.sample(size)]
     # A shard's own folder: others may look ahead in the same place.
     folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
     found = preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)

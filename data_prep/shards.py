@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.state import STATE_NAME, State
+from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import hold, keep, part_of, sha256
+from video_swinv2.files import commit_file, lock_file, partial_path, sha256
 
 LOCK_NAME = ".prep.lock"
 FOLDER = "shards"
@@ -23,7 +23,7 @@ FACTS = ("name", "classes", "settings", "extra", "listing")
 
 
 @dataclass(frozen=True)
-class Shard:
+class WorkShard:
     """Part `place` (from 0) of `count`."""
 
     place: int
@@ -41,7 +41,7 @@ class Shard:
         return out / FOLDER / f"{self.place}-of-{self.count}.sqlite"
 
 
-def parse(text: str, environment: Mapping[str, str] = os.environ) -> Shard:
+def parse(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
     """`i/n`, or `slurm` for the place of this task in its job array. Raises UsageError."""
     if text == "slurm":
         try:
@@ -51,36 +51,36 @@ def parse(text: str, environment: Mapping[str, str] = os.environ) -> Shard:
         place = (ours - first) // int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
         if not 0 <= place < count:
             raise UsageError(f"--shard slurm: task {ours} of the array from {first} on; use --array=0-{count - 1}")
-        return Shard(place, count)
+        return WorkShard(place, count)
     numbers = re.fullmatch(r"(\d+)/(\d+)", text)
     if numbers is None or int(numbers[1]) >= int(numbers[2]):
         raise UsageError(f"--shard {text}: must be i/n with 0 <= i < n, for instance 0/8, or slurm")
-    return Shard(int(numbers[1]), int(numbers[2]))
+    return WorkShard(int(numbers[1]), int(numbers[2]))
 
 
 @contextlib.contextmanager
-def lock(out: Path, shard: Shard | None = None) -> Iterator[None]:
+def lock(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
     """Keep a data set for one run, or for the runs of its shards, each of which keeps its own part.
 
     Raises UserError where another run is in the way, or the data set is prepared the other way.
     """
     with contextlib.ExitStack() as held:
         busy = f"{out}: another run is preparing this data set; wait for it or stop it"
-        held.enter_context(hold(out / LOCK_NAME, busy, shared=shard is not None))
+        held.enter_context(lock_file(out / LOCK_NAME, busy, shared=shard is not None))
         whole = (out / STATE_NAME).is_file()
         if shard is None:
-            if not whole and (found := states_below(out)):
+            if not whole and (found := shard_state_paths(out)):
                 raise UserError(f"{found[0]}: this data set is prepared in shards; merge them first (`merge {out}`)")
         else:
             if whole:
                 raise UserError(f"{out}: holds {STATE_NAME}; go on without --shard, or give the shards another folder")
             (out / FOLDER).mkdir(exist_ok=True)
             busy = f"{out}: another run is preparing shard {shard}; wait for it or stop it"
-            held.enter_context(hold(out / FOLDER / f".{shard.place}-of-{shard.count}.lock", busy))
+            held.enter_context(lock_file(out / FOLDER / f".{shard.place}-of-{shard.count}.lock", busy))
         yield
 
 
-def states_below(out: Path) -> list[Path]:
+def shard_state_paths(out: Path) -> list[Path]:
     """The states of the shards prepared in `out`, by place."""
     found = [(match, path) for path in (out / FOLDER).glob("*") if (match := STATE_FILE.fullmatch(path.name))]
     return [path for match, path in sorted(found, key=lambda pair: int(pair[0]["place"]))]
@@ -91,19 +91,19 @@ def lock_all(folders: Sequence[Path]) -> Iterator[None]:
     """Keep several data sets whole. Raises UserError where one is at work."""
     with contextlib.ExitStack() as held:
         for folder in dict.fromkeys(folders):
-            held.enter_context(hold(folder / LOCK_NAME, f"{folder}: is being prepared; wait for it or stop it"))
+            held.enter_context(lock_file(folder / LOCK_NAME, f"{folder}: is being prepared; wait for it or stop it"))
         yield
 
 
-def join(state: State, out: Path, others: Sequence[Path]) -> int:
+def join(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
     """Take the rows of all shards prepared in `out` and in `others` over into the empty `state` of `out`; their number.
 
     Videos in `others` are linked into `out`, or copied and checked. Raises UserError for shards that lack or are not
     finished, or do not belong together.
     """
-    sources = [(folder, path) for folder in dict.fromkeys((out, *others)) for path in states_below(folder)]
+    sources = [(folder, path) for folder in dict.fromkeys((out, *others)) for path in shard_state_paths(folder)]
     with contextlib.ExitStack() as opened:
-        shards = [(folder, opened.enter_context(State(folder, path=path))) for folder, path in _complete(out, sources)]
+        shards = [(folder, opened.enter_context(PreparationState(folder, path=path))) for folder, path in _complete(out, sources)]
         _agree([shard for _, shard in shards])
         for folder, shard in shards:
             if folder != out:
@@ -139,7 +139,7 @@ def _complete(out: Path, sources: Sequence[tuple[Path, Path]]) -> list[tuple[Pat
     return [by_place[place] for place in sorted(by_place)]
 
 
-def _agree(shards: Sequence[State]) -> None:
+def _agree(shards: Sequence[PreparationState]) -> None:
     """Raises UserError unless all are finished parts of one preparation."""
     for shard in shards:
         pending = sum(count.pending for count in shard.counts().values())
@@ -152,12 +152,12 @@ def _agree(shards: Sequence[State]) -> None:
                 )
 
 
-def _bring(shard: State, folder: Path, out: Path) -> None:
+def _bring(shard: PreparationState, folder: Path, out: Path) -> None:
     """Put the videos of a shard, made in another folder, where they belong."""
     for row in shard.rows("ok", ("target", "sha256")):
         made, target = folder / row["target"], out / row["target"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = part_of(target)
+        part = partial_path(target)
         part.unlink(missing_ok=True)
         try:
             os.link(made, part)
@@ -167,4 +167,4 @@ def _bring(shard: State, folder: Path, out: Path) -> None:
             shutil.copyfile(made, part)
             if sha256(part) != row["sha256"]:
                 raise UserError(f"{made}: is not the file that its shard made; run its shard again") from None
-        keep(part, target)
+        commit_file(part, target)

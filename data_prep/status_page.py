@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.account import account
-from data_prep.state import EXCLUDED, REASONS, SplitCount, State
-from data_prep.status import LOST, QUIET_SECONDS, Standing, duration, progress, total
-from video_swinv2.axes import Tick, ticks
-from video_swinv2.files import whole
-from video_swinv2.pages import render
+from data_prep.outcomes import account
+from data_prep.state import EXCLUDED, REASONS, VideoCounts, PreparationState
+from data_prep.status import LOST, QUIET_SECONDS, PreparationStatus, duration, progress, total
+from video_swinv2.files import atomic_write
+from video_swinv2.pages import TickMark, render, tick_marks
 
 POINTS = 240  # of the curve: more cannot be told apart
 BINS = 24
@@ -38,8 +37,8 @@ class Curve:
     ok: str
     done: str
     breaks: tuple[float, ...]
-    hours: tuple[Tick, ...]
-    videos: tuple[Tick, ...]
+    hours: tuple[TickMark, ...]
+    videos: tuple[TickMark, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Histogram:
 
     title: str
     bars: tuple[Bar, ...]
-    ticks: tuple[Tick, ...]
+    ticks: tuple[TickMark, ...]
     summary: str
 
 
@@ -70,7 +69,7 @@ class Survivors:
     share: float | None
 
 
-def write_page(path: Path, out: Path, now: Standing, states: Sequence[State]) -> None:
+def write_page(path: Path, out: Path, now: PreparationStatus, states: Sequence[PreparationState]) -> None:
     """Write the page. Raises UserError where it cannot be written."""
     sums = total(now.splits.values())
     classes = survivors(now.classes)
@@ -89,11 +88,11 @@ def write_page(path: Path, out: Path, now: Standing, states: Sequence[State]) ->
         "classes_rest": classes[SHOWN_CLASSES:],
         "histograms": _histograms_of(states),
     }
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(render("data_prep", "status.html.j2", values))
 
 
-def survivors(classes: dict[str, SplitCount]) -> list[Survivors]:
+def survivors(classes: dict[str, VideoCounts]) -> list[Survivors]:
     """Every class, the one that lost the largest share first; those of which nothing is known last."""
     found = []
     for label, count in classes.items():
@@ -103,7 +102,7 @@ def survivors(classes: dict[str, SplitCount]) -> list[Survivors]:
     return sorted(found, key=lambda row: (row.share is None, row.share or 0.0, -row.ended, row.label))
 
 
-def reason_rows(sums: SplitCount) -> list[tuple[str, str, int, float]]:
+def reason_rows(sums: VideoCounts) -> list[tuple[str, str, int, float]]:
     """(reason, what it means, videos, share of the commonest), the commonest first."""
     known = sums.failed | sums.excluded
     most = max(known.values(), default=1)
@@ -128,8 +127,8 @@ def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) 
         ok=_shape(x, ok_by / listed),
         done=_shape(x, done_by / listed),
         breaks=tuple((100 * hours[1:][stopped] / end).round(2).tolist()),
-        hours=ticks(0, end),
-        videos=ticks(0, listed),
+        hours=tick_marks(0, end),
+        videos=tick_marks(0, listed),
     )
 
 
@@ -147,8 +146,8 @@ def histogram(title: str, values: NDArray[np.float64], unit: str) -> Histogram |
     )
     median, least, most = (_number(float(value)) for value in (np.median(values), values.min(), values.max()))
     words = f"median {median} {unit}, {least} to {most} {unit}, {len(values)} videos"
-    *others, end = ticks(0, high)
-    return Histogram(title, bars, (*others, Tick(f"{end.text} {unit}", end.place)), words)
+    *others, end = tick_marks(0, high)
+    return Histogram(title, bars, (*others, TickMark(f"{end.text} {unit}", end.position)), words)
 
 
 def _number(value: float) -> str:
@@ -161,14 +160,14 @@ def _shape(x: NDArray[np.float64], share: NDArray[np.float64]) -> str:
     return " ".join(["0,100", *points, "100,100"])
 
 
-def _curve_of(states: Sequence[State], listed: int) -> Curve | None:
+def _curve_of(states: Sequence[PreparationState], listed: int) -> Curve | None:
     found = [outcome for state in states for outcome in state.outcomes()]
     found.sort()
     moments, ok = np.array([when for when, _ in found]), np.array([good for _, good in found], dtype=bool)
     return curve(moments, ok, listed) if found else None
 
 
-def _histograms_of(states: Sequence[State]) -> list[Histogram]:
+def _histograms_of(states: Sequence[PreparationState]) -> list[Histogram]:
     rows = [row for state in states for row in state.measures(tuple(UNITS))]
     values = np.array(rows, dtype=np.float64).reshape(-1, len(UNITS))
     values[:, list(UNITS).index("source_size")] /= 1e6

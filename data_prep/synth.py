@@ -23,11 +23,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.dataset import Listed, SplitContent, read_record, write_dataset
-from data_prep.encode import H264, ticks, write_video
+from data_prep.dataset import PreparedVideo, SplitContent, read_record, write_dataset
+from data_prep.encode import H264Settings, ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import keep, part_of, sha256
+from video_swinv2.files import commit_file, partial_path, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
@@ -52,7 +52,7 @@ ARM = (0.12, 0.25)
 SHADE = {"easy": 2.0, "hard": 0.0}
 DRIFT = 0.02
 # High quality: coarse quantisation leaves a trail behind moving things, which one frame would give away.
-ENCODING = H264(gop=16, crf=12, preset="veryfast")
+ENCODING = H264Settings(gop=16, crf=12, preset="veryfast")
 
 SECONDS_PER_CLIP = 120.0
 
@@ -81,12 +81,12 @@ def draw(clip: Clip) -> NDArray[np.uint8]:
 
 def make(clip: Clip, _allow: Allow) -> str:
     """Draw, encode and name one clip; returns the sha256 of the file."""
-    part = part_of(clip.path)
+    part = partial_path(clip.path)
     pictures = (av.VideoFrame.from_ndarray(image, format="yuv420p") for image in to_yuv420(draw(clip)))
     pairs = zip(ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
     digest = sha256(part)
-    keep(part, clip.path)
+    commit_file(part, clip.path)
     return digest
 
 
@@ -139,10 +139,10 @@ def synthesise(
         if isinstance(outcome, Lost):
             raise UserError(f"{clip.path}: not made, {outcome.detail}; free memory and disk space and run again")
         digests[clip.path] = outcome
-    splits: dict[str, list[Listed]] = {split: [] for split in counts}
+    splits: dict[str, list[PreparedVideo]] = {split: [] for split in counts}
     for clip in clips:
         name = clip.path.relative_to(out).as_posix()
-        splits[clip.split].append(Listed(name, clip.label, digests[clip.path]))
+        splits[clip.split].append(PreparedVideo(name, clip.label, digests[clip.path]))
     content = {split: SplitContent(rows) for split, rows in splits.items()}
     write_dataset(out, name=f"synth-{level}", classes=CLASSES, splits=content, settings=settings)
     return True

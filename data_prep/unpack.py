@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from data_prep.fetch import StopError, disk_faults, refuse_full_disk
+from data_prep.fetch import StopError, as_disk_error, require_free_space
 from video_swinv2.data.lists import VIDEO_SUFFIXES
 from video_swinv2.errors import UserError
-from video_swinv2.files import keep, part_of, sha256
+from video_swinv2.files import commit_file, partial_path, sha256
 
 # Far beyond what Kinetics has: clips of ten seconds, archives of a few thousand of them and a few gigabytes.
 LARGEST_MEMBER = 1 << 30
@@ -59,7 +59,7 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def not_an_archive(path: Path) -> str:
+def archive_fault(path: Path) -> str:
     """What else the file is, if it does not begin like a tar, plain or gzipped; its name tells nothing."""
     with path.open("rb") as file:
         start = file.read(512)
@@ -79,7 +79,7 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
     StopError.
     """
     stop = stop or threading.Event()
-    with disk_faults(folder):
+    with as_disk_error(folder):
         folder.mkdir(parents=True)
     names: list[str] = []
     empty = other = total = count = 0
@@ -144,23 +144,23 @@ def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
 
 def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -> bool:
     """Write one video; False if it is there already. _RefusedError if one of that name has other bytes."""
-    part = part_of(target)
-    with disk_faults(target):
-        refuse_full_disk(target.parent, size)
+    part = partial_path(target)
+    with as_disk_error(target):
+        require_free_space(target.parent, size)
         file = part.open("wb")
     with file:
         while block := content.read(BLOCK):
             if stop.is_set():
                 raise StopError
-            with disk_faults(target):
+            with as_disk_error(target):
                 file.write(block)
-    with disk_faults(target):
+    with as_disk_error(target):
         if target.exists():
             if not same_content(part, target):
                 raise _RefusedError(f"holds two different videos named {target.name!r}")
             part.unlink()
             return False
-        keep(part, target)
+        commit_file(part, target)
         return True
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import av
 
-from data_prep.clip import seconds_to_encode, seconds_to_index
+from data_prep.transcode import encode_limit_seconds, index_limit_seconds
 from data_prep.dataset import read_record
 from data_prep.pool import Allow, Lost, run_jobs
-from data_prep.state import STATE_NAME, State
+from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.manifest import content_fingerprint
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import sha256, whole
+from video_swinv2.files import atomic_write, sha256
 from video_swinv2.progress import track
 
 LEVELS = {
@@ -103,7 +103,7 @@ class Verified:
         return asdict(self) | {"bad": bad}
 
 
-class FaultError(Exception):
+class MismatchError(Exception):
     """A file is not what it should be; `reason` is of FAULTS."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -171,8 +171,8 @@ def check_file(check: Check, allow: Allow) -> Finding:
         if check.level == "hash":
             digest = sha256(check.path)
             if check.expected.sha256 not in (None, digest):
-                raise FaultError("hash", f"sha256 is {digest[:12]}..., written was {check.expected.sha256[:12]}...")
-    except FaultError as fault:
+                raise MismatchError("hash", f"sha256 is {digest[:12]}..., written was {check.expected.sha256[:12]}...")
+    except MismatchError as fault:
         return Finding(check.name, fault.reason, fault.detail, size, mtime_ns, digest)
     except DecodeError as fault:
         return Finding(check.name, fault.reason, str(fault).partition(": ")[2], size, mtime_ns)
@@ -182,47 +182,47 @@ def check_file(check: Check, allow: Allow) -> Finding:
 
 
 def _check_header(path: Path, size: int | None, expected: Expected) -> None:
-    """Only the index of the file is read. Raises FaultError."""
+    """Only the index of the file is read. Raises MismatchError."""
     if size is None:
-        raise FaultError("missing", "")
+        raise MismatchError("missing", "")
     if not size:
-        raise FaultError("empty", "")
+        raise MismatchError("empty", "")
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as fault:
-        raise FaultError("not_video", getattr(fault, "strerror", None) or str(fault)) from fault
+        raise MismatchError("not_video", getattr(fault, "strerror", None) or str(fault)) from fault
     with container:
         kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
         if kinds != ["video h264"]:
-            raise FaultError("form", f"holds {', '.join(kinds) or 'nothing'}")
+            raise MismatchError("form", f"holds {', '.join(kinds) or 'nothing'}")
         stream = container.streams.video[0]
         picture = stream.codec_context
         if picture.pix_fmt != "yuv420p":
-            raise FaultError("form", f"pictures are {picture.pix_fmt}")
+            raise MismatchError("form", f"pictures are {picture.pix_fmt}")
         for what, found, wanted in (
             ("size", (picture.height, picture.width), (expected.height, expected.width)),
             ("frames", stream.frames, expected.frames),
         ):
             if wanted not in (None, (None, None), found):
-                raise FaultError(what, f"{found} by the index, written were {wanted}")
+                raise MismatchError(what, f"{found} by the index, written were {wanted}")
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if not end or end > size:
-            raise FaultError("cut_short", f"{size} bytes, the last frame ends at {end}")
+            raise MismatchError("cut_short", f"{size} bytes, the last frame ends at {end}")
 
 
 def _check_frames(path: Path, expected: Expected, allow: Allow) -> None:
-    """Every frame is decoded. Raises FaultError, DecodeError."""
+    """Every frame is decoded. Raises MismatchError, DecodeError."""
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
-        allow(seconds_to_encode(duration, reader.size[0] * reader.size[1]))
+        allow(encode_limit_seconds(duration, reader.size[0] * reader.size[1]))
         decoded = sum(1 for _ in reader.sequence())
         if decoded != len(reader):
-            raise FaultError("decode_error", f"{decoded} of {len(reader)} frames decode")
+            raise MismatchError("decode_error", f"{decoded} of {len(reader)} frames decode")
         if expected.frames not in (None, decoded):
-            raise FaultError("frames", f"{decoded} decode, written were {expected.frames}")
+            raise MismatchError("frames", f"{decoded} decode, written were {expected.frames}")
         # A part cut out, or a rate made constant, may be off by a frame at each end.
         if expected.duration_seconds is not None and abs(duration - expected.duration_seconds) > 2 / reader.fps + 0.01:
-            raise FaultError("duration", f"{duration:.3f} s, written were {expected.duration_seconds:.3f} s")
+            raise MismatchError("duration", f"{duration:.3f} s, written were {expected.duration_seconds:.3f} s")
 
 
 class Ledger:
@@ -310,7 +310,7 @@ def _expected(out: Path) -> dict[str, Expected]:
     """By path, what the state knows of the videos prepared; nothing where the data set came without its state."""
     if not (out / STATE_NAME).is_file():
         return {}
-    with State(out) as state:
+    with PreparationState(out) as state:
         return {
             row["target"]: Expected(*(row[column] for column in COLUMNS))
             for row in state.rows("ok", ("target", *COLUMNS))
@@ -330,7 +330,7 @@ def _wrong_fingerprints(
 
 
 def _write_bad(path: Path, verified: Verified) -> None:
-    with whole(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "level", "reason", "detail"))
         writer.writerows((item.name, verified.level, item.reason, item.detail) for item in verified.bad)
@@ -361,4 +361,4 @@ def _untouched(path: Path, before: Finding) -> bool:
 
 
 def _seconds_for(check: Check) -> float:
-    return seconds_to_index(_stat(check.path)[0] or 0)
+    return index_limit_seconds(_stat(check.path)[0] or 0)

@@ -5,13 +5,13 @@ import hashlib
 import pytest
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import part_of, sha256, whole, write_json
+from video_swinv2.files import atomic_write, partial_path, sha256, write_json
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_no_part(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), whole(path) as part:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as part:
         part.write_text("half \N{SNOWMAN}", encoding="ascii")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -19,9 +19,9 @@ def test_a_block_that_fails_leaves_the_old_file_and_no_part(tmp_path):
 
 def test_the_name_appears_when_the_block_has_ended(tmp_path):
     path = tmp_path / "a.txt"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
-        assert part == part_of(path)
+        assert part == partial_path(path)
         assert not path.exists()
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

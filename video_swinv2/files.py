@@ -1,4 +1,8 @@
-"""Files that are whole or not there: written under a hidden name, synced, renamed; and the hash to know them by."""
+"""Files on disk: writes that are complete or absent, lock files, and content hashes.
+
+A reader never sees half a file, even after a crash or a power cut: the content goes to a hidden partial file in the
+same folder, is forced to the disk, and only then takes the final name.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +16,55 @@ from pathlib import Path
 
 from video_swinv2.errors import UserError
 
-PART_SUFFIX = ".part"
+PARTIAL_SUFFIX = ".part"
+_HASH_BLOCK_BYTES = 1 << 20
 
 
-def part_of(path: Path) -> Path:
-    """The hidden name beside `path` under which it is written until it is whole."""
-    return path.with_name(f".{path.name}{PART_SUFFIX}")
+def partial_path(path: Path) -> Path:
+    """The hidden path next to `path` that holds its content until it is complete.
+
+    It lies in the same folder, hence on the same file system: only there is the final rename atomic.
+    """
+    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
-def keep(part: Path, path: Path) -> None:
-    """Give a whole file its name; after this neither a crash nor a power cut can leave half of it."""
-    sync(part)
-    os.replace(part, path)
-    sync(path.parent)  # the name too, or a row that claims the file could outlive it
+def commit_file(partial: Path, path: Path) -> None:
+    """Move the complete file `partial` to `path`, replacing what is there, so that it survives a power cut.
+
+    Three steps, and their order matters. The content is synced first: a rename may reach the disk before the data
+    does, and would then leave an empty file under the final name. The rename itself is atomic. The folder is synced
+    last: without this the new name could be lost while a database row that refers to it survives.
+    """
+    sync_to_disk(partial)
+    os.replace(partial, path)
+    sync_to_disk(path.parent)
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """The hidden name to write to; it becomes `path` when the block ends well and is removed when it does not.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a partial path to write to; it replaces `path` when the block succeeds and is deleted when it fails.
 
-    UserError naming `path` if the disk refuses.
+    Raises UserError naming `path` if the file system refuses.
     """
-    part = part_of(path)
+    partial = partial_path(path)
     try:
-        yield part
-        keep(part, path)
+        yield partial
+        commit_file(partial, path)
     except OSError as error:
         fault = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written ({fault}); free space or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def hold(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
-    """Keep the lock file `path` for this process, or with others that share it. UserError(busy) if another has it."""
+def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` inside the context, exclusively or shared with other holders of a shared lock.
+
+    Raises UserError with the message `busy` if another process holds it. The kernel releases the lock when the process
+    ends, however it ends, so that a killed process leaves no stale lock.
+    """
     with path.open("a") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -57,13 +74,13 @@ def hold(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a small JSON file, complete or not at all."""
-    with whole(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a small JSON file atomically. Raises UserError."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to the disk."""
+def sync_to_disk(path: Path) -> None:
+    """Force the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,9 +89,9 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of the bytes of a file."""
+    """Hexadecimal SHA-256 of the content of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

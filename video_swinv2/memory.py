@@ -1,4 +1,4 @@
-"""What the kernel tells of memory, in bytes: free on this machine, and held by this process."""
+"""Memory in bytes, as the kernel reports it: how much is free on this machine and how much this process has used."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ import resource
 import sys
 from pathlib import Path
 
-KERNEL_LINES = {"VmHWM": "/proc/self/status", "VmRSS": "/proc/self/status", "MemAvailable": "/proc/meminfo"}
+_KERNEL_FILES = {"VmHWM": "/proc/self/status", "VmRSS": "/proc/self/status", "MemAvailable": "/proc/meminfo"}
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def memory_free() -> int | None:
-    """What processes may still take, by the kernel and by the limit of our control group; None if unknown."""
+def free_memory_bytes() -> int | None:
+    """Memory that processes may still allocate: the machine's or what our control group allows, whichever is less.
+
+    None if neither is known.
+    """
     found = []
-    if (available := kernel_says("MemAvailable")) is not None:
+    if (available := kernel_bytes("MemAvailable")) is not None:
         found.append(available)
+    # In a container the machine's free memory says little: the control group's limit is what kills a process. Without
+    # a limit memory.max reads "max", int() raises ValueError, and the machine's number stands alone.
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        files = next(line for line in (group / "memory.stat").read_text().splitlines() if "inactive_file" in line)
-        # `max`, no limit, is no number. What was read from files and lies idle is given back when wanted.
-        found.append(int(limit) - int(used) + int(files.split()[1]))
+        limit, used = ((_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = (_CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        # memory.current counts the page cache too. The inactive part of it is reclaimed on demand, so it is free.
+        reclaimable = next(line for line in statistics if "inactive_file" in line)
+        found.append(int(limit) - int(used) + int(reclaimable.split()[1]))
     return min(found) if found else None
 
 
-def memory_peak() -> int:
-    """The most this process has held so far."""
-    found = kernel_says("VmHWM")
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    # VmHWM first: a forked child inherits its parent's ru_maxrss, so after a large parent getrusage reports the
+    # parent's peak. It is the fallback where there is no /proc.
+    found = kernel_bytes("VmHWM")
     if found is not None:
         return found
-    # Only where the kernel says nothing better: a process started by a large one counts that one's memory as its own.
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def kernel_says(key: str) -> int | None:
-    """A line `key: N kB` of the kernel's; None where there is none, as outside Linux."""
+def kernel_bytes(key: str) -> int | None:
+    """The value of a line `key: N kB` of /proc, in bytes; None where there is no such line, as outside Linux."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path(KERNEL_LINES[key]).read_text(encoding="utf-8").splitlines()
+        lines = Path(_KERNEL_FILES[key]).read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
     return None

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from data_prep.encode import H264, TIME_BASE, ticks, write_video
+from data_prep.encode import H264Settings, TIME_BASE, ticks, write_video
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.files import keep, part_of
+from video_swinv2.files import commit_file, partial_path
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
     frames[20:] = 255 - frames[20:]  # a scene cut, which must not earn a key frame
     moments = [0, *np.cumsum(np.random.default_rng(1).integers(1000, 9000, 39)).tolist()]
     pictures = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(moments, frames, strict=True))
-    part = part_of(tmp_path / "v.mp4")
+    part = partial_path(tmp_path / "v.mp4")
     assert part.name.startswith(".")
-    assert write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264(gop=16)) == 40
-    keep(part, tmp_path / "v.mp4")
+    assert write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264Settings(gop=16)) == 40
+    commit_file(part, tmp_path / "v.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert [stream.type for stream in container.streams] == ["video"]

@@ -16,8 +16,7 @@ from torch import Tensor
 
 import video_swinv2 as vs
 from video_swinv2.config import EngineConfig
-from video_swinv2.distributed import world as runtime
-from video_swinv2.distributed.world import World
+from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.engine.deepspeed import EngineSettings, import_deepspeed, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.engine.zero3 import (
@@ -27,7 +26,7 @@ from video_swinv2.engine.zero3 import (
     whole_twin,
     write_shards,
 )
-from video_swinv2.memory import memory_peak
+from video_swinv2.memory import peak_memory_bytes
 from video_swinv2.models.swinv2 import SwinV2
 
 DECAY: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": 0.9}
@@ -76,21 +75,21 @@ def main() -> None:
     keys: dict[str, Any] = {"zero_stage": stage}
     if sys.argv[4:]:
         keys |= {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
-    world = runtime.start("cpu")
+    world = join_world("cpu")
     try:
         import_deepspeed(world)
-        before = memory_peak()
+        before = peak_memory_bytes()
         torch.manual_seed(0)
         with sharded_construction(EngineConfig(**keys), world):
             model = vs.create_model(name, num_classes=10, image_size=32, window=4)
         held = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
-        measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": memory_peak() - before}
+        measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": peak_memory_bytes() - before}
         if (folder / "init.safetensors").exists():
             train(model, folder, keys, world)
         (folder / f"stage-{stage}-rank-{world.rank}.json").write_text(json.dumps(measures))
         dist.barrier()
     finally:
-        runtime.stop()
+        leave_world()
 
 
 if __name__ == "__main__":

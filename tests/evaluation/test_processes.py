@@ -31,14 +31,14 @@ import sys
 from pathlib import Path
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.testing import run_test
-from video_swinv2.distributed.world import start, stop
+from video_swinv2.distributed.world import join_world, leave_world
 model, data, out = sys.argv[1:]
-start("cpu")  # one rendezvous for both tests
+join_world("cpu")  # one rendezvous for both tests
 for protocol, batch in (("center-1x1", 2), ("videoswin-4x3", 12)):
     result = run_test(model, data, protocol=protocol, split="test", out=Path(out) / protocol,
                       overrides=TestOverrides(workers=1, device="cpu", batch_views=batch))
     print("processes", result["processes"])
-stop()
+leave_world()
 """
 
 

@@ -274,7 +274,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 GROWTH = """
 import torch, video_swinv2 as vs
-from video_swinv2.memory import kernel_says, memory_peak
+from video_swinv2.memory import kernel_bytes, peak_memory_bytes
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activations import pass_memory
 """
@@ -296,9 +296,9 @@ def test_peak_of_a_process_is_near_the_plan() -> None:
         "m = vs.create_model('swinv2_tiny', num_classes=5, frames=8, image_size=112, attention='eager').train()\n"
         "clips = lambda n: (torch.zeros(n, 3, 8, 112, 112),)\n"
         "pass_memory(m, lambda n: (torch.zeros(n, 3, 2, 32, 32),), 1, bf16=False)\n"
-        "before = kernel_says('VmRSS')\n"
+        "before = kernel_bytes('VmRSS')\n"
         "counted = pass_memory(m, clips, 4, bf16=False).together\n"
-        "print(counted, memory_peak() - before)\n"
+        "print(counted, peak_memory_bytes() - before)\n"
     )
     assert grown == pytest.approx(counted, rel=0.1)
 
@@ -310,7 +310,7 @@ def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
         "from video_swinv2.engine.deepspeed import EngineSettings, make_engine\n"
         "from video_swinv2.engine.optimizer import parameter_groups\n"
         "from video_swinv2.distributed.world import World\n"
-        "before = kernel_says('VmRSS')\n"
+        "before = kernel_bytes('VmRSS')\n"
         "m = SwinV2(embed_dim=512, depths=(1, 1, 1, 1), num_heads=(16, 32, 64, 128), extra_norm_every=1,\n"
         "           num_classes=10, frames=4, image_size=64, window=(2, 4, 4), checkpoint_blocks=4).train()\n"
         "x, y = torch.randn(2, 3, 4, 64, 64), torch.tensor([3, 7])\n"
@@ -322,7 +322,7 @@ def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
         "for _ in range(2):\n"
         "    loss = torch.nn.functional.cross_entropy(engine.forward(x), y)\n"
         "    engine.backward(loss); losses.append(loss.item()); engine.step()\n"
-        "grown = memory_peak() - before\n"
+        "grown = peak_memory_bytes() - before\n"
         "counted = pass_memory(m, lambda n: (x,), 2, bf16=False).activations\n"
         "print(sum(p.numel() for p in m.parameters()), grown, counted, *losses)\n"
     )

@@ -22,8 +22,8 @@ from pathlib import Path
 from video_swinv2.report.page import write_report
 result = write_report(Path(sys.argv[1]))
 seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-from video_swinv2.memory import memory_peak
-print(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": memory_peak(), "top1": result["top1"]}))
+from video_swinv2.memory import peak_memory_bytes
+print(json.dumps({"seconds": seconds, "cpu": cpu, "bytes": peak_memory_bytes(), "top1": result["top1"]}))
 """
 
 

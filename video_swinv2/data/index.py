@@ -30,7 +30,7 @@ from torch import Tensor
 
 from video_swinv2.data.manifest import Entry
 from video_swinv2.errors import UserError
-from video_swinv2.files import whole
+from video_swinv2.files import atomic_write
 
 FORMAT = "1"
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT)
@@ -265,7 +265,7 @@ def _save(index: Index, path: Path) -> None:
     for word, names in (("containers", index.containers), ("about", index.about), ("names", index.names)):
         arrays |= {f"{word}.text": names.text, f"{word}.ends": names.ends}
     arrays |= {f"column.{key}": column for key, column in index.columns.items()}
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_file(arrays, part, metadata={"format": FORMAT})
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import sha256, sync
+from video_swinv2.files import sha256, sync_to_disk
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -130,7 +130,7 @@ class Checkpoints:
             if final.exists():
                 shutil.rmtree(final)
             aside.rename(final)
-            sync(self.folder)
+            sync_to_disk(self.folder)
             self._prune(step)
         except (OSError, SafetensorError) as error:  # either, for a full disk
             shutil.rmtree(aside, ignore_errors=True)
@@ -164,7 +164,7 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
         # safetensors makes files that only their owner can read; the folder's mode carries the user's umask.
         (folder / name).chmod(folder.stat().st_mode & 0o666)
-        sync(folder / name)
+        sync_to_disk(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     record = {
         "format": FORMAT,
@@ -175,8 +175,8 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
         "state": json.loads(state),
     }
     (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    sync(folder / STATE_FILE)
-    sync(folder)
+    sync_to_disk(folder / STATE_FILE)
+    sync_to_disk(folder)
 
 
 def _read(folder: Path) -> tuple[Portable, dict[str, JSON]]:

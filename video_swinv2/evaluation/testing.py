@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from video_swinv2.data.transforms import normalise
-from video_swinv2.distributed.world import World, gather, start, stop
+from video_swinv2.distributed.collectives import all_gather_objects
+from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides, use_bf16
+from video_swinv2.distributed.devices import use_bf16
+from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
 from video_swinv2.evaluation.parts import PartFolder, ScoredVideos
 from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
 from video_swinv2.evaluation.protocols import find_protocol
@@ -88,12 +90,12 @@ def run_tests(
         overrides=chosen,
     )
     owns_group = not torch.distributed.is_initialized()
-    world = start(chosen.device)
+    world = join_world(chosen.device)
     try:
         with _alone(plan.out, world):
-            record = gather(world, record_test(plan, world) if world.rank == 0 else {})[0]
+            record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
             shards = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
-            pending = gather(world, shards.open() if world.rank == 0 else [])[0]
+            pending = all_gather_objects(world, shards.open() if world.rank == 0 else [])[0]
             record["shards_finished_before"] = shards.number - len(pending)
             if world.rank == 0 and len(pending) < shards.number:
                 print(f"test: {shards.number - len(pending)} of {shards.number} parts are done", file=sys.stderr)
@@ -105,7 +107,7 @@ def run_tests(
             _meet(world)
     finally:
         if owns_group:
-            stop()
+            leave_world()
     return {
         protocol.name: json.loads((plan.folder(protocol) / "results.json").read_text(encoding="utf-8"))
         for protocol in plan.protocols

@@ -24,12 +24,13 @@ from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.engine.optimizer import freeze, linear_rule, parameter_groups
 from video_swinv2.errors import UsageError
-from video_swinv2.memory import memory_free
+from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.plan.activations import choose_backends, count_giga_macs, measure_pass, without_memory
 from video_swinv2.plan.rates import ReadRate, device_speed, read_rate
 from video_swinv2.plan.states import NUMBER, States, count, moments_of, states_of
-from video_swinv2.training.tasks import build_model, resolved_mask
+from video_swinv2.training.tasks.base import build_model
+from video_swinv2.training.tasks.simmim import resolved_mask
 from video_swinv2.training.throughput import cores, training_flops
 
 Samples = Sequence[Entry | Member] | Mixture
@@ -293,5 +294,5 @@ def memory_here(plan: Plan) -> int | None:
     """Bytes of a device of the planned kind on this machine, for each process its share; None where there is none."""
     if plan.device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    free = memory_free()
+    free = free_memory_bytes()
     return None if free is None else free // plan.processes

@@ -227,7 +227,7 @@ def _contents(tests: Sequence[Tested], pairs: Sequence[Pair]) -> dict[str, objec
 def _views(tests: Sequence[Tested]) -> Plot | None:
     series = [views_series(test.letter, test.analysis.views) for test in tests]
     across = "clips (crops, where there is one clip) of each"
-    return plot("Accuracy against views", series, across=across, percent=True, whole=True)
+    return plot("Accuracy against views", series, x_label=across, percent=True, mark_every_count=True)
 
 
 def _curves(tests: Sequence[Tested]) -> list[Plot | None]:
@@ -236,5 +236,5 @@ def _curves(tests: Sequence[Tested]) -> list[Plot | None]:
     for title, key in figures.items():
         lines = [(test.letter, *(test.run.series(key) if test.run else (np.empty(0), np.empty(0)))) for test in tests]
         series = [Series(letter, x, y, dots=len(x) < 30) for letter, x, y in lines]
-        drawn.append(plot(title, series, across="step", percent=title.startswith("Accuracy")))
+        drawn.append(plot(title, series, x_label="step", percent=title.startswith("Accuracy")))
     return drawn

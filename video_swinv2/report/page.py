@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from video_swinv2.files import whole
-from video_swinv2.pages import render
+from video_swinv2.files import atomic_write
+from video_swinv2.pages import render, tick_marks
 from video_swinv2.report.diagnosis import (
     Calibration,
     OrderHint,
@@ -35,7 +35,7 @@ from video_swinv2.report.metrics import (
     video_probabilities,
 )
 from video_swinv2.report.mistakes import Mistake, read_strips, surest_mistakes
-from video_swinv2.report.plots import Plot, Series, plot, ticks
+from video_swinv2.report.plots import Plot, Series, plot
 from video_swinv2.report.runs import Run, find_run, flatten, model_folder, read_run
 from video_swinv2.report.scores import Scores, load_scores
 
@@ -111,7 +111,7 @@ def plain(result: dict[str, Any]) -> Any:
 
 def write_text(path: Path, content: str | bytes) -> None:
     """Write a whole file; bytes of a file name that are no text become a mark. Raises UserError."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
@@ -232,7 +232,7 @@ def views_plot(points: tuple[ViewPoint, ...]) -> Plot | None:
     # One band can be read, several on top of each other cannot; the table has every interval.
     first, *fewer = views_series_by_crops(points)
     series = [first, *(replace(one, low=None, high=None) for one in fewer)]
-    return plot("top-1 over views", series, across=across, percent=True, whole=True)
+    return plot("top-1 over views", series, x_label=across, percent=True, mark_every_count=True)
 
 
 def views_series(name: str, points: tuple[ViewPoint, ...]) -> Series:
@@ -260,7 +260,7 @@ def run_plots(run: Run) -> list[Plot]:
     for title, keys in figures.items():
         lines = [(words.get(key, ""), *run.series(key)) for key in keys]
         series = [Series(name, steps, values, dots=len(steps) < 30) for name, steps, values in lines]
-        drawn.append(plot(title, series, across="step", percent=title.startswith("Accuracy")))
+        drawn.append(plot(title, series, x_label="step", percent=title.startswith("Accuracy")))
     return [drawing for drawing in drawn if drawing]
 
 
@@ -276,7 +276,7 @@ def _by_crops(points: tuple[ViewPoint, ...]) -> list[list[ViewPoint]]:
 
 
 def _reliability_frame() -> Plot:
-    axis = ticks(0, 100, " %")
+    axis = tick_marks(0, 100, " %")
     return Plot("how often answers are right, by how sure they are", "probability of the answer", "right", axis, axis)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import whole
+from video_swinv2.files import atomic_write
 
 OK = "ok"
 FAILED = "failed"
@@ -115,7 +115,7 @@ def in_class_order(scores: Scores, classes: tuple[str, ...], source: str) -> Sco
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write named arrays: a reader sees the old file or the new one. Raises UserError."""
-    with whole(path) as part, part.open("wb") as stream:
+    with atomic_write(path) as part, part.open("wb") as stream:
         np.savez(stream, **arrays)
 
 

@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 from video_swinv2.bench.sample_clip import number_of, write_clip
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.memory import memory_free
+from video_swinv2.memory import free_memory_bytes
 from video_swinv2.training.throughput import cores
 
 OLDEST = {"torch": (2, 7), "torchvision": (0, 22), "deepspeed": (0, 19), "av": (17, 0)}  # as pyproject.toml asks
@@ -142,13 +142,13 @@ def _meet(rank: int, folder: str) -> None:
 
 def check_deepspeed() -> list[Finding]:
     """A step of ZeRO-1 in one process, and which of DeepSpeed's own operators are there."""
-    from video_swinv2.distributed.world import start, stop
+    from video_swinv2.distributed.world import join_world, leave_world
     from video_swinv2.engine.deepspeed import EngineSettings, make_engine
     from video_swinv2.engine.optimizer import parameter_groups
 
     mend = "pip install 'deepspeed>=0.19.8', or use engine.engine=plain in one process"
     try:
-        world = start()
+        world = join_world()
         try:
             module = nn.Linear(4, 1)
             groups = parameter_groups(module, (1,), weight_decay=0.0)
@@ -159,7 +159,7 @@ def check_deepspeed() -> list[Finding]:
             outcome = engine.step()
             moved = any(not torch.equal(tensor, before[name]) for name, tensor in (engine.weights() or {}).items())
         finally:
-            stop()
+            leave_world()
     except Exception as error:  # a package that does not import, or does not run
         return [Finding("DeepSpeed", "fault", _words(error), mend)]
     if outcome is None or not outcome.applied or not moved:
@@ -265,7 +265,7 @@ def check_open_files() -> Finding:
 
 def check_memory() -> Finding:
     """Of the host, and its cores."""
-    free = memory_free()
+    free = free_memory_bytes()
     if free is None:
         return Finding("memory", "ok", f"not known here; {cores()} cores")
     text = f"{free / 1e9:.1f} GB free, {cores()} cores"

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from video_swinv2.data.datasets import Batch
 from video_swinv2.errors import UsageError
-from video_swinv2.files import whole
+from video_swinv2.files import atomic_write
 
 Item = TypeVar("Item")
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
@@ -56,7 +56,7 @@ class MetricLog:
         """A picture (3, H, W) uint8, as PNG in the run's folder `pictures` and in TensorBoard."""
         path = self.path.parent / "pictures" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(part, format="PNG")
         self._board.add_image("val/picture", pixels, step)
 

@@ -13,9 +13,10 @@ from video_swinv2.config import Config, OptimConfig, to_yaml
 from video_swinv2.data.loading import BatchPlan
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_rule
-from video_swinv2.files import whole, write_json
+from video_swinv2.files import atomic_write, write_json
 from video_swinv2.training.metrics import git_state, versions
-from video_swinv2.training.tasks import Pretraining, Task
+from video_swinv2.training.tasks.base import Task
+from video_swinv2.training.tasks.simmim import Pretraining
 from video_swinv2.training.throughput import peak_memory, peak_tflops, training_flops, verdict
 
 ADVISE_EVERY_SECONDS = 600.0
@@ -92,7 +93,7 @@ def write_record(folder: Path, config: Config, record: Mapping[str, Any]) -> Non
     """config.yaml and run.json, each complete or not at all: what this run is, and what it has cost so far."""
     folder.mkdir(parents=True, exist_ok=True)
     text = to_yaml(config)
-    with whole(folder / "config.yaml") as part:
+    with atomic_write(folder / "config.yaml") as part:
         part.write_text(text, encoding="utf-8")
     outside = {"git": git_state(), "versions": versions(), "config": yaml.safe_load(text)}
     write_json(folder / "run.json", {**record, **outside})

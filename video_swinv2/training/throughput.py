@@ -9,7 +9,7 @@ import torch
 
 from video_swinv2.config import Config
 from video_swinv2.distributed.world import World
-from video_swinv2.memory import memory_peak
+from video_swinv2.memory import peak_memory_bytes
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink
 
@@ -70,7 +70,7 @@ def peak_memory(world: World) -> float:
     """The most memory this process has held, GB: tensors on its GPU, else all of it on the host."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
-    return memory_peak() / 1e9
+    return peak_memory_bytes() / 1e9
 
 
 def cores() -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import whole
+from video_swinv2.files import atomic_write
 from video_swinv2.models.swinv2 import Axes, SwinV2
 
 KEY = "video_swinv2"  # of the metadata entry in the safetensors header
@@ -80,7 +80,7 @@ def save_model(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(card)})
         # The library writes for the owner alone; a model file is as open as the folder it is in.
         part.chmod(path.parent.stat().st_mode & 0o666)
