@@ -127,7 +127,7 @@ def test_numbered_folders_are_places_only_when_asked(
     assert scores.classes == CLASSES
     (data / "2").rename(data / "3")
     assert main([*arguments, "--classes-by", "index"]) == 2
-    assert "class '3' is no place in the model's 3 classes" in capsys.readouterr().err
+    assert "class folder '3' is not an index into the model's 3 classes" in capsys.readouterr().err
 
 
 def test_numbers_in_tars_are_places(model_path: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_clip_model_takes_no_images(tmp_path: Path) -> None:
     model = vs.create_model("swinv2_nano", num_classes=3, frames=4, image_size=32, window=(2, 4, 4))
     vs.save_model(model, tmp_path / "clip.safetensors", classes=CLASSES, preprocessing=vs.Preprocessing(4, 1, (32, 32)))
     data = tree(tmp_path / "data", CLASSES)
-    with pytest.raises(UsageError, match="holds images, and this model takes videos"):
+    with pytest.raises(UsageError, match="contains images, but the model takes clips"):
         run_test(
             tmp_path / "clip.safetensors", data, protocol="center-1x1", split="all", out=tmp_path / "o", overrides=QUICK
         )

@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from video_swinv2.data.sampling import frame_indices
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.protocols import (
-    PROTOCOLS,
-    Protocol,
-    clip_indices,
-    crop_boxes,
-    find_protocol,
-    find_protocols,
-    frame_indices,
-    plan_views,
-    short_side,
-)
+from video_swinv2.evaluation.placement import clip_indices, crop_boxes, resized_short_side
+from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol, find_protocol, find_protocols, plan_views
 
 VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
 CENTER = PROTOCOLS["center-1x1"]
@@ -206,19 +198,19 @@ def test_crops(protocol: Protocol, frame: tuple[int, int], corners: list[tuple[i
 @pytest.mark.parametrize(("size", "expected"), [(224, 256), (256, 293), (192, 219), (64, 73), (384, 439)])
 def test_short_side_of_a_square_crop_does_not_depend_on_the_video(size: int, expected: int) -> None:
     for height, width in ((240, 320), (320, 240), (1080, 1920), (200, 200), (2, 900)):
-        assert short_side(height, width, (size, size), CENTER.resize) == expected
+        assert resized_short_side(height, width, (size, size), CENTER.resize) == expected
         for protocol in (VIDEOSWIN, SLOWFAST, VIDEOMAE, SWINV2G):
-            assert short_side(height, width, (size, size), protocol.resize) == size
+            assert resized_short_side(height, width, (size, size), protocol.resize) == size
 
 
 def test_a_crop_that_is_not_square_is_covered_by_the_smallest_frame() -> None:
-    assert short_side(480, 640, (192, 256), Fraction(1)) == 192  # the same shape: nothing is lost
-    assert short_side(480, 640, (240, 240), Fraction(1)) == 240
-    assert short_side(640, 480, (192, 256), Fraction(1)) == 256  # tall video: the width limits
-    assert short_side(400, 400, (192, 256), Fraction(1)) == 256
+    assert resized_short_side(480, 640, (192, 256), Fraction(1)) == 192  # the same shape: nothing is lost
+    assert resized_short_side(480, 640, (240, 240), Fraction(1)) == 240
+    assert resized_short_side(640, 480, (192, 256), Fraction(1)) == 256  # tall video: the width limits
+    assert resized_short_side(400, 400, (192, 256), Fraction(1)) == 256
     for height, width in ((240, 320), (333, 517), (517, 333), (200, 200), (1080, 1920), (101, 99)):
         for size in ((192, 256), (256, 192), (64, 160), (225, 223)):
-            side = short_side(height, width, size, Fraction(1))
+            side = resized_short_side(height, width, size, Fraction(1))
             long = side * max(height, width) // min(height, width) // 2 * 2
             frame = (side, long) if height <= width else (long, side)
             for protocol in (VIDEOSWIN, SLOWFAST, SWINV2G):
@@ -260,19 +252,19 @@ def test_a_protocol_may_be_stated() -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("4x3", r"'4x3': has no starts, crops, resize, average; state all of KxS:starts="),
-        ("4x3:starts=videoswin:crops=videoswin:resize=1", "has no average"),
-        ("4x3:starts=middle:crops=even:resize=1:average=prob", "starts=middle does not do"),
-        ("4x3:starts=videoswin:crops=even:resize=-1:average=prob", "resize=-1 does not do"),
-        ("4x3:starts=videoswin:crops=even:resize=1/2:average=prob", "resize is 1 or more"),
-        ("4x3:starts=videoswin:crops=even:resize=1:average=vote", "average=vote does not do"),
-        ("4x3:starts=videoswin:crop=even:resize=1:average=prob", "'crop' is not a key"),
+        ("4x3", r"'4x3': starts, crops, resize, average missing; spell it out as KxS:starts="),
+        ("4x3:starts=videoswin:crops=videoswin:resize=1", "average missing"),
+        ("4x3:starts=middle:crops=even:resize=1:average=prob", "invalid starts=middle"),
+        ("4x3:starts=videoswin:crops=even:resize=-1:average=prob", "invalid resize=-1"),
+        ("4x3:starts=videoswin:crops=even:resize=1/2:average=prob", "resize must be 1 or more"),
+        ("4x3:starts=videoswin:crops=even:resize=1:average=vote", "invalid average=vote"),
+        ("4x3:starts=videoswin:crop=even:resize=1:average=prob", "unknown key 'crop'"),
         ("4x2:starts=videoswin:crops=slowfast:resize=1:average=prob", "are 3"),
         ("4x3:starts=videoswin:crops=centre:resize=1:average=prob", "crops=centre is 1 crop"),
-        ("0x3:starts=videoswin:crops=even:resize=1:average=prob", "clips and crops are 1 or more"),
-        ("center-1x1,center-1x1", "center-1x1 is asked for twice"),
+        ("0x3:starts=videoswin:crops=even:resize=1:average=prob", "clips and crops must be 1 or more"),
+        ("center-1x1,center-1x1", "center-1x1 is given twice"),
         ("videoswin-4x4", r"videoswin-4x4.*did you mean videoswin-4x3\?"),
-        ("", "protocol '' is not known"),
+        ("", "unknown protocol ''"),
     ],
 )
 def test_a_protocol_that_does_not_say_it_all_is_refused(text: str, fault: str) -> None:

@@ -16,7 +16,8 @@ from video_swinv2.bench.measuring import clock_of
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.protocols import find_protocols, plan_views, short_side
+from video_swinv2.evaluation.placement import resized_short_side
+from video_swinv2.evaluation.protocols import find_protocols, plan_views
 from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
 from video_swinv2.evaluation.splits import read_labelled_split
 from video_swinv2.evaluation.testing import forward_views
@@ -121,7 +122,7 @@ def _view_by_view(groups: VideoGroups, position: int, fetch: _Fetch) -> Tensor:
     for protocol in groups.protocols:
         for number in range(protocol.views):
             with VideoReader(path) as reader:
-                side = short_side(*reader.size, size, protocol.resize)
+                side = resized_short_side(*reader.size, size, protocol.resize)
                 shown = size_for(reader.size, side)
                 view = plan_views(protocol, len(reader), *shown, frames, stride, size, reader.fps)[number]
                 pictures = fetch(reader, view.indices, side)

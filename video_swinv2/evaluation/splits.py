@@ -1,4 +1,4 @@
-"""What a test or a probe is run on: a split of videos or of images, its labels checked, and the views it is seen in."""
+"""The samples a test or probe runs on: one split of videos or images, with every label checked."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ClassesBy = Literal["name", "index"]
 
 
 def is_image(item: Item) -> bool:
-    """True for what is read as a still image: a file of such a name, or a member of a tar."""
+    """Whether the item is read as a still image: by its file name, or because it is a member of a tar."""
     return isinstance(item, Member) or item.path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def available_splits(data: Path) -> tuple[str, ...]:
-    """The splits that the data set itself has; one, `all`, for images that are not in splits."""
+    """The splits that the data set itself has; only `all` for images that are not divided into splits."""
     images = images_of(str(data))
     if images is None:
         return find_splits(data)
@@ -35,54 +35,62 @@ def available_splits(data: Path) -> tuple[str, ...]:
 def read_labelled_split(
     data: Path, split: str, classes: Sequence[str] | None = None, by: ClassesBy = "name"
 ) -> Manifest:
-    """One labelled split of a data set, labels in the order of `classes` (its own order by default).
+    """One split of a data set in which every sample has a label; labels index `classes` (default: its own classes).
 
-    by: "index" takes class folders of images that are called by numbers as places in `classes`, as ImageNet-V2's 0 to
-    999 are meant. Raises UsageError for what cannot be read, a class that is not one of `classes`, and a missing label.
+    With by="index", image folders named by numbers are indices into `classes`, as the folders 0 to 999 of ImageNet-V2
+    are. Raises UsageError for a split that cannot be read, a class missing from `classes`, and a missing label.
     """
     images = images_of(str(data))
     if images is not None:
         if classes is not None:
-            _check_words(images, classes, by)
+            _check_folder_names(images, classes, by)
         return images.manifest(split, classes)
     if by == "index":
-        raise UsageError(f"{data}: --classes-by index is for folders of images; lists have numbers of their own")
+        raise UsageError(f"{data}: --classes-by index applies to image folders only; lists hold their own indices")
     manifest = read_manifest(data, split, classes)
     unlabelled = [entry.name for entry in manifest.entries if entry.label < 0]
     if unlabelled:
         raise UsageError(
             f"{data}: {len(unlabelled)} of {len(manifest.entries)} videos of split {split!r} have no label "
-            f"(the first: {unlabelled[0]}); a test needs labels, `video-swinv2 predict` does not"
+            f"(first: {unlabelled[0]}); add the labels, or use `video-swinv2 predict`, which needs none"
         )
     return manifest
 
 
 def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
-    """The protocol, or what is left of it for stills; raises UsageError for a clip model that is given stills."""
+    """The protocol as it applies to this split: unchanged for videos, without its several clips for images.
+
+    Raises UsageError for images with a clip model.
+    """
     if not is_image(manifest.entries[0]):
         return protocol
     if preprocessing.frames is not None:
-        raise UsageError(f"{manifest.root}: holds images, and this model takes videos; give it clips")
+        raise UsageError(f"{manifest.root}: contains images, but the model takes clips; give it videos")
     return protocol_for_images(protocol)
 
 
-def _check_words(images: Collection, classes: Sequence[str], by: ClassesBy) -> None:
-    """Numbers as folder names are places in the model's classes only where the user says so."""
+def _check_folder_names(images: Collection, classes: Sequence[str], by: ClassesBy) -> None:
+    """Raise UsageError where it is unclear whether class folders are named by class or by index.
+
+    A folder `7` may be the model's class 7 or the data set's own eighth class. It is taken as the former only if the
+    user says so, since a wrong guess gives a plausible, wrong accuracy.
+    """
     if by == "index":
-        for word in images.words:
-            if word in classes:
+        for name in images.words:
+            if name in classes:
                 raise UsageError(
-                    f"{images.root}: class {word!r} is one of the model's by its name; leave --classes-by index away"
+                    f"{images.root}: class folder {name!r} is the name of a class of the model; omit --classes-by index"
                 )
-            if not word.isdecimal() or int(word) >= len(classes):
+            if not name.isdecimal() or int(name) >= len(classes):
                 raise UsageError(
-                    f"{images.root}: class {word!r} is no place in the model's {len(classes)} classes; leave "
-                    "--classes-by index away"
+                    f"{images.root}: class folder {name!r} is not an index into the model's {len(classes)} classes; "
+                    "omit --classes-by index"
                 )
         return
+    # Labels of tars are indices by their format, and classes.txt or one shared name settles it as well.
     named = images.numbered or (images.root / "classes.txt").is_file() or set(images.words) & set(classes)
-    if not named and all(word.isdecimal() for word in images.words):
+    if not named and all(name.isdecimal() for name in images.words):
         raise UsageError(
-            f"{images.root}: its class folders are called by numbers, the model's classes by names such as "
-            f"{classes[0]!r}; where a number is a place in the model's list, add --classes-by index"
+            f"{images.root}: its class folders are named by numbers, the model's classes by names such as "
+            f"{classes[0]!r}; if the numbers are indices into the model's classes, add --classes-by index"
         )

@@ -16,7 +16,8 @@ from torch.nn import functional
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.protocols import Protocol, View, plan_views, short_side
+from video_swinv2.evaluation.placement import resized_short_side
+from video_swinv2.evaluation.protocols import Protocol, View, plan_views
 from video_swinv2.weights.store import Preprocessing
 
 FRAME_ORDERS = ("in-order", "shuffled", "reversed")
@@ -62,7 +63,7 @@ def cut_views(
     views: list[View] = []
     places: dict[int, list[tuple[int, int, int]]] = {}  # frame -> (view, step, short side) that show it
     for protocol in protocols:
-        side = short_side(*reader.size, preprocessing.image_size, protocol.resize)
+        side = resized_short_side(*reader.size, preprocessing.image_size, protocol.resize)
         shown = size_for(reader.size, side)
         plan = plan_views(protocol, len(reader), *shown, frames, stride, preprocessing.image_size, reader.fps)
         for place, view in enumerate(plan):
@@ -153,7 +154,7 @@ def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing)
     Resized bicubically with antialiasing, as Microsoft's ImageNet evaluation does (data/build.py of Swin-Transformer).
     """
     height, width = picture.shape[-2:]
-    shown = size_for((height, width), short_side(height, width, preprocessing.image_size, protocol.resize))
+    shown = size_for((height, width), resized_short_side(height, width, preprocessing.image_size, protocol.resize))
     resized = functional.interpolate(picture[None], size=shown, mode="bicubic", antialias=True)[0]
     views = plan_views(protocol, 1, *shown, 1, 1, preprocessing.image_size)
     crops = [
