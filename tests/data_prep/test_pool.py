@@ -56,12 +56,26 @@ def test_no_jobs_and_fewer_jobs_than_workers() -> None:
     assert dict(run_jobs(act, ["a"], workers=3, seconds_for=lambda job: 30.0)) == {"a": "a done"}
 
 
-def test_leaving_early_kills_what_runs() -> None:
-    running = run_jobs(act, ["a", "patient"], workers=2, seconds_for=lambda job: 30.0)
-    next(running)
+def sleep_or_finish(mark: str, allow: Allow) -> str:
+    """Writes its process ID to the file `mark`; one called "forever" then never ends."""
+    path = Path(mark)
+    path.with_suffix(".part").write_text(str(os.getpid()))
+    path.with_suffix(".part").rename(path)
+    if path.name == "forever":
+        time.sleep(600)
+    return mark
+
+
+def test_leaving_early_kills_what_is_running(tmp_path: Path) -> None:
+    forever, quick = tmp_path / "forever", tmp_path / "quick"
+    running = run_jobs(sleep_or_finish, [str(forever), str(quick)], workers=2, seconds_for=lambda job: 600.0)
+    assert next(running) == (str(quick), str(quick))
+    process = int(wait_for(lambda: forever.read_text() if forever.exists() else ""))
+    assert alive(process)
     started = time.monotonic()
     running.close()  # type: ignore[attr-defined]  # of a generator
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60, "closing waits for the job"
+    assert not alive(process)
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
