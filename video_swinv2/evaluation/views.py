@@ -1,4 +1,9 @@
-"""The views of one video, all cut from one decode. V views, T frames, H W pixels of the crop."""
+"""The pixels of a video's views, all cut from a single decode. V views, T frames, H W pixels of the crop.
+
+Neighbouring views share most of their frames: in a 12-view test of 10-second videos, 4 clips x 3 crops show 384 frames,
+of which at most 128 are different. So each video is opened once and decoded forwards once; each frame that any view shows is
+resized once (per resize the protocols ask for), and copied into every (view, position in the clip) that shows it.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +38,9 @@ def read_views(
     name: str | None = None,
     time_limit_seconds: float = 60.0,
 ) -> tuple[Tensor, tuple[View, ...]]:
-    """Open a video once, decode each frame any view needs once -> uint8 (V, 3, T, H, W), for image models (V, 3, H, W).
+    """The views of one video file: uint8 (V, 3, T, H, W), for image models (V, 3, H, W), and where each view lies.
 
-    "shuffled" permutes the frames of a view by (seed, name, view) alone; `name` is by default the path as given.
+    "shuffled" permutes the frames of a view as a function of (seed, name, view) only; `name` defaults to the path.
     Raises DecodeError for a video that cannot be read and UsageError for an unknown frame order.
     """
     with VideoReader(path, time_limit_seconds=time_limit_seconds) as reader:
@@ -54,31 +59,34 @@ def cut_views(
     seed: int,
     name: str,
 ) -> tuple[Tensor, tuple[View, ...], int]:
-    """The same for a reader that is open and several protocols, whose views follow one another.
+    """`read_views` for an open reader and several protocols: all views of the first protocol, then of the second, ...
 
-    One forward pass: each picture is resized as it is decoded, once for each size the protocols ask for, and its crops
-    are kept; nothing else is. Also returns how many of the frames were damaged and stood in for by their neighbours.
+    Only the crops are kept in memory, never whole frames. Also returns the number of damaged frames that were replaced
+    by a neighbour. Raises as `read_views` does.
     """
     frames, stride = clip_frames_and_stride(preprocessing)
     views: list[View] = []
-    places: dict[int, list[tuple[int, int, int]]] = {}  # frame -> (view, step, short side) that show it
+    # First invert the plan: for each frame of the video, the (view, position in the clip, short side in pixels) that
+    # show it. A looped short video shows one frame at several positions of the same view.
+    uses: dict[int, list[tuple[int, int, int]]] = {}
     for protocol in protocols:
         side = resized_short_side(*reader.size, preprocessing.image_size, protocol.resize)
         shown = size_for(reader.size, side)
         plan = plan_views(protocol, len(reader), *shown, frames, stride, preprocessing.image_size, reader.fps)
-        for place, view in enumerate(plan):
-            ordered = _reorder(view, frame_order, seed, name, place)
-            for step, index in enumerate(ordered.indices):
-                places.setdefault(index, []).append((len(views), step, side))
+        for number, view in enumerate(plan):
+            ordered = _reorder(view, frame_order, seed, name, number)
+            for position, index in enumerate(ordered.indices):
+                uses.setdefault(index, []).append((len(views), position, side))
             views.append(ordered)
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
     shower = Shower(reader)
-    for index, frame in shower.frames(list(places)):
-        pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in places[index]}}
-        for row, step, side in places[index]:
+    for index, frame in shower.frames(list(uses)):
+        pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in uses[index]}}
+        for row, position, side in uses[index]:
             top, left, height, width = views[row].box
-            crop = pictures[side][top : top + height, left : left + width]
-            pixels[row, :, step] = crop.transpose(2, 0, 1)
+            crop = pictures[side][top : top + height, left : left + width]  # (H, W, 3)
+            pixels[row, :, position] = crop.transpose(2, 0, 1)  # into (V, 3, T, H, W) at [row, :, position]
+    # An image model takes single frames: T is 1, and the axis is dropped.
     clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
     return clips, tuple(views), shower.stand_ins
 
@@ -149,9 +157,9 @@ class Shower:
 
 
 def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:
-    """The views of a still, uint8 (3, H, W) -> uint8 (V, 3, H, W); its one moment is every clip's.
+    """The views of a still image: uint8 (3, height, width) -> uint8 (V, 3, H, W); the only frame serves every clip.
 
-    Resized bicubically with antialiasing, as Microsoft's ImageNet evaluation does (data/build.py of Swin-Transformer).
+    Resized bicubically with antialiasing, as in Microsoft's ImageNet evaluation (data/build.py of Swin-Transformer).
     """
     height, width = picture.shape[-2:]
     shown = size_for((height, width), resized_short_side(height, width, preprocessing.image_size, protocol.resize))
@@ -164,24 +172,26 @@ def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing)
 
 
 def clip_frames_and_stride(preprocessing: Preprocessing) -> tuple[int, int]:
-    """(frames, stride) of a clip; an image model looks at single frames."""
+    """(frames, stride) of a clip; (1, 1) for an image model, which takes single frames."""
     return (1, 1) if preprocessing.frames is None else (preprocessing.frames, preprocessing.frame_stride)
 
 
 def view_shape(preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Shape of one view's pixels: (3, T, H, W), for image models (3, H, W)."""
+    """The shape of one view's pixels: (3, T, H, W), for image models (3, H, W)."""
     time = () if preprocessing.frames is None else (preprocessing.frames,)
     return (3, *time, *preprocessing.image_size)
 
 
-def _reorder(view: View, frame_order: str, seed: int, name: str, place: int) -> View:
-    """The view with its frames in the order asked for; the order of one view depends on nothing but its arguments."""
+def _reorder(view: View, frame_order: str, seed: int, name: str, number: int) -> View:
+    """View `number` of video `name` with its frames in the given order, a function of the arguments only."""
     if frame_order == "in-order":
         return view
     if frame_order == "reversed":
         return View(view.start, view.indices[::-1], view.box)
     if frame_order != "shuffled":
-        raise UsageError(f"frame_order: {frame_order!r} is not known; use one of {', '.join(FRAME_ORDERS)}")
+        raise UsageError(f"data.frame_order: unknown order {frame_order!r}; use one of {', '.join(FRAME_ORDERS)}")
+    # The name is hashed, so that the order depends neither on the position of the video in the list nor on the process
+    # that reads it. surrogateescape: file names need not be valid UTF-8.
     words = np.frombuffer(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), dtype="<u4")
-    order = np.random.default_rng((seed, place, *words.tolist())).permutation(len(view.indices))
+    order = np.random.default_rng((seed, number, *words.tolist())).permutation(len(view.indices))
     return View(view.start, tuple(view.indices[i] for i in order), view.box)
