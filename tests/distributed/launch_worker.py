@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from video_swinv2.distributed import world as runtime
+from video_swinv2.distributed.collectives import all_reduce_sum
+from video_swinv2.distributed.world import join_world, leave_world
+from video_swinv2.engine.base import seed_step
 from video_swinv2.engine.deepspeed import EngineSettings, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 
@@ -25,22 +27,22 @@ def main() -> None:
     folder = parser.parse_args().folder
     torch.manual_seed(0)
     module = nn.Linear(4, 1)
-    world = runtime.start("cpu")
+    world = join_world("cpu")
     try:
         groups = parameter_groups(module, (1,), weight_decay=0.0)
         settings = EngineSettings(micro_batch=8)
         engine = make_engine(module, groups, settings, world, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
         losses = []
         for step in range(3):
-            runtime.seed_step(0, step, 0, world.rank)
+            seed_step(0, step, 0, world.rank)
             loss = (engine.forward(torch.randn(8, 4)).float() - 1.0).square().mean()
             engine.backward(loss)
             engine.step()
-            losses.append(runtime.total(world, [loss.item()])[0] / world.size)
+            losses.append(all_reduce_sum(world, [loss.item()])[0] / world.size)
         result = {"rank": world.rank, "size": world.size, "local_rank": world.local_rank, "losses": losses}
         (folder / f"rank-{world.rank}.json").write_text(json.dumps(result))
     finally:
-        runtime.stop()
+        leave_world()
 
 
 if __name__ == "__main__":

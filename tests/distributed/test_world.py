@@ -15,18 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from video_swinv2.distributed import world as runtime
-from video_swinv2.distributed.world import (
-    StopSignal,
-    World,
-    agree,
-    first_host,
-    is_launcher,
-    place_of,
-    say,
-    seed_step,
-    total,
-)
+from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum, print_on_rank_zero
+from video_swinv2.distributed.launchers import first_host, is_launcher, launch_info_from_environment
+from video_swinv2.distributed.signals import StopSignal
+from video_swinv2.distributed.world import World, join_world
+from video_swinv2.engine.base import seed_step
 from video_swinv2.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,18 +31,18 @@ LAUNCHERS = {
 }
 
 
-def _place(environment: dict[str, str]) -> tuple[int, int, int, str | None]:
-    place = place_of(environment)
-    return place.rank, place.size, place.local_rank, place.meeting
+def _launch(environment: dict[str, str]) -> tuple[int, int, int, str | None]:
+    launch = launch_info_from_environment(environment)
+    return launch.rank, launch.world_size, launch.local_rank, launch.init_method
 
 
 def test_a_plain_process_is_a_world_of_one() -> None:
-    assert _place({}) == (0, 1, 0, None)
+    assert _launch({}) == (0, 1, 0, None)
 
 
 def test_torchrun_and_deepspeed() -> None:
     variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert _place(variables) == (5, 8, 1, "env://")
+    assert _launch(variables) == (5, 8, 1, "env://")
 
 
 def test_srun() -> None:
@@ -57,16 +50,16 @@ def test_srun() -> None:
         "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
         "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "40007",
     }  # fmt: skip
-    assert _place(variables) == (5, 8, 1, "tcp://gpu03:25007")
-    assert _place(variables | {"MASTER_PORT": "77", "MASTER_ADDR": "b"}) == (5, 8, 1, "tcp://b:77")
-    assert _place(variables | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})[3] is None
+    assert _launch(variables) == (5, 8, 1, "tcp://gpu03:25007")
+    assert _launch(variables | {"MASTER_PORT": "77", "MASTER_ADDR": "b"}) == (5, 8, 1, "tcp://b:77")
+    assert _launch(variables | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})[3] is None
 
 
 def test_a_batch_script_without_srun_is_alone_and_torchrun_under_slurm_is_torchrun() -> None:
     script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
-    assert _place(script) == (0, 1, 0, None)
+    assert _launch(script) == (0, 1, 0, None)
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert _place(script | {"SLURM_STEP_NUM_TASKS": "1"} | torchrun) == (1, 2, 1, "env://")
+    assert _launch(script | {"SLURM_STEP_NUM_TASKS": "1"} | torchrun) == (1, 2, 1, "env://")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +72,7 @@ def test_a_batch_script_without_srun_is_alone_and_torchrun_under_slurm_is_torchr
 )
 def test_half_an_environment_is_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        place_of(variables)
+        launch_info_from_environment(variables)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +91,11 @@ def test_first_host_of_a_node_list(nodes: str, expected: str) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="device: 'gpu' is not known"):
-        runtime.start("gpu")
+    with pytest.raises(UsageError, match="device: unknown device 'gpu'"):
+        join_world("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="cuda was asked for"):
-            runtime.start("cuda")
+        with pytest.raises(UsageError, match="cuda was requested"):
+            join_world("cuda")
 
 
 def _draws(*arguments: int) -> tuple[float, float, float]:
@@ -123,7 +116,7 @@ def test_seeds_depend_on_each_argument_and_on_nothing_else() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_a_process_is_a_flag_and_the_old_handlers_come_back(number: signal.Signals) -> None:
-    worker = Path(__file__).with_name("runtime_worker.py")
+    worker = Path(__file__).with_name("signal_worker.py")
     process = subprocess.Popen(
         [sys.executable, str(worker)],
         stdout=subprocess.PIPE,
@@ -147,7 +140,7 @@ def test_a_signal_to_a_process_is_a_flag_and_the_old_handlers_come_back(number: 
 )
 def test_the_launcher_s_end_is_a_signal_too(launcher: str, number: signal.Signals) -> None:
     """SIGKILL leaves what torchrun started running, SIGTERM what deepspeed started (its launcher ends alone)."""
-    worker = Path(__file__).with_name("runtime_worker.py")
+    worker = Path(__file__).with_name("signal_worker.py")
     process = subprocess.Popen(
         [sys.executable, *LAUNCHERS[launcher][:-1], "1", str(worker)],
         stdout=subprocess.PIPE,
@@ -191,10 +184,10 @@ def test_the_second_interrupt_interrupts() -> None:
 
 
 def test_one_process_agrees_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agree(ALONE, 0.0, 1.0) == (0.0, 1.0)
-    assert total(ALONE, [0.1, 2.0]) == [0.1, 2.0]
-    say(ALONE, "hello")
-    say(World(1, 2, 1, torch.device("cpu")), "not this")
+    assert all_reduce_max(ALONE, 0.0, 1.0) == (0.0, 1.0)
+    assert all_reduce_sum(ALONE, [0.1, 2.0]) == [0.1, 2.0]
+    print_on_rank_zero(ALONE, "hello")
+    print_on_rank_zero(World(1, 2, 1, torch.device("cpu")), "not this")
     assert capsys.readouterr().out == "hello\n"
 
 

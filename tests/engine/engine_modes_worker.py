@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.engine_worker import LR, build, keep, run_cases, train
-from video_swinv2.distributed import world as runtime
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
@@ -30,7 +30,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 }
 
 
-def until_applied(engine: Engine, world: runtime.World, accumulation: int, first: int, last: int) -> list[Any]:
+def until_applied(engine: Engine, world: World, accumulation: int, first: int, last: int) -> list[Any]:
     """Steps whose scale was too large are taken again, as no training would, to be compared with fp32's."""
     records = []
     for step in range(first, last):
@@ -44,7 +44,7 @@ def until_applied(engine: Engine, world: runtime.World, accumulation: int, first
     return records
 
 
-def fp16(world: runtime.World, folder: Path) -> None:
+def fp16(world: World, folder: Path) -> None:
     """Four steps at every stage; a checkpoint after two of them, continued by a fresh engine."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp16", accumulation=2)
@@ -66,7 +66,7 @@ def fp16(world: runtime.World, folder: Path) -> None:
         keep(folder, f"fp16-resumed-{stage}", other.states(), again)
 
 
-def rounded(world: runtime.World, folder: Path) -> None:
+def rounded(world: World, folder: Path) -> None:
     """Gradients in bf16 on their way, in fp32 and in autocast; an fp32 engine after them must know nothing of it."""
     for stage in range(4):
         for precision in ("fp32", "bf16"):
@@ -78,7 +78,7 @@ def rounded(world: runtime.World, folder: Path) -> None:
         keep(folder, f"afterwards-{stage}", engine.states(), records)
 
 
-def offloaded(world: runtime.World, folder: Path) -> None:
+def offloaded(world: World, folder: Path) -> None:
     """Two steps, a step that is not finite on the last rank, two more from a checkpoint and without one."""
 
     def spoil(step: int, micro: int, loss: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def offloaded(world: runtime.World, folder: Path) -> None:
         keep(folder, f"offloaded-resumed-{name}", other.states(), [])
 
 
-def held_at_the_head(world: runtime.World, **engine: Any) -> float:
+def held_at_the_head(world: World, **engine: Any) -> float:
     """Bytes alive where a forward pass in bf16 comes to the head, per weight; all blocks are to be computed again."""
     module = create_model("swinv2_nano", num_classes=2, image_size=32, window=8, checkpoint_blocks=8)
     numbers = sum(parameter.numel() for parameter in module.parameters())
@@ -126,7 +126,7 @@ def held_at_the_head(world: runtime.World, **engine: Any) -> float:
     return seen[0] / numbers
 
 
-def held(world: runtime.World, folder: Path) -> None:
+def held(world: World, folder: Path) -> None:
     """At every stage."""
     for stage in range(4):
         found = held_at_the_head(world, zero_stage=stage)

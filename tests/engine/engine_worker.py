@@ -20,7 +20,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from tests.closeness import assert_close
-from video_swinv2.distributed import world as runtime
+from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum
+from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.engine.checkpoint import Checkpoints, Portable
 from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
@@ -102,7 +103,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
 
 
-def build(world: runtime.World, *, seed: int = 0, clip_norm: float | None = 0.3, **settings: Any) -> Engine:
+def build(world: World, *, seed: int = 0, clip_norm: float | None = 0.3, **settings: Any) -> Engine:
     """An engine over a fresh network, with layer decay, weight decay and clipping that bites."""
     module = Tiny(seed)
     groups = parameter_groups(module, DEPTHS, weight_decay=0.1, layer_decay=0.75)
@@ -114,7 +115,7 @@ Spoil = Callable[[int, int, Tensor], Tensor]
 
 
 def train(
-    engine: Engine, world: runtime.World, accumulation: int, first: int, last: int, spoil: Spoil | None = None
+    engine: Engine, world: World, accumulation: int, first: int, last: int, spoil: Spoil | None = None
 ) -> list[dict[str, Any]]:
     """Steps ``first`` to ``last``; ``spoil`` may change a micro-batch's loss. One record per step."""
     records = []
@@ -131,7 +132,7 @@ def train(
             outcome = engine.step()
             if (outcome is None) != (micro + 1 < accumulation):
                 raise RuntimeError(f"outcome {outcome} at micro-batch {micro} of {accumulation}")
-        (mean,) = runtime.total(world, [losses])
+        (mean,) = all_reduce_sum(world, [losses])
         records.append({"loss": mean, "norm": outcome.grad_norm, "applied": outcome.applied})
         records[-1]["rescaled"] = outcome.rescaled
     return records
@@ -149,7 +150,7 @@ def keep(folder: Path, name: str, portable: Portable | None, records: list[dict[
         (folder / f"{name}.json").write_text(json.dumps(note))
 
 
-def parity(world: runtime.World, folder: Path) -> None:
+def parity(world: World, folder: Path) -> None:
     """Four steps of every stage and accumulation."""
     for stage in range(4):
         for accumulation in (1, 2):
@@ -161,7 +162,7 @@ def parity(world: runtime.World, folder: Path) -> None:
             keep(folder, f"parity-{stage}-{accumulation}", engine.states(), records)
 
 
-def resume(world: runtime.World, folder: Path) -> None:
+def resume(world: World, folder: Path) -> None:
     """Two steps, a checkpoint on disk, then two more from it: by the same stage and by ZeRO-1 after ZeRO-3."""
     for stage, after in ((0, 0), (1, 1), (2, 2), (3, 3), (3, 1), (1, 3)):
         engine = build(world, zero_stage=stage, precision="fp32")
@@ -181,7 +182,7 @@ def resume(world: runtime.World, folder: Path) -> None:
         keep(folder, f"resume-{stage}-{after}", other.states(), records)
 
 
-def first_states(world: runtime.World, folder: Path) -> None:
+def first_states(world: World, folder: Path) -> None:
     """States before the first step, and a load into an engine that has already stepped."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32")
@@ -198,7 +199,7 @@ def first_states(world: runtime.World, folder: Path) -> None:
         keep(folder, f"rewound-{stage}", engine.states(), [])
 
 
-def spoilt(world: runtime.World, folder: Path) -> None:
+def spoilt(world: World, folder: Path) -> None:
     """Four steps, the second with a loss or gradient that is not finite on the last rank only."""
 
     def nan_loss(step: int, micro: int, loss: Tensor) -> Tensor:
@@ -225,13 +226,13 @@ def spoilt(world: runtime.World, folder: Path) -> None:
                 keep(folder, f"after-{name}-{stage}-{accumulation}", engine.states(), after)
                 # Every rank must hold the same weights: compare this rank's own logits with all others'.
                 logits = engine.forward(batch(9)[0]).detach().flatten().tolist()
-                highest = runtime.agree(world, *logits)
-                lowest = runtime.agree(world, *[-value for value in logits])
+                highest = all_reduce_max(world, *logits)
+                lowest = all_reduce_max(world, *[-value for value in logits])
                 if list(highest) != [-value for value in lowest]:
                     raise RuntimeError("ranks differ after a step that was not applied")
 
 
-def alone(world: runtime.World, folder: Path) -> None:
+def alone(world: World, folder: Path) -> None:
     """One process goes on from what two processes saved."""
     if world.size != 1:
         raise RuntimeError("this case is for one process")
@@ -245,7 +246,7 @@ def alone(world: runtime.World, folder: Path) -> None:
         keep(folder, f"alone-{stage}-{after}", engine.states(), records)
 
 
-def halves(world: runtime.World, folder: Path) -> None:
+def halves(world: World, folder: Path) -> None:
     """bf16 autocast at every stage, with unclipped gradients; no step before the first (DeepSpeed's bf16 takes one)."""
     for stage in range(4):
         for accumulation in (1, 2):
@@ -262,7 +263,7 @@ def halves(world: runtime.World, folder: Path) -> None:
             keep(folder, f"bf16-{stage}-{accumulation}", engine.states(), records)
 
 
-def averaged(world: runtime.World, folder: Path) -> None:
+def averaged(world: World, folder: Path) -> None:
     """Two steps with averaged weights, a checkpoint, a look at the averages, and two more steps from each."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
@@ -294,7 +295,7 @@ def averaged(world: runtime.World, folder: Path) -> None:
         keep(folder, f"resumed-averaged-{stage}", other.states(), [])
 
 
-Case = Callable[[runtime.World, Path], None]
+Case = Callable[[World, Path], None]
 
 CASES: dict[str, Case] = {
     "parity": parity,
@@ -313,12 +314,12 @@ def run_cases(cases: Mapping[str, Case]) -> None:
     torch.set_num_threads(1)
     if int(size) > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
-    world = runtime.start("cpu")
+    world = join_world("cpu")
     try:
         for name in names.split(","):
             cases[name](world, Path(folder))
     finally:
-        runtime.stop()
+        leave_world()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from tests.engine.engine_worker import BATCH, DEPTHS, LR, Tiny, batch, keep
-from video_swinv2.distributed import world as runtime
+from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.engine.checkpoint import Portable
 from video_swinv2.engine.deepspeed import import_deepspeed
 from video_swinv2.engine.optimizer import parameter_groups
 
 
-def foreign(folder: Path, stage: int, world: runtime.World) -> None:
+def foreign(folder: Path, stage: int, world: World) -> None:
     """Two steps, a checkpoint, two more steps, whose weights are what a continued run must reach."""
     deepspeed = import_deepspeed(world)
     module = Tiny(0)
@@ -65,9 +65,9 @@ def join(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    here = runtime.start("cpu")
+    here = join_world("cpu")
     try:
         for each in (2, 3):
             foreign(Path(sys.argv[1]), each, here)
     finally:
-        runtime.stop()
+        leave_world()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import video_swinv2 as vs
 from video_swinv2.cli import main
-from video_swinv2.distributed import world as runtime
+from video_swinv2.distributed.collectives import all_reduce_sum
+from video_swinv2.distributed.world import join_world, leave_world
 from video_swinv2.engine.deepspeed import EngineSettings, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 
@@ -96,7 +97,7 @@ def clips(step: int) -> tuple[Tensor, Tensor]:
 
 def curves(folder: Path, steps: int) -> None:
     """Loss and gradient norm of each step at every ZeRO stage: two processes, two micro-batches of one clip."""
-    world = runtime.start("cpu")
+    world = join_world("cpu")
     try:
         for stage in range(4):
             module = network().train()
@@ -113,9 +114,9 @@ def curves(folder: Path, steps: int) -> None:
                     engine.backward(loss)
                     outcome = engine.step()
                     total += loss.item() / BATCH
-                found.append((runtime.total(world, [total])[0], outcome.grad_norm if outcome else 0.0))
+                found.append((all_reduce_sum(world, [total])[0], outcome.grad_norm if outcome else 0.0))
             weights = engine.weights()
             if weights is not None:
                 torch.save((found, weights), folder / f"stage-{stage}.pt")
     finally:
-        runtime.stop()
+        leave_world()

@@ -19,7 +19,7 @@ from torch import nn
 from tests.training import resume_worker
 from tests.training.resume_worker import BATCH, LR, Ranks, clips, network, train_run
 from tests.training.runs import write_recipe
-from video_swinv2.distributed.world import AGAIN_FILE, START_AGAIN
+from video_swinv2.distributed.signals import EXIT_RESTART, RESTART_MARKER
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.training.metrics import read_metrics
 from video_swinv2.weights.store import read_tensors
@@ -197,9 +197,9 @@ def test_told_to_stop_it_says_start_me_again_and_a_damaged_newest_is_passed_over
     ranks = start(config)
     run_until(config, 3, ranks)
     os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)
-    assert ranks.wait() == [START_AGAIN, START_AGAIN]
+    assert ranks.wait() == [EXIT_RESTART, EXIT_RESTART]
     folder, stopped = config.with_suffix(""), newest(config)
-    assert (folder / AGAIN_FILE).exists()
+    assert (folder / RESTART_MARKER).exists()
     weights = folder / "checkpoints" / f"step-{stopped:06d}" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     finish(config)
@@ -207,4 +207,4 @@ def test_told_to_stop_it_says_start_me_again_and_a_damaged_newest_is_passed_over
     assert f"passed over a damaged checkpoint: {weights}" in said
     assert f"own checkpoint, step {stopped - 1} of 12" in said
     assert [step for step, *_ in curve(folder)] == list(range(1, 13))
-    assert not (folder / AGAIN_FILE).exists()
+    assert not (folder / RESTART_MARKER).exists()

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.bench.measuring import product_speed, read_peak, start_peak, wall
 from video_swinv2.bench.model import PEERS
-from video_swinv2.distributed.world import World, start, stop
+from video_swinv2.distributed.devices import product_dtype
+from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.engine.deepspeed import EngineSettings, make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UsageError
@@ -87,9 +88,7 @@ def bench_train(work: Workload, chosen: Sequence[Way] | None = None) -> dict[str
         raise UsageError(f"--processes {work.processes}: this machine shows {torch.cuda.device_count()} GPUs")
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
-    # Not on CPUs: most emulate bf16, a hundred times slower than fp32.
-    dtype = torch.bfloat16 if work.precision == "bf16" and work.device == "cuda" else torch.float32
-    speed = product_speed(device, lambda: wall(device), dtype)
+    speed = product_speed(device, lambda: wall(device), product_dtype(work.precision, device))
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     rows = [_row(work, way, flops[way.peer], speed) for way in (ways(work.processes) if chosen is None else chosen)]
     return {
@@ -149,10 +148,10 @@ def _train(rank: int, work: Workload, way: Way, folder: str) -> None:
         world_size=work.processes,
     )
     try:
-        result = _measure(work, way, start(work.device))
+        result = _measure(work, way, join_world(work.device))
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
-        stop()
+        leave_world()
 
 
 def _measure(work: Workload, way: Way, world: World) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, how they start, signals, and what they tell each other."""
+"""The processes of a run: launchers, ranks and devices, signals, collectives, and the lifeline between processes."""

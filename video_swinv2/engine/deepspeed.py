@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from video_swinv2.distributed.world import World, say
+from video_swinv2.distributed.collectives import print_on_rank_zero
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import Portable
 from video_swinv2.engine.deepspeed_config import deepspeed_config
 from video_swinv2.engine.ema import Average
@@ -122,7 +123,7 @@ def make_engine(
 def _precision(settings: EngineSettings, world: World) -> str:
     cuda = world.device.type == "cuda"
     if settings.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say(world, "precision: this GPU has no bf16, so fp32 is used; fp16 is quicker there")
+        print_on_rank_zero(world, "precision: this GPU has no bf16, so fp32 is used; fp16 is quicker there")
         return "fp32"
     return settings.precision
 

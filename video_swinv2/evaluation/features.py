@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from video_swinv2.data.manifest import Manifest
+from video_swinv2.distributed.devices import choose_device, use_bf16
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, pick_device, use_bf16
+from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.testing import forward_views
@@ -102,7 +103,7 @@ def extract_features(
     A sample is seen in the views of `protocol`; its vector is their mean, each the mean over all tokens after the final
     norm. Files that cannot be read have a reason instead.
     """
-    device = pick_device(overrides.device)
+    device = choose_device(overrides.device)
     record = {
         "backbone": {key: value for key, value in backbone.record.items() if key != "path"},
         "preprocessing": asdict(backbone.preprocessing),

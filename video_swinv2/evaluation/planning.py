@@ -16,9 +16,10 @@ import torch
 
 import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, use_bf16
+from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
 from video_swinv2.evaluation.splits import ClassesBy, is_image, protocol_for_split, read_labelled_split

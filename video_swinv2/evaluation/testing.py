@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.collectives import all_gather_objects
+from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.errors import UserError
-from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
 from video_swinv2.evaluation.parts import PartFolder, ScoredVideos
 from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity

@@ -18,6 +18,7 @@ from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.index import Member
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
+from video_swinv2.distributed.devices import product_dtype
 
 SAMPLES = 8  # read at most
 SECONDS = 4.0  # in which no new one is begun
@@ -71,7 +72,5 @@ def device_speed(device: str, precision: str, processes: int) -> float | None:
     if device == "cuda" and not torch.cuda.is_available():
         return None
     where = torch.device(device)
-    # CPUs without bf16 units emulate it: the fp32 product is the better guess for both.
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    speed = product_speed(where, lambda: wall(where), dtype if device == "cuda" else torch.float32)
+    speed = product_speed(where, lambda: wall(where), product_dtype(precision, where))
     return speed * REACHED[device] / (processes if device == "cpu" else 1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import Batch, SampleDataset
 from video_swinv2.data.loading import plan_batch
-from video_swinv2.distributed.world import World, gather, say, total
+from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_sum, print_on_rank_zero
+from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -119,10 +120,10 @@ class Faults:
             (self._world.rank, float(loss), [self._samples.name(number) for number in numbers])
             for numbers, loss in inputs
         ]
-        pieces = [piece for found in gather(self._world, mine) for piece in found]
+        pieces = [piece for found in all_gather_objects(self._world, mine) for piece in found]
         if self._world.rank == 0:
             write_skipped(self._folder, step, pieces)
-        say(self._world, f"step {step} dropped: loss or gradient not finite; skipped.jsonl names its inputs")
+        print_on_rank_zero(self._world, f"step {step} dropped: loss or gradient not finite; skipped.jsonl names its inputs")
         if self.skipped_in_row >= self._config.max_skipped:
             raise UserError(
                 f"{self._folder}: loss or gradient was not finite in {self.skipped_in_row} steps in a row, the last is "
@@ -132,14 +133,14 @@ class Faults:
 
     def share(self) -> None:
         """Let every process know all broken files and the slowest one. Collective."""
-        found = gather(self._world, (list(self.broken), self.slowest))
+        found = all_gather_objects(self._world, (list(self.broken), self.slowest))
         self.broken = dict.fromkeys(sorted({line for lines, _ in found for line in lines}))
         self.slowest = max(slowest for _, slowest in found)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it. Collective."""
         self.share()
-        (samples,) = total(self._world, [self.broken_samples])
+        (samples,) = all_reduce_sum(self._world, [self.broken_samples])
         rows = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "broken_samples": samples}
         return {**rows, "broken": list(self.broken), "slowest": list(self.slowest)}
 

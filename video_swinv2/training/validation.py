@@ -1,4 +1,4 @@
-"""Measures of a model on the whole validation split: every sample once, whatever the number of processes."""
+"""Metrics on the whole validation split: every sample counts once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from video_swinv2.data.datasets import Batch, SampleDataset, collate
 from video_swinv2.data.loading import validation_loader
-from video_swinv2.distributed.world import World, gather, total
+from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_sum
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.deepspeed import Engine
-from video_swinv2.training.tasks import Task
+from video_swinv2.training.tasks.base import Task
 
 
 @contextmanager
-def ready(engine: Engine, averaged: bool) -> Iterator[dict[str, Tensor] | None]:
-    """Inside, the module is in eval mode, without gradients, and holds averaged weights where they are kept.
+def evaluation_mode(engine: Engine, averaged: bool) -> Iterator[dict[str, Tensor] | None]:
+    """Inside, the module is in eval mode without gradients and, if `averaged`, holds the averaged weights (EMA).
 
-    Gives those weights by name on rank 0, None elsewhere. Collective, as is everything inside.
+    Yields those weights by name on rank 0 and None elsewhere. Collective, as is everything inside.
     """
     weights = engine.weights()
     shown = engine.averaged_weights() if averaged else weights
@@ -29,35 +30,37 @@ def ready(engine: Engine, averaged: bool) -> Iterator[dict[str, Tensor] | None]:
     engine.module.eval()
     with torch.no_grad():
         yield shown
-    # Not after an error: other processes would not take part, and this one would wait for them instead of telling.
+    # Deliberately not in a `finally`: after an error on this process alone, the others would not take part in the
+    # collectives of write_weights, and this process would hang instead of reporting its error.
     engine.module.train()
     if averaged:
         engine.write_weights(weights)
 
 
-def measure(
+def validate(
     task: Task,
     engine: Engine,
     samples: SampleDataset,
     micro_batch: int,
     world: World,
-    name_broken: Callable[[Sequence[str]], None],
+    report_broken: Callable[[Sequence[str]], None],
 ) -> dict[str, float]:
-    """The task's measures, `val/loss` and the like, averaged over the samples. Collective; inside `ready`."""
+    """The task's metrics (`val/loss` and so on) averaged over all samples. Collective; call in `evaluation_mode`."""
     sums: dict[str, float] = {"samples": 0.0}
-    for batch, counts in _batches(samples, micro_batch, world):
+    for batch, counts in _equally_many_batches(samples, micro_batch, world):
         tally = task.tally(engine.forward, batch.to(world.device))
         if counts:
-            name_broken(batch.broken)
+            report_broken(batch.broken)
             for key, value in tally.items():
                 sums[key] = sums.get(key, 0.0) + value
     return _averages(sums, world)
 
 
-def _batches(samples: SampleDataset, micro_batch: int, world: World) -> Iterator[tuple[Batch, bool]]:
-    """This process's batches; then its last again, not to be counted, until every process has had as many.
+def _equally_many_batches(samples: SampleDataset, micro_batch: int, world: World) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, each with True; then its last one again with False, until all processes had equally many.
 
-    Under ZeRO-3 each forward pass is a collective, so all processes must do the same number of them.
+    Under ZeRO-3 each forward pass is a collective, so every process must make the same number of them, although the
+    split seldom divides evenly: 5 samples on 2 processes are 3 and 2. Repeated batches are computed but not counted.
     """
     most = math.ceil(math.ceil(len(samples) / world.size) / micro_batch)
     done, batch = 0, None
@@ -67,13 +70,14 @@ def _batches(samples: SampleDataset, micro_batch: int, world: World) -> Iterator
         done += 1
         yield batch, True
     for _ in range(most - done):
+        # With fewer samples than processes, some processes have no batch of their own to repeat.
         batch = batch or collate([samples[(0, 0)]])
         yield batch, False
 
 
 def _averages(sums: Mapping[str, float], world: World) -> dict[str, float]:
-    # A process that got no validation sample knows only of the count.
-    keys = sorted({key for names in gather(world, list(sums)) for key in names})
-    summed = dict(zip(keys, total(world, [sums.get(key, 0.0) for key in keys]), strict=True))
+    # A process without any validation sample knows no key but `samples`; all must reduce the same keys in one order.
+    keys = sorted({key for names in all_gather_objects(world, list(sums)) for key in names})
+    summed = dict(zip(keys, all_reduce_sum(world, [sums.get(key, 0.0) for key in keys]), strict=True))
     count = summed.pop("samples")
     return {f"val/{key}": value / count for key, value in summed.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 
-from video_swinv2.distributed.world import StopSignal
+from video_swinv2.distributed.signals import StopSignal
 
 before = signal.getsignal(signal.SIGTERM)
 with StopSignal() as stop:

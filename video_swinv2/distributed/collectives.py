@@ -1,0 +1,55 @@
+"""Collectives on plain numbers and objects: maximum, sum, gather, and printing on one rank only.
+
+All are no-ops in a world of size one. In a larger one, every rank must make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from video_swinv2.distributed.world import World
+
+T = TypeVar("T")
+
+
+def all_reduce_max(world: World, *values: float) -> tuple[float, ...]:
+    """The maximum of each value over all ranks, in one collective: for flags that all ranks must act on together.
+
+    Values must be finite, because a comparison with NaN has no defined outcome: pass ``float(not isfinite(loss))``
+    rather than the loss.
+    """
+    if world.size == 1:
+        return tuple(float(value) for value in values)
+    return tuple(_all_reduce(world, values, dist.ReduceOp.MAX))
+
+
+def all_reduce_sum(world: World, values: Sequence[float]) -> list[float]:
+    """The sum of each value over all ranks, in float64 and one collective."""
+    if world.size == 1:
+        return [float(value) for value in values]
+    return _all_reduce(world, values, dist.ReduceOp.SUM)
+
+
+def _all_reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, operation)
+    return [float(value) for value in tensor.tolist()]
+
+
+def all_gather_objects(world: World, value: T) -> list[T]:
+    """Every rank's value, in rank order, on all ranks. Values are pickled, so pass plain data only."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def print_on_rank_zero(world: World, text: str) -> None:
+    """Print on rank 0 only, flushed immediately."""
+    if world.rank == 0:
+        print(text, flush=True)

@@ -1,0 +1,66 @@
+"""Which device a process computes on, and in which precision: the only place that makes these two choices."""
+
+from __future__ import annotations
+
+import torch
+
+from video_swinv2.distributed.launchers import LaunchInfo
+from video_swinv2.errors import UsageError
+
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+
+# The type that torch autocast computes matrix products in; fp32 runs without autocast and so has no entry.
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_device_name(name: str) -> None:
+    """Raise UsageError unless ``name`` is ``auto``, ``cpu`` or ``cuda``."""
+    if name not in DEVICE_NAMES:
+        raise UsageError(f"device: unknown device {name!r}; use auto, cpu or cuda")
+
+
+def choose_device(name: str, launch: LaunchInfo | None = None) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``; ``auto`` is a GPU if PyTorch sees one.
+
+    With ``launch``, each process of a machine gets the GPU of its local rank; without it, the current GPU. Raises
+    UsageError if a GPU is requested and there is none, or fewer than processes.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("device: cuda was requested but PyTorch sees no GPU; use device=cpu or fix the driver")
+    if launch is None:
+        return torch.device("cuda")
+    count = torch.cuda.device_count()
+    if launch.local_rank < count:
+        return torch.device("cuda", launch.local_rank)
+    if count == 1 and launch.from_slurm:
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task only its own GPU, numbered 0
+    raise UsageError(
+        f"device: local rank {launch.local_rank} has no GPU, this machine has {count}; start fewer processes"
+    )
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself. CPUs count: PyTorch always supports bf16 there, if slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def trainable_precision(precision: str, device: torch.device) -> str:
+    """The precision to train in: the one requested, or fp32 where bf16 would only be emulated by the GPU."""
+    return "fp32" if precision == "bf16" and not has_native_bf16(device) else precision
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run inference in bf16: as requested; ``auto`` does on GPUs where PyTorch supports it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix product whose speed bounds training on this device.
+
+    fp32 on CPUs whatever the precision: most have no bf16 units and emulate it, up to a hundred times slower.
+    """
+    return AUTOCAST_DTYPES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
