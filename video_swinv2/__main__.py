@@ -1,4 +1,4 @@
-"""`python -m video_swinv2`: what torchrun, deepspeed and srun start."""
+"""Entry point of `python -m video_swinv2`, the form in which torchrun, deepspeed and srun launch it."""
 
 import sys
 

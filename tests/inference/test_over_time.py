@@ -65,7 +65,7 @@ def transport_stream(video: Path, path: Path) -> bytes:
 def over_time(evil_model: Path, changing: Path) -> Prediction:
     told: list[tuple[str, SegmentPrediction]] = []
     (prediction,) = predict(
-        evil_model, [changing], device="cpu", top=6, over_time=EVERY, tell=lambda *one: told.append(one)
+        evil_model, [changing], device="cpu", top=6, over_time=EVERY, on_segment=lambda *one: told.append(one)
     )
     assert told == [(str(changing), moment) for moment in prediction.windows]
     return prediction

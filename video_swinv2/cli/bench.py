@@ -1,4 +1,4 @@
-"""The verb `bench`: what it takes and which benchmark it runs."""
+"""Command-line verb `bench`: measures speed and memory on this machine, beside other libraries."""
 
 from __future__ import annotations
 
@@ -10,41 +10,72 @@ from video_swinv2.command import Verbs, add_verb, integers
 from video_swinv2.errors import UsageError
 
 
-def add_bench(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    """Put the verb among the others."""
-    example = "video-swinv2 bench model --against torchvision"
-    verb = add_verb(verbs, "bench", _bench, "speed and memory, measured on this machine", example)
+def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add `bench`, whose first argument says what to measure; help texts name the benchmarks an option applies to."""
+    text = "measure speed and memory on this machine"
+    verb = add_verb(verbs, "bench", _bench, text, "video-swinv2 bench model --against torchvision")
     verb.add_argument(
         "what",
         choices=("model", "train", "loader", "test"),
-        help="model: against another library's, or backend by backend; train: steps under each engine, next to "
-        "torchvision's Video Swin; loader: clips read, by workers, next to a plain DataLoader; test: where its time "
-        "goes, one decode for all views next to one for each",
+        help="model: the network against another library's, or its attention backends against each other; train: "
+        "training steps under each engine, and torchvision's Video Swin; loader: clips read per second by number of "
+        "workers, and a plain DataLoader; test: where a multi-view test spends its time, and what one decode for all "
+        "views saves",
     )
     verb.add_argument(
         "--against",
         choices=("torchvision", "timm", "backends"),
         default="torchvision",
-        help="clips against Video Swin, SimMIM of images against SwinV2, or backend by backend; default %(default)s",
+        help="model: clips against torchvision's Video Swin, SimMIM on images against timm's SwinV2, or the attention "
+        "backends against each other (default: %(default)s)",
     )
     verb.add_argument(
-        "--model", metavar="NAME", help="default swinv2_tiny, against timm and for train swinv2_base; test: a file"
+        "--model",
+        metavar="NAME",
+        help="model name (default: swinv2_tiny; against timm and for train: swinv2_base); test: a model file",
     )
-    verb.add_argument("--batch", type=int, metavar="N", help="samples; default 1 clip, 8 images; 8 clips to read")
     verb.add_argument(
-        "--frames", type=int, default=32, metavar="N", help="train, loader: of a clip, default %(default)s"
+        "--batch", type=int, metavar="N", help="batch size (default: 1 clip or 8 images; loader: 8 clips)"
     )
-    verb.add_argument("--pixels", type=int, default=224, metavar="N", help="train, loader: default %(default)s")
-    verb.add_argument("--processes", type=int, default=1, metavar="N", help="train: devices, default %(default)s")
-    verb.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="train: default %(default)s")
-    verb.add_argument("--data", type=Path, metavar="DIR", help="a prepared data set; loader: default made clips")
-    verb.add_argument("--workers", type=integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: to be tried")
-    verb.add_argument("--clips", type=int, default=64, metavar="N", help="loader, test: each time, default %(default)s")
-    verb.add_argument("--split", default="test", help="of the data, for test; default %(default)s")
-    verb.add_argument("--protocol", default="videoswin-4x3", metavar="NAME[,NAME]", help="test: default %(default)s")
-    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each, default %(default)s")
-    verb.add_argument("--threads", type=int, default=1, metavar="N", help="one, the default, is the steadiest")
-    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    verb.add_argument(
+        "--frames", type=int, default=32, metavar="N", help="train, loader: frames per clip (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--pixels", type=int, default=224, metavar="N", help="train, loader: height and width (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="train: number of devices (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="train: precision (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="loader, test: a prepared data set (default for loader: generated clips)",
+    )
+    verb.add_argument(
+        "--workers", type=integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: numbers of workers to compare"
+    )
+    verb.add_argument(
+        "--clips", type=int, default=64, metavar="N", help="loader, test: clips per round (default: %(default)s)"
+    )
+    verb.add_argument("--split", default="test", help="test: split of the data (default: %(default)s)")
+    verb.add_argument(
+        "--protocol", default="videoswin-4x3", metavar="NAME[,NAME]", help="test: views (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="rounds, in which all candidates alternate (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads; 1, the default, gives the steadiest times"
+    )
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: %(default)s)")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -98,7 +129,7 @@ def _bench_test(options: argparse.Namespace) -> None:
     from video_swinv2.bench.testing import bench_test, show_test
 
     if options.model is None or options.data is None:
-        raise UsageError("bench test needs --model FILE and --data DIR")
+        raise UsageError("bench test: --model FILE and --data DIR are required")
     result = bench_test(
         Path(options.model),
         options.data,

@@ -26,7 +26,7 @@ from video_swinv2.inference.watching import Watcher, start_early
 from video_swinv2.weights.store import Preprocessing
 
 STREAM = "stream"
-Tell = Callable[[str, SegmentPrediction], None]
+OnSegment = Callable[[str, SegmentPrediction], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def predict(
     batch_views: int = 12,
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
-    tell: Tell = lambda source, moment: None,
+    on_segment: OnSegment = lambda source, segment: None,
 ) -> list[Prediction]:
     """Predictions for files, for all videos (for an image model: images) in folders, and for streams, in their order.
 
@@ -100,7 +100,7 @@ def predict(
     targets = _targets(how.video, [name for name, kind in found if kind in watched])
     for i, (name, kind) in enumerate(found):
         if kind in watched:
-            results[i] = _over_time(classifier, name, how, targets.pop(0), time_limit_seconds, tell)
+            results[i] = _over_time(classifier, name, how, targets.pop(0), time_limit_seconds, on_segment)
         elif kind != VIDEO:
             results[i] = _other(classifier, Path(name), kind, chosen)
     return [results[i] for i in range(len(found))]
@@ -151,7 +151,7 @@ def _by_protocol(
 
 
 def _over_time(
-    classifier: Classifier, name: str, how: OverTime, target: Path | None, time_limit_seconds: float, tell: Tell
+    classifier: Classifier, name: str, how: OverTime, target: Path | None, time_limit_seconds: float, on_segment: OnSegment
 ) -> Prediction:
     """Windows of one source; whatever goes wrong with it is its error."""
     live, stream = is_live(name), is_stream(name)
@@ -163,7 +163,7 @@ def _over_time(
 
     def note(_window: object, _row: object, moment: SegmentPrediction) -> None:
         moments.append(moment)
-        tell(name, moment)
+        on_segment(name, moment)
 
     try:
         with Watcher(task, descriptor=0 if name == STANDARD_INPUT else None) as watcher, interrupt_ends(watcher):

@@ -1,0 +1,168 @@
+"""Command-line verbs that use a trained model: `predict`, `serve` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from video_swinv2.cli.weights import axis_sizes
+from video_swinv2.command import Verbs, add_verb
+
+
+def add_inference_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add `predict`, `serve` and `export`."""
+    _add_predict(verbs)
+    _add_serve(verbs)
+    _add_export(verbs)
+
+
+def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "print the most likely classes of files, folders and streams, or find similar files"
+    example = "video-swinv2 predict runs/a/model.safetensors clip.mp4 folder/ http://camera/stream --top 3 --every 1"
+    verb = add_verb(verbs, "predict", _predict, text, example)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
+    verb.add_argument(
+        "sources",
+        nargs="+",
+        metavar="FILE|DIR|URL|DEVICE|-",
+        help="- reads standard input; a camera is a device such as /dev/video0",
+    )
+    verb.add_argument("--top", type=int, default=5, help="classes to print per file (default: %(default)s)")
+    verb.add_argument(
+        "--protocol", help="views of each file (default: videoswin-4x3; with --features or --gallery center-1x1)"
+    )
+    verb.add_argument(
+        "--every",
+        type=float,
+        metavar="SECONDS",
+        help="predict over time: classify a clip every SECONDS; streams always are, by default clip after clip",
+    )
+    verb.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="stop reading a stream after this long (default: at its end)",
+    )
+    verb.add_argument(
+        "--video",
+        type=Path,
+        metavar="DIR",
+        help="predict over time, and write copies of the videos with the answers on them",
+    )
+    verb.add_argument(
+        "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
+    )
+    verb.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FILE.npz",
+        help="instead of classifying, find the nearest files in a --features file",
+    )
+    verb.add_argument("--k", type=int, default=5, help="files to find with --gallery (default: %(default)s)")
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="print JSON")
+    form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    if options.features or options.gallery:
+        return _retrieve(options)
+
+    from video_swinv2.inference.formatting import csv_header, format_predictions, format_segment
+    from video_swinv2.inference.predictor import OverTime, predict
+
+    def print_now(text: str) -> None:
+        if text:
+            print(text, flush=True)
+
+    print_now(csv_header(options.form))
+    predictions = predict(
+        options.model,
+        options.sources,
+        top=options.top,
+        protocol=options.protocol or "videoswin-4x3",
+        over_time=OverTime(options.every, options.seconds, options.video),
+        on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
+    )
+    print_now(format_predictions(predictions, options.form))
+    return 1 if any(prediction.error for prediction in predictions) else 0
+
+
+def _retrieve(options: argparse.Namespace) -> int:
+    from video_swinv2.inference.formatting import format_search_results
+    from video_swinv2.inference.retrieval import load_gallery, make_gallery, save_gallery, search
+
+    gallery = load_gallery(options.gallery) if options.gallery else None
+    queries = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1")
+    if options.features:
+        save_gallery(queries, options.features)
+        read = len(queries.reasons) - sum(map(bool, queries.reasons))
+        print(f"wrote {options.features}: {read} of {len(queries.names)} files", file=sys.stderr)
+    if gallery is not None:
+        print(format_search_results(search(gallery, queries, options.k), options.form))
+    return 1 if any(queries.reasons) else 0
+
+
+def _add_serve(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "serve a web page, on this machine only, that classifies a clip dropped on it"
+    verb = add_verb(verbs, "serve", _serve, text, "video-swinv2 serve runs/a/model.safetensors")
+    verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
+    verb.add_argument(
+        "--port", type=int, default=8000, help="port to listen on, 0 for any free one (default: %(default)s)"
+    )
+    verb.add_argument("--top", type=int, default=5, help="classes to show per clip (default: %(default)s)")
+    verb.add_argument(
+        "--most-megabytes", type=float, default=200.0, help="largest clip accepted (default: %(default)g)"
+    )
+    verb.add_argument(
+        "--most-seconds", type=float, default=60.0, help="longest time spent on a clip (default: %(default)g)"
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from video_swinv2.inference.clip_summary import Limits
+    from video_swinv2.inference.serve import serve
+
+    limits = Limits(upload_bytes=int(options.most_megabytes * 10**6), seconds=options.most_seconds)
+    serve(options.model, port=options.port, top=options.top, limits=limits)
+
+
+def _add_export(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "export to torch.export or ONNX, and check that the exported program computes the same"
+    example = "video-swinv2 export runs/a/model.safetensors model.onnx --check clip.mp4"
+    verb = add_verb(verbs, "export", _export, text, example)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
+    verb.add_argument("out", type=Path, metavar="OUT", help="file name ending in .onnx or .pt2")
+    verb.add_argument("--frames", type=int, metavar="N", help="frames per clip (default: as trained)")
+    verb.add_argument("--image-size", type=axis_sizes, metavar="H,W", help="pixels (default: as trained)")
+    verb.add_argument("--window", type=axis_sizes, metavar="T,H,W", help="tokens (default: as trained)")
+    verb.add_argument(
+        "--opset", type=int, help="ONNX opset (default: 23, the first with an operator for scaled dot products)"
+    )
+    verb.add_argument(
+        "--check",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE|DIR",
+        help="videos to compare the outputs on (default: random noise)",
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from video_swinv2.inference.export import export
+
+    comparison = export(
+        options.model,
+        options.out,
+        frames=options.frames,
+        image_size=options.image_size,
+        window=options.window,
+        opset=options.opset,
+        check=options.check,
+    )
+    print(
+        f"wrote {options.out}; the logits differ from the model's by at most {comparison.difference:.1e}, and "
+        f"{comparison.same_top} of {comparison.samples} samples have the same top five classes"
+    )

@@ -1,0 +1,138 @@
+"""Command-line verbs that measure a model: `test`, `probe`, and `report`, which needs only saved scores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from video_swinv2.command import Verbs, add_verb
+
+
+def add_testing_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add `test`, `probe` and `report`."""
+    _add_test(verbs)
+    _add_probe(verbs)
+    _add_report(verbs)
+
+
+def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3,center-1x1 --out runs/t"
+    verb = add_verb(verbs, "test", _test, "measure multi-view accuracy and write a report", example)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
+    verb.add_argument("data", type=Path, metavar="DATA", help="data set with labels")
+    verb.add_argument(
+        "--protocol",
+        default="videoswin-4x3",
+        metavar="NAME[,NAME]",
+        help="which views to test (default: %(default)s); several protocols share one decode of each video, and each "
+        "gets its own folder",
+    )
+    verb.add_argument(
+        "--split", default="test", help="split to test (default: %(default)s); `all` takes every image of a folder tree"
+    )
+    verb.add_argument(
+        "--classes-by",
+        choices=("name", "index"),
+        default="name",
+        help="how to read class folders of images: `name` (default) is the class name, `index` its position in the "
+        "model's class list, as in ImageNet-V2",
+    )
+    verb.add_argument("--out", type=Path, required=True, help="folder for scores, results.json and report.html")
+    verb.add_argument("--json", action="store_true", help="print the full result as JSON")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as data.frame_stride=4")
+
+
+def _test(options: argparse.Namespace) -> None:
+    from video_swinv2.evaluation.overrides import parse_overrides
+    from video_swinv2.evaluation.testing import run_tests, summary
+
+    results = run_tests(
+        options.model,
+        options.data,
+        protocols=options.protocol,
+        split=options.split,
+        classes_by=options.classes_by,
+        out=options.out,
+        overrides=parse_overrides(options.overrides),
+    )
+    if os.environ.get("RANK", "0") == "0":  # every process of a distributed test gets here; one prints
+        printed = results if len(results) > 1 else next(iter(results.values()))
+        print(json.dumps(printed, indent=1) if options.json else summary(results, options.out))
+
+
+def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "measure how good frozen features are, with k-NN and a linear classifier"
+    example = "video-swinv2 probe runs/pre/model.safetensors data/photos --random-weights --out runs/pre/probe"
+    verb = add_verb(verbs, "probe", _probe, text, example)
+    verb.add_argument(
+        "model", type=Path, metavar="MODEL", help="checkpoint file or Hub-style folder in any supported layout"
+    )
+    verb.add_argument("data", type=Path, metavar="DATA", help="images or videos with labels")
+    verb.add_argument(
+        "--method", choices=("knn", "linear", "both"), default="both", help="classifier (default: %(default)s)"
+    )
+    verb.add_argument("--train-split", metavar="NAME", help="split to fit on (default: train)")
+    verb.add_argument(
+        "--test-split",
+        metavar="NAME",
+        help="split to test on (default: val); data without splits is divided per class, by the seed",
+    )
+    verb.add_argument("--k", type=int, default=20, metavar="N", help="number of neighbours (default: %(default)s)")
+    verb.add_argument("--seeds", type=int, default=3, metavar="N", help="number of repetitions (default: %(default)s)")
+    verb.add_argument(
+        "--random-weights", action="store_true", help="also probe the same architecture with random weights"
+    )
+    verb.add_argument(
+        "--out", type=Path, metavar="DIR", help="write probe.json there, and keep the features for the next probe"
+    )
+    verb.add_argument("--json", action="store_true", help="print the full result as JSON")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as data.image_size=256")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from video_swinv2.evaluation.overrides import parse_overrides
+    from video_swinv2.evaluation.probe import run_probe, show
+
+    result = run_probe(
+        options.model,
+        options.data,
+        methods=("knn", "linear") if options.method == "both" else (options.method,),
+        train_split=options.train_split,
+        test_split=options.test_split,
+        k=options.k,
+        seeds=options.seeds,
+        random_weights=options.random_weights,
+        out=options.out,
+        overrides=parse_overrides(options.overrides),
+    )
+    print(json.dumps(result, indent=1) if options.json else show(result))
+
+
+def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "rebuild a report from saved scores, or compare several tests"
+    verb = add_verb(verbs, "report", _report, text, "video-swinv2 report runs/a/test runs/b/test --out a-against-b")
+    verb.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out folder of an earlier `test`")
+    verb.add_argument(
+        "--run",
+        dest="run_folder",
+        type=Path,
+        metavar="DIR",
+        help="folder of the training run (default: the folder of the model file)",
+    )
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("comparison"),
+        help="folder for the comparison (default: %(default)s)",
+    )
+    verb.add_argument("--json", action="store_true", help="print the full result as JSON")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from video_swinv2.report.compare import report
+
+    result, lines = report(options.folders, out=options.out, run=options.run_folder)
+    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))

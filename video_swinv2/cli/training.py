@@ -1,0 +1,104 @@
+"""Command-line verbs that train: `pretrain`, `train`, and `plan`, which predicts what either will cost."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from video_swinv2.command import Verbs, add_verb
+
+
+def add_training_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    """Add `pretrain`, `train` and `plan`."""
+    _add_run(verbs, "pretrain", _pretrain, "pre-train with SimMIM on images, video frames or clips")
+    _add_run(verbs, "train", _train, "train a classifier on labelled images or clips")
+    _add_plan(verbs)
+
+
+def _add_run(
+    verbs: Verbs[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> None:
+    example = f"torchrun --nproc_per_node 8 -m video_swinv2 {name} CONFIG.yaml optim.lr=3e-4 out=runs/a"
+    _add_config(add_verb(verbs, name, run, text, example))
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/ for examples")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="override values of the file")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from video_swinv2.config import load_config
+    from video_swinv2.training.loop import run
+    from video_swinv2.training.tasks.simmim import Pretraining
+
+    run(load_config(options.config, options.overrides), Pretraining)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from video_swinv2.config import load_config
+    from video_swinv2.training.loop import run
+    from video_swinv2.training.tasks.classification import Classification
+
+    run(load_config(options.config, options.overrides), Classification)
+
+
+def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    text = "estimate memory, compute and number of steps of a training run before starting it"
+    example = "video-swinv2 plan CONFIG.yaml engine.zero_stage=3 --processes 8 --memory 80GB"
+    verb = add_verb(verbs, "plan", _plan, text, example)
+    _add_config(verb)
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="number of devices (default: %(default)s)")
+    verb.add_argument("--pretrain", action="store_true", help="plan `pretrain` instead of `train`")
+    verb.add_argument("--samples", type=int, metavar="N", help="training samples, if the data is not on this machine")
+    verb.add_argument("--classes", type=int, metavar="N", help="classes, if the data is not on this machine")
+    verb.add_argument(
+        "--memory",
+        type=_byte_count,
+        metavar="80GB",
+        help="memory per device (default: that of this machine's device); exit code 1 if the run does not fit",
+    )
+    verb.add_argument(
+        "--tflops",
+        type=float,
+        metavar="N",
+        help="sustained training speed of one device; measure it with `bench train`",
+    )
+    verb.add_argument("--quick", action="store_true", help="skip measuring how fast this machine reads and computes")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from video_swinv2.config import load_config
+    from video_swinv2.plan.plan import make_plan, memory_here, shortfalls
+    from video_swinv2.plan.text import show
+
+    config = load_config(options.config, options.overrides)
+    plan = make_plan(
+        config,
+        processes=options.processes,
+        samples=options.samples,
+        classes=options.classes,
+        pretraining=options.pretrain,
+        tflops=options.tflops,
+        measuring=not options.quick,
+    )
+    memory = memory_here(plan) if options.memory is None else options.memory
+    problems = shortfalls(plan, config, memory)
+    values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}
+    print(json.dumps(values, indent=1) if options.json else show(plan, problems, memory))
+    return int(bool(problems))
+
+
+def _byte_count(text: str) -> int:
+    """`80GB` (10^9 bytes) or `80GiB` (2^30 bytes) -> bytes."""
+    for unit, size in (("GiB", 2**30), ("GB", 10**9)):
+        if text.endswith(unit):
+            try:
+                return int(float(text.removesuffix(unit)) * size)
+            except ValueError:
+                break
+    raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GB or 80GiB")
