@@ -11,7 +11,7 @@ demo: $(READY)
 
 # The site, in site/index.html. Strict: a broken link or an undocumented reference is an error.
 docs: $(READY)
-	$(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 proof: $(READY)
 	$(VENV)/bin/python -m tests.proof
