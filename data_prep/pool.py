@@ -1,4 +1,4 @@
-"""A pool of processes that can be killed one by one: a job that hangs, crashes or eats all memory costs that job alone."""
+"""Processes that can be killed one by one: a job that hangs, crashes or eats all memory costs that job alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
 
-from video_swinv2.killable import KillableProcess, NoAnswer, ProcessDied
+from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -75,8 +75,8 @@ def run_jobs(
 ) -> Iterator[tuple[Job, Result | Lost]]:
     """Each job with the result of `work(job, allow)`, in the order in which they finish. `work` must be importable.
 
-    A job that exceeds `seconds_for(job)`, or the time it last asked for with `allow(seconds)`, has its process killed; a
-    process that dies is replaced; both give Lost. `memory_gib` limits the address space of each process. Closing the
+    A job that exceeds `seconds_for(job)`, or the time it last asked for with `allow(seconds)`, has its process killed;
+    a process that dies is replaced; both give Lost. `memory_gib` limits the address space of each process. Closing the
     iterator early kills the jobs that are still running.
     """
     with Pool(workers, seconds_for, memory_gib) as pool:
@@ -155,10 +155,10 @@ class _Worker:
                 if isinstance(answer, Lost):  # an unexpected exception: the state of the process is unknown
                     self.end()
                 return answer
-        except NoAnswer:
+        except NoAnswerError:
             self.end()
             return Lost("timeout", "killed past its time limit")
-        except ProcessDied as death:
+        except ProcessDiedError as death:
             self.end()
             return Lost("crashed", f"its process died ({death})")
 

@@ -1,8 +1,8 @@
-"""A process of its own for work that may hang, crash or eat all memory: it can be killed, and that costs the work alone.
+"""Work in a process of its own that can be killed: if it hangs, crashes or eats all memory, only that work is lost.
 
-`KillableProcess` runs one function at the far end of a pipe. The three users differ only in what travels through it: the
-pool of `data_prep` (jobs and results), a watched stream (segments and answers) and the second reading of a video in a
-test (one record).
+`KillableProcess` runs one function at the far end of a pipe. The three users differ only in what travels through it:
+the pool of `data_prep` (jobs and results), a watched stream (segments and answers) and the second reading of a video in
+a test (one record).
 
 `pebble` and `concurrent.futures` were looked at: neither lets a job extend its own deadline, limits the memory of a
 worker, ends busy workers when the parent is killed, or draws jobs only when a worker is free.
@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 REAP_SECONDS = 5.0  # for a process whose pipe has closed to end by itself, so that its own exit code is seen
 
 
-class ProcessDied(Exception):
+class ProcessDiedError(Exception):
     """The process ended before it answered; `str()` names the signal or the exit code."""
 
     def __init__(self, exit_code: int | None) -> None:
@@ -36,18 +36,18 @@ class ProcessDied(Exception):
         self.exit_code = exit_code
 
 
-class NoAnswer(Exception):
+class NoAnswerError(Exception):
     """Nothing came from the process in time. It is still running: kill it, or go on waiting."""
 
 
 class KillableProcess:
     """Runs `work(pipe, *args)` in a process of its own; `work` must be importable. Starts at once.
 
-    method: "spawn" starts a fresh interpreter, "forkserver" forks from a server that was started clean; neither inherits
-    locks that threads of this process (FFmpeg's, NumPy's) hold at the moment. "fork" is immediate but inherits them.
-    limits: the resource limits of the process, {resource.RLIMIT_AS: bytes} for example. lock: held while a process starts
-    and while it is reaped; threads that run processes side by side share a re-entrant one, since multiprocessing's table
-    of children is not thread-safe.
+    method: "spawn" starts a fresh interpreter, "forkserver" forks from a server that was started clean; neither
+    inherits locks that threads of this process (FFmpeg's, NumPy's) hold at the moment. "fork" is immediate but inherits
+    them. limits: the resource limits of the process, {resource.RLIMIT_AS: bytes} for example. lock: held while a
+    process starts and while it is reaped; threads that run processes side by side share a re-entrant one, since
+    multiprocessing's table of children is not thread-safe.
 
     The process ignores Ctrl-C, which is the parent's to handle, and ends with the parent even where that is killed.
     """
@@ -86,20 +86,23 @@ class KillableProcess:
         return self._process.is_alive()
 
     def send(self, message: Any) -> None:
-        """Send a message to the process; ProcessDied if it no longer listens."""
+        """Send a message to the process; ProcessDiedError if it no longer listens."""
         try:
             self._pipe.send(message)
         except OSError:
-            raise ProcessDied(self.end(REAP_SECONDS)) from None
+            raise ProcessDiedError(self.end(REAP_SECONDS)) from None
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next message, waiting at most `seconds` (None: for ever); NoAnswer past that, ProcessDied at its end."""
+        """The next message, waiting at most `seconds` (None: without limit).
+
+        Raises NoAnswerError if none came in time, and ProcessDiedError, with the process reaped, if it ended.
+        """
         try:
             if not self._pipe.poll(None if seconds is None else max(0.0, seconds)):
-                raise NoAnswer
+                raise NoAnswerError
             return self._pipe.recv()
         except (EOFError, OSError):
-            raise ProcessDied(self.end(REAP_SECONDS)) from None
+            raise ProcessDiedError(self.end(REAP_SECONDS)) from None
 
     def kill(self) -> None:
         """Kill the process without waiting for its end; callable from any thread."""
@@ -145,8 +148,8 @@ def _run(
 def _end_with_parent(method: StartMethod) -> None:
     """A parent that is killed outright can stop nobody, so its end has to be noticed from here."""
     if sys.platform == "linux" and method != "forkserver":
-        # By the kernel, even while a library hangs with the interpreter's lock held. The kernel watches the *thread* that
-        # started this process, so that thread must outlive it.
+        # By the kernel, even while a library hangs with the interpreter's lock held. The kernel watches the *thread*
+        # that started this process, so that thread must outlive it.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return
     # A forked server is the kernel's parent of this process and lives as long as any of its children, so there a thread

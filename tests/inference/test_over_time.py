@@ -32,7 +32,7 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import OverTime, Prediction, predict
 from video_swinv2.inference.streams import centre_crop
-from video_swinv2.inference.watching import Task, Watcher
+from video_swinv2.inference.watching import WatchRequest, Watcher
 
 EVERY = OverTime(every_seconds=0.2)  # 5 of 25 pictures
 STARTS = (0, 5, 10, 15, 20, 25, 30, 33)  # of 40 pictures, 7 to a window
@@ -184,14 +184,14 @@ def test_a_live_stream_ends_when_told(evil_model: Path, changing: Path) -> None:
 def test_a_live_source_goes_on_without_what_is_not_answered(changing: Path) -> None:
     seen = {}
     for live in (True, False):
-        with Watcher(Task(str(changing), 4, 2, (32, 32), every_seconds=0.2, live=live, ahead=1)) as watcher:
+        with Watcher(WatchRequest(str(changing), 4, 2, (32, 32), every_seconds=0.2, live=live, ahead=1)) as watcher:
             starts = []
             for window in watcher:
                 starts.append(window.indices[0])
                 time.sleep(0.1)
                 watcher.answer([("a", 1.0)])
             watcher.finish()
-        seen[live] = starts, watcher.seen and watcher.seen.skipped
+        seen[live] = starts, watcher.summary and watcher.summary.skipped
     assert seen[False] == (list(STARTS), 0)
     starts, skipped = seen[True]
     assert 0 < skipped == len(STARTS) - len(starts)
@@ -207,12 +207,12 @@ def test_a_source_that_hangs_or_dies_is_given_up(evil_model: Path, changing: Pat
     assert "not one picture within 1.5 seconds" in silent.error
     assert not file.error
     assert time.monotonic() - started < 60
-    with Watcher(Task(str(tmp_path / "silent"), 4, 2, (32, 32))) as watcher:
+    with Watcher(WatchRequest(str(tmp_path / "silent"), 4, 2, (32, 32))) as watcher:
         os.kill(watcher._process.pid or 0, signal.SIGKILL)
         with pytest.raises(UserError, match=r"silent: the decoder crashed \(SIGKILL\)"):
             next(iter(watcher))
     with (
-        Watcher(Task(str(changing), 4, 2, (32, 32)), limit_seconds=0.0) as watcher,
+        Watcher(WatchRequest(str(changing), 4, 2, (32, 32)), limit_seconds=0.0) as watcher,
         pytest.raises(UserError, match="took longer than 0 seconds"),
     ):
         next(iter(watcher))
@@ -270,9 +270,9 @@ def test_an_image_model_watches_single_frames(evil_image_model: Path, changing: 
 def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "silent")
     code = (
-        "import sys, time; from video_swinv2.inference.watching import Task, Watcher\n"
+        "import sys, time; from video_swinv2.inference.watching import WatchRequest, Watcher\n"
         "if __name__ == '__main__':\n"
-        f"    watcher = Watcher(Task({str(tmp_path / 'silent')!r}, 4, 2, (32, 32)))\n"
+        f"    watcher = Watcher(WatchRequest({str(tmp_path / 'silent')!r}, 4, 2, (32, 32)))\n"
         "    watcher._receive(60); print(watcher._process.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -49,7 +49,7 @@ def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> d
     """
     started = time.monotonic()
     task = task_for(classifier.card, NAME, ahead=2 * classifier.batch_views)
-    task = replace(task, most_windows=limits.windows, memory_bytes=limits.memory_bytes, wait_seconds=limits.seconds)
+    task = replace(task, max_segments=limits.windows, memory_bytes=limits.memory_bytes, wait_seconds=limits.seconds)
     seen_windows: list[tuple[Segment, NDArray[np.float64], SegmentPrediction]] = []
 
     def note(window: Segment, row: NDArray[np.float64], moment: SegmentPrediction) -> None:

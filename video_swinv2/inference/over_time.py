@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.inference.classifier import Answer, Classifier
-from video_swinv2.inference.watching import Seen, Task, Watcher
+from video_swinv2.inference.watching import StreamSummary, WatchRequest, Watcher
 from video_swinv2.inference.segments import Segment
 from video_swinv2.weights.store import ModelCard
 
@@ -35,17 +35,17 @@ Tell = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
 
 def task_for(
     card: ModelCard, source: str, *, ahead: int, every_seconds: float | None = None, seconds: float = math.inf
-) -> Task:
+) -> WatchRequest:
     """What has to be cut from a source for this model. Raises UsageError for times that cannot be."""
     for name, value in (("--every", every_seconds), ("--seconds", seconds)):
         if value is not None and not value > 0:
             raise UsageError(f"{name} {value:g}: give seconds, more than 0")
     frames, stride = clip_frames_and_stride(card.preprocessing)
     size = card.preprocessing.image_size
-    return Task(source, frames, stride, size, every_seconds=every_seconds, seconds=seconds, ahead=ahead)
+    return WatchRequest(source, frames, stride, size, every_seconds=every_seconds, seconds=seconds, ahead=ahead)
 
 
-def classify_segments(classifier: Classifier, watcher: Watcher, batch: int, tell: Tell) -> tuple[NDArray[np.float64], Seen]:
+def classify_segments(classifier: Classifier, watcher: Watcher, batch: int, tell: Tell) -> tuple[NDArray[np.float64], StreamSummary]:
     """Answer all windows of a source, `batch` at once -> the mean of their probabilities (K,), and what there was.
 
     tell: is given each window, its probabilities (K,), and them in words.
@@ -59,10 +59,10 @@ def classify_segments(classifier: Classifier, watcher: Watcher, batch: int, tell
             watcher.answer([(answer.name, answer.probability) for answer in moment.answers])
             tell(window, row, moment)
             total, count = total + row, count + 1
-    if watcher.seen is None or not count:
+    if watcher.summary is None or not count:
         raise UserError("the source ended before a picture came")
     watcher.finish()
-    return total / count, watcher.seen
+    return total / count, watcher.summary
 
 
 @contextmanager

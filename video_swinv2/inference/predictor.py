@@ -22,7 +22,7 @@ from video_swinv2.inference.classifier import Answer, Classifier, open_classifie
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
 from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, interrupt_ends, task_for
 from video_swinv2.inference.streams import STANDARD_INPUT, is_live, is_stream
-from video_swinv2.inference.watching import Watcher, start_early
+from video_swinv2.inference.watching import Watcher, start_forkserver
 from video_swinv2.weights.store import Preprocessing
 
 STREAM = "stream"
@@ -88,7 +88,7 @@ def predict(
     watched = {STREAM, VIDEO} if how.asked_for else {STREAM}
     if watched & {kind for _, kind in found}:
         task_for(classifier.card, "", ahead=1, every_seconds=how.every_seconds, seconds=how.seconds)
-        start_early()
+        start_forkserver()
     videos = [i for i, (_, kind) in enumerate(found) if kind == VIDEO and kind not in watched]
     results = dict(
         zip(

@@ -24,7 +24,7 @@ from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.inference.classifier import Classifier, open_classifier
 from video_swinv2.inference.media_types import HEAD_BYTES, IMAGE, VIDEO, media_type_of_bytes
 from video_swinv2.inference.clip_summary import Limits, summarise_clip
-from video_swinv2.inference.watching import start_early
+from video_swinv2.inference.watching import start_forkserver
 from video_swinv2.pages import render
 
 ADDRESS = "127.0.0.1"
@@ -263,7 +263,7 @@ def open_server(
     if limits.upload_bytes < 1 or not limits.seconds > 0:
         raise UsageError("the limits of size and time must be more than 0")
     classifier = open_classifier(model_path, top=top, device=device, precision=precision)
-    start_early()
+    start_forkserver()
     try:
         return PageServer(classifier, port, limits)
     except OSError as error:
