@@ -13,7 +13,7 @@ from video_swinv2.command import Verbs, add_verb, run_verb
 from video_swinv2.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from data_prep.prepare import Report
+    from data_prep.prepare import PreparationReport
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,14 +188,14 @@ def _synth(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from data_prep.cvdf import BASE
+    from data_prep.cvdf import BASE_URL
     from data_prep.download import download
 
     report = download(
         options.dataset,
         options.split or ("train", "val", "test"),
         options.to,
-        source=options.source or BASE,
+        source=options.source or BASE_URL,
         workers=options.workers,
         extract=not options.no_extract,
         delete_archives=options.delete_archives,
@@ -205,17 +205,17 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from data_prep.prepare import Settings, look_ahead, prepare
-    from data_prep.shards import parse
+    from data_prep.prepare import TranscodeSettings, estimate_preparation, prepare
+    from data_prep.shards import parse_shard
 
     if not 0 <= options.max_fail_rate <= 1:
         raise UsageError(f"--max-fail-rate {options.max_fail_rate}: is a share, from 0 to 1")
-    settings = Settings(options.short_side, options.gop, options.fps, options.copy, options.min_seconds)
+    settings = TranscodeSettings(options.short_side, options.gop, options.fps, options.copy, options.min_seconds)
     lists = {"annotations": options.annotations, "held_out": options.held_out}
     lists |= {"official_split": options.official_split}
     means = {"workers": options.workers, "executor": options.executor}
     if options.preflight:
-        ahead = look_ahead(options.source, options.out, settings, **lists, **means)
+        ahead = estimate_preparation(options.source, options.out, settings, **lists, **means)
         print(ahead.as_text())
         return 1 if ahead.problems else 0
     report = prepare(
@@ -225,7 +225,7 @@ def _prepare(options: argparse.Namespace) -> int:
         **lists,
         **means,
         name=options.name,
-        shard=None if options.shard is None else parse(options.shard),
+        shard=None if options.shard is None else parse_shard(options.shard),
         retry_failed=options.retry_failed,
     )
     _print_report(report)
@@ -243,17 +243,17 @@ def _merge(options: argparse.Namespace) -> None:
     _print_report(merge(options.out, options.others))
 
 
-def _print_report(report: Report) -> None:
-    from data_prep.status import table
+def _print_report(report: PreparationReport) -> None:
+    from data_prep.status import counts_table
 
-    print(table(report.counts))
+    print(counts_table(report.counts))
 
 
 def _status(options: argparse.Namespace) -> None:
-    from data_prep.status import as_json, as_text, open_states, standing
+    from data_prep.status import as_json, as_text, open_states, read_status
 
     with open_states(options.out) as states:
-        now = standing(states)
+        now = read_status(states)
         if options.html is not None:
             from data_prep.status_page import write_page
 

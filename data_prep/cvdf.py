@@ -30,7 +30,7 @@ SUM_LINE = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
 @dataclass(frozen=True)
-class Dataset:
+class KineticsVersion:
     """Where a version of Kinetics lies below the base, and what its annotations are called."""
 
     folder: str
@@ -41,10 +41,10 @@ class Dataset:
 
 TABLES = {split: f"{split}.csv" for split in SPLITS}
 VERSIONS = {
-    "kinetics400": Dataset("400", "k400", TABLES, "replacement_for_corrupted_k400.tgz"),
+    "kinetics400": KineticsVersion("400", "k400", TABLES, "replacement_for_corrupted_k400.tgz"),
     # train.csv and val.csv are there too, but lack half of the clips (issue 33 of kinetics-dataset).
-    "kinetics600": Dataset("600", "k600", {**TABLES, "train": "train.txt", "val": "val.txt"}),
-    "kinetics700_2020": Dataset("700_2020", "k700_2020", TABLES),
+    "kinetics600": KineticsVersion("600", "k600", {**TABLES, "train": "train.txt", "val": "val.txt"}),
+    "kinetics700_2020": KineticsVersion("700_2020", "k700_2020", TABLES),
 }
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import av
 
-from data_prep.outcomes import account
-from data_prep.state import VideoCounts
+from data_prep.outcomes import VideoCounts, outcome_counts
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
 from video_swinv2.errors import UserError
@@ -87,7 +86,7 @@ def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
     counts = VideoCounts(
         listed=ok + failed + excluded, ok=ok, pending=0, failed=reasons, excluded={"duplicate": excluded}
     )
-    ends = account(counts)
+    ends = outcome_counts(counts)
     return {
         "listed": ends["listed"],
         "ok": ok,

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from data_prep import cvdf
 from data_prep.cvdf import Archive
-from data_prep.fetch import AbsentError, DiskError, StopError, as_disk_error, fetch, is_url
+from data_prep.fetch import AbsentError, DiskError, StopError, as_disk_error, fetch_file, is_url
 from data_prep.unpack import DamagedError, archive_fault, same_content, unpack
 from video_swinv2.data.lists import SPLITS
 from video_swinv2.errors import UsageError, UserError
@@ -34,14 +34,14 @@ SUMS_NAME = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
-class Report:
+class DownloadReport:
     """A line for every split, and what else there is to tell."""
 
     lines: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-class Ledger:
+class DownloadLedger:
     """archives.json: what every file was when it was fetched, and what came out of it. Safe to use from threads."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
@@ -91,11 +91,11 @@ def download(
     splits: Sequence[str],
     to: Path,
     *,
-    source: str = cvdf.BASE,
+    source: str = cvdf.BASE_URL,
     workers: int = 4,
     extract: bool = True,
     delete_archives: bool = False,
-) -> Report:
+) -> DownloadReport:
     """Bring splits of a Kinetics version to `to`, going on where an earlier call stopped.
 
     Makes what `prepare` reads, `to/SPLIT/NAME.mp4` and `to/annotations/SPLIT.csv`; `to/archives/`, all that was fetched
@@ -123,7 +123,7 @@ class _Download:
         self.source = source
         self.extract = extract
         self.delete_archives = delete_archives
-        self.ledger = Ledger(to, dataset)
+        self.ledger = DownloadLedger(to, dataset)
         self.stop = threading.Event()
         self.placing, self.counting = threading.Lock(), threading.Lock()
         self.sums: dict[str, dict[str, str]] = {}
@@ -131,7 +131,7 @@ class _Download:
         self.notes: list[str] = []
         self.failures: dict[str, str] = {}
 
-    def run(self, splits: Sequence[str], workers: int) -> Report:
+    def run(self, splits: Sequence[str], workers: int) -> DownloadReport:
         """All of it; raises what `download` says."""
         for aside in self.to.glob(f"{ASIDE}*"):
             shutil.rmtree(aside, ignore_errors=True)
@@ -144,7 +144,7 @@ class _Download:
         if self.failures:
             first = next(iter(self.failures.values()))
             raise UserError(f"{len(self.failures)} of the archives failed ({len(archives)} in all); the first: {first}")
-        return Report(tuple(self._line(split, archives) for split in splits), tuple(self.notes))
+        return DownloadReport(tuple(self._line(split, archives) for split in splits), tuple(self.notes))
 
     def _listed(self, split: str) -> list[Archive]:
         """The archives of a split, after its annotations were brought here."""
@@ -260,7 +260,7 @@ class _Download:
         known, name = self.ledger.of(key), Path(key).name
         expected = known.get("sha256") or self._sums_beside(path, key).get(name, "")
         target = self.to / key
-        fetched = fetch(
+        fetched = fetch_file(
             self._address(path), target, find_fault=find_fault, sha256=expected, stop=self.stop, moved=self._moved
         )
         if not known:
@@ -272,7 +272,7 @@ class _Download:
         if folder not in self.sums:
             target = (self.to / key).with_name(SUMS_NAME)
             try:
-                fetch(self._address(f"{folder}/{SUMS_NAME}"), target, find_fault=cvdf.text_fault, stop=self.stop)
+                fetch_file(self._address(f"{folder}/{SUMS_NAME}"), target, find_fault=cvdf.text_fault, stop=self.stop)
                 self.sums[folder] = cvdf.read_sums(target)
             except AbsentError:
                 self.sums[folder] = {}
@@ -311,7 +311,7 @@ def _source(text: str) -> str:
         return text.rstrip("/")
     folder = Path(unquote(urlsplit(text).path) if text.startswith("file:") else text).absolute()
     if not folder.is_dir():
-        raise UsageError(f"--source {text}: neither a URL (https://...) nor a folder; it stands for {cvdf.BASE}")
+        raise UsageError(f"--source {text}: neither a URL (https://...) nor a folder; it stands for {cvdf.BASE_URL}")
     return str(folder)
 
 
@@ -319,5 +319,7 @@ def _source(text: str) -> str:
 def _lock(to: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with as_disk_error(to):
-            held.enter_context(lock_file(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it"))
+            held.enter_context(
+                lock_file(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it")
+            )
         yield

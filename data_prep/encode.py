@@ -22,7 +22,7 @@ MUXER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "l
 
 
 @dataclass(frozen=True)
-class H264:
+class H264Settings:
     """How to encode: key frames every `gop` frames, x264's constant quality `crf` and `preset`."""
 
     gop: int = 16
@@ -30,7 +30,7 @@ class H264:
     preset: str = "medium"
 
 
-def ticks(times: Sequence[float]) -> list[int]:
+def to_ticks(times: Sequence[float]) -> list[int]:
     """Seconds, ascending -> ticks of TIME_BASE from the first frame on, strictly ascending."""
     result: list[int] = []
     for when in times:
@@ -40,7 +40,12 @@ def ticks(times: Sequence[float]) -> list[int]:
 
 
 def write_video(
-    path: Path, frames: Iterable[tuple[int, av.VideoFrame]], *, size: tuple[int, int], fps: float, settings: H264
+    path: Path,
+    frames: Iterable[tuple[int, av.VideoFrame]],
+    *,
+    size: tuple[int, int],
+    fps: float,
+    settings: H264Settings,
 ) -> int:
     """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns how many were written.
 
@@ -66,7 +71,7 @@ def write_video(
     return count
 
 
-def differs(path: Path, *, short_side: int, gop: int) -> str:
+def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> str:
     """The first way in which a video is not of the prepared form, '' where it is; reads all packets, decodes nothing.
 
     Of metadata only what a muxer writes by itself may be there. Whether the picture is upright only a frame tells, and

@@ -23,7 +23,7 @@ COUNT_EVERY_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def start(where: str, workers: int, seconds_for: SecondsFor, memory_gib: float) -> Iterator[Crew]:
+def start_crew(where: str, workers: int, seconds_for: SecondsFor, memory_gib: float) -> Iterator[Crew]:
     """A crew for `each`: `local`, `dask` (a cluster of `workers` processes here) or `dask:ADDRESS` (one that runs).
 
     Everywhere a job has a killable process to itself, with the limits of `pool.run_jobs`. Raises UsageError for a name
@@ -35,7 +35,7 @@ def start(where: str, workers: int, seconds_for: SecondsFor, memory_gib: float) 
             yield pool
     elif name == "dask" and (address or where == "dask"):
         with _client(address, workers) as client:
-            yield OnDask(client, seconds_for, memory_gib)
+            yield DaskCrew(client, seconds_for, memory_gib)
     else:
         raise UsageError(f"--executor {where}: is none of local, dask, dask:tcp://HOST:PORT")
 
@@ -57,7 +57,7 @@ def _client(address: str, workers: int) -> Iterator[Client]:
         yield stack.enter_context(client)
 
 
-class OnDask(Executor):
+class DaskCrew(Executor):
     """The executor interface of a Dask client, for jobs of `pool.run_jobs`' kind."""
 
     def __init__(self, client: Client, seconds_for: SecondsFor, memory_gib: float) -> None:

@@ -76,7 +76,7 @@ class _RemoteFile:
         return self.etag if self.etag.startswith('"') else self.last_modified
 
 
-def fetch(
+def fetch_file(
     address: str,
     target: Path,
     *,

@@ -26,7 +26,7 @@ UCF101_NAME = re.compile(r"v_(?P<origin>.+_g\d{2})_c\d{2}")
 HMDB51_NAME = re.compile(r"(?P<origin>.+)_[hufl]_(?:cm|nm)_np\d_(?:fr|ri|le|ba)_(?:goo|med|bad)_\d+")
 
 
-class Video(NamedTuple):
+class SourceVideo(NamedTuple):
     """A video that a list names: `name` is its path below the root, or what that should be; `path` is absolute.
 
     `label` as in `Row`. `origin` is the video it was cut from, which may be a YouTube id; '' where unknown. `start` and
@@ -44,7 +44,7 @@ class Video(NamedTuple):
     end: float | None = None
 
 
-class Tree:
+class VideoTree:
     """The videos below a folder, walked once, known by their names."""
 
     def __init__(self, root: Path) -> None:
@@ -70,7 +70,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Listing:
+class SourceListing:
     """All videos that the lists of a source name, its classes in order; `tree` is None where the folder is the list.
 
     `unused` are videos that the lists name for no split.
@@ -78,12 +78,12 @@ class Listing:
 
     root: Path
     classes: tuple[str, ...]
-    videos: list[Video]
-    tree: Tree | None
+    videos: list[SourceVideo]
+    tree: VideoTree | None
     unused: set[str] = field(default_factory=set)
 
 
-def official(source: Path, annotations: Sequence[Path], number: int) -> Listing | None:
+def read_official_lists(source: Path, annotations: Sequence[Path], number: int) -> SourceListing | None:
     """The listing of UCF101, HMDB51 (their split `number`) or Something-Something V2; None if these are not there.
 
     Their lists are looked for in the folder `annotations`, else in `source` and the folders they are unpacked to.
@@ -106,7 +106,7 @@ def official(source: Path, annotations: Sequence[Path], number: int) -> Listing 
     return None
 
 
-def kinetics(path: Path, split: str, tree: Tree) -> Iterator[Video]:
+def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[SourceVideo]:
     """What a Kinetics list names: trimmed clips, wherever they lie, else parts of whole videos named by YouTube id.
 
     What is not there keeps the name it should have. Raises UsageError naming the line.
@@ -119,17 +119,17 @@ def kinetics(path: Path, split: str, tree: Tree) -> Iterator[Video]:
         if whole:
             if not (clip.start.is_integer() and clip.end.is_integer()):
                 stem = f"{clip.youtube_id}_{clip.start:010.3f}_{clip.end:010.3f}"
-            yield Video(split, f"{stem}.mp4", _join(tree, whole), *fields, clip.start, clip.end)
+            yield SourceVideo(split, f"{stem}.mp4", _join(tree, whole), *fields, clip.start, clip.end)
         else:
             name = trimmed or f"{stem}.mp4"
-            yield Video(split, name, _join(tree, name), *fields)
+            yield SourceVideo(split, name, _join(tree, name), *fields)
 
 
-def plain(row: Row, split: str) -> Video:
+def video_from_row(row: Row, split: str) -> SourceVideo:
     """A line of any other list, or a file of a folder; its name may tell the origin."""
     origin = origin_of(_stem(row.name), row.label)
     youtube_id = origin if KINETICS_NAME.fullmatch(_stem(row.name)) and YOUTUBE_ID.fullmatch(origin) else ""
-    return Video(split, row.name, row.path, row.label, row.where, origin, youtube_id)
+    return SourceVideo(split, row.name, row.path, row.label, row.where, origin, youtube_id)
 
 
 def origin_of(stem: str, label: str | int | None = None) -> str:
@@ -142,32 +142,32 @@ def origin_of(stem: str, label: str | int | None = None) -> str:
     return match["origin"].removesuffix(f"_{label}") if match else ""
 
 
-def _ucf101(source: Path, folder: Path, number: int) -> Listing:
+def _ucf101(source: Path, folder: Path, number: int) -> SourceListing:
     """Lines `Class/v_Class_g01_c02.avi 1`; classInd.txt numbers the classes from 1. The test list has no numbers."""
     numbered = [line.split(maxsplit=1) for line in read_lines(folder / "classInd.txt") if line.strip()]
     try:
         classes = tuple(name.strip() for _, name in sorted((int(place), name) for place, name in numbered))
     except ValueError as fault:
         raise UsageError(f"{folder / 'classInd.txt'}: needs lines `number class` ({fault})") from fault
-    tree, videos = Tree(source), []
+    tree, videos = VideoTree(source), []
     for split in ("train", "test"):
         for where, line in _numbered(folder / f"{split}list0{number}.txt"):
             listed = line.split()[0]
             label = listed.partition("/")[0]
             # The lists say v_HandStandPushups, some copies of the videos v_HandstandPushups.
             name = tree.find_folded(_stem(listed), label) or listed
-            videos.append(Video(split, name, _join(tree, name), label, where, origin_of(_stem(name))))
-    return Listing(source, classes, videos, tree)
+            videos.append(SourceVideo(split, name, _join(tree, name), label, where, origin_of(_stem(name))))
+    return SourceListing(source, classes, videos, tree)
 
 
-def _hmdb51(source: Path, folder: Path, number: int) -> Listing:
+def _hmdb51(source: Path, folder: Path, number: int) -> SourceListing:
     """A file a class, CLASS_test_split1.txt, of lines `name.avi 1`: 1 is train, 2 test, 0 in neither."""
     ending = f"_test_split{number}.txt"
     paths = sorted(folder.glob(f"*{ending}"))
     classes = tuple(sorted(path.name.removesuffix(ending) for path in paths))
     if not classes:
         raise UsageError(f"{folder}: no lists *{ending}; unpack them all or choose another --official-split")
-    tree, unused, videos = Tree(source), set(), []
+    tree, unused, videos = VideoTree(source), set(), []
     for path in paths:
         label = path.name.removesuffix(ending)
         for where, line in _numbered(path):
@@ -179,11 +179,11 @@ def _hmdb51(source: Path, folder: Path, number: int) -> Listing:
                 unused.add(name)
                 continue
             split, origin = "train" if use == "1" else "test", origin_of(_stem(name), label)
-            videos.append(Video(split, name, _join(tree, name), label, where, origin))
-    return Listing(source, classes, videos, tree, unused)
+            videos.append(SourceVideo(split, name, _join(tree, name), label, where, origin))
+    return SourceListing(source, classes, videos, tree, unused)
 
 
-def _something_v2(source: Path, folder: Path) -> Listing:
+def _something_v2(source: Path, folder: Path) -> SourceListing:
     """labels.json numbers the classes; the others list {id, template}: a template without its brackets is a class.
 
     The test list has no templates; its classes are in test-answers.csv, `id;class`, where that was released.
@@ -193,15 +193,15 @@ def _something_v2(source: Path, folder: Path) -> Listing:
     answers = {}
     if (folder / "test-answers.csv").is_file():
         answers = dict(line.partition(";")[::2] for line in read_lines(folder / "test-answers.csv"))
-    tree, videos = Tree(source), []
+    tree, videos = VideoTree(source), []
     for split, word in (("train", "train"), ("val", "validation"), ("test", "test")):
         path = _json_file(folder, word)
         for item in _read_json(path) if path.is_file() else ():
             number = str(item["id"])
             label = item["template"].replace("[", "").replace("]", "") if "template" in item else answers.get(number)
             name = tree.find(number, split) or f"{number}.webm"
-            videos.append(Video(split, name, _join(tree, name), label, f"{path}, id {number}"))
-    return Listing(source, classes, videos, tree)
+            videos.append(SourceVideo(split, name, _join(tree, name), label, f"{path}, id {number}"))
+    return SourceListing(source, classes, videos, tree)
 
 
 def _json_file(folder: Path, word: str) -> Path:
@@ -227,5 +227,5 @@ def _stem(name: str) -> str:
     return os.path.splitext(os.path.basename(name))[0]
 
 
-def _join(tree: Tree, name: str) -> str:
+def _join(tree: VideoTree, name: str) -> str:
     return name if name.startswith("/") else tree.top + name

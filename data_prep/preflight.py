@@ -14,9 +14,9 @@ from pathlib import Path
 
 import av
 
-from data_prep.transcode import TranscodeJob, transcode_video
 from data_prep.pool import Allow, Crew, each
-from data_prep.status import duration
+from data_prep.status import format_duration
+from data_prep.transcode import TranscodeJob, transcode_video
 from video_swinv2.errors import UserError
 from video_swinv2.memory import free_memory_bytes, peak_memory_bytes
 
@@ -28,7 +28,7 @@ DOUBT = 2.0  # standard errors of the sample's mean, either way
 
 
 @dataclass(frozen=True)
-class Trial:
+class SampleResult:
     """A video of the sample: seconds on a worker, bytes written, why it failed ('' if not), most memory it took."""
 
     seconds: float
@@ -39,7 +39,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Preflight:
+class PreflightReport:
     """What is expected of the work and what stands in its way.
 
     `hours` and `bytes` are (low, high): two standard errors of the sample either way. None without a sample.
@@ -47,7 +47,7 @@ class Preflight:
 
     pending: int
     workers: int
-    trials: tuple[Trial, ...]
+    trials: tuple[SampleResult, ...]
     hours: tuple[float, float] | None
     bytes: tuple[float, float] | None
     free_bytes: int
@@ -67,7 +67,7 @@ class Preflight:
             lines += [
                 f"sample: {len(self.trials)} videos, {statistics.fmean(t.seconds for t in self.trials):.1f} s each on"
                 f" one worker, {failed} failed ({failed / len(self.trials):.0%}{why})",
-                f"expected: {_between(*(duration(3600 * hours) for hours in self.hours))},"
+                f"expected: {_between(*(format_duration(3600 * hours) for hours in self.hours))},"
                 f" {_between(*(_size(size) for size in self.bytes))} of output, {_size(self.free_bytes)} free",
             ]
         return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
@@ -78,7 +78,9 @@ def sample_size(pending: int, *, asked: bool) -> int:
     return min(SAMPLE, pending if asked else pending // SAMPLE_COST)
 
 
-def preflight(crew: Crew, tasks: Sequence[TranscodeJob], *, pending: int, workers: int, folder: Path) -> Preflight:
+def run_preflight(
+    crew: Crew, tasks: Sequence[TranscodeJob], *, pending: int, workers: int, folder: Path
+) -> PreflightReport:
     """Prepare `tasks`, a sample of the `pending` videos, in `folder` with the `crew` that is to do the work.
 
     The folder is one of its own below the data set; it is removed before and after, so that one left by a killed run
@@ -96,10 +98,10 @@ def preflight(crew: Crew, tasks: Sequence[TranscodeJob], *, pending: int, worker
         problems += [f"{folder}: cannot be written ({t.detail}); mend that" for t in trials if t.reason == "disk"][:1]
         problems += _disk(folder.parent, size[0], free, pending)
         problems += _memory(max(trial.peak_bytes for trial in trials), workers, memory)
-    return Preflight(pending, workers, tuple(trials), hours, size, free, tuple(problems))
+    return PreflightReport(pending, workers, tuple(trials), hours, size, free, tuple(problems))
 
 
-def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[Trial]:
+def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[SampleResult]:
     shutil.rmtree(folder, ignore_errors=True)
     if not tasks:
         return []
@@ -107,7 +109,7 @@ def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[Trial]
         folder.mkdir(parents=True)
         moved = [replace(task, target=folder / f"{task.row}.mp4") for task in tasks]
         return [
-            outcome if isinstance(outcome, Trial) else Trial(0.0, 0, outcome.reason, outcome.detail, 0)
+            outcome if isinstance(outcome, SampleResult) else SampleResult(0.0, 0, outcome.reason, outcome.detail, 0)
             for _, outcome in each(crew, measure_video, moved)
         ]
     except OSError as fault:
@@ -116,14 +118,14 @@ def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[Trial]
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure_video(task: TranscodeJob, allow: Allow) -> Trial:
+def measure_video(task: TranscodeJob, allow: Allow) -> SampleResult:
     """Prepare a video as in earnest, note what it took and remove it."""
     outcome = transcode_video(task, allow)
     size = 0
     with contextlib.suppress(OSError):
         size = task.target.stat().st_size
         task.target.unlink()
-    return Trial(outcome.seconds, size, outcome.reason, outcome.detail, peak_memory_bytes())
+    return SampleResult(outcome.seconds, size, outcome.reason, outcome.detail, peak_memory_bytes())
 
 
 def _encoder() -> list[str]:

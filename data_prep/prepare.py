@@ -11,14 +11,23 @@ from pathlib import Path
 from sqlite3 import Row
 
 from data_prep import executors, shards
-from data_prep.outcomes import account
-from data_prep.transcode import Outcome, TranscodeSettings, TranscodeJob, transcode_video, seconds_for, size_and_mtime, sweep, job_for_row
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
+from data_prep.outcomes import REASONS, VideoCounts, outcome_counts, split_order
 from data_prep.pool import Crew, Lost, each
-from data_prep.preflight import Preflight, preflight, sample_size
+from data_prep.preflight import PreflightReport, run_preflight, sample_size
 from data_prep.shards import WorkShard
-from data_prep.sources import plan
-from data_prep.state import REASONS, STATE_NAME, VideoCounts, PreparationState, PlannedVideo, split_order
+from data_prep.sources import plan_preparation
+from data_prep.state import STATE_NAME, PlannedVideo, PreparationState
+from data_prep.transcode import (
+    Outcome,
+    TranscodeJob,
+    TranscodeSettings,
+    initial_limit_seconds,
+    job_for_row,
+    remove_partial_files,
+    size_and_mtime,
+    transcode_video,
+)
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.progress import track
@@ -29,14 +38,14 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Report:
+class PreparationReport:
     """How a run ended: counts by split."""
 
     counts: dict[str, VideoCounts]
 
     def failed_share(self) -> float:
         """Videos missing, broken or too short over those listed and wanted."""
-        ends = [account(count) for count in self.counts.values()]
+        ends = [outcome_counts(count) for count in self.counts.values()]
         wanted = sum(end["listed"] - end["excluded"] for end in ends)
         return sum(end["missing"] + end["broken"] + end["too_short"] for end in ends) / max(wanted, 1)
 
@@ -55,7 +64,7 @@ def prepare(
     shard: WorkShard | None = None,
     retry_failed: Collection[str] | None = None,
     say: Say = print,
-) -> Report:
+) -> PreparationReport:
     """Prepare every video that `source` lists, or those of one shard, and write the data set (a shard: its state).
 
     `retry_failed` names reasons whose videos are tried again, () all of them; `say` is given lines to read meanwhile.
@@ -64,11 +73,11 @@ def prepare(
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check(source, out, settings, retry_failed)
-    listed = plan(source, annotations, held_out=held_out, official_split=official_split)
+    listed = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
     wanted = [item for item in listed.wanted if shard is None or shard.holds(item.name)]
     out.mkdir(parents=True, exist_ok=True)
     path = None if shard is None else shard.state_path(out)
-    with shards.lock(out, shard), PreparationState(out, create=True, path=path) as state:
+    with shards.lock_dataset(out, shard), PreparationState(out, create=True, path=path) as state:
         for note in listed.notes:
             say(note)
         _bring_up_to_date(state, out, wanted, settings, shard, retry_failed, say)
@@ -83,7 +92,7 @@ def prepare(
             write_lists(state, out)
         else:
             say(f"shard {shard} is done; when all {shard.count} are: python -m data_prep merge {out}")
-        return Report(state.counts())
+        return PreparationReport(state.counts())
 
 
 def estimate_preparation(
@@ -96,14 +105,14 @@ def estimate_preparation(
     official_split: int = 1,
     workers: int = 1,
     executor: str = "local",
-) -> Preflight:
+) -> PreflightReport:
     """What preparing all of it would come to, by a sample that is made and removed; nothing else is touched.
 
     Raises as `prepare`.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check(source, out, settings, None)
-    listed = plan(source, annotations, held_out=held_out, official_split=official_split)
+    listed = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
     wanted = [item for item in listed.wanted if not item.excluded]
     count = sample_size(len(wanted), asked=True)
     chosen = [wanted[(2 * place + 1) * len(wanted) // (2 * count)] for place in range(count)]
@@ -112,31 +121,31 @@ def estimate_preparation(
         for place, item in enumerate(chosen)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    with shards.lock(out), executors.start(executor, workers, seconds_for, MEMORY_GIB) as crew:
-        return preflight(crew, tasks, pending=len(wanted), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
+    with shards.lock_dataset(out), executors.start_crew(executor, workers, initial_limit_seconds, MEMORY_GIB) as crew:
+        return run_preflight(crew, tasks, pending=len(wanted), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
 
 
-def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Report:
+def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> PreparationReport:
     """Make one data set in `out` of the shards prepared there and in `others`. Raises UserError, UsageError."""
     out, others = out.absolute(), [other.absolute() for other in others]
     for folder in (out, *others):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name one in which shards were prepared")
     whole, part = out / STATE_NAME, partial_path(out / STATE_NAME)
-    with shards.lock_all([out, *others]):
+    with shards.lock_datasets([out, *others]):
         note = "the shards were merged before"
         if not whole.is_file():  # which it becomes when all is in it, so that no later run takes half of it for all
             for left in (part, part.with_name(f"{part.name}-journal")):
                 left.unlink(missing_ok=True)
             with PreparationState(out, create=True, path=part) as state:
-                note = f"{shards.join(state, out, others)} shards merged"
+                note = f"{shards.merge_shard_states(state, out, others)} shards merged"
             commit_file(part, whole)
         with PreparationState(out) as state:
             if not state.fact("merged"):
                 raise UserError(f"{out}: was prepared as a whole, there is nothing to merge; give another folder")
             write_lists(state, out)
             say(note)
-            return Report(state.counts())
+            return PreparationReport(state.counts())
 
 
 def write_lists(state: PreparationState, out: Path) -> None:
@@ -218,9 +227,9 @@ def _bring_up_to_date(
 def _sweep(out: Path, wanted: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
     """Remove half-written files; of a shard its own, since others may be at work in the same folder."""
     if shard is None:
-        return sweep(out / "videos")
+        return remove_partial_files(out / "videos")
     ours = {item.target for item in wanted}
-    return sweep(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
+    return remove_partial_files(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
 
 
 def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | None) -> str | None:
@@ -238,14 +247,16 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     return None
 
 
-def _work(state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, say: Say) -> int:
+def _work(
+    state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, say: Say
+) -> int:
     """Prepare what is pending; how many that was. Only this process writes the state, a row at a time as they end."""
     pending = sum(count.pending for count in state.counts().values())
     if not pending:
         return 0
     tasks = (job_for_row(row, out, settings) for row in state.rows("pending"))
     mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
-    with executors.start(executor, min(workers, pending), seconds_for, MEMORY_GIB) as crew:
+    with executors.start_crew(executor, min(workers, pending), initial_limit_seconds, MEMORY_GIB) as crew:
         ahead = _look_at_pending(crew, state, out, settings, pending)
         if ahead.trials:
             say(ahead.as_text())
@@ -263,14 +274,16 @@ def _work(state: PreparationState, out: Path, settings: TranscodeSettings, execu
     return pending
 
 
-def _look_at_pending(crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int) -> Preflight:
+def _look_at_pending(
+    crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int
+) -> PreflightReport:
     """What the rest will come to. A sample is made once, and only where it is small beside the rest."""
     seen = state.fact("sampled") == settings.hash()
     size = 0 if seen else sample_size(pending, asked=False)
     tasks = [job_for_row(row, out, settings) for row in state.sample(size)]
     # A shard's own folder: others may look ahead in the same place.
     folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
-    found = preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)
+    found = run_preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)
     if tasks and not found.problems:
         state.remember("sampled", settings.hash())
     return found

@@ -41,7 +41,7 @@ class WorkShard:
         return out / FOLDER / f"{self.place}-of-{self.count}.sqlite"
 
 
-def parse(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
+def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
     """`i/n`, or `slurm` for the place of this task in its job array. Raises UsageError."""
     if text == "slurm":
         try:
@@ -59,7 +59,7 @@ def parse(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
 
 
 @contextlib.contextmanager
-def lock(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
+def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
     """Keep a data set for one run, or for the runs of its shards, each of which keeps its own part.
 
     Raises UserError where another run is in the way, or the data set is prepared the other way.
@@ -87,7 +87,7 @@ def shard_state_paths(out: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def lock_all(folders: Sequence[Path]) -> Iterator[None]:
+def lock_datasets(folders: Sequence[Path]) -> Iterator[None]:
     """Keep several data sets whole. Raises UserError where one is at work."""
     with contextlib.ExitStack() as held:
         for folder in dict.fromkeys(folders):
@@ -95,7 +95,7 @@ def lock_all(folders: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def join(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
+def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
     """Take the rows of all shards prepared in `out` and in `others` over into the empty `state` of `out`; their number.
 
     Videos in `others` are linked into `out`, or copied and checked. Raises UserError for shards that lack or are not
@@ -103,7 +103,10 @@ def join(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
     """
     sources = [(folder, path) for folder in dict.fromkeys((out, *others)) for path in shard_state_paths(folder)]
     with contextlib.ExitStack() as opened:
-        shards = [(folder, opened.enter_context(PreparationState(folder, path=path))) for folder, path in _complete(out, sources)]
+        shards = [
+            (folder, opened.enter_context(PreparationState(folder, path=path)))
+            for folder, path in _complete(out, sources)
+        ]
         _agree([shard for _, shard in shards])
         for folder, shard in shards:
             if folder != out:

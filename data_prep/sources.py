@@ -10,8 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.layouts import Listing, Tree, Video, kinetics, official, plain
-from data_prep.state import Wanted
+from data_prep.layouts import (
+    SourceListing,
+    SourceVideo,
+    VideoTree,
+    read_kinetics_list,
+    read_official_lists,
+    video_from_row,
+)
+from data_prep.state import PlannedVideo
 from video_swinv2.data.lists import SPLITS, is_kinetics, read_clips, read_rows, root_of, split_sources
 from video_swinv2.data.manifest import label_index, own_classes
 from video_swinv2.errors import UsageError
@@ -21,20 +28,20 @@ UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """The ordered classes; every video that is listed, excluded ones included; the videos of the source that are not
     (paths relative to it); and what a user should be told.
     """
 
     classes: list[str]
-    wanted: list[Wanted]
+    wanted: list[PlannedVideo]
     extra: list[str]
     notes: list[str]
 
 
-def plan(
+def plan_preparation(
     source: Path, annotations: Sequence[Path] = (), *, held_out: Sequence[Path] = (), official_split: int = 1
-) -> Plan:
+) -> PreparationPlan:
     """What `source` lists, or what `annotations` (lists, or folders of them) list of it.
 
     Layouts as in `read_manifest`; also Kinetics lists over whole videos, which are to be cut; UCF101, HMDB51 (both with
@@ -44,7 +51,7 @@ def plan(
     """
     source = Path(source).absolute()
     annotations = [Path(path).absolute() for path in annotations]
-    listing = official(source, annotations, official_split) or _listed(source, annotations)
+    listing = read_official_lists(source, annotations, official_split) or _listed(source, annotations)
     if not listing.videos:
         raise UsageError(f"{source}: no videos found; give a folder of videos, lists or a CSV")
     videos, notes = _once(listing.videos)
@@ -52,34 +59,34 @@ def plan(
     excluded = [name != video.name or (video.split == "train" and video.youtube_id in banned) for video, name in videos]
     extra = _extra(listing)
     notes += more + _tell(videos, excluded, extra)
-    return Plan(list(listing.classes), _place(listing.classes, videos, excluded), extra, notes)
+    return PreparationPlan(list(listing.classes), _place(listing.classes, videos, excluded), extra, notes)
 
 
-def _listed(source: Path, annotations: Sequence[Path]) -> Listing:
+def _listed(source: Path, annotations: Sequence[Path]) -> SourceListing:
     """Every layout but the official ones."""
     sources = split_sources(source, annotations)
     root = root_of(source)
-    tree = Tree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
-    videos: list[Video] = []
+    tree = VideoTree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
+    videos: list[SourceVideo] = []
     for split, paths in sources.items():
         for path in paths:
             if tree and path.is_file() and is_kinetics(path):
-                videos += kinetics(path, split, tree)
+                videos += read_kinetics_list(path, split, tree)
             else:
-                videos += (plain(row, split) for row in read_rows(root, path, split))
+                videos += (video_from_row(row, split) for row in read_rows(root, path, split))
     classes = own_classes(root, annotations, {video.label for video in videos if video.label is not None})
-    return Listing(root, classes, videos, tree)
+    return SourceListing(root, classes, videos, tree)
 
 
-def _once(videos: Sequence[Video]) -> tuple[list[tuple[Video, str]], list[str]]:
+def _once(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVideo, str]], list[str]]:
     """Each video with a name of its own in its split, the listed one unless an earlier list has it already.
 
     A line that says again what an earlier one of its list says is dropped, one that contradicts it is refused.
     """
-    first: dict[tuple[str, str], Video] = {}
+    first: dict[tuple[str, str], SourceVideo] = {}
     times: Counter[tuple[str, str]] = Counter()
     repeated: Counter[str] = Counter()
-    kept: list[tuple[Video, str]] = []
+    kept: list[tuple[SourceVideo, str]] = []
     for video in videos:
         key = (video.split, video.name)
         earlier = first.setdefault(key, video)
@@ -100,11 +107,13 @@ def _once(videos: Sequence[Video]) -> tuple[list[tuple[Video, str]], list[str]]:
     return kept, [f"{path}: {count} lines say what an earlier line says: merged" for path, count in repeated.items()]
 
 
-def _list_of(video: Video) -> str:
+def _list_of(video: SourceVideo) -> str:
     return re.split(r", (?:line|id) \d+$", video.where)[0]
 
 
-def _banned(videos: Sequence[tuple[Video, str]], lists: bool, held_out: Sequence[Path]) -> tuple[set[str], list[str]]:
+def _banned(
+    videos: Sequence[tuple[SourceVideo, str]], lists: bool, held_out: Sequence[Path]
+) -> tuple[set[str], list[str]]:
     """The YouTube ids that must not be in train, and what to tell of them."""
     by_split: dict[str, set[str]] = {}
     if lists:  # a tree of folders is what its owner made it
@@ -126,13 +135,13 @@ def _ids(path: Path) -> set[str]:
             if one.is_file() and is_kinetics(one):
                 ids.update(clip.youtube_id for clip in read_clips(one, split))
             else:
-                ids.update(plain(row, split).youtube_id for row in read_rows(root_of(path), one, split))
+                ids.update(video_from_row(row, split).youtube_id for row in read_rows(root_of(path), one, split))
     if not ids - {""}:
         raise UsageError(f"{path}: names no YouTube ids; --held-out takes Kinetics lists")
     return ids - {""}
 
 
-def _extra(listing: Listing) -> list[str]:
+def _extra(listing: SourceListing) -> list[str]:
     """The videos below the root that no list names; a split of which no list was given is passed over."""
     if listing.tree is None:
         return []
@@ -146,7 +155,7 @@ def _extra(listing: Listing) -> list[str]:
     ]
 
 
-def _tell(videos: Sequence[tuple[Video, str]], excluded: Sequence[bool], extra: Sequence[str]) -> list[str]:
+def _tell(videos: Sequence[tuple[SourceVideo, str]], excluded: Sequence[bool], extra: Sequence[str]) -> list[str]:
     again = Counter(video.split for video, name in videos if name != video.name)
     held = sum(excluded) - sum(again.values())
     parts = sum(video.start is not None for video, _ in videos)
@@ -160,7 +169,9 @@ def _tell(videos: Sequence[tuple[Video, str]], excluded: Sequence[bool], extra: 
     return notes
 
 
-def _place(classes: Sequence[str], videos: Sequence[tuple[Video, str]], excluded: Sequence[bool]) -> list[Wanted]:
+def _place(
+    classes: Sequence[str], videos: Sequence[tuple[SourceVideo, str]], excluded: Sequence[bool]
+) -> list[PlannedVideo]:
     """The rows of the data set, each with a file of its own. Raises UsageError for labels that are no class."""
     index = {name: place for place, name in enumerate(classes)}
     places = [label_index(video.label, video.where, classes, index) for video, _ in videos]
@@ -171,11 +182,11 @@ def _place(classes: Sequence[str], videos: Sequence[tuple[Video, str]], excluded
     ]
     files = _file_names([name for _, name in videos], homes, excluded)
     position: Counter[str] = Counter()
-    wanted: list[Wanted] = []
+    wanted: list[PlannedVideo] = []
     for (video, name), place, home, file, left_out in zip(videos, places, homes, files, excluded, strict=True):
         _refuse_undecodable_name(video.path)
         wanted.append(
-            Wanted(
+            PlannedVideo(
                 split=video.split,
                 position=position[video.split],
                 name=name,

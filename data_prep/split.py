@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.prepare import write_lists
-from data_prep.shards import lock
-from data_prep.state import State
+from data_prep.shards import lock_dataset
+from data_prep.state import PreparationState
 from video_swinv2.errors import UsageError
 
 # A class that misses its share by less is as close as whole videos can be.
@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # of sums of shares
 MOST_LINES = 10
 
 
-class Video(NamedTuple):
+class GroupedVideo(NamedTuple):
     """What decides where a video goes: videos of one `group` stay together."""
 
     label: str
@@ -31,7 +31,7 @@ class Video(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Division:
+class SplitResult:
     """How many videos are in train and val, and of every class (number in val, number asked for)."""
 
     train: int
@@ -59,7 +59,7 @@ class Division:
 class _Choice:
     """The groups chosen so far and how far that is from `share` of every class."""
 
-    def __init__(self, videos: Sequence[Video], share: float) -> None:
+    def __init__(self, videos: Sequence[GroupedVideo], share: float) -> None:
         self.chosen: set[str] = set()
         self.groups: dict[str, Counter[str]] = {}
         for video in videos:
@@ -89,7 +89,7 @@ class _Choice:
                 self.off[label] += sign * count
 
 
-def choose(videos: Sequence[Video], share: float, seed: int) -> set[str]:
+def choose_validation_groups(videos: Sequence[GroupedVideo], share: float, seed: int) -> set[str]:
     """The groups to set aside: `share` of every class as nearly as whole groups allow, never all of a class.
 
     Groups of several videos are divided by scikit-learn's StratifiedGroupKFold, which spreads them over folds of like
@@ -135,7 +135,7 @@ def _exchange(choice: _Choice, groups: Sequence[str]) -> bool:
     return moved
 
 
-def _first_fold(videos: Sequence[Video], share: float, seed: int) -> set[str]:
+def _first_fold(videos: Sequence[GroupedVideo], share: float, seed: int) -> set[str]:
     """The groups of one fold of about 1/share; none where there are too few videos or groups for folds."""
     folds = max(2, round(1 / share))
     largest = max(Counter(video.label for video in videos).values(), default=0)
@@ -152,7 +152,7 @@ def _first_fold(videos: Sequence[Video], share: float, seed: int) -> set[str]:
         return {groups[place] for place in next(splits)[1]}
 
 
-def split_validation(out: Path, share: float, seed: int) -> Division:
+def split_validation(out: Path, share: float, seed: int) -> SplitResult:
     """Move `share` of each class of train to val, videos cut from one video together.
 
     Running it again replaces the earlier choice. Raises UsageError where the source brought a val split of its own,
@@ -160,18 +160,18 @@ def split_validation(out: Path, share: float, seed: int) -> Division:
     """
     if not 0 < share < 1:
         raise UsageError(f"--val {share}: must lie between 0 and 1, for instance 0.1")
-    with State(out) as state, lock(out):
-        train: dict[int, tuple[str, Video]] = {}
+    with PreparationState(out) as state, lock_dataset(out):
+        train: dict[int, tuple[str, GroupedVideo]] = {}
         for row in state.rows(columns=("listed_split", "status", "label", "name", "origin")):
             if row["listed_split"] == "val":
                 raise UsageError(f"{out}: the source has a val split of its own; use that")
             if row["listed_split"] == "train":
                 group = f"origin {row['origin']}" if row["origin"] else f"video {row['name']}"
-                train[row["id"]] = (row["status"], Video(row["label"], group))
+                train[row["id"]] = (row["status"], GroupedVideo(row["label"], group))
         if not train:
             raise UsageError(f"{out}: no train split to take from")
         usable = [video for status, video in train.values() if status == "ok"]
-        chosen = choose(usable, share, seed)
+        chosen = choose_validation_groups(usable, share, seed)
         if not chosen:
             raise UsageError(f"{out}: {share:g} of the largest class is less than one video or group; raise --val")
         # Failed videos go with their group: tried again, they must not end on the other side of it.
@@ -180,9 +180,9 @@ def split_validation(out: Path, share: float, seed: int) -> Division:
     return _division(usable, chosen, share)
 
 
-def _division(videos: Sequence[Video], chosen: set[str], share: float) -> Division:
+def _division(videos: Sequence[GroupedVideo], chosen: set[str], share: float) -> SplitResult:
     total = Counter(video.label for video in videos)
     val = Counter(video.label for video in videos if video.group in chosen)
-    return Division(
+    return SplitResult(
         len(videos) - val.total(), val.total(), {label: (val[label], share * total[label]) for label in sorted(total)}
     )

@@ -6,27 +6,15 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_prep.outcomes import VideoCounts, split_order
 from video_swinv2.errors import UsageError, UserError
 
 STATE_NAME = "prep.sqlite"
-REASONS = {
-    "missing": "the source is not there",
-    "empty": "the source has 0 bytes",
-    "not_video": "no container FFmpeg knows, or no video in it",
-    "no_frames": "a video without one frame that decodes",
-    "decode_error": "fewer than nine in ten frames decode, or the source cannot be read",
-    "too_short": "shorter than asked, or than its segment needs",
-    "timeout": "not done within a time far beyond its duration",
-    "crashed": "the process died or ran out of memory",
-    "encode_error": "the encoder refused it",
-    "check_failed": "what was written did not read back as meant",
-}
-EXCLUDED = {"duplicate": "the same video is in another list or split"}
 # Raised with the columns or indexes below; kept in the file as SQLite's user_version.
 FORM = 2
 COLUMNS = """
@@ -49,7 +37,7 @@ CACHE_KIB = 32 * 1024  # with SQLite's own 2 MiB the sync of a Kinetics-sized li
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlannedVideo:
     """A video that the listing asks for; `target` is the prepared file, relative to the data set.
 
     `origin` names the video it was cut from ('' where unknown): a YouTube id, a UCF101 group. `start` and `end`, in
@@ -68,18 +56,7 @@ class Wanted:
     excluded: str = ""
 
 
-@dataclass(frozen=True)
-class SplitCount:
-    """Videos listed, and how many of them are ok, still pending, failed and excluded (both by reason)."""
-
-    listed: int
-    ok: int
-    pending: int
-    failed: dict[str, int]
-    excluded: dict[str, int] = field(default_factory=dict)
-
-
-class State:
+class PreparationState:
     """The open file; a context manager. A change survives a kill -9, and a power cut, as soon as its call has returned.
 
     `path` is for the state of a shard, which lies elsewhere. Every call raises UserError, naming the file, where SQLite
@@ -107,7 +84,7 @@ class State:
             self._db.close()
             raise self._nothing_here(out)
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> PreparationState:
         return self
 
     def __exit__(
@@ -184,7 +161,7 @@ class State:
         with self._change():
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def sync(self, wanted: Iterable[Wanted]) -> list[str]:
+    def sync(self, wanted: Iterable[PlannedVideo]) -> list[str]:
         """Make the rows those of the listing, in one transaction; returns the targets that are wanted no longer.
 
         A row keeps what is known about it while its source, its part of it and its target stay; any other starts as
@@ -256,16 +233,16 @@ class State:
         with self._change():
             self._db.executemany("UPDATE clips SET split = ? WHERE id = ?", ((s, row) for row, s in split_of.items()))
 
-    def counts(self) -> dict[str, SplitCount]:
+    def counts(self) -> dict[str, VideoCounts]:
         """Per split, train val test first, what became of its videos so far."""
         found = self._account("split")
         return {split: found[split] for split in sorted(found, key=split_order)}
 
-    def classes(self) -> dict[str, SplitCount]:
+    def classes(self) -> dict[str, VideoCounts]:
         """Per class, over all splits, what became of its videos so far."""
         return self._account("label")
 
-    def _account(self, key: str) -> dict[str, SplitCount]:
+    def _account(self, key: str) -> dict[str, VideoCounts]:
         """One pass over an index that holds all it needs, in its own order: a quarter of a second for Kinetics."""
         query = "SELECT split, label, status, reason, COUNT(*) AS n FROM clips GROUP BY split, label, status, reason"
         found: dict[str, dict[tuple[str, str], int]] = {}
@@ -336,18 +313,12 @@ TAKE_OVER = """
 """
 
 
-def split_order(split: str) -> tuple[int, str]:
-    """Sorts train, val, test before any other split."""
-    usual = ("train", "val", "test")
-    return (usual.index(split) if split in usual else len(usual), split)
-
-
-def _count(found: Mapping[tuple[str, str], int]) -> SplitCount:
+def _count(found: Mapping[tuple[str, str], int]) -> VideoCounts:
     by_reason = {
         kind: {reason: n for (status, reason), n in sorted(found.items()) if status == kind}
         for kind in ("failed", "excluded")
     }
     simple = {status: n for (status, _), n in found.items()}
-    return SplitCount(
+    return VideoCounts(
         sum(found.values()), simple.get("ok", 0), simple.get("pending", 0), by_reason["failed"], by_reason["excluded"]
     )

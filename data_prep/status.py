@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.account import account
-from data_prep.state import EXCLUDED, REASONS, STATE_NAME, SplitCount, State, split_order
+from data_prep.outcomes import EXCLUDED, REASONS, VideoCounts, outcome_counts, split_order
+from data_prep.state import STATE_NAME, PreparationState
 
 RATE_WINDOW_SECONDS = 300.0
 QUIET_SECONDS = 600.0  # nothing finished for so long: most likely no run is at work
@@ -20,15 +20,15 @@ SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True)
-class Standing:
+class PreparationStatus:
     """Counts by split and by class, over all shards where there are any.
 
     `shards` is how many of how many have begun, `rate` clips per second over the last minutes of work, `last` when the
     newest outcome was written, in seconds of the epoch; all None where unknown.
     """
 
-    splits: dict[str, SplitCount]
-    classes: dict[str, SplitCount]
+    splits: dict[str, VideoCounts]
+    classes: dict[str, VideoCounts]
     shards: tuple[int, int] | None
     rate: float | None
     last: float | None
@@ -45,21 +45,21 @@ class Standing:
 
 
 @contextlib.contextmanager
-def open_states(out: Path) -> Iterator[list[State]]:
+def open_states(out: Path) -> Iterator[list[PreparationState]]:
     """The state of the data set, or those of its shards as long as they are not merged. Raises UsageError."""
     shards = sorted((out / "shards").glob("*-of-*.sqlite"))
     with contextlib.ExitStack() as stack:
         if (out / STATE_NAME).is_file() or not shards:
-            yield [stack.enter_context(State(out))]
+            yield [stack.enter_context(PreparationState(out))]
         else:
-            yield [stack.enter_context(State(out, path=path)) for path in shards]
+            yield [stack.enter_context(PreparationState(out, path=path)) for path in shards]
 
 
-def standing(states: Sequence[State]) -> Standing:
+def read_status(states: Sequence[PreparationState]) -> PreparationStatus:
     """What the states say together."""
     splits = _sum_by_name([state.counts() for state in states])
     last = max((when for state in states if (when := state.last_finished()) is not None), default=None)
-    return Standing(
+    return PreparationStatus(
         splits={split: splits[split] for split in sorted(splits, key=split_order)},
         classes=_sum_by_name([state.classes() for state in states]),
         shards=_shards(states),
@@ -68,11 +68,11 @@ def standing(states: Sequence[State]) -> Standing:
     )
 
 
-def as_json(now: Standing) -> dict[str, object]:
+def as_json(now: PreparationStatus) -> dict[str, object]:
     """The standing for machines: the account of every split and class, and the reasons of what was not prepared."""
     return {
-        "splits": {split: account(count) | {"reasons": _reasons(count)} for split, count in now.splits.items()},
-        "classes": {label: account(count) for label, count in now.classes.items() if label},
+        "splits": {split: outcome_counts(count) | {"reasons": _reasons(count)} for split, count in now.splits.items()},
+        "classes": {label: outcome_counts(count) for label, count in now.classes.items() if label},
         "shards": None if now.shards is None else {"begun": now.shards[0], "of": now.shards[1]},
         "clips_per_second": now.rate,
         "seconds_left": now.seconds_left,
@@ -80,9 +80,9 @@ def as_json(now: Standing) -> dict[str, object]:
     }
 
 
-def as_text(now: Standing) -> str:
+def as_text(now: PreparationStatus) -> str:
     """The standing for people: the account by split, how far it is, why videos failed, which classes lost most."""
-    parts = [table(now.splits), progress(now)]
+    parts = [counts_table(now.splits), progress_line(now)]
     losers = worst_classes(now.classes)[:MOST_CLASSES]
     if losers:
         rows = [[label, str(lost), f"{ended}", f"{lost / ended:.1%}"] for label, lost, ended in losers]
@@ -90,11 +90,11 @@ def as_text(now: Standing) -> str:
     return "\n\n".join(parts)
 
 
-def table(counts: Mapping[str, SplitCount]) -> str:
+def counts_table(counts: Mapping[str, VideoCounts]) -> str:
     """The account of every split, and of all together; below it every reason that occurs, with what it means."""
-    accounts = {split: account(count) for split, count in counts.items()}
+    accounts = {split: outcome_counts(count) for split, count in counts.items()}
     if len(accounts) > 1:
-        accounts["all"] = account(total(counts.values()))
+        accounts["all"] = outcome_counts(total(counts.values()))
     words = list(next(iter(accounts.values()), {}))
     text = _columns([["split", *words], *([split, *map(str, sums.values())] for split, sums in accounts.items())])
     reasons = _reasons(total(counts.values()))
@@ -106,7 +106,7 @@ def table(counts: Mapping[str, SplitCount]) -> str:
     return f"{text}\n\n{_columns(lines, left=(0, 2))}"
 
 
-def progress(now: Standing) -> str:
+def progress_line(now: PreparationStatus) -> str:
     """One line: how far it is, how fast, how long it will take."""
     sums = total(now.splits.values())
     done = sums.listed - sums.pending
@@ -116,13 +116,13 @@ def progress(now: Standing) -> str:
     if now.rate is not None:
         parts.append(f"{now.rate:.2g} clips/s" if now.rate < 10 else f"{now.rate:.0f} clips/s")
     if now.pending and now.seconds_left is not None:
-        parts.append(f"about {duration(now.seconds_left)} left")
+        parts.append(f"about {format_duration(now.seconds_left)} left")
     if now.pending and now.last is not None and time.time() - now.last > QUIET_SECONDS:
-        parts.append(f"nothing finished for {duration(time.time() - now.last)}")
+        parts.append(f"nothing finished for {format_duration(time.time() - now.last)}")
     return ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people say them: 40 s, 12 min, 3 h 20 min, 2 d 5 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -133,10 +133,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def total(counts: Iterable[SplitCount]) -> SplitCount:
+def total(counts: Iterable[VideoCounts]) -> VideoCounts:
     """Counts added up."""
     every = list(counts)
-    return SplitCount(
+    return VideoCounts(
         sum(count.listed for count in every),
         sum(count.ok for count in every),
         sum(count.pending for count in every),
@@ -145,25 +145,25 @@ def total(counts: Iterable[SplitCount]) -> SplitCount:
     )
 
 
-def worst_classes(classes: Mapping[str, SplitCount]) -> list[tuple[str, int, int]]:
+def worst_classes(classes: Mapping[str, VideoCounts]) -> list[tuple[str, int, int]]:
     """(class, videos lost, videos of which it is known) of the classes that lost any, the largest share first."""
     found = []
     for label, count in classes.items():
-        sums = account(count)
+        sums = outcome_counts(count)
         lost = sum(sums[word] for word in LOST)
         if lost and label:
             found.append((label, lost, lost + sums["ok"]))
     return sorted(found, key=lambda row: (-row[1] / row[2], -row[1], row[0]))
 
 
-def _reasons(count: SplitCount) -> dict[str, int]:
+def _reasons(count: VideoCounts) -> dict[str, int]:
     """Reasons of failed and excluded videos, in the order in which they are documented."""
     known = count.failed | count.excluded
     order = {reason: place for place, reason in enumerate(REASONS | EXCLUDED)}
     return dict(sorted(known.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _sum_by_name(found: Sequence[Mapping[str, SplitCount]]) -> dict[str, SplitCount]:
+def _sum_by_name(found: Sequence[Mapping[str, VideoCounts]]) -> dict[str, VideoCounts]:
     names = sorted({name for counts in found for name in counts})
     return {name: total([counts[name] for counts in found if name in counts]) for name in names}
 
@@ -176,12 +176,12 @@ def _sums(found: Iterable[dict[str, int]]) -> dict[str, int]:
     return sums
 
 
-def _shards(states: Sequence[State]) -> tuple[int, int] | None:
+def _shards(states: Sequence[PreparationState]) -> tuple[int, int] | None:
     named = [match for state in states if (match := SHARD_NAME.fullmatch(state.path.stem))]
     return (len(named), int(named[0][2])) if named else None
 
 
-def _rate(states: Sequence[State], last: float) -> float | None:
+def _rate(states: Sequence[PreparationState], last: float) -> float | None:
     found = [state.finished_since(last - RATE_WINDOW_SECONDS) for state in states]
     number, first = sum(n for n, _ in found), min(moment for n, moment in found if n)
     return (number - 1) / (last - first) if number > 1 and last > first else None

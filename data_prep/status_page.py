@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.outcomes import account
-from data_prep.state import EXCLUDED, REASONS, VideoCounts, PreparationState
-from data_prep.status import LOST, QUIET_SECONDS, PreparationStatus, duration, progress, total
+from data_prep.outcomes import EXCLUDED, REASONS, VideoCounts, outcome_counts
+from data_prep.state import PreparationState
+from data_prep.status import LOST, QUIET_SECONDS, PreparationStatus, format_duration, progress_line, total
 from video_swinv2.files import atomic_write
 from video_swinv2.pages import TickMark, render, tick_marks
 
@@ -77,11 +77,11 @@ def write_page(path: Path, out: Path, now: PreparationStatus, states: Sequence[P
         "out": str(out),
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "now": now,
-        "progress": progress(now),
-        "account": account(sums),
-        "lost": sum(account(sums)[word] for word in LOST),
-        "splits": {split: account(count) for split, count in now.splits.items()},
-        "left": duration(now.seconds_left) if now.pending and now.seconds_left is not None else "",
+        "progress": progress_line(now),
+        "account": outcome_counts(sums),
+        "lost": sum(outcome_counts(sums)[word] for word in LOST),
+        "splits": {split: outcome_counts(count) for split, count in now.splits.items()},
+        "left": format_duration(now.seconds_left) if now.pending and now.seconds_left is not None else "",
         "curve": _curve_of(states, sums.listed),
         "reasons": reason_rows(sums),
         "classes_shown": classes[:SHOWN_CLASSES],
@@ -96,7 +96,7 @@ def survivors(classes: dict[str, VideoCounts]) -> list[Survivors]:
     """Every class, the one that lost the largest share first; those of which nothing is known last."""
     found = []
     for label, count in classes.items():
-        sums = account(count)
+        sums = outcome_counts(count)
         ended = sums["ok"] + sum(sums[word] for word in LOST)
         found.append(Survivors(label or "no label", sums["ok"], ended, sums["ok"] / ended if ended else None))
     return sorted(found, key=lambda row: (row.share is None, row.share or 0.0, -row.ended, row.label))

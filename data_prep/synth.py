@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dataset import PreparedVideo, SplitContent, read_record, write_dataset
-from data_prep.encode import H264Settings, ticks, write_video
+from data_prep.encode import H264Settings, to_ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import commit_file, partial_path, sha256
@@ -83,7 +83,7 @@ def make(clip: Clip, _allow: Allow) -> str:
     """Draw, encode and name one clip; returns the sha256 of the file."""
     part = partial_path(clip.path)
     pictures = (av.VideoFrame.from_ndarray(image, format="yuv420p") for image in to_yuv420(draw(clip)))
-    pairs = zip(ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
+    pairs = zip(to_ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
     digest = sha256(part)
     commit_file(part, clip.path)

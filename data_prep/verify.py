@@ -17,10 +17,10 @@ from typing import Any
 
 import av
 
-from data_prep.transcode import encode_limit_seconds, index_limit_seconds
 from data_prep.dataset import read_record
 from data_prep.pool import Allow, Lost, run_jobs
 from data_prep.state import STATE_NAME, PreparationState
+from data_prep.transcode import encode_limit_seconds, index_limit_seconds
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.manifest import content_fingerprint
 from video_swinv2.errors import UsageError, UserError
@@ -55,7 +55,7 @@ SAVE_EVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedFile:
     """What the preparation wrote down of a file; None where that is not known."""
 
     frames: int | None = None
@@ -66,13 +66,13 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Check:
+class FileCheck:
     """A file to look at: `name` as listed."""
 
     name: str
     path: Path
     level: str
-    expected: Expected
+    expected: ExpectedFile
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """`checked` files, of which `before` by an interrupted run; the bad ones, and files on disk that no list names."""
 
     level: str
@@ -111,7 +111,7 @@ class MismatchError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def verify(out: Path, level: str, *, workers: int) -> Verified:
+def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
     """Look at every file that the lists of a prepared data set name; the bad ones go to verify.csv.
 
     What an interrupted run has found is not looked at again, as long as size and time of the file are the same; a run
@@ -124,9 +124,9 @@ def verify(out: Path, level: str, *, workers: int) -> Verified:
         raise UsageError(f"{out}: no dataset.json, so this is no prepared data set; run `prepare SRC {out}` first")
     rows, bad_lists = _listed(out, record)
     expected = _expected(out)
-    checks = [Check(name, out / name, level, expected.get(name, Expected())) for _, name, _ in rows]
+    checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
     found: dict[str, Finding] = {}
-    with Ledger(out / LEDGER_NAME, level) as ledger:
+    with VerifyLedger(out / LEDGER_NAME, level) as ledger:
         known = ledger.begin()
         found = {check.name: at for check in checks if (at := known.get(check.name)) and _untouched(check.path, at)}
         before = len(found)
@@ -141,12 +141,12 @@ def verify(out: Path, level: str, *, workers: int) -> Verified:
     bad = [found[name] for _, name, _ in rows if found[name].reason]
     if level == "hash" and not bad and not bad_lists:
         bad_lists = _wrong_fingerprints(rows, found, record)
-    verified = Verified(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
+    verified = VerifyResult(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
     _write_bad(out / "verify.csv", verified)
     return verified
 
 
-def as_text(result: Verified, out: Path) -> str:
+def as_text(result: VerifyResult, out: Path) -> str:
     """The result for people."""
     before = f", {result.before} of them by an earlier run" if result.before else ""
     lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
@@ -160,7 +160,7 @@ def as_text(result: Verified, out: Path) -> str:
     return "\n".join(lines)
 
 
-def check_file(check: Check, allow: Allow) -> Finding:
+def check_file(check: FileCheck, allow: Allow) -> Finding:
     """Look at one file; never raises."""
     size, mtime_ns = _stat(check.path)
     digest = None
@@ -181,7 +181,7 @@ def check_file(check: Check, allow: Allow) -> Finding:
     return Finding(check.name, "", "", size, mtime_ns, digest)
 
 
-def _check_header(path: Path, size: int | None, expected: Expected) -> None:
+def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
     """Only the index of the file is read. Raises MismatchError."""
     if size is None:
         raise MismatchError("missing", "")
@@ -210,7 +210,7 @@ def _check_header(path: Path, size: int | None, expected: Expected) -> None:
             raise MismatchError("cut_short", f"{size} bytes, the last frame ends at {end}")
 
 
-def _check_frames(path: Path, expected: Expected, allow: Allow) -> None:
+def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
     """Every frame is decoded. Raises MismatchError, DecodeError."""
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
@@ -225,7 +225,7 @@ def _check_frames(path: Path, expected: Expected, allow: Allow) -> None:
             raise MismatchError("duration", f"{duration:.3f} s, written were {expected.duration_seconds:.3f} s")
 
 
-class Ledger:
+class VerifyLedger:
     """verify.sqlite: what runs have found so far, by file and level, so that one cut off can go on. A context manager.
 
     Saved every second; what is lost with a crash is only looked at again.
@@ -235,7 +235,7 @@ class Ledger:
         self._path, self._level = path, level
         self._saved = time.monotonic()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> VerifyLedger:
         try:
             self._db = sqlite3.connect(self._path, isolation_level=None)
             self._db.execute(
@@ -306,13 +306,13 @@ def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str
     return rows, bad
 
 
-def _expected(out: Path) -> dict[str, Expected]:
+def _expected(out: Path) -> dict[str, ExpectedFile]:
     """By path, what the state knows of the videos prepared; nothing where the data set came without its state."""
     if not (out / STATE_NAME).is_file():
         return {}
     with PreparationState(out) as state:
         return {
-            row["target"]: Expected(*(row[column] for column in COLUMNS))
+            row["target"]: ExpectedFile(*(row[column] for column in COLUMNS))
             for row in state.rows("ok", ("target", *COLUMNS))
         }
 
@@ -329,7 +329,7 @@ def _wrong_fingerprints(
     return wrong
 
 
-def _write_bad(path: Path, verified: Verified) -> None:
+def _write_bad(path: Path, verified: VerifyResult) -> None:
     with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "level", "reason", "detail"))
@@ -360,5 +360,5 @@ def _untouched(path: Path, before: Finding) -> bool:
     return size is not None and (size, mtime_ns) == (before.size, before.mtime_ns)
 
 
-def _seconds_for(check: Check) -> float:
+def _seconds_for(check: FileCheck) -> float:
     return index_limit_seconds(_stat(check.path)[0] or 0)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.state import State
+from data_prep.state import PreparationState
 from video_swinv2.files import sha256
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -91,7 +91,7 @@ def trial(source: Path, out: Path, options: Sequence[str], *, kills: int, seed: 
             finished = True
     _undisturbed([*command, str(out / "killed"), *tail], out / "killed", killed)
     for work, folder in ((calm, out / "calm"), (killed, out / "killed")):
-        with State(folder) as state:
+        with PreparationState(folder) as state:
             rows = list(state.rows())
         work.tries += sum(row["attempts"] for row in rows)
         work.clip_seconds += sum(row["seconds"] or 0.0 for row in rows)
@@ -118,7 +118,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _rows(folder: Path) -> dict[str, dict[str, object]]:
-    with State(folder) as state:
+    with PreparationState(folder) as state:
         return {
             f"{row['split']} {row['name']}": {key: row[key] for key in row.keys() if key not in OF_THE_RUN}  # noqa: SIM118 - a Row iterates its values
             for row in state.rows()

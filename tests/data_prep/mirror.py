@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from data_prep.cvdf import DATASETS
+from data_prep.cvdf import VERSIONS
 
 ID = "-aU_xCCzk"
 Fault = Callable[["Handler", bytes], None]
@@ -190,7 +190,7 @@ def table(split: str, *numbers: int) -> bytes:
 def layout(folder: str, prefix: str, split: str, parts: dict[str, bytes], listed: bytes) -> dict[str, bytes]:
     """The files of one split, as CVDF has them."""
     base = "https://s3.amazonaws.com/kinetics"
-    name = DATASETS[{"400": "kinetics400", "600": "kinetics600"}[folder]].annotations[split]
+    name = VERSIONS[{"400": "kinetics400", "600": "kinetics600"}[folder]].annotations[split]
     files = {f"{folder}/{split}/{unquote(part)}": content for part, content in parts.items()}
     files[f"{folder}/annotations/{name}"] = listed
     files[f"{folder}/{split}/{prefix}_{split}_path.txt"] = "\n".join(

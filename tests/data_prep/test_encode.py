@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from data_prep.encode import H264Settings, TIME_BASE, ticks, write_video
+from data_prep.encode import TIME_BASE, H264Settings, to_ticks, write_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import commit_file, partial_path
 
@@ -24,7 +24,7 @@ from video_swinv2.files import commit_file, partial_path
     ],
 )
 def test_ticks(times: list[float], expected: list[int]) -> None:
-    assert ticks(times) == expected
+    assert to_ticks(times) == expected
 
 
 def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:

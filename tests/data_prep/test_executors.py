@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from data_prep import executors
-from data_prep.clip import Settings
 from data_prep.pool import Lost, each
 from data_prep.prepare import prepare
-from data_prep.state import State
+from data_prep.state import PreparationState
+from data_prep.transcode import TranscodeSettings
 from tests.data_prep.kill import differences
 from tests.data_prep.test_pool import act
 from video_swinv2.errors import UsageError, UserError
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'video-swinv2[cluster]'")
-SMALL = Settings(short_side=32)
+SMALL = TranscodeSettings(short_side=32)
 
 
 def seconds_for(job: str) -> float:
@@ -39,7 +39,7 @@ def cluster() -> Iterator[object]:
 
 def test_jobs_on_a_cluster_have_killable_processes(cluster: distributed.LocalCluster) -> None:
     jobs = ["a", "hang", "die", "b", "c"]
-    with executors.start(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
+    with executors.start_crew(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
         assert crew.workers() == 2
         outcomes = dict(each(crew, act, jobs))
     lost = {job: outcome.reason for job, outcome in outcomes.items() if isinstance(outcome, Lost)}
@@ -64,7 +64,7 @@ def test_a_worker_killed_at_work_costs_nothing(
     prepare(tmp_path / "raw", out, SMALL, name="x", executor=address)
     victim.join()
     assert differences(tmp_path / "local", out) == []
-    with State(out) as state:
+    with PreparationState(out) as state:
         assert [row["attempts"] for row in state.rows()] == [1] * 13
 
 
@@ -77,7 +77,7 @@ def kill_at_work(pid: int, out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_clip_that_kills_its_workers_is_lost_alone(cluster: distributed.LocalCluster) -> None:
-    with executors.start(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
+    with executors.start_crew(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
         outcomes = dict(each(crew, act, ["a", "take the worker along", "b"]))
     assert outcomes["take the worker along"] == Lost("crashed", "every Dask worker that took it died")
     assert (outcomes["a"], outcomes["b"]) == ("a done", "b done")
@@ -85,7 +85,7 @@ def test_a_clip_that_kills_its_workers_is_lost_alone(cluster: distributed.LocalC
 
 @pytest.mark.slow
 def test_a_cluster_of_its_own(tmp_path: Path) -> None:
-    with executors.start("dask", 2, seconds_for, 8.0) as crew:
+    with executors.start_crew("dask", 2, seconds_for, 8.0) as crew:
         assert dict(each(crew, act, ["a", "b"])) == {"a": "a done", "b": "b done"}
 
 
@@ -93,15 +93,18 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
     with (
         pytest.raises(UserError, match="no Dask scheduler answers there"),
-        executors.start("dask:tcp://127.0.0.1:1", 1, seconds_for, 8.0),
+        executors.start_crew("dask:tcp://127.0.0.1:1", 1, seconds_for, 8.0),
     ):
         pass
     for where in ("ray", "dask:", "local:4", ""):
-        with pytest.raises(UsageError, match="is none of local, dask"), executors.start(where, 1, seconds_for, 8.0):
+        with (
+            pytest.raises(UsageError, match="is none of local, dask"),
+            executors.start_crew(where, 1, seconds_for, 8.0),
+        ):
             pass
     monkeypatch.setitem(sys.modules, "distributed", None)  # as if it were not installed
     with (
         pytest.raises(UsageError, match=r"pip install 'video-swinv2\[cluster\]'"),
-        executors.start("dask", 1, seconds_for, 8.0),
+        executors.start_crew("dask", 1, seconds_for, 8.0),
     ):
         pass

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from data_prep import fetch as fetching
-from data_prep.fetch import AbsentError, DiskError, StopError, fetch
-from data_prep.unpack import not_an_archive
+from data_prep.fetch import AbsentError, DiskError, StopError, fetch_file
+from data_prep.unpack import archive_fault
 from tests.data_prep.mirror import (
     busy,
     changed,
@@ -46,7 +46,7 @@ def test_a_file_comes_whole_through_faults_that_pass(server, tmp_path, faults, t
     path, content = "400/train/part_0.tar.gz", noise(300_000)
     server.files[path], server.faults[path] = content, list(faults)
     target = tmp_path / "a.tar.gz"
-    fetched = fetch(f"{server.base}/{path}", target, fault_of=lambda path: "")
+    fetched = fetch_file(f"{server.base}/{path}", target, find_fault=lambda path: "")
     content = server.files[path]
     assert target.read_bytes() == content
     assert (fetched.size, fetched.sha256) == (300_000, hashlib.sha256(content).hexdigest())
@@ -71,7 +71,7 @@ def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
         server.asked.clear()
         server.files[path], server.faults[path] = content, list(faults)
         with pytest.raises(error) as caught:
-            fetch(f"{server.base}/{path}", target, fault_of=not_an_archive)
+            fetch_file(f"{server.base}/{path}", target, find_fault=archive_fault)
         assert words in str(caught.value)
         assert str(tmp_path if error is DiskError else f"{server.base}/{path}") in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -85,14 +85,14 @@ def test_tries_that_bring_something_do_not_count_as_vain(server, tmp_path, monke
     monkeypatch.setattr(fetching, "PROGRESS_BYTES", 40_000)
     path = "400/train/part_0.tar.gz"
     server.files[path], server.faults[path] = noise(1_000_000), [short] * 24
-    fetch(f"{server.base}/{path}", tmp_path / "a", fault_of=lambda path: "")
+    fetch_file(f"{server.base}/{path}", tmp_path / "a", find_fault=lambda path: "")
     assert (tmp_path / "a").read_bytes() == server.files[path]
     assert server.sent == 1_000_000
     # A server that drops and cannot resume brings the same again and again.
     server.faults[path] = [lambda h, c: (h.head(200, len(c)), h.body(c[:100_000]))] * 99
     server.asked.clear()
     with pytest.raises(UserError, match="8 tries were vain"):
-        fetch(f"{server.base}/{path}", tmp_path / "b", fault_of=lambda path: "")
+        fetch_file(f"{server.base}/{path}", tmp_path / "b", find_fault=lambda path: "")
     assert len(server.asked) == fetching.TRIES
     assert {span for _, span in server.asked} == {None}
 
@@ -104,7 +104,7 @@ def test_an_unreachable_server_and_a_stop_while_waiting(tmp_path, monkeypatch):
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
     with pytest.raises(StopError):
-        fetch(address, tmp_path / "a", fault_of=lambda path: "", stop=stop)
+        fetch_file(address, tmp_path / "a", find_fault=lambda path: "", stop=stop)
     monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.001)
     with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:\d+/a: .*[Rr]efused"):
-        fetch(address, tmp_path / "a", fault_of=lambda path: "")
+        fetch_file(address, tmp_path / "a", find_fault=lambda path: "")

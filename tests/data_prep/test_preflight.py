@@ -1,4 +1,4 @@
-"""Preflight: the sample is really made and leaves nothing; what stands in the way is said with its mend."""
+"""PreflightReport: the sample is really made and leaves nothing; what stands in the way is said with its mend."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.clip import Settings, Task, seconds_for
 from data_prep.pool import Pool
 from data_prep.preflight import (
-    Preflight,
-    Trial,
+    PreflightReport,
+    SampleResult,
     _disk,
     _encoder,
     _mean,
     _memory,
     _open_files,
-    preflight,
+    run_preflight,
     sample_size,
 )
+from data_prep.transcode import TranscodeJob, TranscodeSettings, initial_limit_seconds
 from video_swinv2.errors import UserError
 
 Writer = Callable[..., Path]
@@ -30,21 +30,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, write_video: Writer) -> list[Task]:
+def tasks(tmp_path: Path, write_video: Writer) -> list[TranscodeJob]:
     """Five videos, of which one is broken and one not there."""
     frames = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     made = [write_video(tmp_path / "raw" / f"{n}.mp4", frames) for n in range(3)]
     (tmp_path / "raw" / "3.mp4").write_bytes(b"<html>")
     made += [tmp_path / "raw" / "3.mp4", tmp_path / "raw" / "4.mp4"]
-    return [Task(n, path, tmp_path / "out" / f"{n}.mp4", Settings(short_side=32)) for n, path in enumerate(made)]
+    return [
+        TranscodeJob(n, path, tmp_path / "out" / f"{n}.mp4", TranscodeSettings(short_side=32))
+        for n, path in enumerate(made)
+    ]
 
 
-def test_a_sample_is_made_and_leaves_nothing(tasks: list[Task], tmp_path: Path) -> None:
+def test_a_sample_is_made_and_leaves_nothing(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     folder = tmp_path / "out" / ".preflight"
     folder.mkdir(parents=True)
     (folder / "of a killed run.mp4").write_bytes(b"half")
-    with Pool(2, seconds_for, 8.0) as crew:
-        found = preflight(crew, tasks, pending=1000, workers=2, folder=folder)
+    with Pool(2, initial_limit_seconds, 8.0) as crew:
+        found = run_preflight(crew, tasks, pending=1000, workers=2, folder=folder)
     assert list((tmp_path / "out").iterdir()) == []
     assert found.problems == ()
     assert found.reasons == {"not_video": 1, "missing": 1}
@@ -68,8 +71,8 @@ def test_a_sample_is_made_and_leaves_nothing(tasks: list[Task], tmp_path: Path) 
 
 def test_without_a_sample_only_the_machine_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / ".preflight").mkdir()
-    with Pool(1, seconds_for) as crew:
-        found = preflight(crew, [], pending=7, workers=1, folder=tmp_path / ".preflight")
+    with Pool(1, initial_limit_seconds) as crew:
+        found = run_preflight(crew, [], pending=7, workers=1, folder=tmp_path / ".preflight")
     assert (found.trials, found.hours, found.bytes, found.problems) == ((), None, None, ())
     assert found.as_text() == "7 videos to prepare on 1 workers"
     assert not (tmp_path / ".preflight").exists()
@@ -83,10 +86,10 @@ def test_a_sample_nobody_asked_for_costs_little(pending: int, asked: bool, size:
     assert sample_size(pending, asked=asked) == size
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[Task], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with Pool(1, seconds_for) as crew, pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"):
-        preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
+    with Pool(1, initial_limit_seconds) as crew, pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"):
+        run_preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
 
 
 def test_a_disk_too_small_is_a_problem_with_its_mend(tmp_path: Path) -> None:
@@ -143,8 +146,8 @@ def test_the_doubt_of_a_sample() -> None:
 
 
 def test_problems_are_said_last() -> None:
-    trial = Trial(2.0, 10**6, "", "", 10**8)
-    found = Preflight(360_000, 4, (trial,), (50.0, 50.0), (3.6e11, 4e11), 10**12, ("one", "two"))
+    trial = SampleResult(2.0, 10**6, "", "", 10**8)
+    found = PreflightReport(360_000, 4, (trial,), (50.0, 50.0), (3.6e11, 4e11), 10**12, ("one", "two"))
     lines = found.as_text().splitlines()
     assert lines[2] == "expected: 2 d 2 h, 360 GB to 400 GB of output, 1 TB free"
     assert lines[3:] == ["problem: one", "problem: two"]

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.clip import target_size
-from data_prep.state import REASONS, State
+from data_prep.outcomes import REASONS
+from data_prep.state import PreparationState
+from data_prep.transcode import output_size
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import read_manifest
 
@@ -42,7 +43,7 @@ def failures(out: Path) -> dict[str, tuple[str, str]]:
 
 
 def rows_of(out: Path) -> dict[str, dict[str, object]]:
-    with State(out) as state:
+    with PreparationState(out) as state:
         return {row["name"]: dict(row) for row in state.rows()}
 
 
@@ -60,7 +61,7 @@ def rows_of(out: Path) -> dict[str, dict[str, object]]:
 def test_target_size_is_even_and_never_larger(
     shown: tuple[int, int], short_side: int, expected: tuple[int, int]
 ) -> None:
-    assert target_size(shown, short_side) == expected
+    assert output_size(shown, short_side) == expected
 
 
 def test_class_folders_end_to_end(write_video: Writer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +72,7 @@ def test_class_folders_end_to_end(write_video: Writer, tmp_path: Path, capsys: p
     (source / "run" / "broken.mp4").write_bytes(b"<html>")
     (source / "run" / "empty.mp4").write_bytes(b"")
     assert run(source, out, "--short-side", 32, "--max-fail-rate", 0.5) == 0
-    assert "no container FFmpeg knows" in capsys.readouterr().out
+    assert "FFmpeg does not recognise the container" in capsys.readouterr().out
     manifest = read_manifest(out, "train")
     assert manifest.classes == ("run", "walk it's")
     assert len(manifest.entries) == 4

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.clip import Settings
 from data_prep.prepare import prepare
-from data_prep.state import State
+from data_prep.state import PreparationState
+from data_prep.transcode import TranscodeSettings
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.lists import VIDEO_SUFFIXES
 
@@ -33,8 +33,8 @@ def link_all(data: Path, source: Path) -> None:
 def prepared(outside_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, object]]]:
     folder = tmp_path_factory.mktemp("real")
     link_all(outside_data, folder / "raw")
-    prepare(folder / "raw", folder / "out", Settings(short_side=128), workers=2, say=lambda text: None)
-    with State(folder / "out") as state:
+    prepare(folder / "raw", folder / "out", TranscodeSettings(short_side=128), workers=2, say=lambda text: None)
+    with PreparationState(folder / "out") as state:
         return folder, {row["name"]: dict(row) for row in state.rows()}
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.shards import Shard, parse
-from data_prep.state import State
+from data_prep.shards import WorkShard, parse_shard
+from data_prep.state import PreparationState
 from tests.data_prep.kill import differences
 from video_swinv2.errors import UsageError
 
@@ -36,30 +36,30 @@ def source(write_video: Writer, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_every_name_is_in_exactly_one_shard(count: int) -> None:
     names = [f"-{number}_x_000010_000020.mp4" for number in range(400)]
-    held = [sum(Shard(place, count).holds(name) for name in names) for place in range(count)]
+    held = [sum(WorkShard(place, count).holds(name) for name in names) for place in range(count)]
     assert sum(held) == 400
     assert min(held) > 400 / count * 0.6
-    assert all(sum(Shard(place, count).holds(name) for place in range(count)) == 1 for name in names)
+    assert all(sum(WorkShard(place, count).holds(name) for place in range(count)) == 1 for name in names)
 
 
 def test_shards_are_stable() -> None:
     # sha256, big-endian: another version or machine must not deal anew
-    assert [[place for place in range(4) if Shard(place, 4).holds(name)] for name in "abcd"] == [[2], [2], [2], [1]]
+    assert [[place for place in range(4) if WorkShard(place, 4).holds(name)] for name in "abcd"] == [[2], [2], [2], [1]]
 
 
 def test_what_a_shard_is_called() -> None:
-    assert parse("3/8") == Shard(3, 8)
-    assert str(parse("0/1")) == "0/1"
+    assert parse_shard("3/8") == WorkShard(3, 8)
+    assert str(parse_shard("0/1")) == "0/1"
     slurm = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
-    assert parse("slurm", slurm | {"SLURM_ARRAY_TASK_STEP": "2"}) == Shard(3, 4)
-    assert parse("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "1"}) == Shard(0, 4)
+    assert parse_shard("slurm", slurm | {"SLURM_ARRAY_TASK_STEP": "2"}) == WorkShard(3, 4)
+    assert parse_shard("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "1"}) == WorkShard(0, 4)
     for text in ("8/8", "-1/8", "1", "a/b", "1/0", ""):
         with pytest.raises(UsageError, match="must be i/n"):
-            parse(text)
+            parse_shard(text)
     with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID is not set"):
-        parse("slurm", {})
+        parse_shard("slurm", {})
     with pytest.raises(UsageError, match="task 9 of the array"):
-        parse("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "9"})  # a task of an array with gaps
+        parse_shard("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "9"})  # a task of an array with gaps
 
 
 def test_shards_merged_equal_a_run_in_one_piece(
@@ -79,7 +79,7 @@ def test_shards_merged_equal_a_run_in_one_piece(
     assert "3 shards merged" in capsys.readouterr().out
     apart = [line for line in differences(whole, out) if not line.startswith("shards/")]
     assert apart == []
-    with State(out) as state:
+    with PreparationState(out) as state:
         assert [row["attempts"] for row in state.rows()] == [1] * 13
     assert all((other / row).is_file() for row in ("shards/1-of-3.sqlite",))
 
@@ -96,7 +96,7 @@ def test_shards_merged_equal_a_run_in_one_piece(
 def test_a_shard_resumes_and_sweeps_its_own_half_files_alone(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(source, out, "--shard", "0/2") == 0
-    with State(out, path=out / "shards/0-of-2.sqlite") as state:
+    with PreparationState(out, path=out / "shards/0-of-2.sqlite") as state:
         targets = {row["target"] for row in state.rows()}
         before = {row["name"]: row["finished_at"] for row in state.rows()}
     assert 0 < len(targets) < 13
@@ -107,7 +107,7 @@ def test_a_shard_resumes_and_sweeps_its_own_half_files_alone(source: Path, tmp_p
         half.write_bytes(b"half")
     assert run(source, out, "--shard", "0/2") == 0
     assert [half.exists() for half in halves] == [False, True]
-    with State(out, path=out / "shards/0-of-2.sqlite") as state:
+    with PreparationState(out, path=out / "shards/0-of-2.sqlite") as state:
         assert {row["name"]: row["finished_at"] for row in state.rows()} == before
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.layouts import origin_of
-from data_prep.sources import Plan, plan
-from data_prep.state import State, Wanted
+from data_prep.sources import PreparationPlan, plan_preparation
+from data_prep.state import PlannedVideo, PreparationState
 from video_swinv2.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,11 +35,11 @@ def write(path: Path, lines: Iterable[str]) -> Path:
     return path
 
 
-def names(planned: Plan, split: str | None = None, *, excluded: bool = False) -> list[str]:
+def names(planned: PreparationPlan, split: str | None = None, *, excluded: bool = False) -> list[str]:
     return [w.name for w in planned.wanted if split in (None, w.split) and bool(w.excluded) == excluded]
 
 
-def by_name(planned: Plan) -> dict[str, Wanted]:
+def by_name(planned: PreparationPlan) -> dict[str, PlannedVideo]:
     return {wanted.name: wanted for wanted in planned.wanted}
 
 
@@ -53,12 +53,12 @@ def test_a_downloaded_folder_is_what_its_official_lists_say(tmp_path: Path) -> N
         [HEADER.removesuffix(",is_cc"), f"say (in game),{C},0,10,train", f'"quoted ""hi"", it\'s",{A},61,71,train'],
     )
     write(lists / "validate.csv", [HEADER, f"abseiling,{B},6700,6710.0,validate,1"])
-    planned = plan(tmp_path)
+    planned = plan_preparation(tmp_path)
     assert planned.classes == ["abseiling", 'quoted "hi", it\'s', "say (in game)"]
     rows = by_name(planned)
     assert list(rows) == [f"{C}_000000_000010.mp4", f"train/{A}_000061_000071.mp4", f"val/{B}_006700_006710.mkv"]
     found = rows[f"train/{A}_000061_000071.mp4"]
-    assert found == Wanted(
+    assert found == PlannedVideo(
         split="train",
         position=1,
         name=f"train/{A}_000061_000071.mp4",
@@ -79,7 +79,7 @@ def test_segments_are_cut_out_of_whole_videos_unless_trimmed_ones_are_there(tmp_
         tmp_path / "val.csv",
         [HEADER, *(f"run,{i},1,11,val,0" for i in (A, B, C, D)), f"run,{A},20,30,val,0", f"run,{A},20.5,30.5,val,0"],
     )
-    rows = by_name(plan(tmp_path / "raw", [table]))
+    rows = by_name(plan_preparation(tmp_path / "raw", [table]))
     parts = {name: (Path(row.source).name, row.start, row.end) for name, row in rows.items()}
     assert parts == {
         f"{A}_000001_000011.mp4": (f"{A}.mkv", 1.0, 11.0),
@@ -91,8 +91,8 @@ def test_segments_are_cut_out_of_whole_videos_unless_trimmed_ones_are_there(tmp_
     }
     assert len({row.target for row in rows.values()}) == 6
     assert {row.origin for row in rows.values()} == {A, B, C, D}
-    assert plan(tmp_path / "raw", [table]).notes[0] == "4 clips are to be cut from whole videos"
-    assert plan(tmp_path / "raw", [table]).extra == [f"{C}.mp4"]
+    assert plan_preparation(tmp_path / "raw", [table]).notes[0] == "4 clips are to be cut from whole videos"
+    assert plan_preparation(tmp_path / "raw", [table]).extra == [f"{C}.mp4"]
 
 
 def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     lines = [f"running,{C},50,60,train", f"running,{B},1,11,train", f"running,{B},5,15,train", f"swim,{C},1,11,val"]
     k600 = write(tmp_path / "k600.csv", [HEADER.removesuffix(",is_cc"), *lines])
     (tmp_path / "raw").mkdir()
-    planned = plan(tmp_path / "raw", [k400, k600])
+    planned = plan_preparation(tmp_path / "raw", [k400, k600])
     assert planned.classes == ["run", "running", "swim"]
     assert names(planned, "train") == [f"{A}_000001_000011.mp4", f"{B}_000001_000011.mp4", f"{B}_000005_000015.mp4"]
     assert names(planned, "train", excluded=True) == [f"{C}_000050_000060.mp4", f"{B}_000001_000011.mp4 (2)"]
@@ -117,8 +117,8 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
         "1 videos of train are excluded: another split or a held-out list has their YouTube ids",
     ]
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
-    assert names(plan(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
-    with State(tmp_path, create=True) as state:  # which wants names and targets to be unique
+    assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
+    with PreparationState(tmp_path, create=True) as state:  # which wants names and targets to be unique
         state.sync(planned.wanted)
         counts = state.counts()
     assert (counts["train"].excluded, counts["val"].excluded) == ({"duplicate": 2}, {"duplicate": 1})
@@ -127,14 +127,16 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
 def test_path_lists_of_kinetics_clips_leak_nothing_either(tmp_path: Path) -> None:
     train = write(tmp_path / "k400_train_list.txt", [f"a/{A}_000001_000011.mp4 0", f"a/{B}_000001_000011.mp4 1"])
     val = write(tmp_path / "k400_val_list.txt", [f"b/{B}_000050_000060.mp4 1"])
-    planned = plan(tmp_path, [train, val])
+    planned = plan_preparation(tmp_path, [train, val])
     assert names(planned, "train", excluded=True) == [f"a/{B}_000001_000011.mp4"]
     assert names(planned, "val") == [f"b/{B}_000050_000060.mp4"]
     # A tree of folders is what its owner made it, unless a list is held out.
     for split, name in (("train", f"{B}_000001_000011"), ("val", f"{B}_000050_000060")):
         touch(tmp_path / "tree" / split / "run" / f"{name}.mp4")
-    assert names(plan(tmp_path / "tree"), excluded=True) == []
-    assert names(plan(tmp_path / "tree", held_out=[val]), excluded=True) == [f"train/run/{B}_000001_000011.mp4"]
+    assert names(plan_preparation(tmp_path / "tree"), excluded=True) == []
+    assert names(plan_preparation(tmp_path / "tree", held_out=[val]), excluded=True) == [
+        f"train/run/{B}_000001_000011.mp4"
+    ]
 
 
 def test_official_kinetics_lists_mix_as_counted(outside_data: Path, tmp_path: Path) -> None:
@@ -143,9 +145,9 @@ def test_official_kinetics_lists_mix_as_counted(outside_data: Path, tmp_path: Pa
     as_train = tmp_path / "train.csv"
     as_train.write_text(val400.read_text().replace(",val,", ",train,"))
     (tmp_path / "raw").mkdir()
-    counts = Counter((w.split, w.excluded) for w in plan(tmp_path / "raw", [as_train, val600]).wanted)
+    counts = Counter((w.split, w.excluded) for w in plan_preparation(tmp_path / "raw", [as_train, val600]).wanted)
     assert counts == {("train", ""): 19_906 - 13_569, ("train", "duplicate"): 13_569, ("val", ""): 30_000}
-    planned = plan(tmp_path / "raw", [val400, val600, folder / "kinetics-400_test.csv"])
+    planned = plan_preparation(tmp_path / "raw", [val400, val600, folder / "kinetics-400_test.csv"])
     assert len(planned.classes) == 632
     counts = Counter((w.split, w.excluded, bool(w.label)) for w in planned.wanted)
     # 13,566 are the same clip of the same ten seconds; three are other parts of the same video, which val may have.
@@ -158,18 +160,18 @@ def test_official_kinetics_lists_mix_as_counted(outside_data: Path, tmp_path: Pa
 def test_lines_said_twice_are_merged_and_contradictions_refused(tmp_path: Path) -> None:
     lines = [HEADER, f"run,{A},1,11,val,0", f"swim,{B},1,11,val,0", f"run,{A},1,11,val,0"]
     table = write(tmp_path / "k.csv", lines)
-    planned = plan(tmp_path, [table])
+    planned = plan_preparation(tmp_path, [table])
     assert names(planned) == [f"{A}_000001_000011.mp4", f"{B}_000001_000011.mp4"]
     assert planned.notes == [f"{table}: 1 lines say what an earlier line says: merged"]
     write(table, [*lines, f"run,{B},1,11,val,0"])
     with pytest.raises(
         UsageError, match=rf"k\.csv, line 5: '{B}_.*' is listed twice and not alike \(first in .*line 3"
     ):
-        plan(tmp_path, [table])
+        plan_preparation(tmp_path, [table])
     paths = write(tmp_path / "train.txt", ["a.mp4 0", "a.mp4 0", "b.mp4 1"])
-    assert names(plan(tmp_path, [paths])) == ["a.mp4", "b.mp4"]
+    assert names(plan_preparation(tmp_path, [paths])) == ["a.mp4", "b.mp4"]
     with pytest.raises(UsageError, match=r"more\.txt, line 1: 'a\.mp4' is listed twice and not alike"):
-        plan(tmp_path, [paths, write(tmp_path / "more.txt", ["a.mp4 1"])])
+        plan_preparation(tmp_path, [paths, write(tmp_path / "more.txt", ["a.mp4 1"])])
 
 
 def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
     write(lists / "testlist02.txt", ["HandstandPushups/v_HandStandPushups_g01_c01.avi"])
     touch(tmp_path / "UCF-101" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g08_c01.avi")
     touch(tmp_path / "UCF-101" / "HandstandPushups" / "v_HandstandPushups_g01_c01.avi")
-    planned = plan(tmp_path, official_split=2)
+    planned = plan_preparation(tmp_path, official_split=2)
     assert planned.classes == ["ApplyEyeMakeup", "HandstandPushups", "Biking"]  # as numbered, not as sorted
     assert [(w.split, w.name, w.label, w.origin, Path(w.source).is_file()) for w in planned.wanted] == [
         ("train", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "ApplyEyeMakeup", "ApplyEyeMakeup_g08", True),
@@ -194,11 +196,13 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
             True,
         ),
     ]
-    assert plan(tmp_path / "UCF-101", [lists], official_split=2).wanted[0].name == planned.wanted[0].name[8:]
+    assert (
+        plan_preparation(tmp_path / "UCF-101", [lists], official_split=2).wanted[0].name == planned.wanted[0].name[8:]
+    )
     with pytest.raises(UsageError, match=r"trainlist01\.txt: cannot be read"):
-        plan(tmp_path)
+        plan_preparation(tmp_path)
     with pytest.raises(UsageError, match=r"trainlist02\.txt: name the folder of the official lists"):
-        plan(tmp_path, [lists / "trainlist02.txt"])
+        plan_preparation(tmp_path, [lists / "trainlist02.txt"])
 
 
 def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
@@ -209,7 +213,7 @@ def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
         touch(*(tmp_path / label / film.format(label, n) for n in (0, 1, 2)))
         touch(*(flat / film.format(label, n) for n in (0, 1, 2)))
     touch(tmp_path / "wave" / "stray.avi")
-    planned = plan(tmp_path / "flat", [lists])
+    planned = plan_preparation(tmp_path / "flat", [lists])
     assert planned.classes == ["brush_hair", "wave"]
     assert names(planned, "train") == [film.format("brush_hair", 1), film.format("wave", 1)]
     assert names(planned, "test") == [film.format("brush_hair", 2), film.format("wave", 2)]
@@ -217,11 +221,11 @@ def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
     assert planned.extra == []  # number 0 is listed, as in neither
     for path in flat.iterdir():
         path.unlink()
-    planned = plan(tmp_path)
+    planned = plan_preparation(tmp_path)
     assert names(planned, "test") == [f"{label}/{film.format(label, 2)}" for label in ("brush_hair", "wave")]
     assert planned.extra == ["wave/stray.avi"]
     with pytest.raises(UsageError, match=r"no lists \*_test_split3\.txt"):
-        plan(tmp_path, official_split=3)
+        plan_preparation(tmp_path, official_split=3)
 
 
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
@@ -238,7 +242,7 @@ def test_something_something_with_its_templates(tmp_path: Path, prefix: str) -> 
     dump("validation", [{"id": "5", "label": "x", "template": "Attaching [something] to [something]"}])
     dump("test", [{"id": "7"}])
     touch(*(videos / f"{number}.webm" for number in (78687, 5, 7)))
-    planned = plan(tmp_path)
+    planned = plan_preparation(tmp_path)
     assert planned.classes == ["Attaching something to something", "Holding something next to something"]
     assert [(w.split, Path(w.source).name, w.label) for w in planned.wanted] == [
         ("train", "78687.webm", "Holding something next to something"),
@@ -246,10 +250,10 @@ def test_something_something_with_its_templates(tmp_path: Path, prefix: str) -> 
         ("test", "7.webm", ""),
     ]
     write(lists / "test-answers.csv", ["7;Holding something next to something"])
-    assert plan(videos, [lists]).wanted[2].label == "Holding something next to something"
+    assert plan_preparation(videos, [lists]).wanted[2].label == "Holding something next to something"
     dump("train", [{"id": "78687", "template": "Holding [something]"}])
     with pytest.raises(UsageError, match=r"train\.json, id 78687: label 'Holding something' is not one of the 2"):
-        plan(tmp_path)
+        plan_preparation(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -268,14 +272,14 @@ def test_origins_that_names_tell(stem: str, label: str | None, origin: str) -> N
 def test_prepared_data_below_the_source_is_no_source(tmp_path: Path) -> None:
     table = write(tmp_path / "val.csv", [HEADER, f"run,{A},1,11,val,0"])
     touch(tmp_path / "out" / "videos" / "val" / "run" / f"{A}_000001_000011.mp4", tmp_path / "out" / "prep.sqlite")
-    planned = plan(table)
+    planned = plan_preparation(table)
     assert names(planned) == [f"{A}_000001_000011.mp4"]
     assert planned.extra == []
 
 
 def test_names_that_meet_in_one_place_are_told_apart(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a?/x.mp4", "a?/x.mkv", "a?/X.avi", "A?/x.mp4", "b\\c/ ..mp4")))
-    targets = [w.target for w in plan(tmp_path).wanted]
+    targets = [w.target for w in plan_preparation(tmp_path).wanted]
     assert len({target.casefold() for target in targets}) == 5
     assert all(target.count("/") == 3 and target.endswith(".mp4") for target in targets)
 
@@ -292,19 +296,19 @@ def test_names_that_meet_in_one_place_are_told_apart(tmp_path: Path) -> None:
 )
 def test_lines_that_make_no_sense_are_named(tmp_path: Path, line: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        plan(write(tmp_path / "val.csv", [HEADER, line]))
+        plan_preparation(write(tmp_path / "val.csv", [HEADER, line]))
 
 
 def test_what_cannot_be_a_source(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no videos found"):
-        plan(tmp_path)
+        plan_preparation(tmp_path)
     with pytest.raises(UsageError, match="no such data set"):
-        plan(tmp_path, [tmp_path / "nowhere.csv"])
+        plan_preparation(tmp_path, [tmp_path / "nowhere.csv"])
     touch(tmp_path / "run" / "a.mp4")
     with pytest.raises(UsageError, match="names no YouTube ids"):
-        plan(tmp_path, held_out=[write(tmp_path / "held.txt", ["a.mp4 0"])])
+        plan_preparation(tmp_path, held_out=[write(tmp_path / "held.txt", ["a.mp4 0"])])
     with pytest.raises(UsageError, match="no lists train, val or test in it"):
-        plan(tmp_path, [tmp_path / "run"])
+        plan_preparation(tmp_path, [tmp_path / "run"])
 
 
 def kinetics_sized(path: Path, count: int) -> Path:
@@ -320,7 +324,7 @@ def test_planning_costs_little_a_clip(tmp_path: Path) -> None:
     kinetics_sized(tmp_path / "train.csv", count)
     touch(*(tmp_path / "train" / f"{n:011d}_{n % 600:06d}_{n % 600 + 10:06d}.mp4" for n in range(500)))
     started = time.process_time()
-    planned = plan(tmp_path)
+    planned = plan_preparation(tmp_path)
     seconds = time.process_time() - started
     assert len(planned.wanted) == count
     assert sum(w.name.startswith("train/") for w in planned.wanted) == 500
@@ -332,8 +336,8 @@ def test_the_whole_of_kinetics_is_planned_in_seconds_and_megabytes(tmp_path: Pat
     table = kinetics_sized(tmp_path / "train.csv", 246_534)
     # The peak of this process alone: getrusage would give the one of the process that started it, if that was more.
     code = (
-        "import re, sys, time; from pathlib import Path; from data_prep.sources import plan\n"
-        "planned = plan(Path(sys.argv[1])); assert len(planned.wanted) == 246534\n"
+        "import re, sys, time; from pathlib import Path; from data_prep.sources import plan_preparation\n"
+        "planned = plan_preparation(Path(sys.argv[1])); assert len(planned.wanted) == 246534\n"
         "print(time.process_time(), int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(table)], cwd=REPOSITORY, capture_output=True, text=True)

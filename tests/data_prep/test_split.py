@@ -10,26 +10,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.split import Video, choose, split_validation
-from data_prep.state import State, Wanted
+from data_prep.split import GroupedVideo, choose_validation_groups, split_validation
+from data_prep.state import PlannedVideo, PreparationState
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.errors import UsageError
 
 
-def ucf_like(classes: int = 12) -> list[Video]:
+def ucf_like(classes: int = 12) -> list[GroupedVideo]:
     """Twenty-five groups a class of four to seven videos, as in UCF101."""
     draw = random.Random(0)
-    return [Video(f"c{c}", f"c{c}_g{g}") for c in range(classes) for g in range(25) for _ in range(draw.randint(4, 7))]
+    return [
+        GroupedVideo(f"c{c}", f"c{c}_g{g}")
+        for c in range(classes)
+        for g in range(25)
+        for _ in range(draw.randint(4, 7))
+    ]
 
 
-def films_of_many_classes() -> list[Video]:
+def films_of_many_classes() -> list[GroupedVideo]:
     """Films whose scenes show several classes, as in HMDB51, beside videos of their own."""
     draw = random.Random(1)
-    films = [Video(f"c{draw.randrange(8)}", f"film {n}") for n in range(60) for _ in range(draw.randint(2, 9))]
-    return films + [Video(f"c{n % 8}", f"alone {n}") for n in range(200)]
+    films = [GroupedVideo(f"c{draw.randrange(8)}", f"film {n}") for n in range(60) for _ in range(draw.randint(2, 9))]
+    return films + [GroupedVideo(f"c{n % 8}", f"alone {n}") for n in range(200)]
 
 
-def misses(videos: list[Video], chosen: set[str], share: float) -> dict[str, float]:
+def misses(videos: list[GroupedVideo], chosen: set[str], share: float) -> dict[str, float]:
     total = Counter(video.label for video in videos)
     val = Counter(video.label for video in videos if video.group in chosen)
     assert all(val[label] < total[label] for label in total), "a class of train is empty"
@@ -40,7 +45,7 @@ def misses(videos: list[Video], chosen: set[str], share: float) -> dict[str, flo
 @pytest.mark.parametrize("make", [ucf_like, films_of_many_classes])
 def test_every_class_gives_its_share_in_whole_groups(make: object, share: float) -> None:
     videos = make()  # type: ignore[operator]  # one of the two functions above
-    chosen = choose(videos, share, seed=0)
+    chosen = choose_validation_groups(videos, share, seed=0)
     missed = misses(videos, chosen, share)
     assert max(missed.values()) <= 2
     assert np.mean(list(missed.values())) < 0.8
@@ -53,31 +58,35 @@ def test_it_is_nearer_to_the_share_than_the_folds_alone() -> None:
     labels, groups = zip(*videos, strict=True)
     test = next(StratifiedGroupKFold(10, shuffle=True, random_state=0).split(labels, labels, groups))[1]
     fold = misses(videos, {groups[place] for place in test}, 0.1)
-    ours = misses(videos, choose(videos, 0.1, seed=0), 0.1)
+    ours = misses(videos, choose_validation_groups(videos, 0.1, seed=0), 0.1)
     assert sum(ours.values()) < 0.7 * sum(fold.values())
 
 
 def test_the_choice_depends_on_seed_and_names_alone() -> None:
     videos = films_of_many_classes()
-    first = choose(videos, 0.2, seed=3)
-    assert choose(videos[::-1], 0.2, seed=3) == first
-    assert choose(videos, 0.2, seed=4) != first
+    first = choose_validation_groups(videos, 0.2, seed=3)
+    assert choose_validation_groups(videos[::-1], 0.2, seed=3) == first
+    assert choose_validation_groups(videos, 0.2, seed=4) != first
 
 
 def test_single_videos_fill_a_class_exactly_and_small_classes_stay() -> None:
-    videos = [Video(label, f"{label}{n}") for label, count in (("a", 30), ("b", 5), ("c", 1)) for n in range(count)]
-    chosen = choose(videos, 0.1, seed=0)
+    videos = [
+        GroupedVideo(label, f"{label}{n}") for label, count in (("a", 30), ("b", 5), ("c", 1)) for n in range(count)
+    ]
+    chosen = choose_validation_groups(videos, 0.1, seed=0)
     assert Counter(video.label for video in videos if video.group in chosen) == {"a": 3}
-    assert choose([Video("a", "one film")] * 9, 0.5, seed=0) == set()  # all of the class or nothing
-    many = [Video("a", f"{n}") for n in range(4)]
-    assert len(choose(many, 0.99, seed=0)) == 3
+    assert (
+        choose_validation_groups([GroupedVideo("a", "one film")] * 9, 0.5, seed=0) == set()
+    )  # all of the class or nothing
+    many = [GroupedVideo("a", f"{n}") for n in range(4)]
+    assert len(choose_validation_groups(many, 0.99, seed=0)) == 3
 
 
 def prepared(out: Path, rows: list[tuple[str, str, str]]) -> Path:
     """A state in which (name, origin, status) were prepared; the videos themselves are not needed."""
-    with State(out, create=True) as state:
+    with PreparationState(out, create=True) as state:
         state.sync(
-            Wanted("train", n, name, name[0], f"/raw/{name}", f"videos/train/{name}", origin=origin)
+            PlannedVideo("train", n, name, name[0], f"/raw/{name}", f"videos/train/{name}", origin=origin)
             for n, (name, origin, _) in enumerate(rows)
         )
         for row, (_, _, status) in zip(list(state.rows()), rows, strict=True):
@@ -96,7 +105,7 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
     assert (division.train, division.val) == (64, 16)
     assert division.classes == {"a": (8, 8.0), "b": (8, 8.0)}
     assert division.lines() == ["64 videos in train, 16 in val, every class within 0.0"]
-    with State(out) as state:
+    with PreparationState(out) as state:
         sides = {(row["origin"], row["split"]) for row in state.rows()}
     assert len(sides) == 10
     assert Counter(split for _, split in sides) == {"train": 8, "val": 2}

@@ -16,20 +16,21 @@ from pathlib import Path
 import pytest
 
 import data_prep.state as module
-from data_prep.state import EXCLUDED, REASONS, State, Wanted
+from data_prep.outcomes import EXCLUDED, REASONS
+from data_prep.state import PlannedVideo, PreparationState
 from video_swinv2.errors import UsageError, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def listing(count: int, split: str = "train") -> list[Wanted]:
+def listing(count: int, split: str = "train") -> list[PlannedVideo]:
     return [
-        Wanted(split, n, f"a/{n}.mp4", f"class {n % 7}", f"/raw/a/{n}.mp4", f"videos/{split}/{n}.mp4", f"id{n}")
+        PlannedVideo(split, n, f"a/{n}.mp4", f"class {n % 7}", f"/raw/a/{n}.mp4", f"videos/{split}/{n}.mp4", f"id{n}")
         for n in range(count)
     ]
 
 
-def by_name(state: State) -> dict[str, dict[str, object]]:
+def by_name(state: PreparationState) -> dict[str, dict[str, object]]:
     return {row["name"]: dict(row) for row in state.rows()}
 
 
@@ -40,7 +41,7 @@ def in_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def test_what_a_listing_says_is_kept(tmp_path: Path) -> None:
     cut = replace(listing(1)[0], start=1.5, end=11.5, origin="-_abc")
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         assert state.sync([cut, replace(listing(2)[1], excluded="duplicate")]) == []
         rows = by_name(state)
         assert (rows["a/0.mp4"]["origin"], rows["a/0.mp4"]["start_seconds"], rows["a/0.mp4"]["end_seconds"]) == (
@@ -70,7 +71,7 @@ def test_a_row_whose_source_part_or_place_changed_starts_afresh(
     tmp_path: Path, change: dict[str, object], kept: bool
 ) -> None:
     first, second = listing(2)
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync([first, second])
         state.finish(1, {"status": "ok", "sha256": "ab"})
         gone = state.sync([replace(first, **change), second])  # type: ignore[arg-type]  # fields of Wanted by name
@@ -84,7 +85,7 @@ def test_a_row_whose_source_part_or_place_changed_starts_afresh(
 
 def test_excluded_rows_come_and_go(tmp_path: Path) -> None:
     first, second = listing(2)
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync([first, second])
         state.finish(1, {"status": "ok", "sha256": "ab"})
         assert state.sync([replace(first, excluded="duplicate"), second]) == [first.target], "its file goes"
@@ -100,7 +101,7 @@ def test_excluded_rows_come_and_go(tmp_path: Path) -> None:
 
 def test_targets_may_be_exchanged_and_a_split_choice_stays(tmp_path: Path) -> None:
     first, second = listing(2)
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync([first, second])
         state.move({2: "val"})
         state.sync([replace(first, target=second.target), replace(second, target=first.target)])
@@ -111,7 +112,7 @@ def test_targets_may_be_exchanged_and_a_split_choice_stays(tmp_path: Path) -> No
 
 def test_a_listing_with_an_error_changes_nothing(tmp_path: Path) -> None:
     first, second = listing(2)
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync([first])
         with pytest.raises(UserError, match=r"prep\.sqlite: UNIQUE"):
             state.sync([second, replace(second, name="c", label="x")])  # one target for two
@@ -123,7 +124,7 @@ def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkey
     monkeypatch.setattr(module, "PAGE_ROWS", 7)
     wanted = listing(50) + listing(30, "test")
     shuffled = random.Random(0).sample(wanted, len(wanted))
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(shuffled)
         assert [(row["split"], row["position"]) for row in state.rows()] == sorted(
             (w.split, w.position) for w in wanted
@@ -139,7 +140,7 @@ def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkey
 
 
 def test_a_sample_is_spread_over_the_list(tmp_path: Path) -> None:
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(listing(100))
         assert [row["position"] for row in state.sample(4)] == [12, 37, 62, 87]
         assert [row["position"] for row in state.sample(200)] == list(range(100))
@@ -150,14 +151,14 @@ def test_rows_of_other_states_are_taken_over_as_they_are(tmp_path: Path) -> None
     paths = [tmp_path / f"{n}-of-2.sqlite" for n in range(2)]
     wanted = listing(6)
     for place, path in enumerate(paths):
-        with State(tmp_path, create=True, path=path) as part:
+        with PreparationState(tmp_path, create=True, path=path) as part:
             part.sync(wanted[place::2])
             part.finish(1, {"status": "failed", "reason": "empty", "detail": "x"})
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         for path in paths:
-            with State(tmp_path, path=path) as part:
+            with PreparationState(tmp_path, path=path) as part:
                 state.adopt(part.rows())
-        with State(tmp_path, path=paths[0]) as part:
+        with PreparationState(tmp_path, path=paths[0]) as part:
             before = by_name(part)["a/0.mp4"]
             with pytest.raises(UserError, match="UNIQUE"):
                 state.adopt(part.rows())
@@ -169,7 +170,7 @@ def test_rows_of_other_states_are_taken_over_as_they_are(tmp_path: Path) -> None
 
 
 def test_counts_by_split_and_class(tmp_path: Path) -> None:
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync([*listing(14, "test"), *listing(7)])
         for row, reason in ((1, "empty"), (2, "missing"), (8, "empty")):
             state.finish(row, {"status": "failed", "reason": reason})
@@ -185,7 +186,7 @@ def test_counts_by_split_and_class(tmp_path: Path) -> None:
 def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) -> None:
     """Counted in steps of SQLite's machine, which a clock does not disturb."""
 
-    def steps(count: int, action: Callable[[State], object]) -> int:
+    def steps(count: int, action: Callable[[PreparationState], object]) -> int:
         folder = tmp_path / str(count)
         folder.mkdir(exist_ok=True)
         ran = 0
@@ -195,20 +196,20 @@ def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) ->
             ran += 1
             return 0
 
-        with State(folder, create=True) as state:
+        with PreparationState(folder, create=True) as state:
             if not state.counts():
                 state.sync(listing(count))
             state._db.set_progress_handler(tick, 1)
             action(state)
         return ran
 
-    def finish(state: State) -> None:
+    def finish(state: PreparationState) -> None:
         state.finish(101, {"status": "failed", "reason": "empty", "detail": "x"})
 
-    def first_pending(state: State) -> None:
+    def first_pending(state: PreparationState) -> None:
         next(iter(state.rows("pending", ("target",))))
 
-    def rate(state: State) -> None:
+    def rate(state: PreparationState) -> None:
         state.finished_since((state.last_finished() or 0.0) - 60)
 
     for action in (finish, first_pending, rate):
@@ -218,7 +219,7 @@ def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) ->
 
 def test_every_query_of_a_run_has_its_index(tmp_path: Path) -> None:
     asked = []
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(listing(3))
         state._db.set_trace_callback(asked.append)
         list(state.rows())
@@ -247,9 +248,9 @@ def test_a_finished_video_survives_kill_minus_nine(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-from data_prep.state import State, Wanted
-with State(Path(sys.argv[1]), create=True) as state:
-    state.sync([Wanted("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
+from data_prep.state import PreparationState, PlannedVideo
+with PreparationState(Path(sys.argv[1]), create=True) as state:
+    state.sync([PlannedVideo("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
     state.finish(7, {"status": "ok"})
     with state._change():
         state._db.execute("UPDATE clips SET status = 'ok'")
@@ -257,14 +258,14 @@ with State(Path(sys.argv[1]), create=True) as state:
 """
     assert in_process(code, tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "prep.sqlite-journal").exists(), "killed in the middle"
-    with State(tmp_path) as state:
+    with PreparationState(tmp_path) as state:
         assert state._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         assert [row["id"] for row in state.rows("ok")] == [7]
         assert state.counts()["train"].pending == 4999
 
 
 def test_a_commit_is_on_the_disk_when_the_call_returns(tmp_path: Path) -> None:
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         assert state._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
         assert state._db.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
 
@@ -273,12 +274,12 @@ def test_another_process_reads_while_one_writes(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from data_prep.state import State
-with State(Path(sys.argv[1])) as state:
+from data_prep.state import PreparationState
+with PreparationState(Path(sys.argv[1])) as state:
     for _ in range(10):
         print(state.counts()["train"].listed, len(list(state.rows(None, ("name",)))))
 """
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(listing(300))
         command = [sys.executable, "-c", code, str(tmp_path)]
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as reader:
@@ -312,12 +313,15 @@ def test_a_state_of_the_older_form_is_brought_up_to_date(tmp_path: Path) -> None
             " VALUES ('train', 'train', 0, 'a/0.mp4', 'class 0', '/raw/a/0.mp4', 'videos/train/0.mp4', 'ok', 'ab')"
         )
     db.close()
-    with State(tmp_path) as state:
+    with PreparationState(tmp_path) as state:
         assert state.counts()["train"].ok == 1
         assert state.sync(listing(1)) == []
         row = by_name(state)["a/0.mp4"]
     assert (row["status"], row["sha256"], row["origin"], row["start_seconds"]) == ("ok", "ab", "id0", None)
-    with State(tmp_path, create=True, path=tmp_path / "new.sqlite") as fresh, State(tmp_path) as old:
+    with (
+        PreparationState(tmp_path, create=True, path=tmp_path / "new.sqlite") as fresh,
+        PreparationState(tmp_path) as old,
+    ):
         of = [{tuple(row[1:5]) for row in s._db.execute("PRAGMA table_info(clips)")} for s in (fresh, old)]
     assert of[0] == of[1]
 
@@ -325,32 +329,32 @@ def test_a_state_of_the_older_form_is_brought_up_to_date(tmp_path: Path) -> None
 def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "prep.sqlite"
     with pytest.raises(UsageError, match="run `prepare SRC"):
-        State(tmp_path)
+        PreparationState(tmp_path)
     path.write_bytes(b"")
     with pytest.raises(UsageError, match="nothing was prepared here"):
-        State(tmp_path)
+        PreparationState(tmp_path)
     path.write_bytes(b"SQLite format 3\0" + os.urandom(4096))
     with pytest.raises(UserError, match=r"prep\.sqlite: .*; restore it, or remove it") as caught:
-        State(tmp_path)
+        PreparationState(tmp_path)
     assert "\n" not in str(caught.value)
     path.unlink()
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(listing(2000))
         state._db.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="newer version"):
-        State(tmp_path)
+        PreparationState(tmp_path)
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 2")
     db.close()
     with path.open("r+b") as file:  # a page in the middle is overwritten
         file.seek(path.stat().st_size // 2)
         file.write(b"\xff" * 50_000)
-    with State(tmp_path) as state, pytest.raises(UserError, match=r"malformed; restore it"):
+    with PreparationState(tmp_path) as state, pytest.raises(UserError, match=r"malformed; restore it"):
         list(state.rows())
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(listing(10))
         pages = state._db.execute("PRAGMA page_count").fetchone()[0]
         state._db.execute(f"PRAGMA max_page_count = {pages}")

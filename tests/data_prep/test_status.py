@@ -12,8 +12,17 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.state import REASONS, SplitCount, State, Wanted
-from data_prep.status import as_text, duration, open_states, progress, standing, table, worst_classes
+from data_prep.outcomes import REASONS, VideoCounts
+from data_prep.state import PlannedVideo, PreparationState
+from data_prep.status import (
+    as_text,
+    counts_table,
+    format_duration,
+    open_states,
+    progress_line,
+    read_status,
+    worst_classes,
+)
 from data_prep.status_page import curve, histogram, survivors
 from video_swinv2.errors import UserError
 
@@ -26,11 +35,11 @@ def fill(out: Path, count: int = 42, *, path: Path | None = None, step: int = 1,
     """A state in which every seventh video is lost in some way, one in seven is pending and the last is excluded."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = [
-        Wanted("val" if n % 3 else "train", n, f"{n}.mp4", LABELS[n % 3], f"/raw/{n}.mp4", f"videos/{n}.mp4",
+        PlannedVideo("val" if n % 3 else "train", n, f"{n}.mp4", LABELS[n % 3], f"/raw/{n}.mp4", f"videos/{n}.mp4",
                excluded="duplicate" if n == count - 1 else "")
         for n in range(count)
     ][place::step]  # fmt: skip
-    with State(out, create=True, path=path) as state:
+    with PreparationState(out, create=True, path=path) as state:
         state.sync(wanted)
         for row in list(state.rows("pending")):
             reason = REASON_OF[row["position"] % 7]
@@ -87,13 +96,13 @@ def test_table_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_table_of_nothing_and_of_one_split() -> None:
-    assert table({}) == "split"
-    assert table({"train": SplitCount(2, 2, 0, {}, {})}).splitlines()[1].split() == ["train", *"2200000"]
+    assert counts_table({}) == "split"
+    assert counts_table({"train": VideoCounts(2, 2, 0, {}, {})}).splitlines()[1].split() == ["train", *"2200000"]
 
 
 def test_counts_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(UserError, match="accounted for"):
-        table({"train": SplitCount(3, 2, 0, {})})
+    with pytest.raises(UserError, match="but the state counts"):
+        counts_table({"train": VideoCounts(3, 2, 0, {})})
 
 
 def test_shards_are_summed_until_they_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +111,7 @@ def test_shards_are_summed_until_they_are_merged(tmp_path: Path, capsys: pytest.
     for place in range(2):
         fill(tmp_path / "out", path=tmp_path / "out" / "shards" / f"{place}-of-3.sqlite", step=3, place=place)
     with open_states(tmp_path / "out") as states:
-        now = standing(states)
+        now = read_status(states)
     assert now.shards == (2, 3)
     assert "2 of 3 shards have begun" in as_text(now)
     fill(tmp_path / "out", path=tmp_path / "out" / "shards" / "2-of-3.sqlite", step=3, place=2)
@@ -120,11 +129,11 @@ def test_shards_are_summed_until_they_are_merged(tmp_path: Path, capsys: pytest.
 
 def test_classes_that_lost_most_come_first() -> None:
     classes = {
-        "none lost": SplitCount(5, 5, 0, {}),
-        "half": SplitCount(5, 2, 1, {"empty": 1, "missing": 1}),
-        "most": SplitCount(3, 1, 0, {"too_short": 2}),
-        "": SplitCount(3, 1, 0, {"too_short": 2}),
-        "unknown": SplitCount(3, 0, 3, {}),
+        "none lost": VideoCounts(5, 5, 0, {}),
+        "half": VideoCounts(5, 2, 1, {"empty": 1, "missing": 1}),
+        "most": VideoCounts(3, 1, 0, {"too_short": 2}),
+        "": VideoCounts(3, 1, 0, {"too_short": 2}),
+        "unknown": VideoCounts(3, 0, 3, {}),
     }
     assert worst_classes(classes) == [("most", 2, 3), ("half", 2, 4)]
     rows = survivors(classes)
@@ -134,7 +143,7 @@ def test_classes_that_lost_most_come_first() -> None:
 
 def test_durations_are_said_as_people_say_them() -> None:
     seconds = (40, 100, 3600 * 3 + 60 * 20, 3600 * 53, 59.9 * 60)
-    assert [duration(number) for number in seconds] == ["40 s", "2 min", "3 h 20 min", "2 d 5 h", "1 h 0 min"]
+    assert [format_duration(number) for number in seconds] == ["40 s", "2 min", "3 h 20 min", "2 d 5 h", "1 h 0 min"]
 
 
 def test_curve_leaves_out_stops() -> None:
@@ -201,14 +210,14 @@ def test_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
 
 
 def test_page_before_anything_is_done(tmp_path: Path) -> None:
-    with State(tmp_path, create=True) as state:
-        state.sync([Wanted("train", 0, "a", "", "a", "b")])
+    with PreparationState(tmp_path, create=True) as state:
+        state.sync([PlannedVideo("train", 0, "a", "", "a", "b")])
     assert run(tmp_path, "--html", tmp_path / "page.html") == 0
     text = " ".join(Page((tmp_path / "page.html").read_text()).texts)
     assert "Nothing to draw yet" in text
     assert "None has failed" in text
     with open_states(tmp_path) as states:
-        assert progress(standing(states)) == "0 of 1 done (0.0%)"
+        assert progress_line(read_status(states)) == "0 of 1 done (0.0%)"
 
 
 def test_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

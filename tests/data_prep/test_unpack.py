@@ -14,7 +14,7 @@ import pytest
 
 from data_prep import unpack as module
 from data_prep.fetch import StopError
-from data_prep.unpack import not_an_archive, unpack
+from data_prep.unpack import archive_fault, unpack
 from video_swinv2.errors import UserError
 
 NAME = "-aU_xCCzkT0_000061_000071.mp4"
@@ -64,7 +64,7 @@ def test_videos_come_out_under_their_bare_names(tmp_path, zipped):
     assert files_below(tmp_path / "out") == set(held.names)
     assert len(held.names) == 3
     assert (tmp_path / "out" / NAME).read_bytes() == content
-    assert not_an_archive(archive) == ""
+    assert archive_fault(archive) == ""
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_tar_without_a_video_and_other_files_are_refused(tmp_path):
         unpack(packed(tmp_path / "a.tar", ("a.txt", b"x", {})), tmp_path / "out")
     page = tmp_path / "b.tar.gz"
     page.write_bytes(b"<!DOCTYPE html><title>404</title>")
-    assert not_an_archive(page) == "a web page or an error message, not a tar archive"
+    assert archive_fault(page) == "a web page or an error message, not a tar archive"
     with pytest.raises(UserError, match="not a tar archive"):
         unpack(page, tmp_path / "out2")
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.verify import FAULTS, LEVELS, Verified, verify
+from data_prep.verify import FAULTS, LEVELS, VerifyResult, verify
 from video_swinv2.errors import UsageError, UserError
 
 Writer = Callable[..., Path]
@@ -45,7 +45,7 @@ def out(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "out"))
 
 
-def bad(result: Verified) -> dict[str, str]:
+def bad(result: VerifyResult) -> dict[str, str]:
     return {Path(item.name).name: item.reason for item in result.bad}
 
 
@@ -162,13 +162,13 @@ import os, signal, sys
 from pathlib import Path
 import data_prep.verify as module
 module.SAVE_EVERY_SECONDS = 0.0
-write, seen = module.Ledger.write, []
+write, seen = module.VerifyLedger.write, []
 def cut_off(ledger, found):
     write(ledger, found)
     seen.append(found)
     if len(seen) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-module.Ledger.write = cut_off
+module.VerifyLedger.write = cut_off
 module.verify(Path(sys.argv[1]), "full", workers=1)
 """
     flip_a_bit(video(out, 8))

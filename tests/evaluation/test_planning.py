@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.state import State, Wanted
+from data_prep.state import PlannedVideo, PreparationState
 from video_swinv2.data.manifest import Entry, Manifest
 from video_swinv2.evaluation.parts import MAX_PARTS, PartFolder
 from video_swinv2.evaluation.planning import read_origins
@@ -16,9 +16,9 @@ def test_origins_are_those_of_the_preparation(tmp_path: Path) -> None:
     names = [f"videos/test/a/{name}.mp4" for name in ("one_1", "one_2", "other")]
     manifest = Manifest(tmp_path, "test", ("a",), tuple(Entry(name, tmp_path / name, 0) for name in names), "f")
     assert read_origins(manifest) == ["", "", ""]
-    with State(tmp_path, create=True) as state:
+    with PreparationState(tmp_path, create=True) as state:
         state.sync(
-            Wanted("test", place, name, "a", f"/from/{place}", target=name, origin=origin)
+            PlannedVideo("test", place, name, "a", f"/from/{place}", target=name, origin=origin)
             for place, (name, origin) in enumerate(zip(names, ("one", "one", ""), strict=True))
         )
     assert read_origins(manifest) == ["one", "one", ""]
@@ -29,11 +29,11 @@ def test_origins_are_those_of_the_preparation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("groups", [1, 2, MAX_PARTS, MAX_PARTS + 1, 20_000])
 def test_every_group_is_in_one_shard_and_shards_are_not_too_many(tmp_path: Path, groups: int) -> None:
     folder = PartFolder(tmp_path, {"model": "a"}, groups)
-    pending = folder.open()
-    assert len(pending) == folder.number <= MAX_PARTS
-    held = [group for shard in pending for group in folder.groups(shard)]
+    missing = folder.open()
+    assert len(missing) == folder.count <= MAX_PARTS
+    held = [group for part in missing for group in folder.groups_in(part)]
     assert held == list(range(groups))
-    assert all(folder.shard_of(group) == shard for shard in pending for group in folder.groups(shard))
+    assert all(folder.part_of(group) == part for part in missing for group in folder.groups_in(part))
 
 
 def test_only_shards_of_the_same_test_are_found_again(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.clip import Outcome, Settings, Task, prepare_clip, sweep
-from data_prep.encode import TIME_BASE, differs
+from data_prep.encode import TIME_BASE, difference_from_prepared_form
+from data_prep.transcode import Outcome, TranscodeJob, TranscodeSettings, remove_partial_files, transcode_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import sha256
 
 Writer = Callable[..., Path]
-SMALL = Settings(short_side=32)
+SMALL = TranscodeSettings(short_side=32)
 
 
 def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -50,9 +50,9 @@ def write(path: Path, times: list[float], *, options: dict[str, str] | None = No
     return path
 
 
-def make(source: Path, settings: Settings = SMALL, **part: float) -> tuple[Outcome, Path]:
+def make(source: Path, settings: TranscodeSettings = SMALL, **part: float) -> tuple[Outcome, Path]:
     target = source.parent / "made" / "clip.mp4"
-    return prepare_clip(Task(1, source, target, settings, **part), lambda seconds: None), target
+    return transcode_video(TranscodeJob(1, source, target, settings, **part), lambda seconds: None), target
 
 
 def numbers(path: Path) -> list[int]:
@@ -106,9 +106,9 @@ def test_what_is_too_short(tmp_path: Path) -> None:
         assert f"segment {part['start']:g} to" in outcome.detail
         assert "the source ends at 2.00 s" in outcome.detail
     assert make(source, start=0.9, end=3.0)[0].frames == 27  # rather more than half of it
-    outcome, _ = make(source, Settings(32, min_seconds=2.5))
+    outcome, _ = make(source, TranscodeSettings(32, min_seconds=2.5))
     assert (outcome.reason, outcome.detail) == ("too_short", "2.00 s, less than 2.5")
-    assert make(source, Settings(32, min_seconds=2.0))[0].reason == ""
+    assert make(source, TranscodeSettings(32, min_seconds=2.0))[0].reason == ""
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["clip.mp4"]
 
 
@@ -117,38 +117,38 @@ def test_a_constant_rate_repeats_and_passes_over_by_time(tmp_path: Path) -> None
     with VideoReader(source) as reader:
         shown, lasts = reader.times, float(reader.times[-1]) + 1 / reader.fps
     for fps in (5.0, 30000 / 1001):
-        outcome, made = make(source, Settings(32, fps=fps))
+        outcome, made = make(source, TranscodeSettings(32, fps=fps))
         moments = np.arange(round(lasts * fps)) / fps
         assert outcome.fps == fps
         np.testing.assert_allclose(times_of(made), moments, atol=2e-5)
         assert numbers(made) == (np.searchsorted(shown, moments + 6e-6, side="right") - 1).tolist()
     even = write(tmp_path / "b.mp4", [place / 25 for place in range(40)])
-    assert numbers(make(even, Settings(32, fps=25.0))[1]) == list(range(40))
-    assert numbers(make(even, Settings(32, fps=50.0))[1]) == [place // 2 for place in range(80)]
-    assert numbers(make(even, Settings(32, fps=10.0), start=0.4, end=0.8)[1]) == [10, 12, 15, 17]
-    assert make(even, Settings(32, fps=0.1))[0].frames == 1
+    assert numbers(make(even, TranscodeSettings(32, fps=25.0))[1]) == list(range(40))
+    assert numbers(make(even, TranscodeSettings(32, fps=50.0))[1]) == [place // 2 for place in range(80)]
+    assert numbers(make(even, TranscodeSettings(32, fps=10.0), start=0.4, end=0.8)[1]) == [10, 12, 15, 17]
+    assert make(even, TranscodeSettings(32, fps=0.1))[0].frames == 1
 
 
 def test_copy_keeps_the_bytes_of_what_is_already_as_asked(tmp_path: Path) -> None:
     source = write(tmp_path / "raw.mp4", UNEVEN)
     _, prepared = make(source)
     again = prepared.rename(tmp_path / "prepared.mp4")
-    outcome, made = make(again, Settings(32, copy=True))
+    outcome, made = make(again, TranscodeSettings(32, copy=True))
     assert made.read_bytes() == again.read_bytes()
     assert (outcome.sha256, outcome.frames) == (sha256(again), 100)
     assert outcome.source_sha256 == outcome.sha256
     for settings, part in [
         (SMALL, {}),
-        (Settings(16, copy=True), {}),
-        (Settings(32, gop=8, copy=True), {}),
-        (Settings(32, fps=25.0, copy=True), {}),
-        (Settings(32, copy=True), {"start": 0.0, "end": 2.0}),
+        (TranscodeSettings(16, copy=True), {}),
+        (TranscodeSettings(32, gop=8, copy=True), {}),
+        (TranscodeSettings(32, fps=25.0, copy=True), {}),
+        (TranscodeSettings(32, copy=True), {"start": 0.0, "end": 2.0}),
     ]:
         outcome, made = make(again, settings, **part)
         assert outcome.reason == ""
         assert made.read_bytes() != again.read_bytes()
-    steady = make(source, Settings(32, fps=25.0))[1].rename(tmp_path / "steady.mp4")
-    assert make(steady, Settings(32, fps=25.0, copy=True))[1].read_bytes() == steady.read_bytes()
+    steady = make(source, TranscodeSettings(32, fps=25.0))[1].rename(tmp_path / "steady.mp4")
+    assert make(steady, TranscodeSettings(32, fps=25.0, copy=True))[1].read_bytes() == steady.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_copy_keeps_the_bytes_of_what_is_already_as_asked(tmp_path: Path) -> Non
 )
 def test_what_differs_from_the_prepared_form(tmp_path: Path, change: dict[str, object], words: str) -> None:
     path = write(tmp_path / "a.mp4", [place / 25 for place in range(40)], **change)  # type: ignore[arg-type]  # any
-    assert differs(path, short_side=48, gop=16) == words
+    assert difference_from_prepared_form(path, short_side=48, gop=16) == words
 
 
 def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
     whole = bytearray(source.read_bytes())
     whole[place : place + size] = noise.tobytes()[:size]
     source.write_bytes(whole)
-    assert differs(source, short_side=32, gop=16) == ""
-    outcome, made = make(source, Settings(32, copy=True))
+    assert difference_from_prepared_form(source, short_side=32, gop=16) == ""
+    outcome, made = make(source, TranscodeSettings(32, copy=True))
     assert made.read_bytes() != bytes(whole) or outcome.reason
     assert outcome.detail or outcome.reason
 
@@ -189,7 +189,7 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
 def test_pixels_come_out_square(outside_data: Path, tmp_path: Path) -> None:
     source = outside_data / "odd_clips" / "mp4p__h264_white_frame_sar_16_9.mp4"
     target = tmp_path / "a.mp4"
-    outcome = prepare_clip(Task(1, source, target, Settings(240)), lambda seconds: None)
+    outcome = transcode_video(TranscodeJob(1, source, target, TranscodeSettings(240)), lambda seconds: None)
     assert (outcome.height, outcome.width) == (240, 568)  # 480 x 640, pixels 16:9
     with av.open(str(target)) as container:
         assert (container.streams.video[0].sample_aspect_ratio or 1) == 1
@@ -198,6 +198,6 @@ def test_pixels_come_out_square(outside_data: Path, tmp_path: Path) -> None:
 def test_sweeping_leaves_what_others_make(tmp_path: Path) -> None:
     for name in (".a.mp4.0123abcd.part", ".b.mp4.0123abcd.part", ".c.mp4.part", "a.mp4", ".d.mp4.part.txt"):
         (tmp_path / name).write_bytes(b"half")
-    assert sweep(tmp_path, lambda target: target.name == "a.mp4") == 1
-    assert sweep(tmp_path) == 2
+    assert remove_partial_files(tmp_path, lambda target: target.name == "a.mp4") == 1
+    assert remove_partial_files(tmp_path) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [".d.mp4.part.txt", "a.mp4"]

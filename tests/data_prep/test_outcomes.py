@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.account import account
-from data_prep.dataset import Failed, Listed, SplitContent, write_dataset
-from data_prep.state import REASONS, SplitCount
+from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, write_dataset
+from data_prep.outcomes import REASONS, VideoCounts, outcome_counts
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.errors import UserError
 
@@ -18,7 +17,7 @@ from video_swinv2.errors import UserError
 def test_every_reason_is_accounted_for_once() -> None:
     failed = {reason: place + 1 for place, reason in enumerate(REASONS)}
     total = sum(failed.values()) + 10 + 3 + 4
-    ends = account(SplitCount(listed=total, ok=10, pending=3, failed=failed, excluded={"duplicate": 4}))
+    ends = outcome_counts(VideoCounts(listed=total, ok=10, pending=3, failed=failed, excluded={"duplicate": 4}))
     assert ends == {
         "listed": total,
         "ok": 10,
@@ -31,15 +30,17 @@ def test_every_reason_is_accounted_for_once() -> None:
 
 
 def test_an_account_that_does_not_add_up_is_refused() -> None:
-    with pytest.raises(UserError, match="5 videos are listed, but accounted for are 3 ok, 0 missing, 1 broken"):
-        account(SplitCount(listed=5, ok=3, pending=0, failed={"crashed": 1}, excluded={}))
+    with pytest.raises(UserError, match="5 videos are listed, but the state counts 3 ok, 0 missing, 1 broken"):
+        outcome_counts(VideoCounts(listed=5, ok=3, pending=0, failed={"crashed": 1}, excluded={}))
 
 
 def test_the_data_set_keeps_the_account_and_is_read_with_it(tmp_path: Path) -> None:
-    ok = [Listed("videos/a.mp4", "run", "1" * 64), Listed("videos/b.mp4", "walk", "2" * 64)]
-    failed = [Failed(f"{n}.mp4", reason, "") for n, reason in enumerate(("missing", "missing", "timeout", "too_short"))]
+    ok = [PreparedVideo("videos/a.mp4", "run", "1" * 64), PreparedVideo("videos/b.mp4", "walk", "2" * 64)]
+    failed = [
+        FailedVideo(f"{n}.mp4", reason, "") for n, reason in enumerate(("missing", "missing", "timeout", "too_short"))
+    ]
 
-    def write(extra: list[str], train: list[Listed]) -> dict[str, object]:
+    def write(extra: list[str], train: list[PreparedVideo]) -> dict[str, object]:
         splits = {"train": SplitContent(train), "test": SplitContent(ok, failed, excluded=3)}
         write_dataset(tmp_path, name="x", classes=["run", "walk"], splits=splits, settings={}, extra=extra)
         return dict(json.loads((tmp_path / "dataset.json").read_text()))

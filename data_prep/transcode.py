@@ -18,12 +18,12 @@ from sqlite3 import Row
 import av
 import numpy as np
 
-from data_prep.encode import H264, TIME_BASE, differs, ticks, write_video
+from data_prep.encode import TIME_BASE, H264Settings, difference_from_prepared_form, to_ticks, write_video
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.display import size_for
-from video_swinv2.files import PART_SUFFIX, keep, sha256
+from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 
 # Raised when the same settings would give other bytes; part of what decides whether an old output still counts.
 FORM = 2
@@ -36,11 +36,11 @@ SAME_SECONDS = 1e-6
 FULL_HD = 1920 * 1080
 # Faults of the disk, not of the video: they would fail every other video too.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-HALF_FILE = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?" + re.escape(PART_SUFFIX))
+PARTIAL_FILE = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?" + re.escape(PARTIAL_SUFFIX))
 
 
 @dataclass(frozen=True)
-class Settings:
+class TranscodeSettings:
     """How every video of a data set is made.
 
     `short_side` in pixels is a ceiling, nothing is enlarged. `fps` asks for a constant rate; without it every frame
@@ -55,9 +55,9 @@ class Settings:
     min_seconds: float = 0.0
 
     @property
-    def encoding(self) -> H264:
+    def encoding(self) -> H264Settings:
         """What the encoder is told."""
-        return H264(gop=self.gop)
+        return H264Settings(gop=self.gop)
 
     def record(self) -> dict[str, object]:
         """All that decides the form of an output, for dataset.json."""
@@ -69,21 +69,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
+class TranscodeJob:
     """What to make of which file; `start` and `end`, seconds from its first frame on, bound the part to cut out."""
 
     row: int
     source: Path
     target: Path
-    settings: Settings
+    settings: TranscodeSettings
     start: float | None = None
     end: float | None = None
 
 
-def task_of(row: Row, out: Path, settings: Settings) -> Task:
+def job_for_row(row: Row, out: Path, settings: TranscodeSettings) -> TranscodeJob:
     """What to do for a row of the state of `out`."""
     source, target = Path(row["source"]), out / row["target"]
-    return Task(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
+    return TranscodeJob(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,20 @@ class _Made:
     ticks: list[int] = field(default_factory=list)
 
 
-class CheckError(Exception):
+class ReadBackError(Exception):
     """The file written does not read back as it was meant."""
 
 
-def prepare_clip(task: Task, allow: Allow) -> Outcome:
+def transcode_video(task: TranscodeJob, allow: Allow) -> Outcome:
     """Decode, resize, encode and check one video; never raises. `allow` is told how long that may take once known."""
     started = time.monotonic()
     known = Outcome()
-    part = _half_file(task.target)
+    part = _unique_partial_path(task.target)
     try:
         known = _identify(task.source)
         task.target.parent.mkdir(parents=True, exist_ok=True)
         known = _make(task, part, known, allow)
-        keep(part, task.target)
+        commit_file(part, task.target)
     except Exception as fault:
         reason, detail = _diagnose(fault)
         known = replace(known, reason=reason, detail=detail)
@@ -135,7 +135,7 @@ def prepare_clip(task: Task, allow: Allow) -> Outcome:
     return replace(known, seconds=time.monotonic() - started)
 
 
-def size_and_time(source: str | Path) -> tuple[int | None, int | None]:
+def size_and_mtime(source: str | Path) -> tuple[int | None, int | None]:
     """(bytes, time of change in ns) of a file; None for what is not there."""
     try:
         status = os.stat(source)
@@ -144,38 +144,38 @@ def size_and_time(source: str | Path) -> tuple[int | None, int | None]:
     return status.st_size, status.st_mtime_ns
 
 
-def seconds_for(task: Task) -> float:
+def initial_limit_seconds(task: TranscodeJob) -> float:
     """How long a task may take until it knows better."""
-    return seconds_to_index(size_and_time(task.source)[0] or 0)
+    return index_limit_seconds(size_and_mtime(task.source)[0] or 0)
 
 
-def seconds_to_index(size: int) -> float:
+def index_limit_seconds(size: int) -> float:
     """How long reading a file of `size` bytes may take before its duration is known."""
     return 60.0 + 10.0 * size / 2**20
 
 
-def seconds_to_encode(duration_seconds: float, pixels: int) -> float:
+def encode_limit_seconds(duration_seconds: float, pixels: int) -> float:
     """How long a video may take: some hundred times what it needs on one core."""
     return 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD)
 
 
-def target_size(shown: tuple[int, int], short_side: int) -> tuple[int, int]:
+def output_size(shown: tuple[int, int], short_side: int) -> tuple[int, int]:
     """(height, width) to encode: the short side at most as asked, both even, the aspect ratio kept."""
     short = max(2, min(short_side, *shown) // 2 * 2)
     return size_for(shown, short)
 
 
-def _half_file(target: Path) -> Path:
+def _unique_partial_path(target: Path) -> Path:
     """A hidden name of its own for each try: a try that a cluster gave up may still be writing elsewhere."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
-def sweep(videos: Path, ours: Callable[[Path], bool] = lambda target: True) -> int:
+def remove_partial_files(videos: Path, ours: Callable[[Path], bool] = lambda target: True) -> int:
     """Remove the half files below `videos` that a killed run left of targets that are `ours`; returns how many."""
     count = 0
     for parent, _, files in os.walk(videos):
         for name in files:
-            if (half := HALF_FILE.fullmatch(name)) and ours(Path(parent, half["name"])):
+            if (half := PARTIAL_FILE.fullmatch(name)) and ours(Path(parent, half["name"])):
                 Path(parent, name).unlink(missing_ok=True)
                 count += 1
     return count
@@ -191,7 +191,7 @@ def _identify(source: Path) -> Outcome:
         raise DecodeError(f"{source}: {fault.strerror}") from fault
 
 
-def _make(task: Task, part: Path, known: Outcome, allow: Allow) -> Outcome:
+def _make(task: TranscodeJob, part: Path, known: Outcome, allow: Allow) -> Outcome:
     """Write and check the file; what is known of it."""
     settings = task.settings
     with VideoReader(task.source, time_limit_seconds=float("inf")) as reader:
@@ -202,14 +202,16 @@ def _make(task: Task, part: Path, known: Outcome, allow: Allow) -> Outcome:
         duration = float(times[-1] - times[0]) + 1 / rate
         # Where packets do not tell the frames apart, a part is reached by decoding all that comes before it.
         reach = float(times[-1] - reader.times[0]) + 1 / reader.fps
-        allow(seconds_to_encode(reach, reader.size[0] * reader.size[1]) + seconds_to_index(known.source_size or 0))
+        allow(
+            encode_limit_seconds(reach, reader.size[0] * reader.size[1]) + index_limit_seconds(known.source_size or 0)
+        )
         known = replace(known, duration_seconds=duration)
         if duration < settings.min_seconds - SAME_SECONDS:
             raise DecodeError(f"{task.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
         if settings.copy and _copy(reader, task, part):
-            size, fps, made = reader.size, rate, _Made(len(times), ticks=ticks(times.tolist()))
+            size, fps, made = reader.size, rate, _Made(len(times), ticks=to_ticks(times.tolist()))
         else:
-            size, fps = target_size(reader.size, settings.short_side), settings.fps or rate
+            size, fps = output_size(reader.size, settings.short_side), settings.fps or rate
             made = _encode(reader, chosen, part, size, rate, settings)
             _check(part, size, made.ticks)
     lost = len(times) - made.decoded
@@ -224,7 +226,7 @@ def _make(task: Task, part: Path, known: Outcome, allow: Allow) -> Outcome:
     )
 
 
-def _chosen(reader: VideoReader, task: Task) -> range:
+def _chosen(reader: VideoReader, task: TranscodeJob) -> range:
     """The frames to keep: all, or those of the segment by their real times. Raises DecodeError where that is short."""
     if task.start is None and task.end is None:
         return range(len(reader))
@@ -239,24 +241,28 @@ def _chosen(reader: VideoReader, task: Task) -> range:
     return range(first, stop)
 
 
-def _copy(reader: VideoReader, task: Task, part: Path) -> bool:
+def _copy(reader: VideoReader, task: TranscodeJob, part: Path) -> bool:
     """Copy a source that is of the prepared form and decodes fully; False where it has to be encoded."""
     settings, whole = task.settings, task.start is None and task.end is None
-    if not whole or any(reader.orientation) or differs(task.source, short_side=settings.short_side, gop=settings.gop):
+    if (
+        not whole
+        or any(reader.orientation)
+        or difference_from_prepared_form(task.source, short_side=settings.short_side, gop=settings.gop)
+    ):
         return False
-    moments = ticks(reader.times.tolist())
+    moments = to_ticks(reader.times.tolist())
     if settings.fps and np.abs(np.arange(len(moments)) / settings.fps / float(TIME_BASE) - moments).max() > 1:
         return False
     shutil.copyfile(task.source, part)
     try:
         _check(part, reader.size, moments)
-    except CheckError:
+    except ReadBackError:
         return False
     return True
 
 
 def _encode(
-    reader: VideoReader, chosen: range, part: Path, size: tuple[int, int], rate: float, settings: Settings
+    reader: VideoReader, chosen: range, part: Path, size: tuple[int, int], rate: float, settings: TranscodeSettings
 ) -> _Made:
     """Encode the chosen frames. Raises DecodeError where too many of them are lost, OSError."""
     made = _Made()
@@ -279,7 +285,7 @@ def _encode(
 
 def _decoded(reader: VideoReader, chosen: range, made: _Made) -> Iterator[tuple[int, av.VideoFrame]]:
     """(tick, frame) of every chosen frame that decodes, from the first of them on; counted in `made`."""
-    moments = ticks(reader.times[chosen.start : chosen.stop].tolist())
+    moments = to_ticks(reader.times[chosen.start : chosen.stop].tolist())
     first, last = 0, chosen.start - 1
     for index, frame in reader.sequence(chosen.start):
         if index >= chosen.stop:
@@ -324,21 +330,21 @@ def _pictures(
 
 
 def _check(path: Path, size: tuple[int, int], written: list[int]) -> None:
-    """Reopen and decode what was written. Raises CheckError."""
+    """Reopen and decode what was written. Raises ReadBackError."""
     try:
         with VideoReader(path, time_limit_seconds=float("inf")) as reader:
-            found = ticks(reader.times.tolist())
+            found = to_ticks(reader.times.tolist())
             if len(found) != len(written):
-                raise CheckError(f"{len(written)} frames written, {len(found)} read back")
+                raise ReadBackError(f"{len(written)} frames written, {len(found)} read back")
             if reader.size != size:
-                raise CheckError(f"{size} written, {reader.size} read back")
+                raise ReadBackError(f"{size} written, {reader.size} read back")
             if np.abs(np.subtract(found, written)).max() > 1:
-                raise CheckError("frame times read back differ from those written")
+                raise ReadBackError("frame times read back differ from those written")
             decoded = sum(1 for _ in reader.sequence())
             if decoded != len(written):
-                raise CheckError(f"{len(written)} frames written, {decoded} decode")
+                raise ReadBackError(f"{len(written)} frames written, {decoded} decode")
     except DecodeError as fault:
-        raise CheckError(str(fault)) from fault
+        raise ReadBackError(str(fault)) from fault
 
 
 def _diagnose(fault: Exception) -> tuple[str, str]:
@@ -347,7 +353,7 @@ def _diagnose(fault: Exception) -> tuple[str, str]:
         return "crashed", "out of memory"
     if isinstance(fault, DecodeError):
         return fault.reason, str(fault).partition(": ")[2]
-    if isinstance(fault, CheckError):
+    if isinstance(fault, ReadBackError):
         return "check_failed", str(fault)
     if isinstance(fault, OSError):
         words = fault.strerror or str(fault)
