@@ -1,5 +1,5 @@
 #!/bin/bash
-# Fine-tuning on several nodes under SLURM, one task per GPU; goes on by itself when the time of a job is over.
+# Fine-tuning on several nodes under SLURM, one task per GPU; requeues itself when the time of a job is up.
 # command: sbatch configs/slurm/kinetics400.sh configs/kinetics400/base.yaml data.source=/data/k400 out=runs/k400/base
 #SBATCH --job-name=video-swinv2
 #SBATCH --nodes=2
@@ -10,8 +10,8 @@
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# cpus-per-task: data.workers and one for the process itself. signal: five minutes before the end every task is told to
-# save and to leave with code 75, which means "start me again".
+# cpus-per-task: data.workers plus one for the process itself. signal: five minutes before the end, every task is told
+# to save and exit with code 75, which means "start the same command again".
 export OMP_NUM_THREADS=1
 srun --kill-on-bad-exit=0 --wait=120 video-swinv2 train "$@"
 code=$?

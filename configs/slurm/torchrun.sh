@@ -1,5 +1,5 @@
 #!/bin/bash
-# The same with one torchrun per node, for clusters whose srun does not show tasks their GPUs.
+# The same with one torchrun per node, for clusters on which srun does not show tasks their GPUs.
 # command: sbatch configs/slurm/torchrun.sh configs/kinetics400/base.yaml data.source=/data/k400 out=runs/k400/base
 #SBATCH --job-name=video-swinv2
 #SBATCH --nodes=2
@@ -16,8 +16,8 @@ out=runs/slurm-$SLURM_JOB_ID
 for setting in "$@"; do
     case $setting in out=*) out=${setting#out=} ;; esac
 done
-# torchrun gives its processes 30 s after SIGTERM unless told otherwise, and always leaves with code 1: what a run wants
-# stands in its folder.
+# torchrun kills its processes 30 s after SIGTERM by default, and always exits with 1. Whether the run wants to be
+# restarted is therefore read from the marker file in its folder.
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node 8 --shutdown-timeout 240 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m video_swinv2 train "$@" "out=$out"
