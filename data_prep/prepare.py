@@ -81,18 +81,18 @@ def prepare(
         for note in listed.notes:
             say(note)
         _bring_up_to_date(state, out, wanted, settings, shard, retry_failed, say)
-        state.remember("classes", json.dumps(listed.classes))
-        state.remember("name", name or (source.name if source.is_dir() else source.stem))
-        state.remember("settings", json.dumps(settings.record()))
-        state.remember("extra", json.dumps(listed.extra))
-        state.remember("listing", _listing_hash(listed.wanted))
+        state.set_fact("classes", json.dumps(listed.classes))
+        state.set_fact("name", name or (source.name if source.is_dir() else source.stem))
+        state.set_fact("settings", json.dumps(settings.record()))
+        state.set_fact("extra", json.dumps(listed.extra))
+        state.set_fact("listing", _listing_hash(listed.wanted))
         if _work(state, out, settings, executor, workers, say):
             _sweep(out, wanted, shard)  # a process killed at work leaves its half file to us
         if shard is None:
             write_lists(state, out)
         else:
             say(f"shard {shard} is done; when all {shard.count} are: python -m data_prep merge {out}")
-        return PreparationReport(state.counts())
+        return PreparationReport(state.counts_by_split())
 
 
 def estimate_preparation(
@@ -141,11 +141,11 @@ def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> Prepar
                 note = f"{shards.merge_shard_states(state, out, others)} shards merged"
             commit_file(part, whole)
         with PreparationState(out) as state:
-            if not state.fact("merged"):
+            if not state.get_fact("merged"):
                 raise UserError(f"{out}: was prepared as a whole, there is nothing to merge; give another folder")
             write_lists(state, out)
             say(note)
-            return PreparationReport(state.counts())
+            return PreparationReport(state.counts_by_split())
 
 
 def write_lists(state: PreparationState, out: Path) -> None:
@@ -158,12 +158,12 @@ def write_lists(state: PreparationState, out: Path) -> None:
         failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
         split: SplitContent(ok.get(split, []), failed.get(split, []), sum(count.excluded.values()))
-        for split, count in state.counts().items()
+        for split, count in state.counts_by_split().items()
     }
-    facts = {key: json.loads(state.fact(key) or "null") for key in ("classes", "settings", "extra")}
+    facts = {key: json.loads(state.get_fact(key) or "null") for key in ("classes", "settings", "extra")}
     write_dataset(
         out,
-        name=state.fact("name") or out.name,
+        name=state.get_fact("name") or out.name,
         classes=facts["classes"],
         splits=dict(sorted(content.items(), key=lambda item: split_order(item[0]))),
         settings=facts["settings"],
@@ -207,7 +207,7 @@ def _bring_up_to_date(
     """Make the state that of the listing, and pending what has to be done again."""
     if swept := _sweep(out, wanted, shard):
         say(f"{swept} half-written files of an interrupted run removed")
-    gone = state.sync(wanted)
+    gone = state.sync_with_plan(wanted)
     for target in gone:
         (out / target).unlink(missing_ok=True)
     if gone:
@@ -220,7 +220,7 @@ def _bring_up_to_date(
             if why := _why_again(row, out, form, retry_failed):
                 again.setdefault(why, []).append(row["id"])
     for why, ids in again.items():
-        state.reset(ids)
+        state.mark_pending(ids)
         say(f"{len(ids)} videos are prepared again: {why}")
 
 
@@ -251,7 +251,7 @@ def _work(
     state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, say: Say
 ) -> int:
     """Prepare what is pending; how many that was. Only this process writes the state, a row at a time as they end."""
-    pending = sum(count.pending for count in state.counts().values())
+    pending = sum(count.pending for count in state.counts_by_split().values())
     if not pending:
         return 0
     tasks = (job_for_row(row, out, settings) for row in state.rows("pending"))
@@ -270,7 +270,7 @@ def _work(
                 raise UserError(
                     f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on"
                 )
-            state.finish(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
+            state.record_outcome(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
     return pending
 
 
@@ -278,12 +278,12 @@ def _look_at_pending(
     crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int
 ) -> PreflightReport:
     """What the rest will come to. A sample is made once, and only where it is small beside the rest."""
-    seen = state.fact("sampled") == settings.hash()
+    seen = state.get_fact("sampled") == settings.hash()
     size = 0 if seen else sample_size(pending, asked=False)
-    tasks = [job_for_row(row, out, settings) for row in state.sample(size)]
+    tasks = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
     # A shard's own folder: others may look ahead in the same place.
     folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
     found = run_preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)
     if tasks and not found.problems:
-        state.remember("sampled", settings.hash())
+        state.set_fact("sampled", settings.hash())
     return found

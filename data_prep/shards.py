@@ -112,10 +112,10 @@ def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path
             if folder != out:
                 _bring(shard, folder, out)
         for key in FACTS:
-            if (value := shards[0][1].fact(key)) is not None:
-                state.remember(key, value)
-        state.remember("merged", str(len(shards)))
-        state.adopt(row for _, shard in shards for row in shard.rows())
+            if (value := shards[0][1].get_fact(key)) is not None:
+                state.set_fact(key, value)
+        state.set_fact("merged", str(len(shards)))
+        state.add_rows(row for _, shard in shards for row in shard.rows())
     return len(shards)
 
 
@@ -145,11 +145,11 @@ def _complete(out: Path, sources: Sequence[tuple[Path, Path]]) -> list[tuple[Pat
 def _agree(shards: Sequence[PreparationState]) -> None:
     """Raises UserError unless all are finished parts of one preparation."""
     for shard in shards:
-        pending = sum(count.pending for count in shard.counts().values())
+        pending = sum(count.pending for count in shard.counts_by_split().values())
         if pending:
             raise UserError(f"{shard.path}: {pending} videos are still pending; run this shard again to its end")
         for key in FACTS:
-            if shard.fact(key) != shards[0].fact(key):
+            if shard.get_fact(key) != shards[0].get_fact(key):
                 raise UserError(
                     f"{shard.path}: was prepared with another {key} than {shards[0].path}; run the shards again alike"
                 )

@@ -175,7 +175,7 @@ def split_validation(out: Path, share: float, seed: int) -> SplitResult:
         if not chosen:
             raise UsageError(f"{out}: {share:g} of the largest class is less than one video or group; raise --val")
         # Failed videos go with their group: tried again, they must not end on the other side of it.
-        state.move({row: "val" if video.group in chosen else "train" for row, (_, video) in train.items()})
+        state.move_to_splits({row: "val" if video.group in chosen else "train" for row, (_, video) in train.items()})
         write_lists(state, out)
     return _division(usable, chosen, share)
 

@@ -1,4 +1,23 @@
-"""prep.sqlite: what is known about every video of a preparation. Only the parent process writes it, a row at a time."""
+"""prep.sqlite: what is known about every video of a preparation.
+
+A row per listed video. Its status moves like this:
+
+    (new row) --> pending --> ok          the prepared file is on disk and its sha256 is in the row
+                     ^   `--> failed      `reason` and `detail` say why
+                     |         |
+                     `---------'          mark_pending: the settings or the source changed, the prepared file is gone,
+                                          or --retry-failed asks for it
+    (new row) --> excluded                listed, but not to be prepared; may become pending if the lists change
+
+Who writes what, and when, is what makes a run safe to kill at any moment:
+
+1. A worker writes the video under a hidden name, syncs it to disk, and only then renames it to its target.
+2. It then reports to the parent. Only the parent writes to this file, one committed transaction per video.
+
+A run killed before the rename leaves a hidden partial file, which the next run deletes. A run killed between the rename
+and the commit leaves a good file whose row is still pending: the next run makes that one video again. A row can never
+claim a file that was not completely on disk. So at most the videos in progress are done twice, and none is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +34,8 @@ from data_prep.outcomes import VideoCounts, split_order
 from video_swinv2.errors import UsageError, UserError
 
 STATE_NAME = "prep.sqlite"
-# Raised with the columns or indexes below; kept in the file as SQLite's user_version.
-FORM = 2
+# Incremented whenever the columns or indexes below change. Stored in the file as SQLite's user_version.
+SCHEMA_VERSION = 2
 COLUMNS = """
     split TEXT NOT NULL, listed_split TEXT NOT NULL, position INTEGER NOT NULL, name TEXT NOT NULL, label TEXT NOT NULL,
     source TEXT NOT NULL, target TEXT NOT NULL UNIQUE, origin TEXT NOT NULL DEFAULT '',
@@ -28,20 +47,21 @@ COLUMNS = """
 INDEXES = {
     "clips_in_order": "split, position",
     "clips_by_status": "status, split, position",
-    "clips_account": "split, label, status, reason",  # all that `counts` and `classes` read
+    "clips_account": "split, label, status, reason",  # covers counts_by_split and counts_by_class completely
     "clips_finished": "finished_at, status",
 }
 PAGE_ROWS = 1000
 BUSY_SECONDS = 60.0
-CACHE_KIB = 32 * 1024  # with SQLite's own 2 MiB the sync of a Kinetics-sized list takes half as long again
+CACHE_KIB = 32 * 1024  # with SQLite's default of 2 MiB, syncing a Kinetics-sized list takes 1.5 times as long
 
 
 @dataclass(frozen=True)
 class PlannedVideo:
-    """A video that the listing asks for; `target` is the prepared file, relative to the data set.
+    """A video that the data set should contain; `source` is an absolute path, `target` is relative to the data set.
 
-    `origin` names the video it was cut from ('' where unknown): a YouTube id, a UCF101 group. `start` and `end`, in
-    seconds, are the part of the source to cut out; None for all of it. `excluded` says why it is not wanted after all.
+    `origin` names the video it was cut from ('' if unknown): a YouTube id, a UCF101 group. `start` and `end`, in
+    seconds, bound the segment of the source to cut out; None for the whole source. `excluded` says why the video is
+    listed but not prepared ('' if it is prepared).
     """
 
     split: str
@@ -57,32 +77,33 @@ class PlannedVideo:
 
 
 class PreparationState:
-    """The open file; a context manager. A change survives a kill -9, and a power cut, as soon as its call has returned.
+    """The open prep.sqlite; a context manager. A change survives kill -9 and power loss once its call has returned.
 
-    `path` is for the state of a shard, which lies elsewhere. Every call raises UserError, naming the file, where SQLite
-    cannot read or write it.
+    `path` is given for the state of a shard, which has a file of its own. `create` makes the file if there is none;
+    otherwise that is a UsageError. Every method raises UserError, naming the file, if SQLite cannot read or write it.
     """
 
     def __init__(self, out: Path, *, create: bool = False, path: Path | None = None) -> None:
         self.path = path or out / STATE_NAME
         if not create and not self.path.is_file():
-            raise self._nothing_here(out)
-        with self._faults():
+            raise self._nothing_prepared(out)
+        with self._sqlite_errors():
+            # isolation_level=None: we write BEGIN and COMMIT ourselves (see _transaction).
             self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            # A rollback journal, not a write-ahead log: a log is shared through memory, so that a `status` on another
-            # machine of a cluster would misread or even damage it. Deleting the journal is the commit.
-            # FULL: a commit is on the disk when the call returns. A worker has synced the video and given it its name
-            # before it reports it, so that the video is on the disk before the row that claims it; should a file system
-            # lose the new name alone, the next run misses the file and makes it again.
+            # synchronous=FULL: a commit is on disk when the call returns. The video itself was synced and renamed
+            # before its row is written, so it is on disk before the row that claims it. If a file system loses only
+            # the rename, the next run notices the missing file and makes it again.
             self._db.execute("PRAGMA synchronous=FULL")
+            # A rollback journal rather than a write-ahead log: WAL keeps its index in shared memory, so a `status` on
+            # another machine of a cluster would misread the file or even damage it. Deleting the journal is the commit.
             self._db.execute("PRAGMA journal_mode=DELETE")
             for cache in ("cache_size", "temp.cache_size"):
                 self._db.execute(f"PRAGMA {cache}={-CACHE_KIB}")
-            ready = self._bring_up_to_date(create)
-        if not ready:
+            has_tables = self._migrate(create)
+        if not has_tables:
             self._db.close()
-            raise self._nothing_here(out)
+            raise self._nothing_prepared(out)
 
     def __enter__(self) -> PreparationState:
         return self
@@ -92,17 +113,19 @@ class PreparationState:
     ) -> None:
         self._db.close()
 
-    def _nothing_here(self, out: Path) -> UsageError:
+    def _nothing_prepared(self, out: Path) -> UsageError:
         return UsageError(f"{out}: no {self.path.name}, so nothing was prepared here; run `prepare SRC {out}` first")
 
-    def _bring_up_to_date(self, create: bool) -> bool:
-        """Make the tables, or add what a state of an older form lacks; False where there are none and none to make."""
-        form = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if form == FORM:
+    def _migrate(self, create: bool) -> bool:
+        """Create the tables, or add what an older schema lacks. False if there are none and `create` is False."""
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version == SCHEMA_VERSION:
             return True
-        if form > FORM:
-            raise UserError(f"{self.path}: made by a newer version of this program; use that version, or a new folder")
-        with self._change():
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path}: written by a newer version of video-swinv2; use that version, or a new folder"
+            )
+        with self._transaction():
             known = {row["name"] for row in self._db.execute("PRAGMA table_info(clips)")}
             if not known and not create:
                 return False
@@ -115,80 +138,82 @@ class PreparationState:
             for name, columns in INDEXES.items():
                 self._db.execute(f"CREATE INDEX IF NOT EXISTS {name} ON clips ({columns})")
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-            self._db.execute(f"PRAGMA user_version = {FORM}")
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return True
 
     @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """What SQLite has to complain of, as one line that says what to do."""
+    def _sqlite_errors(self) -> Iterator[None]:
+        """Turn an SQLite error inside the block into a one-line UserError that says what to do."""
         try:
             yield
-        except sqlite3.Error as fault:
-            words = str(fault)
-            mend = "restore it, or remove it to prepare afresh"
-            if "full" in words or "I/O" in words:
-                mend = "free space or mend the disk, then run again to go on"
-            elif "locked" in words:
-                mend = "another program keeps it locked; wait for that or stop it"
-            elif "readonly" in words or "unable to open" in words:
-                mend = "it and its folder must be writable"
-            raise UserError(f"{self.path}: {words}; {mend}") from fault
+        except sqlite3.Error as error:
+            message = str(error)
+            advice = "restore it, or remove it to prepare from scratch"
+            if "full" in message or "I/O" in message:
+                advice = "free disk space or repair the disk, then run again to resume"
+            elif "locked" in message:
+                advice = "another program keeps it locked; wait for that program or stop it"
+            elif "readonly" in message or "unable to open" in message:
+                advice = "make it and its folder writable"
+            raise UserError(f"{self.path}: {message}; {advice}") from error
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[None]:
-        """One transaction: all of what is done in the block, or nothing."""
-        with self._faults():
+    def _transaction(self) -> Iterator[None]:
+        """Commit everything done in the block, or nothing."""
+        with self._sqlite_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # SQLite has rolled back by itself when the disk was full
+                # When the disk is full SQLite has already rolled back, and a second ROLLBACK is an error.
+                with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
     def _select(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
-        with self._faults():
+        with self._sqlite_errors():
             return self._db.execute(query, values).fetchall()
 
-    def fact(self, key: str) -> str | None:
-        """A remembered value of the whole preparation."""
+    def get_fact(self, key: str) -> str | None:
+        """A stored value that concerns the whole preparation, such as its settings; None if it was never set."""
         rows = self._select("SELECT value FROM facts WHERE key = ?", (key,))
         return str(rows[0]["value"]) if rows else None
 
-    def remember(self, key: str, value: str) -> None:
-        """Keep a value of the whole preparation."""
-        with self._change():
+    def set_fact(self, key: str, value: str) -> None:
+        """Store a value that concerns the whole preparation."""
+        with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def sync(self, wanted: Iterable[PlannedVideo]) -> list[str]:
-        """Make the rows those of the listing, in one transaction; returns the targets that are wanted no longer.
+    def sync_with_plan(self, planned: Iterable[PlannedVideo]) -> list[str]:
+        """Make the rows match the planned videos, in one transaction. Returns the targets that are no longer planned.
 
-        A row keeps what is known about it while its source, its part of it and its target stay; any other starts as
-        pending, an excluded one as excluded. A row keeps its place in a split made by `move`.
+        A row keeps its outcome as long as its source, segment and target stay the same. Every other row starts as
+        pending, or as excluded. A row moved to another split by `move_to_splits` stays there.
         """
-        with self._change():
-            self._db.execute(LISTING)
+        # In four statements over a temporary table, not row by row: Kinetics has 650,000 rows.
+        with self._transaction():
+            self._db.execute(CREATE_PLANNED)
             self._db.executemany(
                 f"INSERT INTO listing VALUES ({', '.join('?' * 10)})",
                 (
-                    (w.split, w.position, w.name, w.label, w.source, w.target, w.origin, w.start, w.end, w.excluded)
-                    for w in wanted
+                    (v.split, v.position, v.name, v.label, v.source, v.target, v.origin, v.start, v.end, v.excluded)
+                    for v in planned
                 ),
             )
-            # After the rows, which takes half the time of an index that grows with them.
+            # Built after the rows are in, which takes half as long as maintaining it during the inserts.
             self._db.execute("CREATE UNIQUE INDEX temp.listed ON listing (split, name)")
-            gone = self._db.execute(GONE).fetchall()
-            for change in (DROP, START_AFRESH, TAKE_OVER):
+            unplanned = self._db.execute(SELECT_UNPLANNED_TARGETS).fetchall()
+            for change in (DELETE_UNPLANNED, RESET_CHANGED, INSERT_OR_UPDATE):
                 self._db.execute(change)
             self._db.execute("DROP TABLE listing")
-        return [row["target"] for row in gone]
+        return [row["target"] for row in unplanned]
 
     def rows(self, status: str | None = None, columns: Sequence[str] = ("*",)) -> Iterator[sqlite3.Row]:
-        """All rows, or those of one status, in the order listed, with the `columns` asked for and id, split, position.
+        """All rows, or those with one status, in list order. They hold `columns`, and always id, split and position.
 
-        Read a page at a time: memory does not grow with the list and rows may be written in between. A row that gets
-        the status while the iteration is past it is not visited.
+        Read one page at a time, so memory does not grow with the list, and rows may be written during the iteration.
+        A row that acquires the status after the iteration has passed it is not visited.
         """
         chosen = ", ".join(dict.fromkeys(("id", "split", "position", *columns)))
         where = "(split, position, id) > (?, ?, ?)" + ("" if status is None else " AND status = ?")
@@ -198,98 +223,101 @@ class PreparationState:
             yield from page
             last = (page[-1]["split"], page[-1]["position"], page[-1]["id"])
 
-    def sample(self, most: int, status: str = "pending") -> list[sqlite3.Row]:
-        """At most so many rows of a status, evenly spread over the list."""
+    def sample_rows(self, max_rows: int, status: str = "pending") -> list[sqlite3.Row]:
+        """At most `max_rows` rows with a status, evenly spaced over the list."""
         query = "SELECT id FROM clips WHERE status = ? ORDER BY split, position, id"
         ids = [row["id"] for row in self._select(query, (status,))]
-        count = min(most, len(ids))
-        chosen = [ids[(2 * place + 1) * len(ids) // (2 * count)] for place in range(count)]
-        return [self._select("SELECT * FROM clips WHERE id = ?", (number,))[0] for number in chosen]
+        count = min(max_rows, len(ids))
+        # The middle of each of `count` equal stretches.
+        chosen = [ids[(2 * index + 1) * len(ids) // (2 * count)] for index in range(count)]
+        return [self._select("SELECT * FROM clips WHERE id = ?", (row_id,))[0] for row_id in chosen]
 
-    def reset(self, ids: Iterable[int]) -> None:
-        """Make rows pending again; their number of attempts stays."""
+    def mark_pending(self, ids: Iterable[int]) -> None:
+        """Make rows pending again. Their number of attempts is kept."""
         change = "UPDATE clips SET status = 'pending', reason = NULL, detail = NULL, sha256 = NULL WHERE id = ?"
-        with self._change():
-            self._db.executemany(change, ((number,) for number in ids))
+        with self._transaction():
+            self._db.executemany(change, ((row_id,) for row_id in ids))
 
-    def finish(self, row: int, values: Mapping[str, Any]) -> None:
-        """Write what became of a video: column names of the table to values."""
+    def record_outcome(self, row_id: int, values: Mapping[str, Any]) -> None:
+        """Record the outcome of an attempt; `values` maps column names to values."""
         known = dict(values) | {"finished_at": time.time()}
         columns = ", ".join(f"{column} = ?" for column in known)
-        with self._change():
+        with self._transaction():
             change = f"UPDATE clips SET {columns}, attempts = attempts + 1 WHERE id = ?"
-            self._db.execute(change, (*known.values(), row))
+            self._db.execute(change, (*known.values(), row_id))
 
-    def adopt(self, rows: Iterable[sqlite3.Row]) -> None:
-        """Add whole rows of other states as they are, all or none. UserError for one that is here already."""
-        with self._change():
+    def add_rows(self, rows: Iterable[sqlite3.Row]) -> None:
+        """Add complete rows of other states unchanged, all or none. UserError if one is here already."""
+        with self._transaction():
             for row in rows:
                 known = {key: row[key] for key in row.keys() if key != "id"}  # noqa: SIM118 - a Row iterates its values
-                places = ", ".join("?" * len(known))
-                self._db.execute(f"INSERT INTO clips ({', '.join(known)}) VALUES ({places})", tuple(known.values()))
+                values = ", ".join("?" * len(known))
+                self._db.execute(f"INSERT INTO clips ({', '.join(known)}) VALUES ({values})", tuple(known.values()))
 
-    def move(self, split_of: Mapping[int, str]) -> None:
-        """Put rows into other splits, all or none."""
-        with self._change():
+    def move_to_splits(self, split_of: Mapping[int, str]) -> None:
+        """Move rows (by id) to other splits, all or none."""
+        with self._transaction():
             self._db.executemany("UPDATE clips SET split = ? WHERE id = ?", ((s, row) for row, s in split_of.items()))
 
-    def counts(self) -> dict[str, VideoCounts]:
-        """Per split, train val test first, what became of its videos so far."""
-        found = self._account("split")
+    def counts_by_split(self) -> dict[str, VideoCounts]:
+        """The outcomes so far per split: train, val and test first."""
+        found = self._counts_by("split")
         return {split: found[split] for split in sorted(found, key=split_order)}
 
-    def classes(self) -> dict[str, VideoCounts]:
-        """Per class, over all splits, what became of its videos so far."""
-        return self._account("label")
+    def counts_by_class(self) -> dict[str, VideoCounts]:
+        """The outcomes so far per class, over all splits."""
+        return self._counts_by("label")
 
-    def _account(self, key: str) -> dict[str, VideoCounts]:
-        """One pass over an index that holds all it needs, in its own order: a quarter of a second for Kinetics."""
+    def _counts_by(self, key: str) -> dict[str, VideoCounts]:
+        # One pass over an index that covers the query and is already in its order: 0.25 s for Kinetics.
         query = "SELECT split, label, status, reason, COUNT(*) AS n FROM clips GROUP BY split, label, status, reason"
         found: dict[str, dict[tuple[str, str], int]] = {}
         for row in self._select(query):
             sums = found.setdefault(row[key], {})
-            what = (row["status"], row["reason"] or "")
-            sums[what] = sums.get(what, 0) + row["n"]
-        return {name: _count(sums) for name, sums in found.items()}
+            outcome = (row["status"], row["reason"] or "")
+            sums[outcome] = sums.get(outcome, 0) + row["n"]
+        return {name: _as_counts(sums) for name, sums in found.items()}
 
     def last_finished(self) -> float | None:
-        """When the newest outcome was written, in seconds of the epoch."""
+        """When the latest outcome was recorded, in seconds since the epoch."""
         when = self._select("SELECT MAX(finished_at) AS t FROM clips")[0]["t"]
         return None if when is None else float(when)
 
     def finished_since(self, moment: float) -> tuple[int, float]:
-        """How many outcomes were written after `moment`, and when the first of them was (`moment` if none)."""
+        """The number of outcomes recorded after `moment`, and when the first of them was (`moment` if none)."""
         row = self._select("SELECT COUNT(*) AS n, MIN(finished_at) AS t FROM clips WHERE finished_at > ?", (moment,))[0]
         return row["n"], moment if row["t"] is None else row["t"]
 
     def outcomes(self) -> Iterator[tuple[float, bool]]:
-        """(when, whether it was prepared) of every video whose outcome is known, in the order they ended."""
-        # The plus keeps SQLite from the index by status, after which it would have to sort.
+        """(seconds since the epoch, prepared or failed) of every finished video, in the order they finished."""
+        # The unary plus stops SQLite from using the index by status, which would force it to sort.
         where = "finished_at > 0 AND +status IN ('ok', 'failed')"
         query = f"SELECT finished_at, status FROM clips WHERE {where} ORDER BY finished_at"
         return ((row["finished_at"], row["status"] == "ok") for row in self._select(query))
 
-    def measures(self, columns: Sequence[str]) -> Iterator[tuple[float | None, ...]]:
-        """Columns of numbers of the videos that were prepared, in no order."""
+    def measurements(self, columns: Sequence[str]) -> Iterator[tuple[float | None, ...]]:
+        """Numeric columns of the prepared videos, in no particular order."""
         return map(tuple, self._select(f"SELECT {', '.join(columns)} FROM clips WHERE status = 'ok'"))
 
 
-LISTING = """
+# The statements of sync_with_plan. `listing` is a temporary table of the planned videos, in which (split, name) is
+# unique; in `clips` the same pair is (listed_split, name), since `split` may have been changed by move_to_splits.
+CREATE_PLANNED = """
     CREATE TEMP TABLE listing (split TEXT, position INTEGER, name TEXT, label TEXT, source TEXT, target TEXT,
     origin TEXT, start_seconds REAL, end_seconds REAL, excluded TEXT)
 """
-# A video that was made and is excluded now goes as well.
-GONE = """
+# Files to delete: also those of videos that were prepared and are now excluded.
+SELECT_UNPLANNED_TARGETS = """
     SELECT target FROM clips WHERE target NOT IN (SELECT target FROM listing WHERE excluded = '')
     AND status <> 'excluded' ORDER BY target
 """
-DROP = """
+DELETE_UNPLANNED = """
     DELETE FROM clips WHERE NOT EXISTS
     (SELECT 1 FROM listing l WHERE l.split = listed_split AND l.name = clips.name)
 """
-# Compared with IS: no start or end is NULL, which equals nothing. The targets are moved out of the way: they are unique
-# and may be exchanged between rows.
-START_AFRESH = """
+# Rows whose outcome no longer counts. Start and end are compared with IS because NULL = NULL is not true in SQL.
+# Targets are UNIQUE and two rows may exchange theirs, so the old targets are first moved out of the way.
+RESET_CHANGED = """
     UPDATE clips SET status = 'pending', reason = NULL, detail = NULL, sha256 = NULL, target = 'old ' || id
     WHERE NOT EXISTS (
         SELECT 1 FROM listing l WHERE l.split = listed_split AND l.name = clips.name AND l.source = clips.source
@@ -297,7 +325,9 @@ START_AFRESH = """
         AND (l.excluded <> '') = (clips.status = 'excluded')
     )
 """
-TAKE_OVER = """
+# In the ON CONFLICT part, `excluded` is SQLite's name for the row that could not be inserted, and `excluded.status`
+# is its status. The last WHERE skips rows in which nothing changes: writing them all would take most of the time.
+INSERT_OR_UPDATE = """
     INSERT INTO clips
         (split, listed_split, position, name, label, source, target, origin, start_seconds, end_seconds, status, reason)
     SELECT split, split, position, name, label, source, target, origin, start_seconds, end_seconds,
@@ -313,12 +343,17 @@ TAKE_OVER = """
 """
 
 
-def _count(found: Mapping[tuple[str, str], int]) -> VideoCounts:
+def _as_counts(found: Mapping[tuple[str, str], int]) -> VideoCounts:
+    """Numbers by (status, reason) -> counts."""
     by_reason = {
         kind: {reason: n for (status, reason), n in sorted(found.items()) if status == kind}
         for kind in ("failed", "excluded")
     }
-    simple = {status: n for (status, _), n in found.items()}
+    by_status = {status: n for (status, _), n in found.items()}
     return VideoCounts(
-        sum(found.values()), simple.get("ok", 0), simple.get("pending", 0), by_reason["failed"], by_reason["excluded"]
+        listed=sum(found.values()),
+        ok=by_status.get("ok", 0),
+        pending=by_status.get("pending", 0),
+        failed=by_reason["failed"],
+        excluded=by_reason["excluded"],
     )

@@ -57,11 +57,11 @@ def open_states(out: Path) -> Iterator[list[PreparationState]]:
 
 def read_status(states: Sequence[PreparationState]) -> PreparationStatus:
     """What the states say together."""
-    splits = _sum_by_name([state.counts() for state in states])
+    splits = _sum_by_name([state.counts_by_split() for state in states])
     last = max((when for state in states if (when := state.last_finished()) is not None), default=None)
     return PreparationStatus(
         splits={split: splits[split] for split in sorted(splits, key=split_order)},
-        classes=_sum_by_name([state.classes() for state in states]),
+        classes=_sum_by_name([state.counts_by_class() for state in states]),
         shards=_shards(states),
         rate=None if last is None else _rate(states, last),
         last=last,

@@ -168,7 +168,7 @@ def _curve_of(states: Sequence[PreparationState], listed: int) -> Curve | None:
 
 
 def _histograms_of(states: Sequence[PreparationState]) -> list[Histogram]:
-    rows = [row for state in states for row in state.measures(tuple(UNITS))]
+    rows = [row for state in states for row in state.measurements(tuple(UNITS))]
     values = np.array(rows, dtype=np.float64).reshape(-1, len(UNITS))
     values[:, list(UNITS).index("source_size")] /= 1e6
     drawn = [

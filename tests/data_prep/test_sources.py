@@ -119,8 +119,8 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
     assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
     with PreparationState(tmp_path, create=True) as state:  # which wants names and targets to be unique
-        state.sync(planned.wanted)
-        counts = state.counts()
+        state.sync_with_plan(planned.wanted)
+        counts = state.counts_by_split()
     assert (counts["train"].excluded, counts["val"].excluded) == ({"duplicate": 2}, {"duplicate": 1})
 
 

@@ -85,15 +85,15 @@ def test_single_videos_fill_a_class_exactly_and_small_classes_stay() -> None:
 def prepared(out: Path, rows: list[tuple[str, str, str]]) -> Path:
     """A state in which (name, origin, status) were prepared; the videos themselves are not needed."""
     with PreparationState(out, create=True) as state:
-        state.sync(
+        state.sync_with_plan(
             PlannedVideo("train", n, name, name[0], f"/raw/{name}", f"videos/train/{name}", origin=origin)
             for n, (name, origin, _) in enumerate(rows)
         )
         for row, (_, _, status) in zip(list(state.rows()), rows, strict=True):
             reason = None if status == "ok" else "timeout"
-            state.finish(row["id"], {"status": status, "reason": reason, "sha256": "0" * 64})
+            state.record_outcome(row["id"], {"status": status, "reason": reason, "sha256": "0" * 64})
         for key, value in (("classes", ["a", "b"]), ("settings", {})):
-            state.remember(key, json.dumps(value))
+            state.set_fact(key, json.dumps(value))
     return out
 
 

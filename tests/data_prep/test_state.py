@@ -42,14 +42,14 @@ def in_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 def test_what_a_listing_says_is_kept(tmp_path: Path) -> None:
     cut = replace(listing(1)[0], start=1.5, end=11.5, origin="-_abc")
     with PreparationState(tmp_path, create=True) as state:
-        assert state.sync([cut, replace(listing(2)[1], excluded="duplicate")]) == []
+        assert state.sync_with_plan([cut, replace(listing(2)[1], excluded="duplicate")]) == []
         rows = by_name(state)
         assert (rows["a/0.mp4"]["origin"], rows["a/0.mp4"]["start_seconds"], rows["a/0.mp4"]["end_seconds"]) == (
             "-_abc", 1.5, 11.5,
         )  # fmt: skip
         assert (rows["a/0.mp4"]["status"], rows["a/0.mp4"]["reason"]) == ("pending", None)
         assert (rows["a/1.mp4"]["status"], rows["a/1.mp4"]["reason"]) == ("excluded", "duplicate")
-        count = state.counts()["train"]
+        count = state.counts_by_split()["train"]
         assert (count.listed, count.ok, count.pending, count.failed, count.excluded) == (2, 0, 1, {}, {"duplicate": 1})
     assert not set(REASONS) & set(EXCLUDED)
 
@@ -72,9 +72,9 @@ def test_a_row_whose_source_part_or_place_changed_starts_afresh(
 ) -> None:
     first, second = listing(2)
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([first, second])
-        state.finish(1, {"status": "ok", "sha256": "ab"})
-        gone = state.sync([replace(first, **change), second])  # type: ignore[arg-type]  # fields of Wanted by name
+        state.sync_with_plan([first, second])
+        state.record_outcome(1, {"status": "ok", "sha256": "ab"})
+        gone = state.sync_with_plan([replace(first, **change), second])  # type: ignore[arg-type]  # fields of Wanted by name
         row = by_name(state)["a/0.mp4"]
     assert gone == (["videos/train/0.mp4"] if "target" in change else [])
     assert (row["status"], row["sha256"], row["attempts"]) == (("ok", "ab", 1) if kept else ("pending", None, 1))
@@ -86,25 +86,25 @@ def test_a_row_whose_source_part_or_place_changed_starts_afresh(
 def test_excluded_rows_come_and_go(tmp_path: Path) -> None:
     first, second = listing(2)
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([first, second])
-        state.finish(1, {"status": "ok", "sha256": "ab"})
-        assert state.sync([replace(first, excluded="duplicate"), second]) == [first.target], "its file goes"
+        state.sync_with_plan([first, second])
+        state.record_outcome(1, {"status": "ok", "sha256": "ab"})
+        assert state.sync_with_plan([replace(first, excluded="duplicate"), second]) == [first.target], "its file goes"
         assert by_name(state)[first.name]["status"] == "excluded"
         assert by_name(state)[first.name]["sha256"] is None
-        assert state.sync([replace(first, excluded="duplicate"), second]) == []
-        assert state.sync([first, second]) == []
+        assert state.sync_with_plan([replace(first, excluded="duplicate"), second]) == []
+        assert state.sync_with_plan([first, second]) == []
         assert by_name(state)[first.name]["status"] == "pending"
         assert by_name(state)[first.name]["reason"] is None
-        assert state.sync([second]) == [first.target]
+        assert state.sync_with_plan([second]) == [first.target]
         assert list(by_name(state)) == [second.name]
 
 
 def test_targets_may_be_exchanged_and_a_split_choice_stays(tmp_path: Path) -> None:
     first, second = listing(2)
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([first, second])
-        state.move({2: "val"})
-        state.sync([replace(first, target=second.target), replace(second, target=first.target)])
+        state.sync_with_plan([first, second])
+        state.move_to_splits({2: "val"})
+        state.sync_with_plan([replace(first, target=second.target), replace(second, target=first.target)])
         rows = by_name(state)
         assert [rows[item.name]["target"] for item in (first, second)] == [second.target, first.target]
         assert [rows[item.name]["split"] for item in (first, second)] == ["train", "val"]
@@ -113,11 +113,11 @@ def test_targets_may_be_exchanged_and_a_split_choice_stays(tmp_path: Path) -> No
 def test_a_listing_with_an_error_changes_nothing(tmp_path: Path) -> None:
     first, second = listing(2)
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([first])
+        state.sync_with_plan([first])
         with pytest.raises(UserError, match=r"prep\.sqlite: UNIQUE"):
-            state.sync([second, replace(second, name="c", label="x")])  # one target for two
+            state.sync_with_plan([second, replace(second, name="c", label="x")])  # one target for two
         assert list(by_name(state)) == [first.name]
-        state.sync([second])
+        state.sync_with_plan([second])
 
 
 def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkey
     wanted = listing(50) + listing(30, "test")
     shuffled = random.Random(0).sample(wanted, len(wanted))
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(shuffled)
+        state.sync_with_plan(shuffled)
         assert [(row["split"], row["position"]) for row in state.rows()] == sorted(
             (w.split, w.position) for w in wanted
         )
@@ -133,7 +133,7 @@ def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkey
         for row in state.rows("pending", ("name",)):
             assert set(row.keys()) == {"id", "split", "position", "name"}
             seen.append((row["split"], row["position"]))
-            state.finish(row["id"], {"status": "failed", "reason": "empty"})
+            state.record_outcome(row["id"], {"status": "failed", "reason": "empty"})
         assert seen == sorted((w.split, w.position) for w in wanted), "each once, though each left the status"
         assert list(state.rows("pending")) == []
         assert len(list(state.rows("failed"))) == 80
@@ -141,10 +141,10 @@ def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkey
 
 def test_a_sample_is_spread_over_the_list(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(listing(100))
-        assert [row["position"] for row in state.sample(4)] == [12, 37, 62, 87]
-        assert [row["position"] for row in state.sample(200)] == list(range(100))
-        assert state.sample(4, "ok") == []
+        state.sync_with_plan(listing(100))
+        assert [row["position"] for row in state.sample_rows(4)] == [12, 37, 62, 87]
+        assert [row["position"] for row in state.sample_rows(200)] == list(range(100))
+        assert state.sample_rows(4, "ok") == []
 
 
 def test_rows_of_other_states_are_taken_over_as_they_are(tmp_path: Path) -> None:
@@ -152,31 +152,31 @@ def test_rows_of_other_states_are_taken_over_as_they_are(tmp_path: Path) -> None
     wanted = listing(6)
     for place, path in enumerate(paths):
         with PreparationState(tmp_path, create=True, path=path) as part:
-            part.sync(wanted[place::2])
-            part.finish(1, {"status": "failed", "reason": "empty", "detail": "x"})
+            part.sync_with_plan(wanted[place::2])
+            part.record_outcome(1, {"status": "failed", "reason": "empty", "detail": "x"})
     with PreparationState(tmp_path, create=True) as state:
         for path in paths:
             with PreparationState(tmp_path, path=path) as part:
-                state.adopt(part.rows())
+                state.add_rows(part.rows())
         with PreparationState(tmp_path, path=paths[0]) as part:
             before = by_name(part)["a/0.mp4"]
             with pytest.raises(UserError, match="UNIQUE"):
-                state.adopt(part.rows())
+                state.add_rows(part.rows())
         assert {key: value for key, value in by_name(state)["a/0.mp4"].items() if key != "id"} == {
             key: value for key, value in before.items() if key != "id"
         }
-        assert state.counts()["train"].failed == {"empty": 2}
+        assert state.counts_by_split()["train"].failed == {"empty": 2}
         assert len(by_name(state)) == 6
 
 
 def test_counts_by_split_and_class(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([*listing(14, "test"), *listing(7)])
+        state.sync_with_plan([*listing(14, "test"), *listing(7)])
         for row, reason in ((1, "empty"), (2, "missing"), (8, "empty")):
-            state.finish(row, {"status": "failed", "reason": reason})
-        state.finish(3, {"status": "ok"})
-        assert list(state.counts()) == ["train", "test"]
-        classes = state.classes()
+            state.record_outcome(row, {"status": "failed", "reason": reason})
+        state.record_outcome(3, {"status": "ok"})
+        assert list(state.counts_by_split()) == ["train", "test"]
+        classes = state.counts_by_class()
     assert sum(count.listed for count in classes.values()) == 21
     assert {label: count.listed for label, count in classes.items()} == {f"class {n}": 3 for n in range(7)}
     assert sum(sum(count.failed.values()) for count in classes.values()) == 3
@@ -197,14 +197,14 @@ def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) ->
             return 0
 
         with PreparationState(folder, create=True) as state:
-            if not state.counts():
-                state.sync(listing(count))
+            if not state.counts_by_split():
+                state.sync_with_plan(listing(count))
             state._db.set_progress_handler(tick, 1)
             action(state)
         return ran
 
     def finish(state: PreparationState) -> None:
-        state.finish(101, {"status": "failed", "reason": "empty", "detail": "x"})
+        state.record_outcome(101, {"status": "failed", "reason": "empty", "detail": "x"})
 
     def first_pending(state: PreparationState) -> None:
         next(iter(state.rows("pending", ("target",))))
@@ -220,13 +220,13 @@ def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) ->
 def test_every_query_of_a_run_has_its_index(tmp_path: Path) -> None:
     asked = []
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(listing(3))
+        state.sync_with_plan(listing(3))
         state._db.set_trace_callback(asked.append)
         list(state.rows())
         list(state.rows("pending", ("target",)))
-        state.counts()
-        state.classes()
-        state.finish(1, {"status": "ok"})
+        state.counts_by_split()
+        state.counts_by_class()
+        state.record_outcome(1, {"status": "ok"})
         state.last_finished()
         state.finished_since(0.0)
         list(state.outcomes())
@@ -250,8 +250,8 @@ import os, signal, sys
 from pathlib import Path
 from data_prep.state import PreparationState, PlannedVideo
 with PreparationState(Path(sys.argv[1]), create=True) as state:
-    state.sync([PlannedVideo("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
-    state.finish(7, {"status": "ok"})
+    state.sync_with_plan([PlannedVideo("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
+    state.record_outcome(7, {"status": "ok"})
     with state._change():
         state._db.execute("UPDATE clips SET status = 'ok'")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -261,7 +261,7 @@ with PreparationState(Path(sys.argv[1]), create=True) as state:
     with PreparationState(tmp_path) as state:
         assert state._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         assert [row["id"] for row in state.rows("ok")] == [7]
-        assert state.counts()["train"].pending == 4999
+        assert state.counts_by_split()["train"].pending == 4999
 
 
 def test_a_commit_is_on_the_disk_when_the_call_returns(tmp_path: Path) -> None:
@@ -277,15 +277,15 @@ from pathlib import Path
 from data_prep.state import PreparationState
 with PreparationState(Path(sys.argv[1])) as state:
     for _ in range(10):
-        print(state.counts()["train"].listed, len(list(state.rows(None, ("name",)))))
+        print(state.counts_by_split()["train"].listed, len(list(state.rows(None, ("name",)))))
 """
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(listing(300))
+        state.sync_with_plan(listing(300))
         command = [sys.executable, "-c", code, str(tmp_path)]
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as reader:
             written = 0
             while reader.poll() is None:
-                state.finish(1 + written % 300, {"status": "ok"})
+                state.record_outcome(1 + written % 300, {"status": "ok"})
                 written += 1
                 time.sleep(0.005)  # a writer without a pause would starve the reader
             assert reader.stdout is not None
@@ -314,8 +314,8 @@ def test_a_state_of_the_older_form_is_brought_up_to_date(tmp_path: Path) -> None
         )
     db.close()
     with PreparationState(tmp_path) as state:
-        assert state.counts()["train"].ok == 1
-        assert state.sync(listing(1)) == []
+        assert state.counts_by_split()["train"].ok == 1
+        assert state.sync_with_plan(listing(1)) == []
         row = by_name(state)["a/0.mp4"]
     assert (row["status"], row["sha256"], row["origin"], row["start_seconds"]) == ("ok", "ab", "id0", None)
     with (
@@ -339,7 +339,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     path.unlink()
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(listing(2000))
+        state.sync_with_plan(listing(2000))
         state._db.execute("PRAGMA user_version = 99")
     with pytest.raises(UserError, match="newer version"):
         PreparationState(tmp_path)
@@ -355,12 +355,12 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(listing(10))
+        state.sync_with_plan(listing(10))
         pages = state._db.execute("PRAGMA page_count").fetchone()[0]
         state._db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(UserError, match=r"full; free space"):
-            state.sync(listing(3000))
+            state.sync_with_plan(listing(3000))
         assert len(by_name(state)) == 10
         state._db.execute("PRAGMA max_page_count = 100000")
-        state.sync(listing(3000))
+        state.sync_with_plan(listing(3000))
         assert len(by_name(state)) == 3000

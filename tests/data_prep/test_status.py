@@ -40,7 +40,7 @@ def fill(out: Path, count: int = 42, *, path: Path | None = None, step: int = 1,
         for n in range(count)
     ][place::step]  # fmt: skip
     with PreparationState(out, create=True, path=path) as state:
-        state.sync(wanted)
+        state.sync_with_plan(wanted)
         for row in list(state.rows("pending")):
             reason = REASON_OF[row["position"] % 7]
             if reason == "pending":
@@ -51,7 +51,7 @@ def fill(out: Path, count: int = 42, *, path: Path | None = None, step: int = 1,
                 "seconds": 2.0,
             }
             values = {"status": "ok"} | measures if reason is None else {"status": "failed", "reason": reason}
-            state.finish(row["id"], values)
+            state.record_outcome(row["id"], values)
             when = 1.7e9 + 10 * row["position"] + (5000 if row["position"] > 20 else 0)
             state._db.execute("UPDATE clips SET finished_at = ? WHERE id = ?", (when, row["id"]))
 
@@ -211,7 +211,7 @@ def test_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
 
 def test_page_before_anything_is_done(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
-        state.sync([PlannedVideo("train", 0, "a", "", "a", "b")])
+        state.sync_with_plan([PlannedVideo("train", 0, "a", "", "a", "b")])
     assert run(tmp_path, "--html", tmp_path / "page.html") == 0
     text = " ".join(Page((tmp_path / "page.html").read_text()).texts)
     assert "Nothing to draw yet" in text

@@ -17,7 +17,7 @@ def test_origins_are_those_of_the_preparation(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path, "test", ("a",), tuple(Entry(name, tmp_path / name, 0) for name in names), "f")
     assert read_origins(manifest) == ["", "", ""]
     with PreparationState(tmp_path, create=True) as state:
-        state.sync(
+        state.sync_with_plan(
             PlannedVideo("test", place, name, "a", f"/from/{place}", target=name, origin=origin)
             for place, (name, origin) in enumerate(zip(names, ("one", "one", ""), strict=True))
         )
