@@ -16,7 +16,8 @@ from video_swinv2.data.loading import plan_batch
 from video_swinv2.engine.optimizer import freeze, make_schedule, parameter_groups
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.plan.plan import make_plan
-from video_swinv2.training.tasks import build_model, resolved_mask
+from video_swinv2.training.tasks.base import build_model
+from video_swinv2.training.tasks.simmim import resolved_mask
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(

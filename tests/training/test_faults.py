@@ -23,7 +23,7 @@ from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.errors import UserError
 from video_swinv2.training.loop import StoppedError, run
 from video_swinv2.training.metrics import read_metrics
-from video_swinv2.training.tasks import Classification
+from video_swinv2.training.tasks.classification import Classification
 
 SECONDS = 60  # in which all processes have to end
 

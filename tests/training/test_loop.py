@@ -19,7 +19,8 @@ from video_swinv2.config import load_config
 from video_swinv2.errors import UserError
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
-from video_swinv2.training.tasks import Classification, Pretraining
+from video_swinv2.training.tasks.classification import Classification
+from video_swinv2.training.tasks.simmim import Pretraining
 from video_swinv2.weights.store import read_tensors
 
 
@@ -177,7 +178,7 @@ def test_steps_that_are_not_finite_stop_the_run(recipe, tmp_path, monkeypatch, p
     config = load_config(recipe())
     task = Classification(config)
     if planted == "inputs":
-        monkeypatch.setattr("video_swinv2.training.tasks.IMAGENET_STD", (0.0, 0.0, 0.0))
+        monkeypatch.setattr("video_swinv2.training.tasks.base.IMAGENET_STD", (0.0, 0.0, 0.0))
     else:
         task.encoder.head.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite in 3 steps in a row"):

@@ -18,7 +18,8 @@ from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import DropPath
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
-from video_swinv2.training.tasks import Classification, Pretraining
+from video_swinv2.training.tasks.classification import Classification
+from video_swinv2.training.tasks.simmim import Pretraining
 from video_swinv2.weights.store import read_tensors
 
 
@@ -64,7 +65,7 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     assert (record["repeats"], record["steps"], record["config"]["augment"]["repeats"]) == (2, 8, 2)
     said = capsys.readouterr().out
     assert "batch: 4 = 1 processes x 2 clips x 2 repeats x 1 accumulated; 16 samples, 8 steps" in said
-    assert "highest learning rate 0.0005 = optim.lr 0.001 x batch 4 / optim.lr_batch 8 (linear rule)" in said
+    assert "peak learning rate 0.0005 = optim.lr 0.001 x batch 4 / optim.lr_batch 8 (linear rule)" in said
     assert f"{folder}: done at step 8 of 8" in said
     assert f"best          val/top1 {record['best']:.4f} at step {record['best_step']}" in said
     assert said.splitlines()[-1].startswith(f"next: video-swinv2 test {folder}/model.safetensors ")
@@ -160,7 +161,7 @@ def test_a_loader_that_starves_the_device_is_blamed_and_the_slowest_file_named(c
     assert record["slowest_file"][0] > 3
     assert record["speed"]["data_wait"] > 0.2
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
-    assert "of the time goes into waiting; raise data.workers from 0" in line
+    assert "of the time is spent waiting for samples; raise data.workers from 0" in line
 
 
 def test_weights_and_biases_where_it_is_installed(config, tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from video_swinv2.data.transforms import GREY
 from video_swinv2.files import sha256
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
-from video_swinv2.training.pictures import contact_sheet, draw
-from video_swinv2.training.tasks import Classification, Pretraining
+from video_swinv2.training.tasks.classification import Classification
+from video_swinv2.training.tasks.simmim import Pretraining, contact_sheet, draw_reconstruction
 from video_swinv2.weights.store import read_tensors
 
 CHAIN = [[12, 12], [12, 12], [12, 12], [6, 6]]
@@ -179,7 +179,7 @@ def test_a_picture_shows_what_it_says():
     original = torch.full((1, 3, 2, 4, 4), 10, dtype=torch.uint8)
     hidden = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     hidden[:, 0, :2] = True
-    picture = draw(original, torch.full_like(original, 99), hidden)
+    picture = draw_reconstruction(original, torch.full_like(original, 99), hidden)
     assert picture.shape == (3, 3 * 6 - 2, 2 * 6 - 2)  # three rows of two frames, 2 white pixels between them
     assert (picture[:, :4, :4] == 10).all()
     assert picture[:, 6, 0].tolist() == list(GREY)

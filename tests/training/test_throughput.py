@@ -1,4 +1,4 @@
-"""What a run says of its speed: the work of a sample against counted products, and the verdict on a loader."""
+"""What a run reports about its speed: the operations of a sample, by formula and by counter, and advice on the loader."""
 
 import math
 
@@ -7,15 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import video_swinv2 as vs
-from video_swinv2.config import check
+from video_swinv2.config import validate_config
 from video_swinv2.engine.optimizer import freeze
 from video_swinv2.models.simmim import SimMIM
-from video_swinv2.training import throughput as speed
-from video_swinv2.training.throughput import forward_macs, training_flops, verdict
+from video_swinv2.training import throughput
+from video_swinv2.training.flops import count_forward_flops, forward_macs, training_flops
+from video_swinv2.training.throughput import loader_advice
 
 
 def without_bias_networks(model):
-    """The log-CPB networks run once a batch and do not count: zeros in their tables' place."""
+    """Zeros in place of the log-CPB tables: the formula leaves their networks out, the counter would count them."""
     for block in model.blocks():
         heads = block.attn.logit_scale.numel()
         block.attn._table = lambda window, norm, device, heads=heads: torch.zeros(
@@ -32,24 +33,24 @@ def without_bias_networks(model):
     ],
 )
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_the_work_of_a_sample_is_that_of_its_products(sizes, frozen):
+def test_training_flops_are_near_the_counter(sizes, frozen):
     model = without_bias_networks(vs.create_model("swinv2_nano", num_classes=7, attention="eager", **sizes))
     freeze(model, frozen)
     pixels = torch.zeros(2, 3, *([sizes["frames"]] if "frames" in sizes else []), *model.image_size)
     with FlopCounterMode(display=False) as counter:
         model(pixels).sum().backward()
-    # The first block above frozen stages has no gradient of its input to compute, nor has the patch embedding.
+    # Not exact: the first trained layer needs no gradient of its input, which the formula counts.
     assert training_flops(model, frozen_stages=frozen) == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
 
 
-def test_forward_work_is_exact_and_simmims_too():
-    encoder = without_bias_networks(vs.create_model("swinv2_nano", num_classes=0, image_size=64, window=4))
-    for block in encoder.blocks():
-        block.attn.attention = "eager"
-    masked = SimMIM(encoder, 16)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        masked(torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 4, dtype=torch.bool))
-    assert 2 * sum(forward_macs(encoder, pretraining=True)) == counter.get_total_flops()
+def test_formula_and_counter_agree_to_the_operation():
+    """Classifier and SimMIM; the counter sees every product whatever the attention backend, and restores the backend."""
+    encoder = without_bias_networks(vs.create_model("swinv2_nano", num_classes=7, image_size=64, window=4))
+    assert 2 * sum(forward_macs(encoder)) == count_forward_flops(encoder, torch.zeros(1, 3, 64, 64))
+    masked, mask = SimMIM(encoder, 16), torch.zeros(1, 4, 4, dtype=torch.bool)
+    counted = count_forward_flops(masked, torch.zeros(1, 3, 64, 64), mask)
+    assert 2 * sum(forward_macs(encoder, pretraining=True)) == counted
+    assert {block.attn.attention for block in encoder.blocks()} == {"auto"}
 
 
 def config(workers):
@@ -60,14 +61,14 @@ def config(workers):
         "data": {"source": "x", "image_size": 64, "workers": workers},
         "optim": {"epochs": 1, "lr": 1e-3, "batch": 2, "micro_batch": 2},
     }
-    return check(values, "x.yaml")
+    return validate_config(values, "x.yaml")
 
 
-def test_a_starved_device_is_told_what_to_do(monkeypatch):
-    monkeypatch.setattr(speed, "cores", lambda: 8)
+def test_advice_for_a_loader_that_starves_the_device(monkeypatch):
+    monkeypatch.setattr(throughput, "usable_cores", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert verdict(config(2), 0.1, (0.5, "a.mp4")) is None
-    text = verdict(config(2), 0.43, (0.5, "a.mp4"))
+    assert loader_advice(config(2), 0.1, (0.5, "a.mp4")) is None
+    text = loader_advice(config(2), 0.43, (0.5, "a.mp4"))
     assert "43% of the time" in text
     assert "raise data.workers from 2 (8 cores here); slowest file: 0.50 s a.mp4" in text
-    assert "8 workers keep all 8 cores busy" in verdict(config(4), 0.43, (0.5, "a.mp4"))
+    assert "8 workers keep all 8 cores busy" in loader_advice(config(4), 0.43, (0.5, "a.mp4"))

@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.bench.measuring import clock_of, peak_of, product_speed
 from video_swinv2.errors import UsageError
@@ -28,6 +27,7 @@ from video_swinv2.models.simmim import SimMIM, mask_cells, masked_l1, random_mas
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import Variant, create_model, find_variant
 from video_swinv2.models.windows import Size, layout, partition
+from video_swinv2.training.flops import count_forward_flops
 
 Opponent = Literal["torchvision", "timm"]
 FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)  # what torchvision's Video Swin is built for
@@ -93,9 +93,7 @@ def bench_model(
     x = torch.randn(contest.shape, device=where)
     races = [_race(what, models, x, rounds, clock) for what in contest.races]
     gigaflops = product_speed(where, clock) / 1e9
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _build(contest, "ours").to("meta")(x.to("meta"))
-    floor = counter.get_total_flops() / gigaflops / 1e9
+    floor = count_forward_flops(_build(contest, "ours").to("meta"), x.to("meta")) / gigaflops / 1e9
     floors = {"forward": floor, "training step": 3 * floor}
     return {
         "model": name,

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
-from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.bench.measuring import product_speed, read_peak, start_peak, wall
 from video_swinv2.bench.model import PEERS
@@ -31,6 +30,7 @@ from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
+from video_swinv2.training.flops import count_forward_flops
 
 WARM_UP = 2  # steps before the clock runs: moments are made in the first, programs compiled in both
 CLASSES = 400
@@ -244,13 +244,7 @@ def _forward_flops(work: Workload, peer: bool) -> int:
     """Operations of one clip's forward pass, two for each multiplication and addition."""
     with torch.device("meta"):
         module = build(work, peer).eval()
-    if isinstance(module, SwinV2):
-        for block in module.blocks():
-            block.attn.attention = "eager"
-    clip = torch.empty(1, 3, work.frames, work.pixels, work.pixels, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(clip)
-    return int(counter.get_total_flops())
+    return count_forward_flops(module, torch.empty(1, 3, work.frames, work.pixels, work.pixels, device="meta"))
 
 
 def show_train(result: dict[str, Any]) -> str:

@@ -29,9 +29,10 @@ from video_swinv2.models.simmim import SimMIM
 from video_swinv2.plan.activations import choose_backends, count_giga_macs, measure_pass, without_memory
 from video_swinv2.plan.rates import ReadRate, device_speed, read_rate
 from video_swinv2.plan.states import NUMBER, States, count, moments_of, states_of
+from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import build_model
 from video_swinv2.training.tasks.simmim import resolved_mask
-from video_swinv2.training.throughput import cores, training_flops
+from video_swinv2.training.throughput import usable_cores
 
 Samples = Sequence[Entry | Member] | Mixture
 
@@ -273,8 +274,8 @@ def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
     needed = pace.workers_needed
     if needed is not None and needed > pace.workers:
         mend = f"data.workers={needed}"
-        if needed * plan.processes > cores():
-            mend += f" ({cores()} cores here, for all processes), smaller prepared clips or augment.repeats=2"
+        if needed * plan.processes > usable_cores():
+            mend += f" ({usable_cores()} cores here, for all processes), smaller prepared clips or augment.repeats=2"
         found.append(f"reading: {pace.workers} workers keep a device waiting; use {mend}")
     return found
 

@@ -1,1 +1,1 @@
-"""Training: engines, checkpoints, schedules, processes and the loop over them."""
+"""What is learned, and when: the one training loop, its tasks, and what a run records about itself."""

@@ -1,20 +1,23 @@
-"""How fast a run is and what holds it up: work of a sample, memory, utilisation, and a verdict on the loader."""
+"""How fast a run is and what holds it up: samples per second, share of the device's peak, memory, waiting for data."""
 
 from __future__ import annotations
 
-import math
 import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
 from video_swinv2.config import Config
 from video_swinv2.distributed.world import World
 from video_swinv2.memory import peak_memory_bytes
-from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import shrink
 
-# Dense bf16 (V100: fp16) products without sparsity, TFLOP/s, from NVIDIA's data sheets; the first name that fits.
-PEAKS = {
+Item = TypeVar("Item")
+
+# Dense bf16 (V100: fp16) matrix products without sparsity, TFLOP/s, from NVIDIA's data sheets. The first name that
+# occurs in the device's name wins, so the special case stands before the general one.
+PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "H200": 989.0,
@@ -25,70 +28,118 @@ PEAKS = {
     "V100": 125.0,
     "RTX 4090": 165.0,
 }
-STARVED = 0.2  # share of the time spent waiting for samples from which on the loader is to blame
+STARVED_SHARE = 0.2  # share of the time spent waiting for samples above which the loader is the bottleneck
+ADVISE_EVERY_SECONDS = 600.0
 
 
-def training_flops(encoder: SwinV2, *, frozen_stages: int = 0, pretraining: bool = False) -> float:
-    """Operations of one sample's forward and backward pass: two for each multiply-accumulate of the products.
+class WaitTimer:
+    """Adds up the seconds that the consumer of an iterable waits for its items."""
 
-    Backward takes twice as many as forward, and none in frozen stages. What activation checkpointing computes again
-    does not count, nor do the log-CPB networks, which run once a batch.
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def iterate(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield every item of `items`, timing each wait."""
+        iterator = iter(items)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield item
+
+
+class Throughput:
+    """Speed of the steps since this process was started, per log interval and overall.
+
+    flops_per_sample: operations of a sample's forward and backward pass, see `flops.training_flops`.
     """
-    forward = forward_macs(encoder, pretraining)
-    frozen = sum(forward[: frozen_stages + 1]) if frozen_stages else 0.0
-    return 2 * (3 * sum(forward) - 2 * frozen)
 
+    def __init__(self, flops_per_sample: float, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        # Samples are counted over all processes, but TFLOP/s are reported per device.
+        self._tflop_per_sample_and_device = flops_per_sample / 1e12 / world.size
+        self._peak_tflops = peak_tflops(world, config.engine.precision)
+        self._samples = self._seconds = self._waited_seconds = 0.0
+        self._last: dict[str, float] = {}
+        self._intervals = 0
+        self._advised_at = -ADVISE_EVERY_SECONDS
 
-def forward_macs(encoder: SwinV2, pretraining: bool = False) -> list[float]:
-    """Multiply-accumulates of one sample: patch embedding, each stage with its merging, head or decoder of SimMIM."""
-    pixels = encoder.image_size if encoder.frames is None else (encoder.frames, *encoder.image_size)
-    patch = encoder.patch_size
-    grid = tuple(math.ceil(size / side) for size, side in zip(pixels, patch, strict=True))
-    found = [math.prod(grid) * 3.0 * math.prod(patch) * encoder.embed_dim]
-    for stage, depth in enumerate(encoder.depths):
-        dim, window = encoder.embed_dim * 2**stage, shrink(encoder.window, grid)[0]
-        tokens, inside = math.prod(grid), math.prod(window)
-        padded = math.prod(math.ceil(size / side) * side for size, side in zip(grid, window, strict=True))
-        macs = depth * (4.0 * padded * dim**2 + 2.0 * padded * inside * dim + 8.0 * tokens * dim**2)
-        if stage < len(encoder.depths) - 1:
-            grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
-            macs += math.prod(grid) * 8.0 * dim**2
-        found.append(macs)
-    outputs = 3 * math.prod(patch) * 4 ** (len(encoder.depths) - 1) * math.prod(grid)
-    return [*found, float(encoder.num_features * (outputs if pretraining else encoder.num_classes))]
+    def add_interval(self, samples: float, seconds: float, waited_seconds: float) -> dict[str, float]:
+        """Count a log interval in which all processes together took `samples`; returns its figures."""
+        self._intervals += 1
+        self._samples += samples
+        self._seconds += seconds
+        self._waited_seconds += waited_seconds
+        self._last = self._figures(samples, seconds, waited_seconds)
+        return self._last
+
+    def overall(self) -> dict[str, float]:
+        """The figures of all intervals together."""
+        return self._figures(self._samples, self._seconds, self._waited_seconds)
+
+    def advice(self, slowest: tuple[float, str]) -> str | None:
+        """`loader_advice` on the last interval, at most once in ten minutes; `slowest` is (seconds, file).
+
+        Never on the first interval, in which the loader's workers start.
+        """
+        if self._intervals < 2 or self._seconds - self._advised_at < ADVISE_EVERY_SECONDS:
+            return None
+        text = loader_advice(self._config, self._last["data_wait"], slowest)
+        if text:
+            self._advised_at = self._seconds
+        return text
+
+    def _figures(self, samples: float, seconds: float, waited_seconds: float) -> dict[str, float]:
+        rate = samples / seconds if seconds else 0.0
+        figures = {
+            "samples_per_second": rate,
+            "data_wait": min(waited_seconds / seconds, 1.0) if seconds else 0.0,
+            "tflops_per_device": rate * self._tflop_per_sample_and_device,
+            "memory_gb": peak_memory_gb(self._world),
+        }
+        if self._peak_tflops:
+            figures["utilisation"] = figures["tflops_per_device"] / self._peak_tflops
+        return figures
 
 
 def peak_tflops(world: World, precision: str) -> float | None:
-    """What the device can do at most in bf16 or fp16, TFLOP/s; None where it is not known."""
+    """The device's peak for bf16 or fp16 products, TFLOP/s; None if unknown, on CPUs and in fp32."""
     if world.device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(world.device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def peak_memory(world: World) -> float:
-    """The most memory this process has held, GB: tensors on its GPU, else all of it on the host."""
+def peak_memory_gb(world: World) -> float:
+    """The most memory this process has held so far, GB: of tensors on its GPU, or else in host memory altogether."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     return peak_memory_bytes() / 1e9
 
 
-def cores() -> int:
-    """Cores this process may use."""
+def usable_cores() -> int:
+    """CPU cores that this process may use; cluster schedulers often allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def verdict(config: Config, waiting: float, slowest: tuple[float, str]) -> str | None:
-    """What to do about a loader that starves the device; None where it does not. `waiting` is a share of the time."""
-    if waiting < STARVED:
+def loader_advice(config: Config, waiting: float, slowest: tuple[float, str]) -> str | None:
+    """What to do if the loader starves the device, in one line; None if it keeps up.
+
+    waiting: the share of the time spent waiting for samples. slowest: seconds and name of the slowest file so far.
+    """
+    if waiting < STARVED_SHARE:
         return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as torchrun says
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine; torchrun sets it
     workers = config.data.workers
-    mend = f"raise data.workers from {workers} ({cores()} cores here)"
-    if workers * here >= cores():
-        mend = (
-            f"{workers * here} workers keep all {cores()} cores busy, so prepare the clips smaller "
+    fix = f"raise data.workers from {workers} ({usable_cores()} cores here)"
+    if workers * processes_here >= usable_cores():
+        fix = (
+            f"{workers * processes_here} workers keep all {usable_cores()} cores busy, so prepare the clips smaller "
             "(python -m data_prep prepare --short-side), or set augment.repeats=2"
         )
     seconds, name = slowest
-    return f"data: {waiting:.0%} of the time goes into waiting; {mend}; slowest file: {seconds:.2f} s {name}"
+    return f"data: {waiting:.0%} of the time is spent waiting for samples; {fix}; slowest file: {seconds:.2f} s {name}"

@@ -1,0 +1,120 @@
+"""Supervised classification of images or clips: cross-entropy with mixup, CutMix, label smoothing and class weights.
+
+Letters: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from video_swinv2.config import Config
+from video_swinv2.data.datasets import Batch, SampleDataset, labelled, labelled_splits
+from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.data.transforms import mix
+from video_swinv2.engine.optimizer import freeze
+from video_swinv2.errors import UsageError
+from video_swinv2.training.flops import training_flops
+from video_swinv2.training.tasks.base import (
+    Forward,
+    build_model,
+    normalised_pixels,
+    sample_kind,
+    save_task_model,
+    source_facts,
+)
+
+
+class Classification:
+    """Train the encoder and its linear head on labelled images or clips."""
+
+    best_metric = "val/top1"
+    higher_is_better = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.name = f"classification of {sample_kind(config)}"
+        train = labelled(config.data, config.data.train_split)
+        self.classes = train.classes
+        has_val = config.data.val_split in labelled_splits(config.data)
+        # The training split's class list decides which output of the head is which class, in validation too.
+        val = labelled(config.data, config.data.val_split, self.classes) if has_val else None
+        self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
+        self.class_weights = class_weights(config.optim.class_weights, train)
+        self.val_samples: SampleDataset | None = None
+        if val is not None:
+            self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
+        self.data_facts: dict[str, object] = {
+            "source": source_facts(config),
+            "data_fingerprint": train.fingerprint,
+            "val_fingerprint": val.fingerprint if val else None,
+            "classes": len(self.classes),
+            "classes_sha256": class_list_hash(self.classes),
+        }
+        self.encoder = build_model(config, len(self.classes))
+        freeze(self.encoder, config.optim.frozen_stages)
+        self.module: nn.Module = self.encoder
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        """Cross-entropy of a micro-batch after mixup or CutMix, where the config asks for them."""
+        # `mix` draws from torch's global generator, which the loop seeds from (seed, step, micro-batch, rank).
+        inputs, targets = mix(normalised_pixels(batch), batch.labels, len(self.classes), self.config.augment)
+        weights = None if self.class_weights is None else self.class_weights.to(inputs.device)
+        # `targets` (B, K) are probabilities. For those cross_entropy divides by B, not by the sum of the class weights
+        # as it does for labels, so the mean over micro-batches and processes equals the mean over the global batch.
+        smoothing = self.config.optim.label_smoothing
+        return F.cross_entropy(forward(inputs).float(), targets, weight=weights, label_smoothing=smoothing)
+
+    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
+        """Summed loss and numbers of right answers, on one centre view per sample."""
+        logits = forward(normalised_pixels(batch)).float()
+        # (B, 5): column r is true where the answer of rank r is the label; at most one column per row is.
+        correct = logits.topk(min(5, len(self.classes)), dim=1).indices == batch.labels[:, None]
+        return {
+            "samples": float(len(batch.labels)),
+            "loss": float(F.cross_entropy(logits, batch.labels, reduction="sum")),
+            "top1": float(correct[:, 0].sum()),
+            "top5": float(correct.sum()),
+        }
+
+    def picture(self, forward: Forward, device: torch.device) -> None:
+        """Classification draws nothing."""
+
+    def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
+        """Write the classifier with its class list."""
+        save_task_model(self.module, path, self.classes, self.config, weights, provenance)
+
+    def training_flops(self) -> float:
+        """Floating-point operations of one sample's forward and backward pass."""
+        return training_flops(self.encoder, frozen_stages=self.config.optim.frozen_stages)
+
+    def next_command(self, folder: Path) -> str:
+        """Test the best weights with the usual protocol for images or clips."""
+        model = shlex.quote(str(folder / "model.safetensors"))
+        protocol = "center-1x1" if self.config.data.frames is None else "videoswin-4x3"
+        data, out = shlex.quote(str(self.config.data.source[0])), shlex.quote(str(folder / "test"))
+        return f"video-swinv2 test {model} {data} --protocol {protocol} --out {out}"
+
+
+def class_weights(wanted: str | tuple[float, ...] | None, train: Manifest) -> Tensor | None:
+    """(K,) loss weights of the classes as `optim.class_weights` asks; UsageError if they do not fit the training split.
+
+    `balanced` gives a class the weight samples / (classes x samples of the class), so that the mean weight over all
+    samples is 1 (scikit-learn's formula).
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        counts = torch.bincount(torch.tensor([entry.label for entry in train.entries]), minlength=len(train.classes))
+        if not counts.all():
+            empty = train.classes[int(counts.argmin())]
+            raise UsageError(f"optim.class_weights: class {empty!r} has no training sample; give numbers instead")
+        return len(train.entries) / (len(counts) * counts.float())
+    if len(wanted) != len(train.classes):
+        raise UsageError(f"optim.class_weights: {len(wanted)} weights for {len(train.classes)} classes; give one each")
+    return torch.tensor(wanted)
