@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from video_swinv2.report.metrics import Metrics, measure_scores, video_probabilities
+from video_swinv2.report.metrics import Metrics, metrics_of_scores, video_probabilities
 from video_swinv2.report.mistakes import film_strip, surest_mistakes
 from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores, save_scores, write_arrays
@@ -36,7 +36,7 @@ RECORD = {
 
 def metrics_of(scores: Scores, average: str = "prob") -> Metrics:
     """The figures as a report has them."""
-    return measure_scores(scores, video_probabilities(scores, average), seed=0)
+    return metrics_of_scores(scores, video_probabilities(scores, average), seed=0)
 
 
 class Page(HTMLParser):

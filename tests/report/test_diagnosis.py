@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from video_swinv2.report.diagnosis import MOST_SUBSETS, calibrate, order_hint, view_grid, views_curve
+from video_swinv2.report.diagnosis import (
+    MAX_VIEW_SUBSETS,
+    class_order_hint,
+    clips_and_crops,
+    measure_calibration,
+    views_curve,
+)
 from video_swinv2.report.metrics import average_views
 
 NAMES = tuple(sorted(f"class {i}" for i in range(20)))
@@ -21,19 +27,19 @@ def test_calibration_of_a_model_that_knows_how_sure_to_be() -> None:
     rng = np.random.default_rng(0)
     sure = rng.random(20_000)
     right = rng.random(20_000) < sure
-    found = calibrate(sure, right)
+    found = measure_calibration(sure, right)
     assert found.ece < 0.02
     assert sum(item.n for item in found.bins) == 20_000
-    assert calibrate(sure, np.zeros(20_000, bool)).ece == pytest.approx(sure.mean())
-    assert calibrate(np.array([0.9, 0.9]), np.array([True, True])).ece == pytest.approx(0.1)
-    assert calibrate(np.array([1.0]), np.array([True])).bins[0].low == pytest.approx(14 / 15)
+    assert measure_calibration(sure, np.zeros(20_000, bool)).ece == pytest.approx(sure.mean())
+    assert measure_calibration(np.array([0.9, 0.9]), np.array([True, True])).ece == pytest.approx(0.1)
+    assert measure_calibration(np.array([1.0]), np.array([True])).bins[0].low == pytest.approx(14 / 15)
 
 
 def test_grid_of_views() -> None:
-    assert view_grid({"protocol": "mine", "protocol_numbers": {"clips": 4, "crops": 3}}, 12) == (4, 3)
-    assert view_grid({"protocol": "videoswin-4x3"}, 12) == (4, 3)
-    assert view_grid({"protocol": "videoswin-4x3"}, 3) == (1, 3), "what is left of it for stills"
-    assert view_grid({"protocol": "no numbers"}, 5) == (5, 1)
+    assert clips_and_crops({"protocol": "mine", "protocol_numbers": {"clips": 4, "crops": 3}}, 12) == (4, 3)
+    assert clips_and_crops({"protocol": "videoswin-4x3"}, 12) == (4, 3)
+    assert clips_and_crops({"protocol": "videoswin-4x3"}, 3) == (1, 3), "what is left of it for stills"
+    assert clips_and_crops({"protocol": "no numbers"}, 5) == (5, 1)
 
 
 def test_views_curve_ends_at_the_accuracy_of_the_test() -> None:
@@ -51,7 +57,7 @@ def test_views_curve_ends_at_the_accuracy_of_the_test() -> None:
         assert single.min() <= points[0].top1 <= single.max()
         assert points[0].top1 < points[-1].top1
         assert all(point.interval[0] <= point.top1 <= point.interval[1] for point in points)
-    assert sum(point.subsets for point in points) <= MOST_SUBSETS
+    assert sum(point.subsets for point in points) <= MAX_VIEW_SUBSETS
 
 
 def test_one_of_three_crops_is_the_mean_over_the_three() -> None:
@@ -75,7 +81,7 @@ def test_classes_in_another_order_are_noticed(order: list[int], words: str) -> N
     """The model's class j is the data's class order[j]."""
     labels = np.repeat(np.arange(20), 30)
     place = np.argsort(order)
-    hint = order_hint(labels, answers_of(place[labels], 0.8, 20), NAMES, seed=0)
+    hint = class_order_hint(labels, answers_of(place[labels], 0.8, 20), NAMES, seed=0)
     assert hint is not None
     assert hint.interval[0] < 0.81 < hint.interval[1]
     assert (words in hint.rule) if words else hint.rule == ""
@@ -89,7 +95,7 @@ def test_names_that_were_sorted_for_the_model_only() -> None:
     names = ("wave", "run", "Jump", "clap", "sit", "bow")
     labels = np.repeat(np.arange(6), 40)
     place = np.argsort(sorted(range(6), key=lambda i: names[i]))
-    hint = order_hint(labels, answers_of(place[labels], 0.7, 6), names, seed=0)
+    hint = class_order_hint(labels, answers_of(place[labels], 0.7, 6), names, seed=0)
     assert hint is not None
     assert hint.rule == "in alphabetical order"
 
@@ -97,14 +103,14 @@ def test_names_that_were_sorted_for_the_model_only() -> None:
 def test_no_hint_where_there_is_no_structure_or_no_mistake() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 20, 600)
-    assert order_hint(labels, rng.integers(0, 20, 600), NAMES, seed=0) is None, "chance"
-    assert order_hint(labels, answers_of(labels, 0.3, 20), NAMES, seed=0) is None, "a weak model"
-    assert order_hint(labels, labels, NAMES, seed=0) is None, "a perfect model"
+    assert class_order_hint(labels, rng.integers(0, 20, 600), NAMES, seed=0) is None, "chance"
+    assert class_order_hint(labels, answers_of(labels, 0.3, 20), NAMES, seed=0) is None, "a weak model"
+    assert class_order_hint(labels, labels, NAMES, seed=0) is None, "a perfect model"
     uneven = rng.choice(20, 600, p=[0.5, *[0.5 / 19] * 19])
-    assert order_hint(uneven, np.full(600, 3), NAMES, seed=0) is None, "always the same answer"
+    assert class_order_hint(uneven, np.full(600, 3), NAMES, seed=0) is None, "always the same answer"
     few = rng.integers(0, 20, 12)
-    assert order_hint(few, rng.integers(0, 20, 12), NAMES, seed=0) is None, "too few to tell"
-    assert order_hint(labels[:1], labels[:1] + 1, NAMES, seed=0) is None
+    assert class_order_hint(few, rng.integers(0, 20, 12), NAMES, seed=0) is None, "too few to tell"
+    assert class_order_hint(labels[:1], labels[:1] + 1, NAMES, seed=0) is None
     for seed in range(30):
         answers = np.random.default_rng(seed).integers(0, 20, 100)
-        assert order_hint(labels[:100], answers, NAMES, seed=seed) is None
+        assert class_order_hint(labels[:100], answers, NAMES, seed=seed) is None

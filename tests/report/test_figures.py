@@ -99,7 +99,7 @@ def shown(expected: dict[str, Any]) -> list[str]:
         for pair in expected["most_confused"]
     ]
     words += [
-        f"{b['n']} videos, {percent(b['confidence'])} % sure, {percent(b['accuracy'])} % right"
+        f"{b['n']} videos, confidence {percent(b['confidence'])} %, accuracy {percent(b['accuracy'])} %"
         for b in expected["calibration"]["bins"]
     ]
     if len(expected["views_curve"]) > 1:

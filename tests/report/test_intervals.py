@@ -7,19 +7,19 @@ import pytest
 
 from tests.report import independent
 from video_swinv2.report.intervals import (
-    bootstrap,
-    class_mean,
-    compare_pairs,
-    holm,
-    of_shares,
-    shares,
-    source_numbers,
-    wilson,
+    bootstrap_intervals,
+    class_mean_statistic,
+    compare_paired,
+    holm_adjusted,
+    mean_statistic,
+    number_sources,
+    share_intervals,
+    wilson_interval,
 )
 
 
 def interval(correct: np.ndarray, sources: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    return of_shares(shares(correct[:, None].astype(float)), sources, seed)[0]
+    return share_intervals(mean_statistic(correct[:, None].astype(float)), sources, seed)[0]
 
 
 def test_interval_is_that_of_resampled_videos() -> None:
@@ -36,12 +36,12 @@ def test_interval_is_that_of_resampled_videos() -> None:
 
 def test_a_perfect_score_of_few_videos_is_not_a_sure_one() -> None:
     """7 of 7 right: resamples would say 100 to 100. Two sources of many clips are no more than two."""
-    assert bootstrap(shares(np.ones((7, 1))), np.arange(7), 0).tolist() == [[1.0, 1.0]]
+    assert bootstrap_intervals(mean_statistic(np.ones((7, 1))), np.arange(7), 0).tolist() == [[1.0, 1.0]]
     assert interval(np.ones(7, bool), np.arange(7)) == pytest.approx(independent.wilson(1.0, 7))
     assert interval(np.zeros(7, bool), np.arange(7)) == pytest.approx(independent.wilson(0.0, 7))
     assert interval(np.ones(40, bool), np.arange(40) % 2)[0] == pytest.approx(independent.wilson(1.0, 2)[0])
     same = np.ones(9, bool)
-    assert compare_pairs(same, same, np.arange(9), 0).interval == (0.0, 0.0), "a difference is not a share"
+    assert compare_paired(same, same, np.arange(9), 0).interval == (0.0, 0.0), "a difference is not a share"
 
 
 def test_interval_covers_the_truth_as_often_as_it_says_for_clips_of_one_source_too() -> None:
@@ -70,19 +70,19 @@ def test_many_videos_are_drawn_in_chunks_like_few() -> None:
 
 def test_class_mean_weighs_classes_not_videos() -> None:
     labels, correct = np.array([0, 0, 0, 0, 2]), np.array([1.0, 1.0, 1.0, 0.0, 0.0])
-    figure = class_mean(labels, correct)
+    figure = class_mean_statistic(labels, correct)
     times = np.array([[1.0, 1.0, 1.0, 1.0, 1.0], [2, 0, 0, 2, 1], [0, 0, 0, 0, 5], [1, 1, 1, 2, 0]])
     assert figure(times)[:, 0].tolist() == pytest.approx([0.375, 0.25, 0.0, 0.6])
 
 
 def test_sources_are_told_by_name_and_unknown_ones_stand_alone() -> None:
-    assert source_numbers(["a", "", "b", "a", "", "0"]).tolist() == [0, 1, 2, 0, 3, 4]
-    assert source_numbers([]).tolist() == []
+    assert number_sources(["a", "", "b", "a", "", "0"]).tolist() == [0, 1, 2, 0, 3, 4]
+    assert number_sources([]).tolist() == []
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.0, 1), (0.5, 4), (1.0, 5), (0.8, 1000), (1 / 3, 7)])
 def test_wilson_solves_its_equation(share: float, n: int) -> None:
-    assert wilson(share, n) == pytest.approx(independent.wilson(share, n), abs=1e-9)
+    assert wilson_interval(share, n) == pytest.approx(independent.wilson(share, n), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_wilson_solves_its_equation(share: float, n: int) -> None:
 def test_pairs(only_first: int, only_second: int, both: int) -> None:
     first = np.array([True] * (only_first + both) + [False] * only_second)
     second = np.array([False] * only_first + [True] * (both + only_second))
-    paired = compare_pairs(first, second, np.arange(len(first)), seed=0)
+    paired = compare_paired(first, second, np.arange(len(first)), seed=0)
     assert (paired.n, paired.only_first, paired.only_second) == (len(first), only_first, only_second)
     assert paired.difference == pytest.approx((only_second - only_first) / len(first))
     assert paired.p_value == pytest.approx(independent.mcnemar(only_first, only_second))
     assert paired.interval[0] <= paired.difference <= paired.interval[1]
-    turned = compare_pairs(second, first, np.arange(len(first)), seed=0)
+    turned = compare_paired(second, first, np.arange(len(first)), seed=0)
     assert turned.difference == pytest.approx(-paired.difference)
     assert turned.interval == pytest.approx((-paired.interval[1], -paired.interval[0]))
 
@@ -107,11 +107,11 @@ def test_a_paired_difference_is_surer_than_two_intervals() -> None:
     second = first | (np.arange(500) >= 485)
     own = np.arange(500)
     assert interval(first, own)[1] > interval(second, own)[0]
-    assert compare_pairs(first, second, own, seed=0).interval[0] > 0
+    assert compare_paired(first, second, own, seed=0).interval[0] > 0
 
 
 def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
-    assert holm([0.04]) == [0.04]
-    assert holm([]) == []
+    assert holm_adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_adjusted([0.6, 0.9]) == [1.0, 1.0]
+    assert holm_adjusted([0.04]) == [0.04]
+    assert holm_adjusted([]) == []

@@ -16,12 +16,12 @@ from PIL import Image
 
 from tests.report.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, metrics_of, write_page
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.report.matrix import confused_order, matrix_data
+from video_swinv2.report.confusion import confused_order, matrix_data
 from video_swinv2.report.metrics import ClassAccuracy, video_probabilities
 from video_swinv2.report.mistakes import film_strip, surest_mistakes
 from video_swinv2.report.page import split_classes, write_report
-from video_swinv2.report.runs import find_run, flatten
 from video_swinv2.report.scores import Scores, save_scores
+from video_swinv2.report.training_run import find_training_run, flatten
 
 
 def counts(confusion: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
@@ -43,7 +43,8 @@ def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
     text = page.text
     assert f"{100 * metrics.top1:.1f} % top-1" in text
     assert f"{100 * metrics.top1_interval[0]:.1f} to {100 * metrics.top1_interval[1]:.1f}" in text
-    assert f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} % of all listed" in text
+    bounds = f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} %"
+    assert f"top-1 over all listed videos is within {bounds}" in text
     assert "ab" * 32 in text
     assert "videoswin-4x3" in text
     data = matrix_of(raw)
@@ -118,7 +119,7 @@ def test_any_number_of_classes(n_classes: int, tmp_path: Path) -> None:
     raw = write_page(tmp_path)
     page = Page(raw)
     assert len(raw) < 3e6
-    assert "Frames were shuffled" in page.text
+    assert "Frame order: shuffled" in page.text
     bars = [attributes["title"] for tag, attributes in page.tags if tag == "span" and attributes.get("class") == "name"]
     assert set(bars) == set(names)
     data = matrix_of(raw)
@@ -157,12 +158,12 @@ def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
     )
     raw = write_page(tmp_path / "test")
     page = Page(raw)
-    for words in ("Loss", "Accuracy in validation", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
+    for words in ("Loss", "Validation accuracy", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
         assert words in page.text
     assert ATTACK not in raw
     assert ATTACK in page.texts
     assert json.loads((tmp_path / "test" / "results.json").read_text())["run"]["hours"] == 0.5
-    run = find_run(tmp_path / "run")
+    run = find_training_run(tmp_path / "run")
     assert run is not None
     steps, losses = run.series("train/loss")
     assert len(steps) == 240
@@ -172,24 +173,24 @@ def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
     assert "Learning rate" not in Page(write_page(tmp_path / "test")).text
     write_report(tmp_path / "test", tmp_path / "run")
     assert "Learning rate" in (tmp_path / "test" / "report.html").read_text()
-    with pytest.raises(UsageError, match=r"test: no run\.json"):
+    with pytest.raises(UsageError, match=r"test: not a training run: no readable run\.json"):
         write_report(tmp_path / "test", tmp_path / "test")
 
 
 def test_a_test_on_the_training_data_is_no_accuracy_to_quote(tmp_path: Path) -> None:
     make_run(tmp_path / "run", data={"data_fingerprint": "ab" * 32})
     make_folder(tmp_path / "test", ("a", "b"), 20, model={"path": str(tmp_path / "run" / "m.safetensors")})
-    assert "was trained on these very videos" in Page(write_page(tmp_path / "test")).text
+    assert "was trained on these same videos" in Page(write_page(tmp_path / "test")).text
 
 
 def test_classes_out_of_order_are_pointed_out(tmp_path: Path) -> None:
     scores = make_folder(tmp_path, tuple("fedcba"), 200, failed=0)
-    assert "out of order" not in Page(write_page(tmp_path)).text
+    assert "in the wrong order" not in Page(write_page(tmp_path)).text
     turned = Scores(scores.paths, scores.labels, scores.logits[:, :, ::-1].copy(), scores.views, scores.reasons,
                     scores.classes, scores.metadata)  # fmt: skip
     save_scores(turned, tmp_path / "scores.npz")
     text = Page(write_page(tmp_path)).text
-    assert "The classes look out of order" in text
+    assert "The classes seem to be in the wrong order" in text
     assert "in alphabetical order" in text
     assert "class order looks wrong" in (tmp_path / "report.md").read_text()
     hint = json.loads((tmp_path / "results.json").read_text())["class_order_hint"]

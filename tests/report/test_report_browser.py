@@ -77,7 +77,7 @@ def test_the_matrix_in_a_browser_answers_to_pointing_sorting_and_zooming(tmp_pat
     assert f"{names[0]}, answered {names[1]}: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
     worst = int(np.argmin(np.diag(confusion) / confusion.sum(axis=1)))
     total, count = confusion[worst].sum(), confusion[worst, worst]
-    assert f"{names[worst]}, answered rightly: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
+    assert f"{names[worst]}, answered correctly: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
     assert "15" in page.texts, "zoomed in"
     assert any(text.startswith(f"Answers to {names[0]}: ") for text in page.texts)
     assert max(int(text) for text in page.texts if text.isdecimal()) > 50, "something was drawn"

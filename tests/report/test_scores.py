@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from video_swinv2.errors import UserError
-from video_swinv2.report.scores import Scores, in_class_order, load_scores, save_scores
+from video_swinv2.report.scores import Scores, load_scores, reorder_classes, save_scores
 
 
 def make_scores(n: int = 6, views: int = 2, classes: int = 3, failed: tuple[int, ...] = (4,)) -> Scores:
@@ -62,13 +62,13 @@ def _views_without(row: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("scores", "fault"),
     [
-        (_changed(logits=_logits(2, 1, np.nan)), r"'2'\.mp4 has no finite score for view 1"),
-        (_changed(logits=_logits(0, 0, np.inf)), r"'0'\.mp4 has no finite score for view 0"),
-        (_changed(logits=_logits(4, 0, 0.0)), r"'4'\.mp4 failed and has scores"),
-        (_changed(views=_views_without(3)), r"'3'\.mp4 has no finite view for view 1"),
+        (_changed(logits=_logits(2, 1, np.nan)), r"'2'\.mp4 has no finite logits for view 1"),
+        (_changed(logits=_logits(0, 0, np.inf)), r"'0'\.mp4 has no finite logits for view 0"),
+        (_changed(logits=_logits(4, 0, 0.0)), r"'4'\.mp4 failed but has scores"),
+        (_changed(views=_views_without(3)), r"'3'\.mp4 has no recorded place for view 1"),
         (_changed(paths=("a", "b", "c", "d", "e", "a")), "a is scored more than once"),
-        (_changed(labels=np.array([0, 1, 2, 0, 1, 3])), "labels go from 0 to 3 with 3 classes"),
-        (_changed(labels=np.array([0, 1, 2, 0, 1, -1])), "labels go from -1"),
+        (_changed(labels=np.array([0, 1, 2, 0, 1, 3])), "labels range from 0 to 3, but there are 3 classes"),
+        (_changed(labels=np.array([0, 1, 2, 0, 1, -1])), "labels range from -1"),
         (_changed(labels=np.array([0, 1])), "2 labels and 6 reasons for 6 videos"),
         (_changed(logits=make_scores().logits.astype(np.float32)), "float32"),
         (_changed(logits=make_scores(n=5).logits), r"\(5, 2, 3\)"),
@@ -115,7 +115,7 @@ def test_status_and_reasons_must_agree(tmp_path: Path) -> None:
     assert json.loads(str(arrays["metadata"]))["seed"] == 0
     arrays["status"][0] = "failed"
     np.savez(tmp_path / "scores.npz", **arrays)
-    with pytest.raises(UserError, match="disagree"):
+    with pytest.raises(UserError, match="contradict"):
         load_scores(tmp_path / "scores.npz")
 
 
@@ -124,21 +124,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_scores(make_scores(), tmp_path / "nowhere" / "scores.npz")
 
 
-def test_another_class_order_is_mended_by_name_or_refused() -> None:
+def test_another_class_order_is_matched_by_name_or_refused() -> None:
     scores = make_scores()
     order = ("class 2 é", "class 0 é", "class 1 é")
-    turned = in_class_order(scores, order, "b")
+    turned = reorder_classes(scores, order, "b")
     assert turned.classes == order
     for row in range(6):
         assert order[turned.labels[row]] == scores.classes[scores.labels[row]]
         for column, name in enumerate(order):
             old = scores.logits[row, :, scores.classes.index(name)]
             np.testing.assert_array_equal(turned.logits[row, :, column], old)
-    assert in_class_order(turned, scores.classes, "b").labels.tolist() == scores.labels.tolist()
-    assert in_class_order(scores, scores.classes, "b") is scores
+    assert reorder_classes(turned, scores.classes, "b").labels.tolist() == scores.labels.tolist()
+    assert reorder_classes(scores, scores.classes, "b") is scores
     with pytest.raises(
-        UserError, match=r"b: its class 'class 2 é' is not one of the 3 wanted \(the nearest is 'klass 2 é'"
+        UserError, match=r"b: class 'class 2 é' is not among the 3 expected classes \(the nearest is 'klass 2 é'"
     ):
-        in_class_order(scores, ("class 0 é", "class 1 é", "klass 2 é"), "b")
-    with pytest.raises(UserError, match="b: has no class 'more'"):
-        in_class_order(scores, (*scores.classes, "more"), "b")
+        reorder_classes(scores, ("class 0 é", "class 1 é", "klass 2 é"), "b")
+    with pytest.raises(UserError, match="b: class 'more' of the other tests is missing"):
+        reorder_classes(scores, (*scores.classes, "more"), "b")

@@ -46,7 +46,7 @@ def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     from video_swinv2.evaluation.overrides import parse_overrides
-    from video_swinv2.evaluation.testing import run_tests, summary
+    from video_swinv2.evaluation.testing import run_tests, summarize_tests
 
     results = run_tests(
         options.model,
@@ -59,7 +59,7 @@ def _test(options: argparse.Namespace) -> None:
     )
     if os.environ.get("RANK", "0") == "0":  # every process of a distributed test gets here; one prints
         printed = results if len(results) > 1 else next(iter(results.values()))
-        print(json.dumps(printed, indent=1) if options.json else summary(results, options.out))
+        print(json.dumps(printed, indent=1) if options.json else summarize_tests(results, options.out))
 
 
 def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -93,7 +93,7 @@ def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _probe(options: argparse.Namespace) -> None:
     from video_swinv2.evaluation.overrides import parse_overrides
-    from video_swinv2.evaluation.probe import run_probe, show
+    from video_swinv2.evaluation.probe import run_probe, summarize_probe
 
     result = run_probe(
         options.model,
@@ -107,7 +107,7 @@ def _probe(options: argparse.Namespace) -> None:
         out=options.out,
         overrides=parse_overrides(options.overrides),
     )
-    print(json.dumps(result, indent=1) if options.json else show(result))
+    print(json.dumps(result, indent=1) if options.json else summarize_probe(result))
 
 
 def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -132,7 +132,7 @@ def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from video_swinv2.report.compare import report
+    from video_swinv2.report.compare import report_tests
 
-    result, lines = report(options.folders, out=options.out, run=options.run_folder)
+    result, lines = report_tests(options.folders, out=options.out, run=options.run_folder)
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))

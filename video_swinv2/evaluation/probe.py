@@ -1,6 +1,6 @@
-"""What frozen features are worth: k nearest neighbours and a linear classifier on them, through scikit-learn.
+"""Probing frozen features: k nearest neighbours and a linear classifier on them, with scikit-learn.
 
-N samples, C channels, K classes.
+N training samples, M test samples, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
 from video_swinv2.files import write_json
-from video_swinv2.report.metrics import Metrics, measure, ranking
+from video_swinv2.report.metrics import Metrics, metrics_of_ranking, ranking
 
 Method = Literal["knn", "linear"]
 PROTOCOL = "center-1x1"
 RESULT = "probe.json"
-HELD_OUT = 0.2  # of each class, where a data set has one split only
+HELD_OUT = 0.2  # fraction of each class to test on, if the data set has only one split
 TEMPERATURE = 0.07  # of the neighbours' votes, exp(cosine / temperature): arXiv 1805.01978, and DINO's k-NN
 C_GRID = tuple(10.0**power for power in range(-4, 2))
 FOLDS = 3
-MOST_ITERATIONS = 300
-MOST_NAMED = 20
+MAX_ITERATIONS = 300
+MAX_NAMED_FILES = 20
 
 
 @dataclass(frozen=True)
-class Split:
-    """Places of the training and of the test samples; `lost` of the latter failed in preparation already."""
+class TrainTestIndices:
+    """Indices of the training and the test samples; `lost` counts test videos that already failed in preparation."""
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
@@ -51,31 +51,35 @@ class Split:
 
 
 @dataclass(frozen=True)
-class _Data:
-    """The samples of all splits used, in one list, and how a seed cuts them."""
+class ProbeData:
+    """The samples of all splits in use, as one list, and their division into training and test samples.
+
+    Two manifests are a training and a test split. One manifest is divided anew for each seed.
+    """
 
     manifests: tuple[Manifest, ...]
 
     @property
-    def how(self) -> str:
+    def description(self) -> str:
+        """How training and test samples were divided, in words."""
         if len(self.manifests) == 2:
             return f"splits {self.manifests[0].split} and {self.manifests[1].split} of the data set"
         return f"{HELD_OUT:.0%} of each class of split {self.manifests[0].split} held out, drawn by the seed"
 
-    def split(self, labels: NDArray[np.int64], seed: int) -> Split:
-        """`labels` of all samples; raises UsageError where the classes are too small to be cut."""
+    def divide(self, labels: NDArray[np.int64], seed: int) -> TrainTestIndices:
+        """Divide the samples with these `labels`. Raises UsageError if a class is too small to be divided."""
         sizes = [len(manifest.entries) for manifest in self.manifests]
         if len(sizes) == 2:
-            return Split(np.arange(sizes[0]), sizes[0] + np.arange(sizes[1]), self.manifests[1].lost)
+            return TrainTestIndices(np.arange(sizes[0]), sizes[0] + np.arange(sizes[1]), self.manifests[1].failed_in_preparation)
         (manifest,) = self.manifests
         try:
             train, test = train_test_split(np.arange(sizes[0]), test_size=HELD_OUT, stratify=labels, random_state=seed)
         except ValueError as error:
             raise UsageError(
-                f"{manifest.root}: cannot be cut into training and test ({str(error).split('.')[0].lower()}); "
-                "give it splits of its own"
+                f"{manifest.root}: cannot be divided into training and test ({str(error).split('.')[0].lower()}); "
+                "use a data set with splits of its own"
             ) from error
-        return Split(np.sort(train), np.sort(test), manifest.lost)
+        return TrainTestIndices(np.sort(train), np.sort(test), manifest.failed_in_preparation)
 
 
 def run_probe(
@@ -91,27 +95,27 @@ def run_probe(
     out: Path | None = None,
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """Probe the frozen features of any checkpoint; `random_weights` adds the same architecture untrained, per seed.
+    """Probe the frozen features of any checkpoint; `random_weights` adds the untrained architecture, once per seed.
 
-    Splits are by default the data set's own train and val; one that has no splits is cut anew for each seed. Seeds also
-    draw the folds that choose C, and random weights. With `out` the features are kept there, and probe.json written.
-    Returns what probe.json holds. Raises UsageError for labels, splits and numbers that cannot be, UserError where
-    nothing could be read.
+    The default splits are the data set's own train and val; a data set without splits is divided anew for each seed.
+    The seed also draws the folds that choose C, and the random weights. With `out`, features are cached there and
+    probe.json is written. Returns the content of probe.json. Raises UsageError for invalid labels, splits and numbers,
+    and UserError if no file could be read.
     """
     if k < 1 or seeds < 1:
         raise UsageError("k and seeds must be 1 or more")
     overrides = overrides or TestOverrides()
     backbone = open_backbone(Path(model_path), overrides)
-    source = _read_data(Path(data), train_split, test_split)
+    source = _read_probe_data(Path(data), train_split, test_split)
     if out is not None:
-        _make_folder(out)
+        _create_folder(out)
     trained = _all_features(backbone, source, overrides, out)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
-        rows += _answers(trained, source, seed, methods, k, "given")
+        rows += _probe_rows(trained, source, seed, methods, k, "given")
     for seed in range(seeds if random_weights else 0):
         fresh = _all_features(with_random_weights(backbone, seed), source, overrides, out)
-        rows += _answers(fresh, source, seed, methods, k, "random")
+        rows += _probe_rows(fresh, source, seed, methods, k, "random")
     result = {
         "model": backbone.record,
         "preprocessing": asdict(backbone.preprocessing),
@@ -119,7 +123,7 @@ def run_probe(
         "data_fingerprint": {manifest.split: manifest.fingerprint for manifest in source.manifests},
         "classes": len(source.manifests[0].classes),
         "channels": trained.vectors.shape[1],
-        "split": source.how,
+        "split": source.description,
         "k": k,
         "seeds": seeds,
         "rows": rows,
@@ -130,32 +134,32 @@ def run_probe(
     return result
 
 
-def show(result: dict[str, Any]) -> str:
-    """The result in a few lines for people: the mean over seeds, the range, and the interval of every seed."""
+def summarize_probe(result: dict[str, Any]) -> str:
+    """The result in a few lines for people: the mean and range over seeds, and the confidence interval of each seed."""
     rows = result["rows"]
     learned, tested = rows[0]["train"], rows[0]["test"]["scored"]
     lines = [
         f"{result['model']['path']} ({result['model']['layout']}), {result['channels']} channels",
-        f"{result['data']}: {result['classes']} classes, {learned} to learn from, {tested} tested; {result['split']}",
+        f"{result['data']}: {result['classes']} classes, {learned} training and {tested} test samples; "
+        f"{result['split']}",
     ]
     for weights in dict.fromkeys(row["weights"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
-            lines.append(
-                _line(weights, method, [row for row in rows if (row["weights"], row["method"]) == (weights, method)])
-            )
+            same = [row for row in rows if (row["weights"], row["method"]) == (weights, method)]
+            lines.append(_summary_line(weights, method, same))
     if result["broken"]:
         failed = [100 * bound for bound in rows[0]["top1_bounds"]]
         lines.append(
-            f"{len(result['broken'])} files could not be read; top-1 of all listed lies between {failed[0]:.1f} and "
+            f"{len(result['broken'])} files could not be read; top-1 over all listed lies between {failed[0]:.1f} and "
             f"{failed[1]:.1f} % ({rows[0]['method']}, seed 0)"
         )
-        lines += [f"  {name}: {reason}" for name, reason in result["broken"][:MOST_NAMED]]
-        if len(result["broken"]) > MOST_NAMED:
-            lines.append(f"  and {len(result['broken']) - MOST_NAMED} more, in the JSON result")
+        lines += [f"  {name}: {reason}" for name, reason in result["broken"][:MAX_NAMED_FILES]]
+        if len(result["broken"]) > MAX_NAMED_FILES:
+            lines.append(f"  and {len(result['broken']) - MAX_NAMED_FILES} more, in the JSON result")
     return "\n".join(lines)
 
 
-def _line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> str:
+def _summary_line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> str:
     top1, top5 = ([100 * row[key] for row in rows] for key in ("top1", "top5"))
     spread = f" ({min(top1):.1f} to {max(top1):.1f})" if len(rows) > 1 else ""
     intervals = ", ".join("{:.1f} to {:.1f}".format(*(100 * bound for bound in row["top1_interval"])) for row in rows)
@@ -166,29 +170,29 @@ def _line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _make_folder(out: Path) -> None:
+def _create_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+        raise UserError(f"{out}: cannot create the folder ({error.strerror}); choose another --out") from error
 
 
-def _read_data(data: Path, train_split: str | None, test_split: str | None) -> _Data:
-    """The two splits asked for or usual; the one there is, to be cut, where none is asked for."""
+def _read_probe_data(data: Path, train_split: str | None, test_split: str | None) -> ProbeData:
+    """The two splits given (default train and val), or the only one if none is given, to be divided by the seed."""
     splits = available_splits(data)
     if len(splits) == 1 and train_split is None and test_split is None:
-        return _Data((read_labelled_split(data, splits[0]),))
+        return ProbeData((read_labelled_split(data, splits[0]),))
     if train_split == test_split is not None:
-        raise UsageError(f"{data}: split {train_split!r} cannot be both learned from and tested")
+        raise UsageError(f"{data}: split {train_split!r} cannot be both trained on and tested")
     train = read_labelled_split(data, train_split or "train")
-    return _Data((train, read_labelled_split(data, test_split or "val", train.classes)))
+    return ProbeData((train, read_labelled_split(data, test_split or "val", train.classes)))
 
 
-def _all_features(backbone: Backbone, source: _Data, overrides: TestOverrides, kept_in: Path | None) -> Features:
+def _all_features(backbone: Backbone, source: ProbeData, overrides: TestOverrides, cache: Path | None) -> Features:
     protocol = find_protocol(PROTOCOL)
     parts = [
         extract_features(
-            backbone, manifest, protocol_for_split(manifest, protocol, backbone.preprocessing), overrides, kept_in
+            backbone, manifest, protocol_for_split(manifest, protocol, backbone.preprocessing), overrides, cache
         )
         for manifest in source.manifests
     ]
@@ -200,31 +204,31 @@ def _all_features(backbone: Backbone, source: _Data, overrides: TestOverrides, k
     )
 
 
-def _answers(
-    features: Features, source: _Data, seed: int, methods: Sequence[Method], k: int, weights: str
+def _probe_rows(
+    features: Features, source: ProbeData, seed: int, methods: Sequence[Method], k: int, weights: str
 ) -> Iterator[dict[str, Any]]:
-    """One row of the result per method: learned from the training samples that were read, told of all tested."""
-    split, classes = source.split(features.labels, seed), source.manifests[0].classes
-    train, test = (places[features.read[places]] for places in (split.train, split.test))
+    """One row of the result per method: trained on the samples that could be read, accuracies over all test samples."""
+    indices, classes = source.divide(features.labels, seed), source.manifests[0].classes
+    train, test = (rows[features.read[rows]] for rows in (indices.train, indices.test))
     if not (len(train) and len(test)):
         raise UserError(
-            f"{source.manifests[0].root}: of the files that could be read {len(train)} are to learn from and "
-            f"{len(test)} to test; mend the data set"
+            f"{source.manifests[0].root}: only {len(train)} training and {len(test)} test files could be read; "
+            "fix the data set"
         )
     x, y = features.vectors[train], features.labels[train]
     for method in methods:
         chosen: dict[str, Any] = {}
         if method == "knn":
-            probabilities = nearest(x, y, features.vectors[test], len(classes), k)
+            probabilities = knn_probabilities(x, y, features.vectors[test], len(classes), k)
         else:
-            probabilities, chosen = linear(x, y, features.vectors[test], len(classes), seed)
-        listed = len(split.test) + split.lost
-        metrics = measure(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
+            probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
+        listed = len(indices.test) + indices.lost
+        metrics = metrics_of_ranking(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
         yield {"weights": weights, "method": method, "seed": seed, "train": len(train)} | _figures(metrics) | chosen
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
-    """Named as in a test's results.json."""
+    """The metrics under the names they have in a test's results.json."""
     return {
         **metrics.figures(),
         "test": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
@@ -232,55 +236,63 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
 
 
 def _ranked(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(N, up to 5) classes, most probable first; -1 in place of a class that no neighbour voted for."""
+    """(M, K) -> (M, min(K, 5)) classes, most probable first; -1 in place of a class that no neighbour voted for.
+
+    Without the -1, classes with zero votes would fill the top 5 in the order of their index, and chance would count.
+    """
     ranked = ranking(probabilities, 5)
     return np.where(np.take_along_axis(probabilities, ranked, axis=1) > 0, ranked, -1)
 
 
-def nearest(
+def knn_probabilities(
     x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.float32], classes: int, k: int
 ) -> NDArray[np.float64]:
-    """(N, C), (N,) and (M, C) -> (M, K) shares of the votes of the k nearest by cosine, weighted by likeness."""
+    """x (N, C), y (N,), test (M, C) -> (M, K): votes of the k nearest neighbours by cosine similarity, normalised.
+
+    Each neighbour votes with weight exp(cosine / TEMPERATURE). Raises UsageError if k > N.
+    """
     if k > len(x):
-        raise UsageError(f"--k {k}: there are {len(x)} samples to learn from; ask for fewer neighbours")
+        raise UsageError(f"--k {k}: there are only {len(x)} training samples; use a smaller k")
 
     def votes(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+        # scikit-learn's cosine distance is 1 - cosine; the constant factor exp(1 / TEMPERATURE) cancels.
         return np.exp(-distances / TEMPERATURE)
 
     model = KNeighborsClassifier(k, metric="cosine", weights=votes).fit(x, y)
     return _spread(model.predict_proba(test), model.classes_, classes)
 
 
-def linear(
+def linear_probabilities(
     x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.float32], classes: int, seed: int
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """(N, C), (N,) and (M, C) -> (M, K) probabilities of logistic regression on standardised features, and its C.
+    """x (N, C), y (N,), test (M, C) -> (M, K) probabilities of logistic regression on standardised features, and its C.
 
-    C is the best of C_GRID in a cross-validation of the training samples, whose folds the seed draws.
+    C is the best of C_GRID by cross-validation on the training samples; the seed draws the folds. Raises UsageError for
+    fewer than two classes, or two samples of the rarest class.
     """
     present, counts = np.unique(y, return_counts=True)
     folds = min(FOLDS, int(counts.min()))
     if len(present) < 2 or folds < 2:
         raise UsageError(
-            f"a linear probe needs two classes and two training samples of each, there are {len(present)} classes and "
-            f"{counts.min()} of the rarest; use --method knn"
+            f"a linear probe needs two classes and two training samples of each; there are {len(present)} classes and "
+            f"{counts.min()} samples of the rarest; use --method knn"
         )
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_ITERATIONS)),
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS)),
         {"logisticregression__C": C_GRID},
         cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
     )
     with warnings.catch_warnings():
-        # A weak C on features that separate the classes has no end; such a C is rarely the one chosen.
+        # On separable features, weak regularisation (a large C) does not converge; such a C is rarely chosen.
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(x, y)
     iterations = int(np.max(search.best_estimator_[-1].n_iter_))
-    chosen = {"C": search.best_params_["logisticregression__C"], "converged": iterations < MOST_ITERATIONS}
+    chosen = {"C": search.best_params_["logisticregression__C"], "converged": iterations < MAX_ITERATIONS}
     return _spread(search.predict_proba(test), search.classes_, classes), chosen
 
 
 def _spread(probabilities: NDArray[np.float64], present: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """Columns of the classes that were learned -> columns of all K, zero for the others."""
+    """(M, classes in training) -> (M, K), zero for classes without a training sample."""
     full = np.zeros((len(probabilities), classes))
     full[:, present] = probabilities
     return full

@@ -1,6 +1,6 @@
-"""One test: a model file, a split and protocols in; scores, figures and reports out, on any number of processes.
+"""A multi-view test: model file, split and protocols in; scores, figures and reports out; on any number of processes.
 
-G videos of a group, V views of each by all protocols, K classes.
+G videos in a group, V views of each (of all protocols), K classes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from video_swinv2.distributed.collectives import all_gather_objects
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World, join_world, leave_world
 from video_swinv2.errors import UserError
-from video_swinv2.evaluation.overrides import TestOverrides, parse_overrides
-from video_swinv2.evaluation.parts import PartFolder, ScoredVideos
+from video_swinv2.evaluation.overrides import TestOverrides
+from video_swinv2.evaluation.parts import PartBuilder, PartFolder
 from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
 from video_swinv2.evaluation.protocols import find_protocol
-from video_swinv2.evaluation.reading import Group, VideoRecord, default_workers, deliver_groups
+from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
 from video_swinv2.files import lock_file
 from video_swinv2.progress import Progress
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
-from video_swinv2.report.mistakes import MOST_MISTAKES, film_strip, surest_mistakes
+from video_swinv2.report.mistakes import surest_mistakes
 from video_swinv2.report.page import write_report
-from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, save_scores, write_arrays
+from video_swinv2.report.scores import Scores, save_scores, write_arrays
 from video_swinv2.weights.store import Preprocessing, load_model
 
-__all__ = ["TestOverrides", "forward_views", "parse_overrides", "run_test", "run_tests", "summary"]
-_REPORTED = ("strips.npz", "results.json", "report.html", "report.md")
+_DERIVED_FILES = ("strips.npz", "results.json", "report.html", "report.md")
 
 
 def run_test(
@@ -52,7 +51,7 @@ def run_test(
     classes_by: ClassesBy = "name",
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """`run_tests` with one protocol; returns what its results.json holds."""
+    """`run_tests` with one protocol; returns the content of its results.json."""
     results = run_tests(
         model_path, data, protocols=protocol, split=split, out=out, classes_by=classes_by, overrides=overrides
     )
@@ -71,15 +70,18 @@ def run_tests(
 ) -> dict[str, dict[str, Any]]:
     """Score every video of a split and write scores.npz, strips.npz, results.json, report.md and report.html to `out`.
 
-    protocols: names joined by commas, see `find_protocol`; several share one decode of each video, and each gets a
-    folder in `out`. A tree of images is tested likewise, each image as a video of one frame; classes_by: see
-    `read_labelled_split`. Returns what each protocol's results.json holds, on every process. Started by torchrun, deepspeed or
-    srun it shares the work. Killed at any time and started again it goes on from the shards that were finished, on as
-    many processes as there are then; the scores depend on neither. Raises UsageError before any work for what cannot be
-    right (a label the model does not know, an unlabelled video) and UserError where no video, or not every video, could
-    be scored.
+    `protocols` are names joined by commas, see `find_protocol`. Several protocols share one decode of each video, and
+    each gets its own folder inside `out`. Images are tested like videos of one frame. For `classes_by` see
+    `read_labelled_split`.
+
+    Launched by torchrun, deepspeed or srun, the processes share the work. A test that was killed resumes from its
+    finished parts when it is started again, on any number of processes; the scores depend on neither.
+
+    Returns the content of each protocol's results.json, on every process. Raises UsageError before any work for what
+    cannot succeed (an unknown label, a video without one), and UserError if a video could not be accounted for or none
+    could be scored.
     """
-    chosen = overrides or TestOverrides()
+    settings = overrides or TestOverrides()
     plan = plan_test(
         Path(model_path),
         Path(data),
@@ -87,26 +89,15 @@ def run_tests(
         split=split,
         classes_by=classes_by,
         out=Path(out),
-        overrides=chosen,
+        overrides=settings,
     )
-    owns_group = not torch.distributed.is_initialized()
-    world = join_world(chosen.device)
+    joins_group = not torch.distributed.is_initialized()
+    world = join_world(settings.device)
     try:
-        with _alone(plan.out, world):
-            record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
-            shards = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
-            pending = all_gather_objects(world, shards.open() if world.rank == 0 else [])[0]
-            record["shards_finished_before"] = shards.number - len(pending)
-            if world.rank == 0 and len(pending) < shards.number:
-                print(f"test: {shards.number - len(pending)} of {shards.number} parts are done", file=sys.stderr)
-            started = time.perf_counter()
-            _score(plan, world, shards, pending[world.rank :: world.size])
-            _meet(world)
-            if world.rank == 0:
-                _finish(plan, shards, record | {"seconds": round(time.perf_counter() - started, 3)})
-            _meet(world)
+        with _exclusive(plan.out, world):
+            _run(plan, world)
     finally:
-        if owns_group:
+        if joins_group:
             leave_world()
     return {
         protocol.name: json.loads((plan.folder(protocol) / "results.json").read_text(encoding="utf-8"))
@@ -115,31 +106,106 @@ def run_tests(
 
 
 def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
-    """uint8 (V, 3, [T,] H, W), moved as bytes and normalised on the device -> logits float32 (V, K), on the CPU."""
+    """uint8 (V, 3, [T,] H, W) -> float32 (V, K) logits, or (V, C) features of a model without a head, on the CPU.
+
+    Pixels travel to the device as bytes and are normalised there: a quarter of the traffic of floats.
+    """
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        parts = [
+        outputs = [
             model(normalise(part.to(device), preprocessing.mean, preprocessing.std)).float()
             for part in torch.split(pixels, batch)
         ]
-        return torch.cat(parts).cpu()
+        return torch.cat(outputs).cpu()
+
+
+def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
+    """The results of each protocol in a few lines for people."""
+    folders = {name: Path(out) if len(results) == 1 else Path(out) / find_protocol(name).folder for name in results}
+    return "\n".join(line for name, result in results.items() for line in _summary_lines(result, folders[name]))
+
+
+def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
+    videos = result["videos"]
+    keys = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
+    lines = [accuracy_line(result, key, words) for key, words in keys.items()]
+    lines.append(
+        f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['views']} view(s) each, "
+        f"{result['seconds']:.1f} seconds"
+    )
+    if videos["failed"]:
+        low, high = (100 * bound for bound in result["top1_bounds"])
+        lines.append(f"{videos['failed']} failed: top-1 over all listed lies between {low:.2f} and {high:.2f} %")
+    if result["frame_order"] != "in-order":
+        lines.append(f"frames were {result['frame_order']}: do not quote this accuracy")
+    return [*lines, f"report: {out / 'report.html'}"]
+
+
+def _run(plan: TestPlan, world: World) -> None:
+    """Score the parts that are missing, shared among all processes; then rank 0 writes the results."""
+    # Rank 0 looks at files and disk and tells the others, so that all processes work from the same record and the same
+    # list of missing parts even on a slow network file system.
+    record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
+    parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
+    missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
+    finished_before = parts.count - len(missing)
+    if world.rank == 0 and finished_before:
+        print(f"test: {finished_before} of {parts.count} parts are already done", file=sys.stderr)
+    started = time.perf_counter()
+    # Exactly once: rank r takes every world.size-th missing part, so the shares are disjoint and cover all of them.
+    _score_parts(plan, world, parts, missing[world.rank :: world.size])
+    _barrier(world)  # every part is on disk
+    if world.rank == 0:
+        seconds = round(time.perf_counter() - started, 3)
+        _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
+    _barrier(world)  # the results can be read
 
 
 @contextmanager
-def _alone(out: Path, world: World) -> Iterator[None]:
-    """No other test writes to `out` meanwhile; UserError if one does, or if `out` cannot be made."""
-    if world.rank:
+def _exclusive(out: Path, world: World) -> Iterator[None]:
+    """Hold the lock of `out` while the context is active. Raises UserError if another test holds it or `out` cannot
+    be created."""
+    if world.rank:  # rank 0 holds it for all
         yield
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from error
+        raise UserError(f"{out}: cannot create the folder ({error.strerror}); choose another --out") from error
     with lock_file(out / ".lock", f"{out}: another test is writing here; wait for it or choose another --out"):
         yield
 
 
-def _load(plan: TestPlan, device: torch.device) -> nn.Module:
+def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence[int]) -> None:
+    """Score the parts `mine` in order, while worker processes read ahead; save each when its last group is scored."""
+    if not mine:
+        return
+    model, groups = _load_model(plan, world.device), plan.groups
+    bf16 = use_bf16(plan.overrides.precision, world.device)
+    workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
+    numbers = [number for part in mine for number in parts.groups_in(part)]
+    builder, saved = PartBuilder(plan), set[int]()
+    total = sum(len(groups.positions(number)) for number in numbers)
+    with Progress("test", total, unit=plan.unit, shown=world.rank == 0) as progress:
+
+        def score(group: Group, waited: float) -> None:
+            # The death of a reading process can interrupt this function at any line; it is then called again with the
+            # same group. So every line must be safe to repeat, and `saved` is what makes the last group's repeat one.
+            part = parts.part_of(group.number)
+            if part in saved:
+                return
+            logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
+            builder.add(group, _stored_logits(logits, group, plan))
+            if group.number == parts.groups_in(part)[-1]:  # groups arrive in order, so the part is whole
+                parts.save(part, builder.build(parts.groups_in(part), waited))
+                saved.add(part)
+                builder.forget(parts.groups_in(part))
+            progress.advance(len(group.videos), waited)
+
+        deliver_groups(groups, numbers, workers, score)
+
+
+def _load_model(plan: TestPlan, device: torch.device) -> nn.Module:
     overrides = plan.overrides
     model = load_model(
         plan.model_path,
@@ -151,36 +217,11 @@ def _load(plan: TestPlan, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _score(plan: TestPlan, world: World, shards: PartFolder, mine: Sequence[int]) -> None:
-    """Score the shards `mine`, one after the other, while the next videos are read, and keep each when it is whole."""
-    if not mine:
-        return
-    model, groups = _load(plan, world.device), plan.groups
-    bf16 = use_bf16(plan.overrides.precision, world.device)
-    workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
-    numbers = [number for shard in mine for number in shards.groups(shard)]
-    unfinished, kept = _Unfinished(plan), set[int]()
-    total = sum(len(groups.positions(number)) for number in numbers)
-    with Progress("test", total, unit=plan.unit, shown=world.rank == 0) as progress:
+def _stored_logits(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.float16]:
+    """(G * V, K) float32 -> (G, V, K) float16, NaN for failed videos.
 
-        def answer(group: Group, waited: float) -> None:
-            # It may be broken off anywhere by the death of a reading process, and is then called again.
-            shard = shards.shard_of(group.number)
-            if shard in kept:
-                return
-            logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
-            unfinished.add(group, _as_stored(logits, group, plan))
-            if group.number == shards.groups(shard)[-1]:  # groups come in the order asked for
-                shards.save(shard, unfinished.share(shards.groups(shard), waited))
-                kept.add(shard)
-                unfinished.forget(shards.groups(shard))
-            progress.advance(len(group.videos), waited)
-
-        deliver_groups(groups, numbers, workers, answer)
-
-
-def _as_stored(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.float16]:
-    """(G, V, K) float16. Raises UserError naming the video whose scores are not finite or do not fit."""
+    Raises UserError naming the video whose scores are not finite in float16.
+    """
     rows: NDArray[np.float32] = logits.view(len(group.videos), -1, logits.shape[1]).numpy()
     for row, record in zip(rows, group.videos, strict=True):
         if record.reason:
@@ -191,91 +232,19 @@ def _as_stored(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.float
     return rows.astype(np.float16)
 
 
-class _Unfinished:
-    """The groups of the shard in work, and the film strips of its surest mistakes, made while the pixels are there."""
-
-    def __init__(self, plan: TestPlan) -> None:
-        self._plan = plan
-        self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], bytes]]] = {}
-        # Probabilities of this process's surest mistakes by protocol and place: what is less sure is never shown.
-        self._surest: list[dict[tuple[int, int], float]] = [{} for _ in plan.protocols]
-        self._started, self._waited = time.perf_counter(), 0.0
-
-    def add(self, group: Group, logits: NDArray[np.float16]) -> None:
-        """Take a group whose (G, V, K) logits are known; taking it twice is taking it once."""
-        views = logits.shape[1]
-        strips: dict[tuple[int, int], bytes] = {}
-        for (protocol, columns), surest in zip(self._plan.columns(), self._surest, strict=True):
-            scores = self._scores_of(group, logits[:, columns])
-            for mistake in surest_mistakes(scores, video_probabilities(scores, protocol.average)):
-                view = columns.start + mistake.view
-                place = (group.videos[mistake.position].position, view)
-                surest[place] = mistake.answer_probability
-                if len(surest) > MOST_MISTAKES:
-                    del surest[min(surest, key=lambda other: (surest[other], -other[0]))]  # of equals the later one
-                if place in surest:
-                    strips[place] = film_strip(group.pixels[mistake.position * views + view])
-        self._groups[group.number] = group.videos, logits, strips
-
-    def share(self, numbers: Sequence[int], waited: float) -> ScoredVideos:
-        """The groups `numbers`; `waited` are the seconds spent waiting for the reading so far, in all."""
-        groups = [self._groups[number] for number in numbers]
-        records = [record for videos, _, _ in groups for record in videos]
-        strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
-        logits, now = np.concatenate([logits for _, logits, _ in groups]), time.perf_counter()
-        share = ScoredVideos(
-            videos=np.array([record.position for record in records], dtype=np.int64),
-            logits=logits,
-            views=_places(records, logits.shape[1]),
-            stand_ins=np.array([record.stand_ins for record in records], dtype=np.int32),
-            reasons=np.array([record.reason for record in records], dtype=np.str_),
-            seconds=np.array([now - self._started, waited - self._waited]),
-            strip_places=np.array(list(strips), dtype=np.int64).reshape(-1, 2),
-            strip_bytes=np.array([len(strip) for strip in strips.values()], dtype=np.int64),
-            strips=np.frombuffer(b"".join(strips.values()), dtype=np.uint8),
-        )
-        self._started, self._waited = now, waited
-        return share
-
-    def forget(self, numbers: Sequence[int]) -> None:
-        """Groups that are kept elsewhere."""
-        for number in numbers:
-            self._groups.pop(number, None)
-
-    def _scores_of(self, group: Group, logits: NDArray[np.float16]) -> Scores:
-        entries = [self._plan.manifest.entries[record.position] for record in group.videos]
-        return Scores(
-            paths=tuple(entry.name for entry in entries),
-            labels=np.array([entry.label for entry in entries], dtype=np.int64),
-            logits=logits,
-            views=np.zeros((*logits.shape[:2], len(VIEW_FIELDS)), dtype=np.int32),
-            reasons=tuple(record.reason for record in group.videos),
-            classes=self._plan.card.classes,
-            metadata={},
-        )
-
-
-def _places(records: Sequence[VideoRecord], n_views: int) -> NDArray[np.int32]:
-    """(N, V, 5) where each view was, columns as VIEW_FIELDS."""
-    views = np.full((len(records), n_views, len(VIEW_FIELDS)), NO_VIEW, dtype=np.int32)
-    for row, record in zip(views, records, strict=True):
-        if not record.reason:
-            row[:] = [(view.start, *view.box) for view in record.views]
-    return views
-
-
-def _finish(plan: TestPlan, shards: PartFolder, record: dict[str, Any]) -> None:
-    """On the first process: join the shards, then write scores, strips, figures and report of each protocol."""
+def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]) -> None:
+    """On rank 0: join the parts, then write the scores, film strips, figures and report of each protocol."""
     entries = plan.manifest.entries
-    joined = shards.join(len(entries))
+    joined = parts.join(len(entries))
     if not (joined.reasons == "").any():
-        shards.remove()  # whatever is mended, all of it has to be read again
+        parts.remove()  # `write_report` will refuse, and after the data is fixed every video must be read again
     spent, waited = joined.seconds.tolist()
     record = record | {
         "process_seconds": round(spent, 3),
         "decode_wait_share": round(waited / max(spent, 1e-9), 4),
         "videos_with_damaged_frames": int((joined.stand_ins > 0).sum()),
     }
+    film_strips = joined.film_strips()
     for protocol, columns in plan.columns():
         scores = Scores(
             paths=tuple(entry.name for entry in entries),
@@ -286,46 +255,25 @@ def _finish(plan: TestPlan, shards: PartFolder, record: dict[str, Any]) -> None:
             classes=plan.card.classes,
             metadata=record | record_protocol(plan, protocol),
         )
-        pictures = {(video, view - columns.start): jpeg for (video, view), jpeg in joined.pictures().items()}
-        _write_results(plan.folder(protocol), scores, pictures)
-    shards.remove()
+        # The strips count views over all protocols, the scores over this one.
+        own_strips = {(video, view - columns.start): jpeg for (video, view), jpeg in film_strips.items()}
+        _write_results(plan.folder(protocol), scores, own_strips)
+    parts.remove()
 
 
-def _write_results(out: Path, scores: Scores, pictures: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
+def _write_results(out: Path, scores: Scores, film_strips: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
     out.mkdir(exist_ok=True)
     save_scores(scores, out / "scores.npz")
-    for name in _REPORTED:  # of an earlier test, if the figures cannot be had
+    for name in _DERIVED_FILES:  # those of an earlier test must not stay beside the new scores if the report fails
         (out / name).unlink(missing_ok=True)
     shown = surest_mistakes(scores, video_probabilities(scores, scores.metadata["average"]))
     places = [(mistake.position, mistake.view) for mistake in shown]
-    strips = [(place[0], pictures[place]) for place in places if place in pictures]
+    strips = [(place[0], film_strips[place]) for place in places if place in film_strips]
     positions = {"positions": np.array([position for position, _ in strips], dtype=np.int64)}
     write_arrays(out / "strips.npz", positions | {f"jpeg_{i:03d}": jpeg for i, (_, jpeg) in enumerate(strips)})
     write_report(out)
 
 
-def summary(results: dict[str, dict[str, Any]], out: Path | str) -> str:
-    """The results by protocol in a few lines for people."""
-    folders = {name: Path(out) if len(results) == 1 else Path(out) / find_protocol(name).folder for name in results}
-    return "\n".join(line for name, result in results.items() for line in _lines(result, folders[name]))
-
-
-def _lines(result: dict[str, Any], out: Path) -> list[str]:
-    videos = result["videos"]
-    keys = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
-    lines = [accuracy_line(result, key, words) for key, words in keys.items()]
-    lines.append(
-        f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['views']} view(s) each, "
-        f"{result['seconds']:.1f} seconds"
-    )
-    if videos["failed"]:
-        low, high = (100 * bound for bound in result["top1_bounds"])
-        lines.append(f"{videos['failed']} failed: top-1 of all listed lies between {low:.2f} and {high:.2f} %")
-    if result["frame_order"] != "in-order":
-        lines.append(f"frames were {result['frame_order']}: no accuracy to quote")
-    return [*lines, f"report: {out / 'report.html'}"]
-
-
-def _meet(world: World) -> None:
+def _barrier(world: World) -> None:
     if world.size > 1:
         torch.distributed.barrier()

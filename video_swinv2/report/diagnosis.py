@@ -1,4 +1,4 @@
-"""What a score file says beyond its accuracy: calibration, fewer views, and classes in another order than the labels'.
+"""Diagnosis of a test from its scores: calibration, accuracy with fewer views, and classes in the wrong order.
 
 N videos, V views (clips outside, crops inside), K classes, P points of the views curve.
 """
@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # SciPy comes without types
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # SciPy has no type hints
+from scipy.special import softmax  # type: ignore[import-untyped]  # as above
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
-from video_swinv2.report.intervals import Interval, of_shares, shares, wilson
-from video_swinv2.report.metrics import softmax
+from video_swinv2.report.intervals import Interval, mean_statistic, share_intervals, wilson_interval
 
-RELIABILITY_BINS = 15  # the number of Guo et al. 2017, "On Calibration of Modern Neural Networks"
-MOST_SUBSETS = 96
+RELIABILITY_BINS = 15  # as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
+MAX_VIEW_SUBSETS = 96
 _CHUNK_VIDEOS = 64
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Videos whose highest probability is in (low, high]: how sure the answers were on average, how often right."""
+    """The n videos whose highest probability is in (low, high]: their mean confidence and their accuracy."""
 
     low: float
     high: float
@@ -39,7 +39,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`ece` is the mean distance of confidence and accuracy over the bins, weighted by videos. Only filled bins."""
+    """The expected calibration error, the mean confidence over all videos, and the bins that are not empty."""
 
     ece: float
     confidence: float
@@ -48,7 +48,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ViewPoint:
-    """Top-1 with `clips` x `crops` of the views: the mean over `subsets` choices of them, the interval over videos."""
+    """Top-1 with only `clips` x `crops` of the views: the mean over `subsets` ways to choose them.
+
+    The interval is over videos, as for any accuracy; it does not include the spread over the choices.
+    """
 
     clips: int
     crops: int
@@ -58,8 +61,8 @@ class ViewPoint:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A class whose videos the model mostly calls by another: `share` of its `n` videos."""
+class RenamedClass:
+    """A class that the model calls by another name: `share` of its `n` videos are answered `answer`."""
 
     label: str
     answer: str
@@ -68,38 +71,48 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class OrderHint:
-    """The labels agree with the answers once classes are renamed: `accuracy` on videos the renaming was not found on.
+class ClassOrderHint:
+    """Labels and answers agree once classes are renamed, so the model's class list is probably in another order.
 
-    rule: the mistake that makes such an order, in words, or "" where none is known.
+    accuracy: after renaming, on videos that the renaming was not fitted to. rule: the usual mistake that explains the
+    order, in words, or "" if none does.
     """
 
     accuracy: float
     interval: Interval
-    moved: tuple[Moved, ...]
+    moved: tuple[RenamedClass, ...]
     rule: str
 
 
-def calibrate(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> Calibration:
-    """confidences: (N,) probability of the class answered; right: (N,) whether it was the label."""
+def measure_calibration(confidences: NDArray[np.float64], right: NDArray[np.bool_]) -> Calibration:
+    """Expected calibration error over RELIABILITY_BINS equal-width bins (Guo et al. 2017, eq. 3).
+
+    confidences: (N,) probability of the predicted class. right: (N,) whether that class was the label.
+    """
+    # scikit-learn returns the accuracy and mean confidence of the non-empty bins, but not how many videos each holds.
+    # Its bins include their upper edge: the inner edges and searchsorted below count the same way.
     accuracies, means = calibration_curve(right, confidences, n_bins=RELIABILITY_BINS)
     edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
     counts = np.bincount(np.searchsorted(edges[1:-1], confidences), minlength=RELIABILITY_BINS)
     filled = np.flatnonzero(counts)
     bins = tuple(
-        ReliabilityBin(float(edges[place]), float(edges[place + 1]), int(counts[place]), float(mean), float(accuracy))
-        for place, mean, accuracy in zip(filled, means, accuracies, strict=True)
+        ReliabilityBin(float(edges[i]), float(edges[i + 1]), int(counts[i]), float(mean), float(accuracy))
+        for i, mean, accuracy in zip(filled, means, accuracies, strict=True)
     )
     ece = sum(item.n * abs(item.accuracy - item.confidence) for item in bins) / len(right)
     return Calibration(ece, float(confidences.mean()), bins)
 
 
-def view_grid(metadata: dict[str, Any], views: int) -> tuple[int, int]:
-    """(clips, crops) of a test of so many views: as recorded, else as the protocol's name says, else clips alone."""
+def clips_and_crops(metadata: dict[str, Any], views: int) -> tuple[int, int]:
+    """(clips, crops) of a test with `views` views per video: as recorded, else from the name of the protocol.
+
+    If neither multiplies to `views` the views are crops of one clip when the crops alone match (a clip protocol run on
+    still images), and clips with one crop otherwise.
+    """
     named = re.search(r"(\d+)x(\d+)$", str(metadata.get("protocol", "")))
     clips, crops = (int(part) for part in named.groups()) if named else (views, 1)
-    numbers = metadata.get("protocol_numbers", {})
-    clips, crops = numbers.get("clips", clips), numbers.get("crops", crops)
+    recorded = metadata.get("protocol_numbers", {})
+    clips, crops = recorded.get("clips", clips), recorded.get("crops", crops)
     if clips * crops == views:
         return clips, crops
     return (1, views) if crops == views else (views, 1)
@@ -109,68 +122,76 @@ def views_curve(
     logits: NDArray[np.float16],
     labels: NDArray[np.int64],
     sources: NDArray[np.int64],
-    grid: tuple[int, int],
+    view_counts: tuple[int, int],
     *,
     average: str,
     seed: int,
 ) -> tuple[ViewPoint, ...]:
-    """Accuracy with fewer clips and crops of the same test. logits: (N, V, K) finite; labels, sources: (N,).
+    """Top-1 with every smaller number of clips and crops of the same test, from (1, 1) to `view_counts`.
 
-    A point is the mean over choices of its clips and crops: all of them, or as many as keep the whole curve within
-    MOST_SUBSETS, drawn by the seed.
+    logits: (N, V, K), finite. labels, sources: (N,). view_counts: (clips, crops). A point is the mean over subsets of
+    its clips and crops: over all of them or, where there are more, over a sample drawn with `seed`, so that the whole
+    curve takes at most about MAX_VIEW_SUBSETS subsets.
     """
-    points = [(clips, crops) for crops in range(1, grid[1] + 1) for clips in range(1, grid[0] + 1)]
-    chosen = [_subsets(grid, point, max(1, MOST_SUBSETS // len(points)), seed) for point in points]
-    weights = np.concatenate(chosen)
-    ends = np.cumsum([len(rows) for rows in chosen])[:-1]
-    right = np.empty((len(labels), len(points)))
+    points = [(clips, crops) for crops in range(1, view_counts[1] + 1) for clips in range(1, view_counts[0] + 1)]
+    subsets = [_view_subsets(view_counts, point, max(1, MAX_VIEW_SUBSETS // len(points)), seed) for point in points]
+    weights = np.concatenate(subsets)  # (subsets of all points, V)
+    point_ends = np.cumsum([len(rows) for rows in subsets])[:-1]
+    right = np.empty((len(labels), len(points)))  # (N, P) share of the subsets of a point that are right for a video
     for first in range(0, len(labels), _CHUNK_VIDEOS):
         rows = slice(first, first + _CHUNK_VIDEOS)
         views = logits[rows].astype(np.float64)
-        answers = (weights @ (softmax(views) if average == "prob" else views)).argmax(axis=2)
-        hits = answers == labels[rows, None]
-        right[rows] = np.stack([part.mean(axis=1) for part in np.split(hits, ends, axis=1)], axis=1)
-    intervals = of_shares(shares(right), sources, seed)
+        # Averaging a subset of views is a weighted sum: (subsets, V) @ (chunk, V, K) -> (chunk, subsets, K). For
+        # "logit" the softmax after it is left out, because it does not change which class is largest.
+        averages = weights @ (softmax(views, axis=-1) if average == "prob" else views)
+        hits = averages.argmax(axis=2) == labels[rows, None]  # (chunk, subsets)
+        right[rows] = np.stack([part.mean(axis=1) for part in np.split(hits, point_ends, axis=1)], axis=1)
+    intervals = share_intervals(mean_statistic(right), sources, seed)
     return tuple(
         ViewPoint(*point, len(rows), float(share), interval)
-        for point, rows, share, interval in zip(points, chosen, right.mean(axis=0), intervals, strict=True)
+        for point, rows, share, interval in zip(points, subsets, right.mean(axis=0), intervals, strict=True)
     )
 
 
-def _subsets(grid: tuple[int, int], point: tuple[int, int], most: int, seed: int) -> NDArray[np.float64]:
-    """(choices, V): 1 / views in the columns of the views that a choice takes."""
-    clips, crops = (list(itertools.combinations(range(n), k)) for n, k in zip(grid, point, strict=True))
-    places = range(len(clips) * len(crops))
-    drawn = places if len(places) <= most else sorted(random.Random(seed).sample(places, most))
-    weights = np.zeros((len(drawn), *grid))
-    for row, place in zip(weights, drawn, strict=True):
-        row[np.ix_(clips[place // len(crops)], crops[place % len(crops)])] = 1 / (point[0] * point[1])
-    return weights.reshape(len(drawn), -1)
+def _view_subsets(
+    view_counts: tuple[int, int], point: tuple[int, int], max_subsets: int, seed: int
+) -> NDArray[np.float64]:
+    """(subsets, V) weights: 1 / (number of views taken) for the views that a subset takes, 0 for the others."""
+    # Every choice of clips with every choice of crops; number i is the pair (i // crop choices, i % crop choices).
+    clips, crops = (list(itertools.combinations(range(n), k)) for n, k in zip(view_counts, point, strict=True))
+    numbers = range(len(clips) * len(crops))
+    drawn = numbers if len(numbers) <= max_subsets else sorted(random.Random(seed).sample(numbers, max_subsets))
+    weights = np.zeros((len(drawn), *view_counts))  # (subsets, clips, crops)
+    for row, number in zip(weights, drawn, strict=True):
+        row[np.ix_(clips[number // len(crops)], crops[number % len(crops)])] = 1 / (point[0] * point[1])
+    return weights.reshape(len(drawn), -1)  # views are stored clips outside, crops inside
 
 
-def order_hint(
+def class_order_hint(
     labels: NDArray[np.int64], answers: NDArray[np.int64], classes: Sequence[str], seed: int
-) -> OrderHint | None:
-    """Whether the answers (N,) look right but for the names of the classes; None where they do not.
+) -> ClassOrderHint | None:
+    """Check whether the answers are right except for the names of the classes; None if they are not.
 
-    The renaming that explains most is found on one half of the videos and judged on the other, or any answers could be
-    explained. It has to at least double the accuracy, and to beat answering the commonest class throughout.
+    labels, answers: (N,). With K! possible renamings some renaming explains any answers, so one is fitted to half of
+    the videos and judged on the other half, and the other way round. It counts if it at least doubles the accuracy,
+    and if it is better, by its interval, than both the plain accuracy and always answering the commonest class.
     """
     n, k = len(labels), len(classes)
     if n < 2 or k < 2:
         return None
     half = np.random.default_rng(seed).permutation(n) % 2 == 0
     explained = sum(
-        int((_renaming(labels[fit], answers[fit], k)[labels[~fit]] == answers[~fit]).sum()) for fit in (half, ~half)
+        int((_best_renaming(labels[fitted], answers[fitted], k)[labels[~fitted]] == answers[~fitted]).sum())
+        for fitted in (half, ~half)
     )
-    share, interval = explained / n, wilson(explained / n, n)
+    share, interval = explained / n, wilson_interval(explained / n, n)
     top1, commonest = float((labels == answers).mean()), np.bincount(labels).max() / n
-    if share < 2 * top1 or interval[0] <= max(commonest, wilson(top1, n)[1]):
+    if share < 2 * top1 or interval[0] <= max(commonest, wilson_interval(top1, n)[1]):
         return None
-    renamed = _renaming(labels, answers, k).tolist()
+    renamed = _best_renaming(labels, answers, k).tolist()
     present = np.flatnonzero(np.bincount(labels, minlength=k)).tolist()
     moved = [
-        Moved(
+        RenamedClass(
             classes[i],
             classes[renamed[i]],
             int((labels == i).sum()),
@@ -179,28 +200,28 @@ def order_hint(
         for i in present
         if renamed[i] != i
     ]
-    return OrderHint(share, interval, tuple(moved), _rule({i: renamed[i] for i in present}, classes))
+    return ClassOrderHint(share, interval, tuple(moved), _ordering_rule({i: renamed[i] for i in present}, classes))
 
 
-def _renaming(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """(K,) the answer to expect for each label, one to one, so that as many videos as can be are as expected."""
+def _best_renaming(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """(K,) the one-to-one renaming of labels to answers that explains the most videos (the assignment problem)."""
     table = confusion_matrix(labels, answers, labels=np.arange(k))
     return np.asarray(linear_sum_assignment(table, maximize=True)[1], dtype=np.int64)
 
 
-def _rule(renamed: dict[int, int], classes: Sequence[str]) -> str:
-    """The usual mistake that puts classes[i] at place renamed[i], if nine in ten of the classes follow it."""
+def _ordering_rule(renamed: dict[int, int], classes: Sequence[str]) -> str:
+    """The usual mistake that moves class i to index renamed[i], if it explains nine in ten classes; else ""."""
     k = len(classes)
     rules = {
         "in alphabetical order": sorted(range(k), key=lambda i: classes[i]),
-        "in alphabetical order, capitals and small letters alike": sorted(range(k), key=lambda i: classes[i].lower()),
+        "in alphabetical order, ignoring case": sorted(range(k), key=lambda i: classes[i].lower()),
         "by their numbers sorted as text (0, 1, 10, 11, ...)": sorted(range(k), key=str),
         "one place later (numbers counted from 1)": [k - 1, *range(k - 1)],
         "one place earlier (numbers counted from 0)": [*range(1, k), 0],
     }
     for words, order in rules.items():
-        place = {label: position for position, label in enumerate(order)}
-        agreeing = sum(place[label] == answer for label, answer in renamed.items())
+        index = {label: position for position, label in enumerate(order)}
+        agreeing = sum(index[label] == answer for label, answer in renamed.items())
         if agreeing >= 0.9 * len(renamed) and order != list(range(k)):
             return words
     return ""

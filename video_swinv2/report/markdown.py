@@ -1,4 +1,4 @@
-"""Reports as Markdown text: figures in a few tables, whatever names contain."""
+"""Reports as Markdown: the figures of a test or of a comparison in a few tables, every name escaped."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_ROWS = 20
-_MARKS = re.compile(r"([\\`*_{}\[\]<>#|~&])")
+MAX_ROWS = 20
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
 
 def escape(text: object) -> str:
-    """Text that stays text in Markdown and in the cell of a table."""
-    return _MARKS.sub(r"\\\1", " ".join(str(text).split()))
+    """Text on one line that Markdown shows as it is, in the cell of a table too."""
+    return _MARKUP.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; the cells are escaped."""
+    """A Markdown table; the cells are escaped, the head is not."""
     lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def percent(fraction: float | None) -> str:
-    """`62.50 %`, or a dash."""
+    """A fraction as `62.50 %`, or a dash."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """`41.67 to 79.17`, in percent, or a dash."""
+    """An interval as `41.67 to 79.17`, in percent, or a dash."""
     return "-" if interval is None else " to ".join(f"{100 * end:.2f}" for end in interval)
 
 
 def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "top-1") -> str:
-    """One accuracy with all it takes to quote it: interval, number, protocol, fingerprint of the data."""
+    """One accuracy with everything needed to quote it: interval, sample size, protocol and data fingerprint."""
     unit = result.get("unit", "videos")
     return (
         f"{words} {percent(result[key])} (95 % interval {span(result[f'{key}_interval'])}, "
@@ -41,13 +41,13 @@ def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "to
 
 
 def report_text(result: Mapping[str, Any]) -> str:
-    """The report of one test. result: what results.json holds."""
+    """The report of one test. result: the content of results.json."""
     videos, unit = result["videos"], result.get("unit", "videos")
-    of = f"Of {videos['scored']} {unit}, {escape(result['protocol'])}, data {result['data_fingerprint'][:12]}."
+    basis = f"{videos['scored']} {unit}, {escape(result['protocol'])}, data {result['data_fingerprint'][:12]}."
     parts = [
         f"# Test of {escape(result['model']['path'])}",
         _headline(result),
-        f"## Accuracy against views\n\n{of} Each is the mean over choices of so many of the same views.",
+        f"## Accuracy by number of views\n\n{basis} Each value is the mean over subsets of the views of this test.",
         table(
             ["clips", "crops", "top-1", "95 % interval"],
             [
@@ -55,11 +55,11 @@ def report_text(result: Mapping[str, Any]) -> str:
                 for point in result["views_curve"]
             ],
         ),
-        f"## Classes\n\n{of} The worst first, {MOST_ROWS} at most; results.json holds all.",
+        f"## Classes\n\n{basis} At most {MAX_ROWS}, worst first; results.json lists all.",
         table(["class", "accuracy", "95 % interval", unit], _class_rows(result)),
-        f"## Most confused\n\n{of}",
+        f"## Most confused classes\n\n{basis}",
         table(
-            ["shows", "answered", unit, "share of the class"],
+            ["label", "answer", unit, "share of the class"],
             [
                 (pair["label"], pair["answer"], pair["count"], percent(pair["share"]))
                 for pair in result["most_confused"]
@@ -67,13 +67,13 @@ def report_text(result: Mapping[str, Any]) -> str:
         ),
     ]
     if result["failures"]:
-        rows = [(failure["path"], failure["reason"]) for failure in result["failures"][:MOST_ROWS]]
-        parts += [f"## {unit.capitalize()} that failed", table(["file", "reason"], rows)]
+        rows = [(failure["path"], failure["reason"]) for failure in result["failures"][:MAX_ROWS]]
+        parts += [f"## Failed {unit}", table(["file", "reason"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def comparison_text(result: Mapping[str, Any]) -> str:
-    """The comparison of several tests. result: what comparison.json holds."""
+    """The comparison of several tests. result: the content of comparison.json."""
     tests, pairs = result["tests"], result["pairs"]
     figures = [
         (
@@ -100,29 +100,29 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         )
         for pair in pairs
     ]
-    columns = ("pair", "difference of top-1, points", "n", "only first / only second right", "McNemar p", "p, Holm")
+    columns = ("pair", "top-1 difference, points", "n", "only first / only second right", "McNemar p", "Holm p")
     return "\n\n".join([f"# {len(tests)} tests compared", table(head, figures), table(columns, differences)]) + "\n"
 
 
 def _headline(result: Mapping[str, Any]) -> str:
-    videos, other = result["videos"], result["other_average"]
+    videos, unit, other = result["videos"], result.get("unit", "videos"), result["other_average"]
     names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
     lines = [f"* {escape(accuracy_line(result, key, words))}" for key, words in names.items()]
     lines.append(
         f"* top-1 with views averaged as {other['average']}: {percent(other['top1'])} "
-        f"({span(other['top1_interval'])}), the rest as above; this protocol averages {result.get('average', 'prob')}"
+        f"({span(other['top1_interval'])}); this protocol averages {result.get('average', 'prob')}"
     )
     lines.append(f"* expected calibration error {percent(result['calibration']['ece'])}")
     lines.append(
-        f"* {videos['scored']} of {videos['listed']} listed scored, {videos['failed']} failed: top-1 of all listed "
-        f"lies within {span(result['top1_bounds'])} %"
+        f"* {videos['scored']} of {videos['listed']} listed {unit} scored, {videos['failed']} failed: top-1 over all "
+        f"listed {unit} is within {span(result['top1_bounds'])} %"
     )
     if result["class_order_hint"]:
         hint = result["class_order_hint"]
-        rule = f", as if the model's classes were {hint['rule']}" if hint["rule"] else ""
+        rule = f" as if the model's class list were {hint['rule']}" if hint["rule"] else ""
         lines.append(
-            f"* **the class order looks wrong**: with classes renamed{rule}, {percent(hint['accuracy'])} "
-            f"({span(hint['interval'])}) would be right; results.json lists which is which"
+            f"* **the class order looks wrong**: with the classes renamed{rule}, top-1 would be "
+            f"{percent(hint['accuracy'])} ({span(hint['interval'])}); results.json lists the renaming"
         )
     return "\n".join(lines)
 
@@ -130,4 +130,4 @@ def _headline(result: Mapping[str, Any]) -> str:
 def _class_rows(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
     rows = [row for row in result["per_class"] if row["n"]]
     rows.sort(key=lambda row: (row["accuracy"], -row["n"]))
-    return [(row["name"], percent(row["accuracy"]), span(row["interval"]), row["n"]) for row in rows[:MOST_ROWS]]
+    return [(row["name"], percent(row["accuracy"]), span(row["interval"]), row["n"]) for row in rows[:MAX_ROWS]]

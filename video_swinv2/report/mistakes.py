@@ -1,4 +1,4 @@
-"""The wrong answers a model was surest of, and strips of the frames it saw. K classes, V views."""
+"""The most confident mistakes of a model, and film strips of the frames it saw. K classes, V views."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.special import softmax  # type: ignore[import-untyped]  # SciPy has no type hints
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from video_swinv2.report.metrics import ranking, softmax
+from video_swinv2.report.metrics import ranking
 from video_swinv2.report.scores import Scores, read_arrays
 
-MOST_MISTAKES = 12
+MAX_MISTAKES = 12
 STRIP_FRAMES = 8
 STRIP_COLUMNS = 4
 JPEG_QUALITY = 80
@@ -25,7 +26,7 @@ JPEG_QUALITY = 80
 
 @dataclass(frozen=True)
 class Guess:
-    """One of the likeliest classes of a video."""
+    """One of the most probable classes of a video; `right` if it is the label."""
 
     name: str
     probability: float
@@ -34,9 +35,10 @@ class Guess:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A video answered wrongly: its place in the list, both classes and probabilities, and the view surest of it.
+    """A video that was answered wrongly.
 
-    `guesses` are the likeliest five classes, the label behind them where it is not one.
+    position: its row in the scores. guesses: its five most probable classes, followed by the label if it is not among
+    them. view: the view with the highest probability of the wrong answer. start: the first frame of that view.
     """
 
     position: int
@@ -51,21 +53,21 @@ class Mistake:
 
 
 def surest_mistakes(
-    scores: Scores, probabilities: NDArray[np.float64], most: int = MOST_MISTAKES
+    scores: Scores, probabilities: NDArray[np.float64], max_mistakes: int = MAX_MISTAKES
 ) -> tuple[Mistake, ...]:
-    """The wrong answers given with the highest probability, surest first. probabilities: (scored videos, K)."""
+    """The wrong answers with the highest probability, most confident first. probabilities: (scored videos, K)."""
     positions = np.flatnonzero(scores.scored)
     answers = probabilities.argmax(axis=1)
     labels = scores.labels[positions]
     wrong = np.flatnonzero(answers != labels)
-    order = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")][:most]
+    order = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")][:max_mistakes]
     return tuple(_mistake(scores, int(positions[row]), int(answers[row]), probabilities[row]) for row in order)
 
 
 def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[np.float64]) -> Mistake:
     label = int(scores.labels[position])
     best = ranking(probabilities[None], 5)[0].tolist()
-    view = int(softmax(scores.logits[position].astype(np.float64))[:, answer].argmax())
+    view = int(softmax(scores.logits[position].astype(np.float64), axis=-1)[:, answer].argmax())
     return Mistake(
         position=position,
         path=scores.paths[position],
@@ -74,8 +76,8 @@ def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[
         answer_probability=float(probabilities[answer]),
         label_probability=float(probabilities[label]),
         guesses=tuple(
-            Guess(scores.classes[place], float(probabilities[place]), place == label)
-            for place in (best if label in best else [*best, label])
+            Guess(scores.classes[guess], float(probabilities[guess]), guess == label)
+            for guess in (best if label in best else [*best, label])
         ),
         view=view,
         start=int(scores.views[position, view, 0]),
@@ -83,7 +85,7 @@ def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[
 
 
 def read_strips(path: Path) -> dict[int, str]:
-    """Data URIs by place in the list; none where the file was not kept."""
+    """Film strips as data URIs, by row in the scores; empty if there is no such file."""
     if not path.is_file():
         return {}
     arrays = read_arrays(path, "run the test again")
@@ -94,11 +96,11 @@ def read_strips(path: Path) -> dict[int, str]:
 
 
 def film_strip(view: Tensor) -> bytes:
-    """uint8 (3, T, H, W) or (3, H, W) -> the bytes of one JPEG: STRIP_FRAMES frames in rows of STRIP_COLUMNS."""
-    clip = view.unsqueeze(1) if view.ndim == 3 else view
+    """uint8 (3, T, H, W) or (3, H, W) -> a JPEG of STRIP_FRAMES evenly spaced frames in rows of STRIP_COLUMNS."""
+    clip = view.unsqueeze(1) if view.ndim == 3 else view  # a still image is a clip of one frame
     frames = clip.shape[1]
     chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
-    picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)
+    picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)  # (3, height, width)
     jpeg = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(jpeg, format="jpeg", quality=JPEG_QUALITY)
     return jpeg.getvalue()

@@ -126,7 +126,7 @@ def _line(
         low, high = _box_heights(series.low, y_range, scale), _box_heights(series.high, y_range, scale)
         # A closed polygon: along the lower ends to the right, back along the upper ends to the left.
         band = _svg_points([*x, *reversed(x)], [*low, *reversed(high)])
-    dots = ()
+    dots: tuple[Dot, ...] = ()
     if series.dots:
         dots = tuple(Dot(round(x[i], 2), round(y[i], 2), _tooltip(series, i, scale)) for i in range(len(x)))
     return Line(series.name, colour, _svg_points(x, y), band, dots)

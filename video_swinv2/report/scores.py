@@ -1,4 +1,4 @@
-"""The scores of one test, kept for every video and view, and the file they live in (`scores.npz`, never pickle)."""
+"""The scores of one test, for every video and view, and their file scores.npz (plain arrays, never pickle)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _ARRAYS = ("paths", "labels", "logits", "views", "status", "reasons", "classes",
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model answered to each view of each listed video. N videos, V views, K classes.
+    """The logits of a model for each view of each listed video. N videos, V views, K classes.
 
-    paths: N names as listed. labels: (N,) int64, indices in classes. logits: (N, V, K) float16, NaN for a failed video.
-    views: (N, V, 5) int32, columns as VIEW_FIELDS, in frames and in pixels of the resized frame; -1 for a failed video.
-    reasons: N texts, empty for a scored video. metadata: plain JSON that says what the scores are; `origins` in it is
-    the video each was cut from ('' unknown), absent where nothing is known.
+    paths: N names as listed. labels: (N,) int64, indices into classes. logits: (N, V, K) float16, NaN for a failed
+    video. views: (N, V, 5) int32, columns as in VIEW_FIELDS: the start in frames, the crop box in pixels of the resized
+    frame; NO_VIEW for a failed video. reasons: N texts, why a video failed, empty for a scored one. metadata: plain
+    JSON that records what was tested and how. Its `origins`, if present, names the recording that each video was cut
+    from, '' if unknown.
     """
 
     paths: tuple[str, ...]
@@ -42,19 +43,19 @@ class Scores:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """(N,) true where the video was read and scored."""
+        """(N,) whether each video was read and scored."""
         return np.array([not reason for reason in self.reasons], dtype=bool)
 
 
 def check_scores(scores: Scores, source: str) -> None:
-    """Raise UserError, naming `source` and the fault, unless there is one finite row for each video and view."""
+    """Raise UserError, naming `source` and the fault, unless every scored video has finite logits for each view."""
     fault = _fault(scores)
     if fault:
         raise UserError(f"{source}: {fault}; run the test again")
 
 
 def save_scores(scores: Scores, path: Path) -> None:
-    """Write the scores to an `.npz` file, whole or not at all."""
+    """Check the scores and write them to an .npz file atomically. Raises UserError."""
     check_scores(scores, str(path))
     arrays = {
         "paths": np.array(scores.paths, dtype=np.str_),
@@ -70,11 +71,11 @@ def save_scores(scores: Scores, path: Path) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read and check a score file; raises UserError where it is missing, not a score file, or not whole."""
+    """Read and check a score file; raises UserError if it is missing, not a score file, or incomplete."""
     arrays = read_arrays(path, "run `video-swinv2 test` first")
     missing = [name for name in _ARRAYS if name not in arrays]
     if missing:
-        raise UserError(f"{path}: not a score file, it has no {', '.join(missing)}; run the test again")
+        raise UserError(f"{path}: not a score file: it has no {', '.join(missing)}; run the test again")
     try:
         scores = Scores(
             paths=tuple(arrays["paths"].tolist()),
@@ -89,52 +90,57 @@ def load_scores(path: Path) -> Scores:
         raise UserError(f"{path}: not a score file ({error}); run the test again") from error
     check_scores(scores, str(path))
     if arrays["status"].tolist() != np.where(scores.scored, OK, FAILED).tolist():
-        raise UserError(f"{path}: status and reasons disagree; run the test again")
+        raise UserError(f"{path}: status and reasons contradict each other; run the test again")
     return scores
 
 
-def in_class_order(scores: Scores, classes: tuple[str, ...], source: str) -> Scores:
-    """The same scores with columns and labels in the order of `classes`, matched by name.
+def reorder_classes(scores: Scores, classes: tuple[str, ...], source: str) -> Scores:
+    """The same scores with logits and labels in the order of `classes`, matched by name.
 
-    UserError naming `source` and a class where the two are not the same classes.
+    Raises UserError, naming `source` and a class, if the two lists do not hold the same classes.
     """
     if scores.classes == classes:
         return scores
-    for name, those in ((name, classes) for name in scores.classes if name not in set(classes)):
-        nearest = difflib.get_close_matches(name, those, n=1, cutoff=0.0)
+    unknown = next((name for name in scores.classes if name not in set(classes)), None)
+    if unknown is not None:
+        nearest = difflib.get_close_matches(unknown, classes, n=1, cutoff=0.0)
         hint = f"the nearest is {nearest[0]!r}" if nearest else "there are none"
-        raise UserError(f"{source}: its class {name!r} is not one of the {len(those)} wanted ({hint}); rename it")
+        raise UserError(
+            f"{source}: class {unknown!r} is not among the {len(classes)} expected classes ({hint}); "
+            "compare tests of the same classes"
+        )
     if len(scores.classes) != len(classes):
         absent = next(name for name in classes if name not in scores.classes)
-        raise UserError(f"{source}: has no class {absent!r}, which the others have; compare tests of the same classes")
-    place = {name: number for number, name in enumerate(scores.classes)}
-    order = np.array([place[name] for name in classes], dtype=np.int64)
-    labels = np.argsort(order)[scores.labels]
+        raise UserError(f"{source}: class {absent!r} of the other tests is missing; compare tests of the same classes")
+    index = {name: number for number, name in enumerate(scores.classes)}
+    order = np.array([index[name] for name in classes], dtype=np.int64)  # (K,) new index -> old index
+    labels = np.argsort(order)[scores.labels]  # argsort inverts a permutation: old index -> new index
     return replace(scores, classes=classes, labels=labels, logits=scores.logits[:, :, order])
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write named arrays: a reader sees the old file or the new one. Raises UserError."""
-    with atomic_write(path) as part, part.open("wb") as stream:
+    """Write named arrays to an .npz file atomically. Raises UserError."""
+    with atomic_write(path) as partial, partial.open("wb") as stream:
         np.savez(stream, **arrays)
 
 
-def read_arrays(path: Path, mend: str) -> dict[str, NDArray[Any]]:
-    """All arrays of an `.npz` file; raises UserError, ending in `mend` where it is missing."""
+def read_arrays(path: Path, fix: str) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz file; raises UserError, ending in `fix`, if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: not an .npz file")
+                raise UserError(f"{path}: not an .npz file; {fix}")
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {mend}") from None
+        raise UserError(f"{path}: no such file; {fix}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged or not an .npz file ({error}); {mend}") from error
+        raise UserError(f"{path}: damaged or not an .npz file ({error}); {fix}") from error
 
 
 def _fault(scores: Scores) -> str | None:
-    """The first thing that is wrong with the scores, in words, or None."""
+    """The first fault of the scores in words, or None."""
     n, n_classes = len(scores.paths), len(scores.classes)
+    # logits.shape[::2] of (N, V, K) is (N, K): the number of views is whatever the logits have.
     if scores.logits.ndim != 3 or scores.logits.dtype != np.float16 or scores.logits.shape[::2] != (n, n_classes):
         return f"logits are {scores.logits.shape} {scores.logits.dtype}, not ({n}, views, {n_classes}) float16"
     n_views = scores.logits.shape[1]
@@ -143,7 +149,7 @@ def _fault(scores: Scores) -> str | None:
     if scores.labels.shape != (n,) or len(scores.reasons) != n:
         return f"{scores.labels.size} labels and {len(scores.reasons)} reasons for {n} videos"
     if n and not (scores.labels.min() >= 0 and scores.labels.max() < n_classes):
-        return f"labels go from {scores.labels.min()} to {scores.labels.max()} with {n_classes} classes"
+        return f"labels range from {scores.labels.min()} to {scores.labels.max()}, but there are {n_classes} classes"
     repeated = _first_repeated(scores.paths)
     if repeated is not None:
         return f"{repeated} is scored more than once"
@@ -151,18 +157,18 @@ def _fault(scores: Scores) -> str | None:
 
 
 def _row_fault(scores: Scores) -> str | None:
-    """A scored video has finite logits and a place for each view; a failed one has neither."""
+    """A scored video needs finite logits and a recorded place for each view; a failed one may have neither."""
     scored = scores.scored
     finite = np.isfinite(scores.logits)
     placed: NDArray[np.bool_] = np.all(scores.views != NO_VIEW, axis=2)
-    for name, present in (("score", np.all(finite, axis=2)), ("view", placed)):
+    for name, present in (("finite logits", np.all(finite, axis=2)), ("recorded place", placed)):
         lacking = scored & ~present.all(axis=1)
         if lacking.any():
             row = int(lacking.argmax())
-            return f"{scores.paths[row]} has no finite {name} for view {int((~present[row]).argmax())}"
+            return f"{scores.paths[row]} has no {name} for view {int((~present[row]).argmax())}"
     surplus = ~scored & (finite.any(axis=(1, 2)) | placed.any(axis=1))
     if surplus.any():
-        return f"{scores.paths[int(surplus.argmax())]} failed and has scores"
+        return f"{scores.paths[int(surplus.argmax())]} failed but has scores"
     return None
 
 

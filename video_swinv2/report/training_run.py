@@ -1,4 +1,4 @@
-"""The training run a tested model came from, where its folder is still there: curves, record, cost."""
+"""The training run that a tested model came from, if its folder still exists: its record and its curves."""
 
 from __future__ import annotations
 
@@ -14,68 +14,71 @@ from numpy.typing import NDArray
 
 from video_swinv2.errors import UsageError
 
-POINTS = 240  # of a curve: more cannot be told apart
+MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixels wide
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder: its record (run.json) and the lines of metrics.jsonl."""
+class TrainingRun:
+    """A run folder: `record` is its run.json, `lines` are those of metrics.jsonl."""
 
     folder: Path
     record: dict[str, Any]
     lines: tuple[dict[str, Any], ...]
 
     def series(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(steps, values) of one figure, thinned to POINTS by means of neighbours; empty where there is none."""
-        found = [(line["step"], line[key]) for line in self.lines if _is_number(line.get(key))]
-        table = np.array(found, dtype=np.float64).reshape(-1, 2)
-        parts = np.array_split(table, min(len(table), POINTS)) if len(table) else []
+        """(steps, values) of a metric, both (P,); empty if it was not logged.
+
+        Long curves are thinned to MAX_CURVE_POINTS points, each the mean of neighbouring steps and of their values.
+        """
+        logged = [(line["step"], line[key]) for line in self.lines if _is_finite_number(line.get(key))]
+        table = np.array(logged, dtype=np.float64).reshape(-1, 2)
+        parts = np.array_split(table, min(len(table), MAX_CURVE_POINTS)) if len(table) else []
         means = np.array([part.mean(axis=0) for part in parts]).reshape(-1, 2)
         return means[:, 0], means[:, 1]
 
 
-def find_run(folder: Path) -> Run | None:
-    """The run in a folder, such as that of a tested model; None where there is none that can be read."""
+def find_training_run(folder: Path) -> TrainingRun | None:
+    """The training run in `folder`, or None if there is none that can be read."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return None
-    return Run(folder, record, tuple(_lines(texts))) if isinstance(record, dict) else None
+    return TrainingRun(folder, record, tuple(_metric_lines(texts))) if isinstance(record, dict) else None
 
 
-def read_run(folder: Path) -> Run:
-    """The run in a folder that was asked for; raises UsageError where there is none."""
-    run = find_run(folder)
+def read_training_run(folder: Path) -> TrainingRun:
+    """The training run in a folder that the user named; raises UsageError if there is none."""
+    run = find_training_run(folder)
     if run is None:
-        raise UsageError(f"{folder}: no run.json and metrics.jsonl of a training run that can be read; give its folder")
+        raise UsageError(f"{folder}: not a training run: no readable run.json and metrics.jsonl; name its run folder")
     return run
 
 
-def model_folder(record: Mapping[str, Any]) -> Path:
-    """Where the model lay that a test's record is of: its run's folder, if it was not moved."""
+def folder_of_model(record: Mapping[str, Any]) -> Path:
+    """The folder of the model that a test's record names: its run folder, unless the model file was moved."""
     return Path(str(record.get("model", {}).get("path", ""))).parent
 
 
-def flatten(record: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as text) of nested plain data, in order."""
+def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as text) of nested JSON data, in its order."""
     for key, value in record.items():
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{above}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _lines(texts: list[str]) -> Iterator[dict[str, Any]]:
-    """The last line of a run that goes on, or was killed, may be half written."""
+def _metric_lines(texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The parsed lines of metrics.jsonl; the last one may be half written if the run still writes or was killed."""
     for text in texts:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and _is_number(line.get("step")):
+        if isinstance(line, dict) and _is_finite_number(line.get("step")):
             yield line
 
 
-def _is_number(value: object) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,74 @@
+"""Every figure of a test in one object, computed from its scores: what a report and a comparison are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from video_swinv2.report.diagnosis import (
+    Calibration,
+    ClassOrderHint,
+    ViewPoint,
+    class_order_hint,
+    clips_and_crops,
+    measure_calibration,
+    views_curve,
+)
+from video_swinv2.report.intervals import Interval
+from video_swinv2.report.metrics import (
+    Metrics,
+    metrics_of_ranking,
+    metrics_of_scores,
+    ranking,
+    sources_of_scored,
+    video_probabilities,
+)
+from video_swinv2.report.mistakes import Mistake, surest_mistakes
+from video_swinv2.report.scores import Scores
+
+OTHER_AVERAGE = {"prob": "logit", "logit": "prob"}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Every figure of a test.
+
+    right: (scored videos,) whether each was answered correctly. other_average: the way of averaging views that the
+    protocol does not use ("prob" or "logit"), and top-1 with its interval under it.
+    """
+
+    scores: Scores
+    metrics: Metrics
+    right: NDArray[np.bool_]
+    calibration: Calibration
+    views: tuple[ViewPoint, ...]
+    other_average: tuple[str, float, Interval]
+    hint: ClassOrderHint | None
+    mistakes: tuple[Mistake, ...]
+
+
+def analyse(scores: Scores) -> Analysis:
+    """Compute every figure of a test from its scores. Raises UserError if no video was scored."""
+    record = scores.metadata
+    average, seed = record.get("average", "prob"), record.get("seed", 0)
+    probabilities = video_probabilities(scores, average)
+    metrics = metrics_of_scores(scores, probabilities, seed=seed)
+    labels, sources = scores.labels[scores.scored], sources_of_scored(scores)
+    answers = ranking(probabilities, 1)[:, 0]
+    # A mean of softmax values may exceed 1 by a rounding error, which calibration_curve would refuse.
+    confidences = np.minimum(np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0], 1.0)
+    other = ranking(video_probabilities(scores, OTHER_AVERAGE[average]), 5)
+    again = metrics_of_ranking(labels, other, scores.classes, listed=metrics.listed, seed=seed, sources=sources)
+    view_counts = clips_and_crops(record, scores.logits.shape[1])
+    return Analysis(
+        scores=scores,
+        metrics=metrics,
+        right=answers == labels,
+        calibration=measure_calibration(confidences, answers == labels),
+        views=views_curve(scores.logits[scores.scored], labels, sources, view_counts, average=average, seed=seed),
+        other_average=(OTHER_AVERAGE[average], again.top1, again.top1_interval),
+        hint=class_order_hint(labels, answers, scores.classes, seed),
+        mistakes=surest_mistakes(scores, probabilities),
+    )
