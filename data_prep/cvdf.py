@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from video_swinv2.data.lists import SPLITS, is_kinetics, read_clips
+from video_swinv2.data.lists import SPLITS, is_kinetics_list, read_kinetics_lines
 from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
 
@@ -107,7 +107,7 @@ def write_list(published: Path, target: Path, split: str) -> str:
     Kinetics' own columns are kept as they are; lines that are paths of clips (CLASS/ID_START_END.mp4) become them.
     """
     target.parent.mkdir(exist_ok=True)
-    if is_kinetics(published):
+    if is_kinetics_list(published):
         with atomic_write(target) as part:
             part.write_bytes(published.read_bytes())
         return ""
@@ -126,4 +126,4 @@ def write_list(published: Path, target: Path, split: str) -> str:
 
 def listed_clips(path: Path, split: str) -> frozenset[str]:
     """The file names, without suffix, of the clips that a Kinetics CSV lists; none if it is not there."""
-    return frozenset(clip.stem for clip in read_clips(path, split)) if path.exists() else frozenset()
+    return frozenset(clip.stem for clip in read_kinetics_lines(path, split)) if path.exists() else frozenset()

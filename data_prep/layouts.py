@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from video_swinv2.data.lists import Row, pick, read_clips, read_lines, videos_below, videos_by_stem
+from video_swinv2.data.lists import ListedVideo, choose_copy, read_kinetics_lines, videos_below, videos_by_stem
 from video_swinv2.errors import UsageError
+from video_swinv2.files import read_text_lines
 
 # Where the official lists lie when they were unpacked beside the videos; "" is the folder of the videos itself.
 LIST_FOLDERS = ("", "annotations", "labels", "splits", "ucfTrainTestlist", "testTrainMulti_7030_splits")
@@ -29,7 +30,7 @@ HMDB51_NAME = re.compile(r"(?P<origin>.+)_[hufl]_(?:cm|nm)_np\d_(?:fr|ri|le|ba)_
 class SourceVideo(NamedTuple):
     """A video that a list names: `name` is its path below the root, or what that should be; `path` is absolute.
 
-    `label` as in `Row`. `origin` is the video it was cut from, which may be a YouTube id; '' where unknown. `start` and
+    `label` as in `ListedVideo`. `origin` is the video it was cut from, which may be a YouTube id; '' where unknown. `start` and
     `end`, in seconds, are the part to cut out; None for all of it.
     """
 
@@ -56,7 +57,7 @@ class VideoTree:
     def find(self, stem: str, folder: str) -> str | None:
         """The path below the root of the video of that name, of several the one below `folder`; None if absent."""
         names = self._by_stem.get(stem)
-        return pick(names, folder) if names else None
+        return choose_copy(names, folder) if names else None
 
     def find_folded(self, stem: str, folder: str) -> str | None:
         """As `find`, upper and lower case being the same where nothing is spelled exactly so."""
@@ -66,7 +67,7 @@ class VideoTree:
             for name, found in self._by_stem.items():
                 self._by_folded.setdefault(name.casefold(), []).extend(found)
         names = self._by_folded.get(stem.casefold())
-        return pick(names, folder) if names else None
+        return choose_copy(names, folder) if names else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
 
     What is not there keeps the name it should have. Raises UsageError naming the line.
     """
-    for clip in read_clips(path, split):
+    for clip in read_kinetics_lines(path, split):
         fields = (clip.label or None, clip.where, clip.youtube_id, clip.youtube_id)
         stem = clip.stem
         trimmed = tree.find(stem, split)
@@ -125,7 +126,7 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
             yield SourceVideo(split, name, _join(tree, name), *fields)
 
 
-def video_from_row(row: Row, split: str) -> SourceVideo:
+def video_from_row(row: ListedVideo, split: str) -> SourceVideo:
     """A line of any other list, or a file of a folder; its name may tell the origin."""
     origin = origin_of(_stem(row.name), row.label)
     youtube_id = origin if KINETICS_NAME.fullmatch(_stem(row.name)) and YOUTUBE_ID.fullmatch(origin) else ""
@@ -144,7 +145,7 @@ def origin_of(stem: str, label: str | int | None = None) -> str:
 
 def _ucf101(source: Path, folder: Path, number: int) -> SourceListing:
     """Lines `Class/v_Class_g01_c02.avi 1`; classInd.txt numbers the classes from 1. The test list has no numbers."""
-    numbered = [line.split(maxsplit=1) for line in read_lines(folder / "classInd.txt") if line.strip()]
+    numbered = [line.split(maxsplit=1) for line in read_text_lines(folder / "classInd.txt") if line.strip()]
     try:
         classes = tuple(name.strip() for _, name in sorted((int(place), name) for place, name in numbered))
     except ValueError as fault:
@@ -192,7 +193,7 @@ def _something_v2(source: Path, folder: Path) -> SourceListing:
     classes = tuple(sorted(numbers, key=lambda name: int(numbers[name])))
     answers = {}
     if (folder / "test-answers.csv").is_file():
-        answers = dict(line.partition(";")[::2] for line in read_lines(folder / "test-answers.csv"))
+        answers = dict(line.partition(";")[::2] for line in read_text_lines(folder / "test-answers.csv"))
     tree, videos = VideoTree(source), []
     for split, word in (("train", "train"), ("val", "validation"), ("test", "test")):
         path = _json_file(folder, word)
@@ -218,7 +219,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _numbered(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_text_lines(path), start=1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
 

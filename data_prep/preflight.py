@@ -14,9 +14,10 @@ from pathlib import Path
 
 import av
 
+from data_prep.jobs import TranscodeJob
 from data_prep.pool import Allow, Crew, each
 from data_prep.status import format_duration
-from data_prep.transcode import TranscodeJob, transcode_video
+from data_prep.transcode import transcode_video
 from video_swinv2.errors import UserError
 from video_swinv2.memory import free_memory_bytes, peak_memory_bytes
 
@@ -107,7 +108,7 @@ def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[Sample
         return []
     try:
         folder.mkdir(parents=True)
-        moved = [replace(task, target=folder / f"{task.row}.mp4") for task in tasks]
+        moved = [replace(task, target=folder / f"{task.row_id}.mp4") for task in tasks]
         return [
             outcome if isinstance(outcome, SampleResult) else SampleResult(0.0, 0, outcome.reason, outcome.detail, 0)
             for _, outcome in each(crew, measure_video, moved)

@@ -12,22 +12,14 @@ from sqlite3 import Row
 
 from data_prep import executors, shards
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
+from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, initial_limit_seconds, job_for_row, size_and_mtime
 from data_prep.outcomes import REASONS, VideoCounts, outcome_counts, split_order
 from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import PreflightReport, run_preflight, sample_size
 from data_prep.shards import WorkShard
 from data_prep.sources import plan_preparation
 from data_prep.state import STATE_NAME, PlannedVideo, PreparationState
-from data_prep.transcode import (
-    Outcome,
-    TranscodeJob,
-    TranscodeSettings,
-    initial_limit_seconds,
-    job_for_row,
-    remove_partial_files,
-    size_and_mtime,
-    transcode_video,
-)
+from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.progress import track
@@ -270,7 +262,7 @@ def _work(
                 raise UserError(
                     f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on"
                 )
-            state.record_outcome(task.row, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
+            state.record_outcome(task.row_id, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
     return pending
 
 

@@ -19,8 +19,15 @@ from data_prep.layouts import (
     video_from_row,
 )
 from data_prep.state import PlannedVideo
-from video_swinv2.data.lists import SPLITS, is_kinetics, read_clips, read_rows, root_of, split_sources
-from video_swinv2.data.manifest import label_index, own_classes
+from video_swinv2.data.lists import (
+    SPLITS,
+    is_kinetics_list,
+    read_kinetics_lines,
+    read_listed_videos,
+    root_folder,
+    split_sources,
+)
+from video_swinv2.data.manifest import classes_of_source, label_index
 from video_swinv2.errors import UsageError
 
 LONGEST_NAME = 150
@@ -65,16 +72,16 @@ def plan_preparation(
 def _listed(source: Path, annotations: Sequence[Path]) -> SourceListing:
     """Every layout but the official ones."""
     sources = split_sources(source, annotations)
-    root = root_of(source)
+    root = root_folder(source)
     tree = VideoTree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
     videos: list[SourceVideo] = []
     for split, paths in sources.items():
         for path in paths:
-            if tree and path.is_file() and is_kinetics(path):
+            if tree and path.is_file() and is_kinetics_list(path):
                 videos += read_kinetics_list(path, split, tree)
             else:
-                videos += (video_from_row(row, split) for row in read_rows(root, path, split))
-    classes = own_classes(root, annotations, {video.label for video in videos if video.label is not None})
+                videos += (video_from_row(row, split) for row in read_listed_videos(root, path, split))
+    classes = classes_of_source(root, annotations, {video.label for video in videos if video.label is not None})
     return SourceListing(root, classes, videos, tree)
 
 
@@ -132,10 +139,12 @@ def _ids(path: Path) -> set[str]:
     ids: set[str] = set()
     for split, lists in split_sources(path).items():
         for one in lists:
-            if one.is_file() and is_kinetics(one):
-                ids.update(clip.youtube_id for clip in read_clips(one, split))
+            if one.is_file() and is_kinetics_list(one):
+                ids.update(clip.youtube_id for clip in read_kinetics_lines(one, split))
             else:
-                ids.update(video_from_row(row, split).youtube_id for row in read_rows(root_of(path), one, split))
+                ids.update(
+                    video_from_row(row, split).youtube_id for row in read_listed_videos(root_folder(path), one, split)
+                )
     if not ids - {""}:
         raise UsageError(f"{path}: names no YouTube ids; --held-out takes Kinetics lists")
     return ids - {""}

@@ -1,361 +1,307 @@
-"""One raw video in, one checked video out; runs in a process of its own that may be killed at any moment."""
+"""One raw video in, one checked video out. Runs in a worker process that may be killed at any moment.
+
+    identify     size, mtime and sha256 of the source
+    select       the frames to keep: all of them, or those of a segment, by their presentation times
+    write        copy the source if it already has the prepared form, otherwise decode -> resize -> encode
+    read back    reopen the written file, compare frame count, size and times, and decode every frame
+    commit       sync the file to disk and rename it from its hidden name to its target
+
+Times are presentation times in seconds, as VideoReader gives them (edit lists applied), or *ticks* of 1/90000 s counted
+from the first frame kept. VideoReader.size is the size as shown: rotated upright, with square pixels.
+"""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from sqlite3 import Row
 
 import av
 import numpy as np
 
-from data_prep.encode import TIME_BASE, H264Settings, difference_from_prepared_form, to_ticks, write_video
+from data_prep.encode import TIME_BASE, difference_from_prepared_form, to_ticks, write_video
+from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, encode_limit_seconds, index_limit_seconds
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 
-# Raised when the same settings would give other bytes; part of what decides whether an old output still counts.
-FORM = 2
-# Below this share of decodable frames, or of the time they span, a video is damaged goods; above it a few frames short.
-SOUND_SHARE = 0.9
-# A segment of which the source holds less than this is not what the list speaks of.
-SEGMENT_SHARE = 0.5
-# Times are sums of fractions: two that mean the same moment may differ by far less than any frame lasts.
-SAME_SECONDS = 1e-6
-FULL_HD = 1920 * 1080
-# Faults of the disk, not of the video: they would fail every other video too.
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# A video of which less than this share of the frames decodes, or of the time they should span, fails. Above it, the
+# video is prepared with a few frames missing, and `detail` says how many.
+MIN_DECODED_SHARE = 0.9
+# A segment of which the source holds less than this share is not the segment the list means.
+MIN_SEGMENT_SHARE = 0.5
+# Times are sums of fractions: two that mean the same moment may differ by rounding, far less than a frame lasts.
+TIME_TOLERANCE_SECONDS = 1e-6
+# These errors come from the disk, not from the video: they would fail every other video too, so they stop the run.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 PARTIAL_FILE = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?" + re.escape(PARTIAL_SUFFIX))
 
 
-@dataclass(frozen=True)
-class TranscodeSettings:
-    """How every video of a data set is made.
+@dataclass
+class _Progress:
+    """Counted while frames flow through the generators below.
 
-    `short_side` in pixels is a ceiling, nothing is enlarged. `fps` asks for a constant rate; without it every frame
-    keeps its own time. `copy` keeps the bytes of a source that is of the prepared form. A video of less than
-    `min_seconds` is too short.
+    `decoded` source frames, the tick of the last of them, and the tick of every frame written.
     """
 
-    short_side: int = 320
-    gop: int = 16
-    fps: float | None = None
-    copy: bool = False
-    min_seconds: float = 0.0
-
-    @property
-    def encoding(self) -> H264Settings:
-        """What the encoder is told."""
-        return H264Settings(gop=self.gop)
-
-    def record(self) -> dict[str, object]:
-        """All that decides the form of an output, for dataset.json."""
-        return {"made_by": "prepare", "form": FORM, **asdict(self), **asdict(self.encoding)}
-
-    def hash(self) -> str:
-        """sha256 of the record."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TranscodeJob:
-    """What to make of which file; `start` and `end`, seconds from its first frame on, bound the part to cut out."""
-
-    row: int
-    source: Path
-    target: Path
-    settings: TranscodeSettings
-    start: float | None = None
-    end: float | None = None
-
-
-def job_for_row(row: Row, out: Path, settings: TranscodeSettings) -> TranscodeJob:
-    """What to do for a row of the state of `out`."""
-    source, target = Path(row["source"]), out / row["target"]
-    return TranscodeJob(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a video. `reason`: '' for a good one, 'disk' where the run has to stop, else of state.REASONS."""
-
-    reason: str = ""
-    detail: str = ""
-    source_size: int | None = None
-    source_mtime_ns: int | None = None
-    source_sha256: str | None = None
-    sha256: str | None = None
-    frames: int | None = None
-    fps: float | None = None
-    height: int | None = None
-    width: int | None = None
-    codec: str | None = None
-    duration_seconds: float | None = None
-    seconds: float = 0.0
-
-
-@dataclass
-class _Made:
-    """What went into the file: how many frames of the source, the source's last moment, and the ticks written."""
-
     decoded: int = 0
-    reached: int = 0
-    ticks: list[int] = field(default_factory=list)
+    last_tick: int = 0
+    written_ticks: list[int] = field(default_factory=list)
 
 
 class ReadBackError(Exception):
-    """The file written does not read back as it was meant."""
+    """The written file does not read back as intended."""
 
 
-def transcode_video(task: TranscodeJob, allow: Allow) -> Outcome:
-    """Decode, resize, encode and check one video; never raises. `allow` is told how long that may take once known."""
+def transcode_video(job: TranscodeJob, allow: Allow) -> Outcome:
+    """Decode, resize, encode and check one video. Never raises: an error becomes the reason of the outcome.
+
+    `allow` is called with a new time limit as soon as the duration of the video is known.
+    """
     started = time.monotonic()
     known = Outcome()
-    part = _unique_partial_path(task.target)
+    partial = _unique_partial_path(job.target)
     try:
-        known = _identify(task.source)
-        task.target.parent.mkdir(parents=True, exist_ok=True)
-        known = _make(task, part, known, allow)
-        commit_file(part, task.target)
-    except Exception as fault:
-        reason, detail = _diagnose(fault)
+        known = _identify(job.source)
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        known = _write_checked(job, partial, known, allow)
+        commit_file(partial, job.target)
+    except Exception as error:
+        reason, detail = _diagnose(error)
         known = replace(known, reason=reason, detail=detail)
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return replace(known, seconds=time.monotonic() - started)
 
 
-def size_and_mtime(source: str | Path) -> tuple[int | None, int | None]:
-    """(bytes, time of change in ns) of a file; None for what is not there."""
-    try:
-        status = os.stat(source)
-    except OSError:
-        return None, None
-    return status.st_size, status.st_mtime_ns
+def output_size(shown_size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(height, width) to encode: the aspect ratio is kept, the short side is at most `short_side`, both are even."""
+    short = max(2, min(short_side, *shown_size) // 2 * 2)
+    return size_for(shown_size, short)
 
 
-def initial_limit_seconds(task: TranscodeJob) -> float:
-    """How long a task may take until it knows better."""
-    return index_limit_seconds(size_and_mtime(task.source)[0] or 0)
-
-
-def index_limit_seconds(size: int) -> float:
-    """How long reading a file of `size` bytes may take before its duration is known."""
-    return 60.0 + 10.0 * size / 2**20
-
-
-def encode_limit_seconds(duration_seconds: float, pixels: int) -> float:
-    """How long a video may take: some hundred times what it needs on one core."""
-    return 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD)
-
-
-def output_size(shown: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(height, width) to encode: the short side at most as asked, both even, the aspect ratio kept."""
-    short = max(2, min(short_side, *shown) // 2 * 2)
-    return size_for(shown, short)
-
-
-def _unique_partial_path(target: Path) -> Path:
-    """A hidden name of its own for each try: a try that a cluster gave up may still be writing elsewhere."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
-
-
-def remove_partial_files(videos: Path, ours: Callable[[Path], bool] = lambda target: True) -> int:
-    """Remove the half files below `videos` that a killed run left of targets that are `ours`; returns how many."""
+def remove_partial_files(videos: Path, is_ours: Callable[[Path], bool] = lambda target: True) -> int:
+    """Delete the partial files a killed run left below `videos`, if their target `is_ours`. Returns how many."""
     count = 0
     for parent, _, files in os.walk(videos):
         for name in files:
-            if (half := PARTIAL_FILE.fullmatch(name)) and ours(Path(parent, half["name"])):
+            if (partial := PARTIAL_FILE.fullmatch(name)) and is_ours(Path(parent, partial["name"])):
                 Path(parent, name).unlink(missing_ok=True)
                 count += 1
     return count
+
+
+def _unique_partial_path(target: Path) -> Path:
+    """A hidden name that no other attempt uses: an attempt that Dask has given up may still be writing elsewhere."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
 def _identify(source: Path) -> Outcome:
     try:
         status = source.stat()
         return Outcome(source_size=status.st_size, source_mtime_ns=status.st_mtime_ns, source_sha256=sha256(source))
-    except FileNotFoundError as fault:
-        raise DecodeError(f"{source}: no such file", "missing") from fault
-    except OSError as fault:
-        raise DecodeError(f"{source}: {fault.strerror}") from fault
+    except FileNotFoundError as error:
+        raise DecodeError(f"{source}: no such file", "missing") from error
+    except OSError as error:
+        raise DecodeError(f"{source}: {error.strerror}") from error
 
 
-def _make(task: TranscodeJob, part: Path, known: Outcome, allow: Allow) -> Outcome:
-    """Write and check the file; what is known of it."""
-    settings = task.settings
-    with VideoReader(task.source, time_limit_seconds=float("inf")) as reader:
+def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allow) -> Outcome:
+    """Write and read back the file. Returns what is now known. Raises DecodeError, ReadBackError, OSError."""
+    settings = job.settings
+    # No time limit inside the reader: the pool kills the whole process when its limit is exceeded.
+    with VideoReader(job.source, time_limit_seconds=float("inf")) as reader:
         known = replace(known, codec=reader.codec)
-        chosen = _chosen(reader, task)
-        times = reader.times[chosen.start : chosen.stop]
+        selected = _select_frames(reader, job)
+        times = reader.times[selected.start : selected.stop]
+        # The rate of the frames themselves; the rate in the header is often wrong and VFR files have none.
         rate = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else reader.fps
-        duration = float(times[-1] - times[0]) + 1 / rate
-        # Where packets do not tell the frames apart, a part is reached by decoding all that comes before it.
-        reach = float(times[-1] - reader.times[0]) + 1 / reader.fps
-        allow(
-            encode_limit_seconds(reach, reader.size[0] * reader.size[1]) + index_limit_seconds(known.source_size or 0)
-        )
+        duration = float(times[-1] - times[0]) + 1 / rate  # the last frame is shown for one frame period
+        # In formats whose packets cannot be told apart, a segment is reached by decoding everything before it.
+        decoded_seconds = float(times[-1] - reader.times[0]) + 1 / reader.fps
+        pixels = reader.size[0] * reader.size[1]
+        allow(encode_limit_seconds(decoded_seconds, pixels) + index_limit_seconds(known.source_size or 0))
         known = replace(known, duration_seconds=duration)
-        if duration < settings.min_seconds - SAME_SECONDS:
-            raise DecodeError(f"{task.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
-        if settings.copy and _copy(reader, task, part):
-            size, fps, made = reader.size, rate, _Made(len(times), ticks=to_ticks(times.tolist()))
+        if duration < settings.min_seconds - TIME_TOLERANCE_SECONDS:
+            raise DecodeError(f"{job.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
+        if settings.copy and _copy(reader, job, partial):
+            size, fps = reader.size, rate
+            progress = _Progress(len(times), written_ticks=to_ticks(times.tolist()))
         else:
             size, fps = output_size(reader.size, settings.short_side), settings.fps or rate
-            made = _encode(reader, chosen, part, size, rate, settings)
-            _check(part, size, made.ticks)
-    lost = len(times) - made.decoded
+            progress = _encode(reader, selected, partial, size, rate, settings)
+            _read_back(partial, size, progress.written_ticks)
+    lost = len(times) - progress.decoded
     return replace(
         known,
         detail=f"{lost} of {len(times)} frames could not be decoded" if lost else "",
-        sha256=sha256(part),
-        frames=len(made.ticks),
+        sha256=sha256(partial),
+        frames=len(progress.written_ticks),
         fps=fps,
         height=size[0],
         width=size[1],
     )
 
 
-def _chosen(reader: VideoReader, task: TranscodeJob) -> range:
-    """The frames to keep: all, or those of the segment by their real times. Raises DecodeError where that is short."""
-    if task.start is None and task.end is None:
+def _select_frames(reader: VideoReader, job: TranscodeJob) -> range:
+    """The indices of the frames to keep: all, or those shown in [start, end). DecodeError if the source is too short.
+
+    By presentation times, never by `start * fps`: frame rates vary, and times in the list are relative to the first
+    frame, while the clock of a source may start anywhere.
+    """
+    if job.start is None and job.end is None:
         return range(len(reader))
-    start, end = task.start or 0.0, float("inf") if task.end is None else task.end
-    times = reader.times - reader.times[0] + SAME_SECONDS
-    first, stop = (int(place) for place in np.searchsorted(times, (start, end)))
-    lasts = min(float(times[-1]) + 1 / reader.fps, end) - start
-    asked = end - start if task.end is not None else 0.0
-    if first == stop or lasts < SEGMENT_SHARE * asked:
-        have = f"the source ends at {times[-1] + 1 / reader.fps:.2f} s"
-        raise DecodeError(f"{task.source}: segment {start:g} to {end:g} s, but {have}", "too_short")
+    start, end = job.start or 0.0, float("inf") if job.end is None else job.end
+    # The tolerance keeps a frame that is exactly at `start` in, and one exactly at `end` out, despite rounding.
+    times = reader.times - reader.times[0] + TIME_TOLERANCE_SECONDS
+    first, stop = (int(index) for index in np.searchsorted(times, (start, end)))
+    source_end = float(times[-1]) + 1 / reader.fps
+    available, requested = min(source_end, end) - start, end - start if job.end is not None else 0.0
+    if first == stop or available < MIN_SEGMENT_SHARE * requested:
+        raise DecodeError(
+            f"{job.source}: segment {start:g} to {end:g} s, but the source ends at {source_end:.2f} s", "too_short"
+        )
     return range(first, stop)
 
 
-def _copy(reader: VideoReader, task: TranscodeJob, part: Path) -> bool:
-    """Copy a source that is of the prepared form and decodes fully; False where it has to be encoded."""
-    settings, whole = task.settings, task.start is None and task.end is None
-    if (
-        not whole
-        or any(reader.orientation)
-        or difference_from_prepared_form(task.source, short_side=settings.short_side, gop=settings.gop)
-    ):
+def _copy(reader: VideoReader, job: TranscodeJob, partial: Path) -> bool:
+    """Copy a source that already has the prepared form and decodes completely. False if it must be encoded."""
+    settings = job.settings
+    if job.start is not None or job.end is not None or any(reader.orientation):
         return False
-    moments = to_ticks(reader.times.tolist())
-    if settings.fps and np.abs(np.arange(len(moments)) / settings.fps / float(TIME_BASE) - moments).max() > 1:
+    if difference_from_prepared_form(job.source, short_side=settings.short_side, gop=settings.gop):
         return False
-    shutil.copyfile(task.source, part)
+    source_ticks = to_ticks(reader.times.tolist())
+    if settings.fps:
+        constant_ticks = np.arange(len(source_ticks)) / settings.fps / float(TIME_BASE)
+        if np.abs(constant_ticks - source_ticks).max() > 1:
+            return False
+    shutil.copyfile(job.source, partial)
     try:
-        _check(part, reader.size, moments)
-    except ReadBackError:
+        _read_back(partial, reader.size, source_ticks)
+    except ReadBackError:  # damaged: encoding may save most of it
         return False
     return True
 
 
 def _encode(
-    reader: VideoReader, chosen: range, part: Path, size: tuple[int, int], rate: float, settings: TranscodeSettings
-) -> _Made:
-    """Encode the chosen frames. Raises DecodeError where too many of them are lost, OSError."""
-    made = _Made()
-    frames = _decoded(reader, chosen, made)
+    reader: VideoReader,
+    selected: range,
+    partial: Path,
+    size: tuple[int, int],
+    rate: float,
+    settings: TranscodeSettings,
+) -> _Progress:
+    """Encode the selected frames. Raises DecodeError if too few of them decode, OSError if encoding fails.
+
+    A chain of generators, so that only a few frames are in memory: decode -> (constant rate) -> resize -> encode.
+    """
+    progress = _Progress()
+    frames = _decode(reader, selected, progress)
     if settings.fps:
-        frames = _paced(frames, settings.fps, 1 / rate)
+        frames = _resample(frames, settings.fps, 1 / rate)
     fps = settings.fps or rate
     try:
-        write_video(part, _pictures(reader, frames, size, made), size=size, fps=fps, settings=settings.encoding)
-    except av.FFmpegError as fault:
-        raise OSError(getattr(fault, "errno", 0) or 0, f"while encoding: {fault.strerror}") from fault
-    times = reader.times[chosen.start : chosen.stop]
-    if made.decoded < SOUND_SHARE * len(times):
-        raise DecodeError(f"{reader.path}: only {made.decoded} of {len(times)} frames can be decoded")
-    lasts, asked = made.reached * float(TIME_BASE), float(times[-1] - times[0])
-    if lasts < SOUND_SHARE * asked:
-        raise DecodeError(f"{reader.path}: what can be decoded lasts {lasts:.2f} of {asked:.2f} s")
-    return made
+        write_video(partial, _resize(reader, frames, size, progress), size=size, fps=fps, settings=settings.encoding)
+    except av.FFmpegError as error:
+        raise OSError(getattr(error, "errno", 0) or 0, f"while encoding: {error.strerror}") from error
+    times = reader.times[selected.start : selected.stop]
+    if progress.decoded < MIN_DECODED_SHARE * len(times):
+        raise DecodeError(f"{reader.path}: only {progress.decoded} of {len(times)} frames decode")
+    # Many frames at the start may decode and still leave most of the time uncovered.
+    decoded_seconds, total_seconds = progress.last_tick * float(TIME_BASE), float(times[-1] - times[0])
+    if decoded_seconds < MIN_DECODED_SHARE * total_seconds:
+        raise DecodeError(f"{reader.path}: the frames that decode cover {decoded_seconds:.2f} of {total_seconds:.2f} s")
+    return progress
 
 
-def _decoded(reader: VideoReader, chosen: range, made: _Made) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(tick, frame) of every chosen frame that decodes, from the first of them on; counted in `made`."""
-    moments = to_ticks(reader.times[chosen.start : chosen.stop].tolist())
-    first, last = 0, chosen.start - 1
-    for index, frame in reader.sequence(chosen.start):
-        if index >= chosen.stop:
+def _decode(reader: VideoReader, selected: range, progress: _Progress) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(tick, frame) of every selected frame that decodes. Ticks count from the first frame that does."""
+    ticks = to_ticks(reader.times[selected.start : selected.stop].tolist())
+    first_tick, last_index = 0, selected.start - 1
+    for index, frame in reader.sequence(selected.start):
+        if index >= selected.stop:
             return
-        if index <= last:
+        # The decoder starts at the key frame before the segment, so earlier frames come first.
+        if index <= last_index:
             continue
-        tick = moments[index - chosen.start]
-        first, last = (first if made.decoded else tick), index
-        made.decoded += 1
-        made.reached = tick - first
-        yield tick - first, frame
+        tick = ticks[index - selected.start]
+        if not progress.decoded:
+            first_tick = tick
+        last_index = index
+        progress.decoded += 1
+        progress.last_tick = tick - first_tick
+        yield tick - first_tick, frame
 
 
-def _paced(
-    frames: Iterator[tuple[int, av.VideoFrame]], fps: float, last_seconds: float
+def _resample(
+    frames: Iterator[tuple[int, av.VideoFrame]], fps: float, last_frame_seconds: float
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """At a constant rate: at each moment the frame that is shown then, repeated or passed over as that takes."""
-    count = 0
+    """Convert to a constant rate: at each output time, the frame shown at that moment, repeated or skipped as needed.
+
+    `last_frame_seconds` is how long the last frame is shown.
+    """
+    count = 0  # output frames so far
     shown: av.VideoFrame | None = None
     tick = 0
     for tick, frame in frames:
-        while shown is not None and (moment := round(count / fps / TIME_BASE)) < tick:
-            yield moment, shown
+        # `shown` is on screen until `tick`: emit it at every output time before that.
+        while shown is not None and (output_tick := round(count / fps / TIME_BASE)) < tick:
+            yield output_tick, shown
             count += 1
         shown = frame
     if shown is not None:
-        total = max(1, count, round((tick * TIME_BASE + last_seconds) * fps))
-        yield from ((round(place / fps / TIME_BASE), shown) for place in range(count, total))
+        total = max(1, count, round((tick * TIME_BASE + last_frame_seconds) * fps))
+        yield from ((round(index / fps / TIME_BASE), shown) for index in range(count, total))
 
 
-def _pictures(
-    reader: VideoReader, frames: Iterator[tuple[int, av.VideoFrame]], size: tuple[int, int], made: _Made
+def _resize(
+    reader: VideoReader, frames: Iterator[tuple[int, av.VideoFrame]], size: tuple[int, int], progress: _Progress
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(tick, picture to encode), upright and resized to (height, width); the ticks go into `made` too."""
+    """(tick, picture to encode): upright, resized to (height, width). A repeated frame is resized once."""
     fitter = Fitter(size, reader.orientation)
     shown: av.VideoFrame | None = None
     for tick, frame in frames:
         if frame is not shown:
             shown, picture = frame, fitter.fit(frame)
-        made.ticks.append(tick)
+        progress.written_ticks.append(tick)
         yield tick, picture
 
 
-def _check(path: Path, size: tuple[int, int], written: list[int]) -> None:
-    """Reopen and decode what was written. Raises ReadBackError."""
+def _read_back(path: Path, size: tuple[int, int], written_ticks: list[int]) -> None:
+    """Reopen and decode the written file. Raises ReadBackError."""
     try:
         with VideoReader(path, time_limit_seconds=float("inf")) as reader:
             found = to_ticks(reader.times.tolist())
-            if len(found) != len(written):
-                raise ReadBackError(f"{len(written)} frames written, {len(found)} read back")
+            if len(found) != len(written_ticks):
+                raise ReadBackError(f"{len(written_ticks)} frames written, {len(found)} read back")
             if reader.size != size:
                 raise ReadBackError(f"{size} written, {reader.size} read back")
-            if np.abs(np.subtract(found, written)).max() > 1:
+            if np.abs(np.subtract(found, written_ticks)).max() > 1:
                 raise ReadBackError("frame times read back differ from those written")
             decoded = sum(1 for _ in reader.sequence())
-            if decoded != len(written):
-                raise ReadBackError(f"{len(written)} frames written, {decoded} decode")
-    except DecodeError as fault:
-        raise ReadBackError(str(fault)) from fault
+            if decoded != len(written_ticks):
+                raise ReadBackError(f"{len(written_ticks)} frames written, {decoded} decode")
+    except DecodeError as error:
+        raise ReadBackError(str(error)) from error
 
 
-def _diagnose(fault: Exception) -> tuple[str, str]:
-    """(reason, last words) of whatever went wrong with a video."""
-    if isinstance(fault, MemoryError):
+def _diagnose(error: Exception) -> tuple[str, str]:
+    """(reason, detail) of any error while a video was prepared."""
+    if isinstance(error, MemoryError):
         return "crashed", "out of memory"
-    if isinstance(fault, DecodeError):
-        return fault.reason, str(fault).partition(": ")[2]
-    if isinstance(fault, ReadBackError):
-        return "check_failed", str(fault)
-    if isinstance(fault, OSError):
-        words = fault.strerror or str(fault)
-        return ("disk" if fault.errno in DISK_FAULTS else "encode_error"), words
-    return "crashed", f"{type(fault).__name__}: {fault}".splitlines()[0]
+    if isinstance(error, DecodeError):
+        return error.reason, str(error).partition(": ")[2]  # without the path, which the row holds already
+    if isinstance(error, ReadBackError):
+        return "check_failed", str(error)
+    if isinstance(error, OSError):
+        detail = error.strerror or str(error)
+        return ("disk" if error.errno in DISK_ERRORS else "encode_error"), detail
+    return "crashed", f"{type(error).__name__}: {error}".splitlines()[0]

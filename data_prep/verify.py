@@ -18,9 +18,9 @@ from typing import Any
 import av
 
 from data_prep.dataset import read_record
+from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
 from data_prep.state import STATE_NAME, PreparationState
-from data_prep.transcode import encode_limit_seconds, index_limit_seconds
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.manifest import content_fingerprint
 from video_swinv2.errors import UsageError, UserError

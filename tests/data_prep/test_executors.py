@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from data_prep import executors
+from data_prep.jobs import TranscodeSettings
 from data_prep.pool import Lost, each
 from data_prep.prepare import prepare
 from data_prep.state import PreparationState
-from data_prep.transcode import TranscodeSettings
 from tests.data_prep.kill import differences
 from tests.data_prep.test_pool import act
 from video_swinv2.errors import UsageError, UserError

@@ -53,7 +53,7 @@ def test_the_data_set_keeps_the_account_and_is_read_with_it(tmp_path: Path) -> N
     with (tmp_path / "extra.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["path"], ['say "a", b.mp4'], ["c.mp4"]]
     manifest = read_manifest(tmp_path, "test")
-    assert (manifest.lost, manifest.fingerprint) == (4, test["fingerprint"])
+    assert (manifest.failed_in_preparation, manifest.fingerprint) == (4, test["fingerprint"])
     assert [entry.label for entry in manifest.entries] == [0, 1]
     # What the test material is does not depend on what was lost or listed beside it, only on what is there, in order.
     again = write([], ok)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.jobs import TranscodeJob, TranscodeSettings, initial_limit_seconds
 from data_prep.pool import Pool
 from data_prep.preflight import (
     PreflightReport,
@@ -22,7 +23,6 @@ from data_prep.preflight import (
     run_preflight,
     sample_size,
 )
-from data_prep.transcode import TranscodeJob, TranscodeSettings, initial_limit_seconds
 from video_swinv2.errors import UserError
 
 Writer = Callable[..., Path]
@@ -88,7 +88,10 @@ def test_a_sample_nobody_asked_for_costs_little(pending: int, asked: bool, size:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with Pool(1, initial_limit_seconds) as crew, pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"):
+    with (
+        Pool(1, initial_limit_seconds) as crew,
+        pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"),
+    ):
         run_preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.jobs import TranscodeSettings
 from data_prep.prepare import prepare
 from data_prep.state import PreparationState
-from data_prep.transcode import TranscodeSettings
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.lists import VIDEO_SUFFIXES
 

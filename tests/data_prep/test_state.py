@@ -252,7 +252,7 @@ from data_prep.state import PreparationState, PlannedVideo
 with PreparationState(Path(sys.argv[1]), create=True) as state:
     state.sync_with_plan([PlannedVideo("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
     state.record_outcome(7, {"status": "ok"})
-    with state._change():
+    with state._transaction():
         state._db.execute("UPDATE clips SET status = 'ok'")
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -358,7 +358,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         state.sync_with_plan(listing(10))
         pages = state._db.execute("PRAGMA page_count").fetchone()[0]
         state._db.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(UserError, match=r"full; free space"):
+        with pytest.raises(UserError, match=r"full; free disk space"):
             state.sync_with_plan(listing(3000))
         assert len(by_name(state)) == 10
         state._db.execute("PRAGMA max_page_count = 100000")

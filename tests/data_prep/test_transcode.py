@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data_prep.encode import TIME_BASE, difference_from_prepared_form
-from data_prep.transcode import Outcome, TranscodeJob, TranscodeSettings, remove_partial_files, transcode_video
+from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings
+from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import sha256
 
