@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.engine_worker import LR, build, keep, run_cases, train
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.world import World
+from video_swinv2.engine.base import Engine, StepSettings
 from video_swinv2.engine.checkpoint import Checkpoints
-from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.models.variants import create_model
-from video_swinv2.plan.activations import Allocations
+from video_swinv2.plan.activation_memory import Allocations
 
 OFFLOADED: dict[str, dict[str, Any]] = {
     "1-cpu": {"zero_stage": 1, "offload_optimizer": "cpu"},
@@ -50,20 +52,20 @@ def fp16(world: World, folder: Path) -> None:
         engine = build(world, zero_stage=stage, precision="fp16", accumulation=2)
         first = until_applied(engine, world, 2, 0, 2)
         checkpoints = Checkpoints(folder / f"fp16-{stage}")
-        portable = engine.states()
+        portable = engine.training_state()
         if portable is not None:
             checkpoints.save(portable, {}, step=2)
             checkpoints.wait()
         dist.barrier()
         later = until_applied(engine, world, 2, 2, 4)
-        keep(folder, f"fp16-{stage}", engine.states(), first + later)
+        keep(folder, f"fp16-{stage}", engine.training_state(), first + later)
         found = checkpoints.newest()
         if found is None:
             raise RuntimeError("no checkpoint")
         other = build(world, seed=7, zero_stage=stage, precision="fp16", accumulation=2)
         other.load(found[1])
         again = train(other, world, 2, 2, 4)
-        keep(folder, f"fp16-resumed-{stage}", other.states(), again)
+        keep(folder, f"fp16-resumed-{stage}", other.training_state(), again)
 
 
 def rounded(world: World, folder: Path) -> None:
@@ -72,10 +74,10 @@ def rounded(world: World, folder: Path) -> None:
         for precision in ("fp32", "bf16"):
             engine = build(world, zero_stage=stage, precision=precision, communication="bf16", clip_norm=None)
             records = train(engine, world, 1, 0, 4)
-            keep(folder, f"rounded-{precision}-{stage}", engine.states(), records)
+            keep(folder, f"rounded-{precision}-{stage}", engine.training_state(), records)
         engine = build(world, zero_stage=stage, precision="fp32")
         records = train(engine, world, 1, 0, 4)
-        keep(folder, f"afterwards-{stage}", engine.states(), records)
+        keep(folder, f"afterwards-{stage}", engine.training_state(), records)
 
 
 def offloaded(world: World, folder: Path) -> None:
@@ -88,28 +90,28 @@ def offloaded(world: World, folder: Path) -> None:
         if "nvme" in name:
             settings = settings | {"offload_folder": str(folder / name)}
         engine = build(world, precision="fp32", accumulation=2, ema=0.6, **settings)
-        pieces = [shard.piece for shard in engine._shards]  # type: ignore[attr-defined]  # DeepSpeedEngine's own
-        if any(piece.device.type != "cpu" for piece in pieces):
-            raise RuntimeError("a piece is on the device")
+        local = [partition.local for partition in engine._partitions]  # type: ignore[attr-defined]  # DeepSpeedEngine's own
+        if any(tensor.device.type != "cpu" for tensor in local):
+            raise RuntimeError("a partition is on the device")
         if not all(group["fused"] for group in engine._adamw.param_groups):  # type: ignore[attr-defined]  # the same
             raise RuntimeError("offloaded weights are updated one operation at a time")
         first = train(engine, world, 2, 0, 2)
         skipped = train(engine, world, 2, 2, 3, spoil)
         checkpoints = Checkpoints(folder / f"offloaded-{name}")
-        portable = engine.states()
+        portable = engine.training_state()
         if portable is not None:
             checkpoints.save(portable, {}, step=2)
             checkpoints.wait()
         dist.barrier()
         records = first + skipped + train(engine, world, 2, 2, 4)
-        keep(folder, f"offloaded-{name}", engine.states(), records)
+        keep(folder, f"offloaded-{name}", engine.training_state(), records)
         found = checkpoints.newest()
         if found is None:
             raise RuntimeError("no checkpoint")
         other = build(world, seed=7, precision="fp32", accumulation=2, ema=0.6, **settings)
         other.load(found[1])
         train(other, world, 2, 2, 4)
-        keep(folder, f"offloaded-resumed-{name}", other.states(), [])
+        keep(folder, f"offloaded-resumed-{name}", other.training_state(), [])
 
 
 def held_at_the_head(world: World, **engine: Any) -> float:
@@ -117,8 +119,8 @@ def held_at_the_head(world: World, **engine: Any) -> float:
     module = create_model("swinv2_nano", num_classes=2, image_size=32, window=8, checkpoint_blocks=8)
     numbers = sum(parameter.numel() for parameter in module.parameters())
     groups = parameter_groups(module, module.depths, weight_decay=0.1)
-    settings = EngineSettings(precision="bf16", micro_batch=1, **engine)
-    made = make_engine(module, groups, settings, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    config = EngineConfig(precision="bf16", **engine)
+    made = make_engine(module, groups, config, StepSettings(), world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
     seen = []
     with Allocations(module.parameters()) as allocations:
         module.head.register_forward_pre_hook(lambda *_: seen.append(allocations.now))

@@ -15,13 +15,13 @@ import torch
 import video_swinv2 as vs
 from video_swinv2.bench.train import Way, Workload, run_way
 from video_swinv2.cli import main
-from video_swinv2.config import Config, check
+from video_swinv2.config import Config, validate_config
 from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.plan.activations import Allocations, PassMemory, pass_memory, without_memory
+from video_swinv2.plan.activation_memory import Allocations, PassMemory, pass_memory, without_memory
 from video_swinv2.plan.plan import Plan, make_plan, shortfalls
-from video_swinv2.plan.states import States, count, moments_of, states_of
-from video_swinv2.plan.text import show
+from video_swinv2.plan.state_memory import StateMemory, count_parameters, state_memory, step_peaks
+from video_swinv2.plan.tables import plan_text
 
 
 def config(
@@ -39,7 +39,7 @@ def config(
         "optim": {"epochs": 2, "lr": 1e-3, "batch": 16, "micro_batch": 2, **(optim or {})},
         "engine": {"device": "cpu", "precision": "fp32", **(engine or {})},
     }
-    return check(values, "test")
+    return validate_config(values, "test")
 
 
 def small(attention: str, checkpoint_blocks: int = 0) -> SwinV2:
@@ -147,16 +147,16 @@ def test_figures_of_a_run(plain: Plan) -> None:
     assert plan.peak == states.weights + states.optimizer + states.gradients + plan.activations
     assert plan.checkpoint == 3 * 4 * parameters
     assert plan.files == 3 * plan.checkpoint + 2 * 4 * parameters  # two are kept, one is being written, best and last
-    text = show(plan, memory=plan.peak)
+    text = plan_text(plan, memory=plan.peak)
     assert f"{parameters:,} parameters" in text
     assert "fits" in text
-    assert "does not fit" in show(plan, memory=plan.peak - 1)
+    assert "does not fit" in plan_text(plan, memory=plan.peak - 1)
 
 
-def states(engine: dict[str, Any], processes: int, *, ema: bool = False, accumulation: int = 1) -> States:
+def states(engine: dict[str, Any], processes: int, *, ema: bool = False, accumulation: int = 1) -> StateMemory:
     """Of a model of 3.0 B parameters on a GPU, a third of them in one group."""
-    counts = count([[1_000_000_000], [2_000_000_000]], 3_000_000_000, processes, accumulation)
-    return states_of(config(engine={"device": "auto", **engine}).engine, counts, ema=ema, device="cuda")
+    counts = count_parameters([[1_000_000_000], [2_000_000_000]], 3_000_000_000, processes, accumulation)
+    return state_memory(config(engine={"device": "auto", **engine}).engine, counts, ema=ema, device="cuda")
 
 
 def test_giant_fits_where_zero_3_shares_it() -> None:
@@ -178,12 +178,12 @@ def test_averaged_weights_are_counted_where_they_are_kept(engine: dict[str, Any]
 
 
 def test_what_is_offloaded_is_on_the_host() -> None:
-    counts = count([[3_000_000_000]], 3_000_000_000, 8, 1)
+    counts = count_parameters([[3_000_000_000]], 3_000_000_000, 8, 1)
     peaks = {}
     for where in ("none", "cpu"):
         engine = config(engine={"device": "auto", "zero_stage": 1, "offload_optimizer": where}).engine
-        found = states_of(engine, counts, ema=False, device="cuda")
-        peaks[where] = moments_of(found, PassMemory(0, 0), engine, counts, "cuda")["passes"]
+        found = state_memory(engine, counts, ema=False, device="cuda")
+        peaks[where] = step_peaks(found, PassMemory(0, 0), engine, counts, "cuda")["passes"]
         # The fp32 piece, both moments and its gradients: 16 bytes for each parameter of the share.
         assert found.host == (16 * 375_000_000 if where == "cpu" else 0)
     assert peaks["none"] - peaks["cpu"] == 16 * 375_000_000
@@ -209,12 +209,12 @@ def test_layers_have_their_learning_rates() -> None:
     plan = make_plan(config(optim={"layer_decay": 0.5}, engine={"engine": "plain"}), samples=100, classes=7)
     assert [layer.name for layer in plan.layers] == [f"layer_{number:02d}" for number in range(10)]
     assert [layer.lr for layer in plan.layers] == pytest.approx([1e-3 * 0.5 ** (9 - n) for n in range(10)])
-    assert "layer_00" in show(plan)
+    assert "layer_00" in plan_text(plan)
 
 
 def test_time_follows_from_the_speed_of_a_device(plain: Plan) -> None:
     assert plain.pace.hours is None
-    assert "give --tflops" in show(plain)
+    assert "give --tflops" in plan_text(plain)
     plan = make_plan(config(engine={"engine": "plain"}, attention="eager"), samples=100, classes=7, tflops=0.001)
     pace = plan.pace
     assert pace.step_seconds == pytest.approx(16 * pace.flops_per_sample / 1e9)
@@ -276,7 +276,7 @@ GROWTH = """
 import torch, video_swinv2 as vs
 from video_swinv2.memory import kernel_bytes, peak_memory_bytes
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.plan.activations import pass_memory
+from video_swinv2.plan.activation_memory import pass_memory
 """
 
 
@@ -307,7 +307,9 @@ def test_peak_of_a_process_is_near_the_plan() -> None:
 def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
     """The paper's 3.0 B at its true widths, 512 to 4096, one block per stage: 5 GB of states."""
     parameters, grown, counted, first, second = run(
-        "from video_swinv2.engine.deepspeed import EngineSettings, make_engine\n"
+        "from video_swinv2.config import EngineConfig\n"
+        "from video_swinv2.engine.base import StepSettings\n"
+        "from video_swinv2.engine.factory import make_engine\n"
         "from video_swinv2.engine.optimizer import parameter_groups\n"
         "from video_swinv2.distributed.world import World\n"
         "before = kernel_bytes('VmRSS')\n"
@@ -315,9 +317,10 @@ def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
         "           num_classes=10, frames=4, image_size=64, window=(2, 4, 4), checkpoint_blocks=4).train()\n"
         "x, y = torch.randn(2, 3, 4, 64, 64), torch.tensor([3, 7])\n"
         "groups = parameter_groups(m, m.depths, weight_decay=0.05)\n"
-        "settings = EngineSettings(engine='plain', precision='fp32', clip_norm=1.0)\n"
+        "config = EngineConfig(engine='plain', precision='fp32')\n"
         "world = World(0, 1, 0, torch.device('cpu'))\n"
-        "engine = make_engine(m, groups, settings, world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8)\n"
+        "step = StepSettings(clip_norm=1.0)\n"
+        "engine = make_engine(m, groups, config, step, world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8)\n"
         "losses = []\n"
         "for _ in range(2):\n"
         "    loss = torch.nn.functional.cross_entropy(engine.forward(x), y)\n"

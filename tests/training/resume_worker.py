@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 import video_swinv2 as vs
 from video_swinv2.cli import main
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.collectives import all_reduce_sum
 from video_swinv2.distributed.world import join_world, leave_world
-from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -102,8 +104,9 @@ def curves(folder: Path, steps: int) -> None:
         for stage in range(4):
             module = network().train()
             groups = parameter_groups(module, module.depths, weight_decay=0.05, layer_decay=0.75)  # type: ignore[arg-type]  # a SwinV2
-            settings = EngineSettings(zero_stage=stage, precision="fp32", accumulation=2, clip_norm=1.0)
-            engine = make_engine(module, groups, settings, world, lr=LR, betas=(0.9, 0.999), eps=1e-6)
+            config = EngineConfig(zero_stage=stage, precision="fp32")
+            step_settings = StepSettings(accumulation=2, clip_norm=1.0)
+            engine = make_engine(module, groups, config, step_settings, world, lr=LR, betas=(0.9, 0.999), eps=1e-6)
             found = []
             for step in range(steps):
                 engine.set_lr(LR * (1 - step / steps))

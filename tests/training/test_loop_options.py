@@ -13,7 +13,7 @@ from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.config import OptimConfig, load_config
 from video_swinv2.data import datasets
 from video_swinv2.data.datasets import collate
-from video_swinv2.engine.optimizer import freeze, make_schedule, parameter_groups
+from video_swinv2.engine.optimizer import freeze_stages, make_schedule, parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import DropPath
 from video_swinv2.training.loop import run
@@ -80,13 +80,13 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
 def test_drop_path_is_off_in_frozen_stages_and_there_are_only_so_many():
     model = vs.create_model("swinv2_nano", num_classes=2, drop_path=0.3)
     rates = [part.rate for part in model.modules() if isinstance(part, DropPath)]
-    freeze(model, 1)
+    freeze_stages(model, 1)
     left = [part.rate for part in model.modules() if isinstance(part, DropPath)]
     first = model.depths[0]
     assert left == [0.0] * first + rates[first:]
     assert all(rate > 0 for rate in left[first:])
     with pytest.raises(UsageError, match=r"optim\.frozen_stages: 5, and the model has 4 stages"):
-        freeze(model, 5)
+        freeze_stages(model, 5)
 
 
 def test_the_backbone_has_a_rate_of_its_own():

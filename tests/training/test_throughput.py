@@ -1,4 +1,4 @@
-"""What a run reports about its speed: the operations of a sample, by formula and by counter, and advice on the loader."""
+"""What a run reports about its speed: operations of a sample by formula and by counter, and advice on the loader."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import video_swinv2 as vs
 from video_swinv2.config import validate_config
-from video_swinv2.engine.optimizer import freeze
+from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.training import throughput
 from video_swinv2.training.flops import count_forward_flops, forward_macs, training_flops
@@ -35,7 +35,7 @@ def without_bias_networks(model):
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_training_flops_are_near_the_counter(sizes, frozen):
     model = without_bias_networks(vs.create_model("swinv2_nano", num_classes=7, attention="eager", **sizes))
-    freeze(model, frozen)
+    freeze_stages(model, frozen)
     pixels = torch.zeros(2, 3, *([sizes["frames"]] if "frames" in sizes else []), *model.image_size)
     with FlopCounterMode(display=False) as counter:
         model(pixels).sum().backward()
@@ -44,7 +44,7 @@ def test_training_flops_are_near_the_counter(sizes, frozen):
 
 
 def test_formula_and_counter_agree_to_the_operation():
-    """Classifier and SimMIM; the counter sees every product whatever the attention backend, and restores the backend."""
+    """Classifier and SimMIM; the counter sees every product, whatever the attention backend, which it restores."""
     encoder = without_bias_networks(vs.create_model("swinv2_nano", num_classes=7, image_size=64, window=4))
     assert 2 * sum(forward_macs(encoder)) == count_forward_flops(encoder, torch.zeros(1, 3, 64, 64))
     masked, mask = SimMIM(encoder, 16), torch.zeros(1, 4, 4, dtype=torch.bool)

@@ -1,1 +1,1 @@
-"""Memory, work and time of a run, computed before it."""
+"""Memory, work and time of a run, worked out before it is started."""

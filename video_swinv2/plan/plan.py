@@ -1,7 +1,7 @@
-"""What a training run will take before it is started: memory of a device, work, steps, files, hours.
+"""What a training run will take, before it is started: memory of a device, work, steps, files, hours.
 
-Weights, gradients and moments follow from the engine (`states.py`), activations from a micro-batch that goes through
-the model without memory (`activations.py`); how fast this machine reads and computes is measured (`rates.py`).
+Weights, gradients and moments follow from the engine (`state_memory.py`); activations from a micro-batch that is run
+without memory (`activation_memory.py`); how fast this machine reads and computes is measured (`machine_speed.py`).
 """
 
 from __future__ import annotations
@@ -19,56 +19,58 @@ from torch import nn
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import labelled, unlabelled
 from video_swinv2.data.index import Member
-from video_swinv2.data.loading import plan_batch
+from video_swinv2.data.loading import BatchPlan, plan_batch
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.engine.optimizer import freeze, linear_rule, parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.simmim import SimMIM
-from video_swinv2.plan.activations import choose_backends, count_giga_macs, measure_pass, without_memory
-from video_swinv2.plan.rates import ReadRate, device_speed, read_rate
-from video_swinv2.plan.states import NUMBER, States, count, moments_of, states_of
+from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.plan.activation_memory import choose_backends, forward_giga_macs, micro_batch_memory, without_memory
+from video_swinv2.plan.machine_speed import ReadingSpeed, measure_reading, training_flops_per_second
+from video_swinv2.plan.state_memory import FP32_BYTES, StateMemory, count_parameters, state_memory, step_peaks
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import build_model
 from video_swinv2.training.tasks.simmim import resolved_mask
 from video_swinv2.training.throughput import usable_cores
 
 Samples = Sequence[Entry | Member] | Mixture
+KINETICS_CLASSES = 400  # assumed if the data is not here and no number of classes was given
 
 
 @dataclass(frozen=True)
-class Layer:
+class RateGroup:
     """Parameters that share a learning rate."""
 
     name: str
     parameters: int
     decayed: int
-    """Of these, those with weight decay."""
+    """How many of these have weight decay."""
     lr: float
     """At its peak, after the warm-up."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What the run needs of time, per step and in all; None where the speed of a device is not known."""
+class TimeEstimate:
+    """How long a step and the run take; None where the speed of a device is unknown."""
 
     flops_per_sample: int
-    """Forward and backward, and what activation checkpointing computes again."""
+    """Forward and backward, including what activation checkpointing recomputes."""
     tflops: float | None
-    """That a device is taken to reach."""
+    """What a device is assumed to reach."""
     step_seconds: float | None
     hours: float | None
     """Of training alone: validation, checkpoints and waiting for samples come on top."""
     samples_per_second: float | None
-    """That each process has to be given."""
+    """Samples that the loader of each process has to deliver."""
     workers: int
-    read: ReadRate | None
-    """By one core here; None where it was not measured."""
+    read: ReadingSpeed | None
+    """Of one core here; None if it was not measured."""
 
     @property
     def workers_needed(self) -> int | None:
-        """Decoding processes per training process that keep up, on cores like one of these."""
+        """Loader workers per process that keep up with the device, on cores like those of this machine."""
         if self.samples_per_second is None or self.read is None:
             return None
         return math.ceil(self.samples_per_second / self.read.per_second)
@@ -76,7 +78,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are per device. `steps` and `samples` are None where neither the data nor its size is known."""
+    """A planned run. Bytes are per device; `steps` and `samples` are None if the size of the data is unknown."""
 
     model: str
     device: str
@@ -85,7 +87,7 @@ class Plan:
     giga_macs: float
     """Multiply-accumulates of one sample's forward pass, in 10^9."""
     backends: tuple[str, ...]
-    """Attention of each stage."""
+    """Attention backend of each stage."""
     engine: str
     processes: int
     batch: int
@@ -95,21 +97,21 @@ class Plan:
     """Of an epoch, each of `augment.repeats` counted."""
     steps_per_epoch: float | None
     steps: int | None
-    layers: tuple[Layer, ...]
-    states: States
+    layers: tuple[RateGroup, ...]
+    states: StateMemory
     activations: int
-    """The most that forward and backward of a micro-batch hold at once beside all the others."""
+    """Peak bytes of forward and backward of a micro-batch, beside the states."""
     moments: dict[str, int]
-    """Bytes on the device at the fullest moments of a step."""
+    """Bytes on the device at the peaks of a step (not Adam's moments, which are part of `states`)."""
     checkpoint: int
     """Bytes of one on disk; the first process holds as much in host memory while it is written."""
     files: int
-    """Bytes of all that a run keeps on disk: checkpoints, one being written, two model files."""
-    pace: Pace
+    """Peak bytes of a run on disk: the checkpoints kept, one being written, two model files."""
+    pace: TimeEstimate
 
     @property
     def peak(self) -> int:
-        """The most a device holds at once."""
+        """The most bytes that a device holds at once."""
         return max(self.moments.values())
 
 
@@ -123,38 +125,38 @@ def make_plan(
     tflops: float | None = None,
     measuring: bool = False,
 ) -> Plan:
-    """The plan of `train` (or `pretrain`) with this configuration; `samples` and `classes` where the data is elsewhere.
+    """The plan of `train` (or `pretrain`) with this config; give `samples` and `classes` if the data is elsewhere.
 
-    tflops: what a device reaches in training, as `bench train` measures it. With `measuring` this machine's reading
-    and, without `tflops`, computing are tried for some seconds. `engine.device: auto` is planned as a GPU. UsageError
-    for a configuration that could not be run.
+    tflops: what a device reaches in training, as `bench train` measures it. measuring: time reading and, without
+    `tflops`, computing on this machine for a few seconds. `engine.device: auto` is planned as a GPU. Raises UsageError
+    for a config that could not be run.
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give 1 or more")
     if config.engine.engine == "plain" and processes > 1:
-        raise UsageError("engine: plain runs in one process; leave --processes away or use engine.engine=deepspeed")
-    here, samples, classes = _data(config, samples, classes, pretraining)
+        raise UsageError("engine: plain runs in one process; omit --processes or use engine.engine=deepspeed")
+    entries, samples, classes = _data(config, samples, classes, pretraining)
     batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
-    with torch.device("meta"):
-        encoder = build_model(config, 0 if pretraining else classes)
-        if pretraining:
-            config = dataclasses.replace(config, mask=resolved_mask(config, encoder))
-        module: nn.Module = SimMIM(encoder, config.mask.unit) if pretraining else encoder
-    freeze(encoder, config.optim.frozen_stages)
-    layers, sizes = _layers(module, encoder.depths, config)
+    config, encoder, module = _model_without_memory(config, classes, pretraining)
+    layers, sizes = _rate_groups(module, encoder.depths, config)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     flops = training_flops(encoder, frozen_stages=config.optim.frozen_stages, pretraining=pretraining)
     backends = choose_backends(encoder, device)
     with without_memory(module):
-        giga_macs = count_giga_macs(module, config)
-        passed = measure_pass(module, config, device, batch.micro)
+        giga_macs = forward_giga_macs(module, config)
+        passed = micro_batch_memory(module, config, device, batch.micro)
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    counts = count(sizes, parameters, processes, batch.accumulation)
-    states = states_of(config.engine, counts, ema=config.optim.ema > 0, device=device)
+    counts = count_parameters(sizes, parameters, processes, batch.accumulation)
+    states = state_memory(config.engine, counts, ema=config.optim.ema > 0, device=device)
     steps = None if samples is None else max(1, round(config.optim.epochs * samples / batch.batch))
-    checkpoint = NUMBER * (parameters + (3 if config.optim.ema else 2) * counts.trained)
+    # All weights, and both moments and perhaps the average of the trained ones.
+    checkpoint = FP32_BYTES * (parameters + (3 if config.optim.ema else 2) * counts.trained)
     recomputed = 2e9 * giga_macs * min(config.model.checkpoint_blocks / sum(encoder.depths), 1)
-    share = batch.batch // processes
+    if tflops is None and measuring:
+        speed = training_flops_per_second(device, config.engine.precision, processes)
+    else:
+        speed = None if tflops is None else 1e12 * tflops
+    read = measure_reading(config, entries) if measuring else None
     return Plan(
         model=encoder.name,
         device=device,
@@ -162,7 +164,7 @@ def make_plan(
         trained=counts.trained,
         giga_macs=giga_macs,
         backends=backends,
-        engine=_engine(config),
+        engine=_describe_engine(config),
         processes=processes,
         batch=batch.batch,
         micro_batch=batch.micro,
@@ -173,24 +175,24 @@ def make_plan(
         layers=layers,
         states=states,
         activations=passed.activations,
-        moments=moments_of(states, passed, config.engine, counts, device),
+        moments=step_peaks(states, passed, config.engine, counts, device),
         checkpoint=checkpoint,
-        files=checkpoint * (config.keep_checkpoints + 1) + 2 * NUMBER * parameters,
-        pace=_pace(config, device, processes, int(flops + recomputed), share, steps, here, tflops, measuring),
+        files=checkpoint * (config.keep_checkpoints + 1) + 2 * FP32_BYTES * parameters,
+        pace=_estimate_time(config, batch, int(flops + recomputed), steps, speed, read),
     )
 
 
 def _data(
     config: Config, samples: int | None, classes: int | None, pretraining: bool
 ) -> tuple[Samples | None, int | None, int]:
-    """The entries if the data is here; samples and classes as given, else counted, else unknown and Kinetics' 400."""
-    # Of a pattern of shards (name-{000..146}.tar) the folder.
+    """The data set's entries if it is here; the numbers of samples and classes as given, else counted or assumed."""
+    # For a pattern of shards (name-{000..146}.tar) the folder counts.
     here = all((Path(source).parent if "{" in str(source) else Path(source)).exists() for source in config.data.source)
     repeats = config.augment.repeats
     entries: Samples | None = None
     if here and pretraining:
         entries = unlabelled(config.data, validation=False, repeats=repeats)
-        samples = len(entries) if samples is None else samples * repeats
+        samples = len(entries) if samples is None else samples * repeats  # a mixture counts its repeats itself
     elif here:
         manifest = labelled(config.data, config.data.train_split)
         entries = manifest.entries
@@ -198,11 +200,24 @@ def _data(
         classes = len(manifest.classes) if classes is None else classes
     elif samples is not None:
         samples *= repeats
-    return entries, samples, 400 if classes is None else classes
+    return entries, samples, KINETICS_CLASSES if classes is None else classes
 
 
-def _layers(module: nn.Module, depths: Sequence[int], config: Config) -> tuple[tuple[Layer, ...], list[list[int]]]:
-    """What shares a learning rate, shallow to deep, and the sizes of the parameters in each optimizer group."""
+def _model_without_memory(config: Config, classes: int, pretraining: bool) -> tuple[Config, SwinV2, nn.Module]:
+    """The config with its mask resolved, the encoder, and what would be trained, all on the meta device."""
+    with torch.device("meta"):
+        encoder = build_model(config, 0 if pretraining else classes)
+        if pretraining:
+            config = dataclasses.replace(config, mask=resolved_mask(config, encoder))
+        module: nn.Module = SimMIM(encoder, config.mask.unit) if pretraining else encoder
+    freeze(encoder, config.optim.frozen_stages)
+    return config, encoder, module
+
+
+def _rate_groups(
+    module: nn.Module, depths: Sequence[int], config: Config
+) -> tuple[tuple[RateGroup, ...], list[list[int]]]:
+    """The groups that share a learning rate, shallow to deep, and the parameter sizes of each optimizer group."""
     optim = config.optim
     groups = parameter_groups(
         module,
@@ -212,11 +227,12 @@ def _layers(module: nn.Module, depths: Sequence[int], config: Config) -> tuple[t
         backbone_lr=optim.backbone_lr,
     )
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
-    found: dict[str, Layer] = {}
+    # The optimizer has two groups for each rate, with and without weight decay; here they are one.
+    found: dict[str, RateGroup] = {}
     for group, numbers in zip(groups, sizes, strict=True):
         decayed = not group["name"].endswith("_no_decay")
         name = group["name"].removesuffix("_decay").removesuffix("_no")
-        before = found.get(name, Layer(name, 0, 0, optim.lr * linear_rule(optim) * group["lr_scale"]))
+        before = found.get(name, RateGroup(name, 0, 0, optim.lr * linear_rule(optim) * group["lr_scale"]))
         total = sum(numbers)
         found[name] = dataclasses.replace(
             before, parameters=before.parameters + total, decayed=before.decayed + decayed * total
@@ -224,75 +240,75 @@ def _layers(module: nn.Module, depths: Sequence[int], config: Config) -> tuple[t
     return tuple(found.values()), sizes
 
 
-def _engine(config: Config) -> str:
+def _describe_engine(config: Config) -> str:
     engine = config.engine
     name = "plain PyTorch" if engine.engine == "plain" else f"DeepSpeed ZeRO-{engine.zero_stage}"
     offloads = [("optimizer", engine.offload_optimizer), ("weights", engine.offload_parameters)]
-    away = "".join(f", {what} offloaded to {where}" for what, where in offloads if where != "none")
-    return f"{name}, {engine.precision}{away}"
+    offloaded = "".join(f", {what} offloaded to {where}" for what, where in offloads if where != "none")
+    return f"{name}, {engine.precision}{offloaded}"
 
 
-def _pace(
+def _estimate_time(
     config: Config,
-    device: str,
-    processes: int,
-    flops: int,
-    share: int,
+    batch: BatchPlan,
+    flops_per_sample: int,
     steps: int | None,
-    entries: Samples | None,
-    tflops: float | None,
-    measuring: bool,
-) -> Pace:
-    speed = None if tflops is None else 1e12 * tflops
-    if speed is None and measuring:
-        speed = device_speed(device, config.engine.precision, processes)
-    seconds = None if speed is None else flops * share / speed
-    return Pace(
-        flops_per_sample=flops,
-        tflops=None if speed is None else speed / 1e12,
+    flops_per_second: float | None,
+    read: ReadingSpeed | None,
+) -> TimeEstimate:
+    share = batch.batch // batch.world  # samples of a process and step
+    seconds = None if flops_per_second is None else flops_per_sample * share / flops_per_second
+    return TimeEstimate(
+        flops_per_sample=flops_per_sample,
+        tflops=None if flops_per_second is None else flops_per_second / 1e12,
         step_seconds=seconds,
         hours=None if seconds is None or steps is None else seconds * steps / 3600,
+        # Repeats of a clip are decoded once.
         samples_per_second=None if seconds is None else share / seconds / config.augment.repeats,
         workers=config.data.workers,
-        read=read_rate(config, entries) if measuring else None,
+        read=read,
     )
 
 
 def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
-    """What will not fit, each with what to do about it; `memory` is that of a device, bytes, where it is known."""
+    """What will not fit, each with its fix; `memory` is the size of a device in bytes, None if unknown."""
     found = []
     if memory is not None and plan.peak > memory:
-        found.append(f"memory: {plan.peak / 1e9:.1f} GB do not fit {memory / 1e9:.1f} GB; {_smaller(plan, config)}")
+        found.append(
+            f"memory: {plan.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f} GB; {_memory_advice(plan, config)}"
+        )
     folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if plan.files > free:
         found.append(
-            f"disk: {plan.files / 1e9:.1f} GB of checkpoints and model files do not fit the {free / 1e9:.1f} GB free "
-            f"in {folder}; choose another out, or fewer keep_checkpoints"
+            f"disk: {plan.files / 1e9:.1f} GB of checkpoints and model files do not fit into the {free / 1e9:.1f} GB "
+            f"free in {folder}; choose another out, or fewer keep_checkpoints"
         )
-    pace = plan.pace
-    needed = pace.workers_needed
-    if needed is not None and needed > pace.workers:
-        mend = f"data.workers={needed}"
+    needed = plan.pace.workers_needed
+    if needed is not None and needed > plan.pace.workers:
+        fix = f"data.workers={needed}"
         if needed * plan.processes > usable_cores():
-            mend += f" ({usable_cores()} cores here, for all processes), smaller prepared clips or augment.repeats=2"
-        found.append(f"reading: {pace.workers} workers keep a device waiting; use {mend}")
+            fix += f" ({usable_cores()} cores here, for all processes), smaller prepared clips or augment.repeats=2"
+        found.append(f"reading: {plan.pace.workers} workers keep a device waiting; use {fix}")
     return found
 
 
-def _smaller(plan: Plan, config: Config) -> str:
-    """What makes the largest part smaller."""
+def _memory_advice(plan: Plan, config: Config) -> str:
+    """How to make the largest part of the memory smaller."""
     if plan.activations < plan.peak / 2:
         if config.engine.engine == "plain" or plan.processes == 1:
             return "use more devices with engine.engine=deepspeed engine.zero_stage=3, or engine.offload_optimizer=cpu"
         return "use engine.zero_stage=3, more --processes, or engine.offload_optimizer=cpu"
     if plan.micro_batch > 1:
-        return f"lower optim.micro_batch from {plan.micro_batch} (steps stay the same) or raise model.checkpoint_blocks"
-    return "raise model.checkpoint_blocks, or make data.frames or data.image_size smaller"
+        return (
+            f"lower optim.micro_batch from {plan.micro_batch} (the steps stay the same), or raise "
+            "model.checkpoint_blocks"
+        )
+    return "raise model.checkpoint_blocks, or lower data.frames or data.image_size"
 
 
 def memory_here(plan: Plan) -> int | None:
-    """Bytes of a device of the planned kind on this machine, for each process its share; None where there is none."""
+    """Bytes of a device of the planned kind on this machine, on CPUs a process's share; None if there is none."""
     if plan.device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     free = free_memory_bytes()

@@ -36,11 +36,11 @@ from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum,
 from video_swinv2.distributed.lifeline import Lifeline
 from video_swinv2.distributed.signals import EXIT_RESTART, StopSignal, remove_restart_marker, write_restart_marker
 from video_swinv2.distributed.world import World, join_world, leave_world
-from video_swinv2.engine.base import seed_step
+from video_swinv2.engine.base import Engine, StepOutcome, StepSettings, seed_step
 from video_swinv2.engine.checkpoint import Checkpoints
-from video_swinv2.engine.deepspeed import Engine, StepOutcome, make_engine
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import make_schedule, parameter_groups
-from video_swinv2.engine.zero3 import sharded_construction, whole_numel
+from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.progress import Progress
 from video_swinv2.training.faults import Faults, explain_exhaustion
@@ -94,7 +94,7 @@ def _run(config: Config, make_task: Callable[[Config], Task], world: World) -> N
     torch.manual_seed(config.seed)  # for the fresh weights only; later every step seeds itself
     with StopSignal() as signals:
         # Nothing but the task may be built inside: ZeRO-3's construction redirects every new tensor.
-        with sharded_construction(config.engine, world):
+        with partitioned_construction(config.engine, world):
             task = make_task(config)
         TrainingRun(config, task, world, signals).train()
 
@@ -319,7 +319,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         """Start writing a checkpoint. Collective: the engine gathers its partitions, the faults are merged."""
-        states = self.engine.states()
+        states = self.engine.training_state()
         faults = self.faults.state()
         self.saved = time.monotonic()
         if states is None:  # not rank 0
@@ -368,13 +368,13 @@ class TrainingRun:
             layer_decay=optim.layer_decay,
             backbone_lr=optim.backbone_lr,
         )
-        settings = engine.settings(
+        step_settings = StepSettings(
             accumulation=self.plan.accumulation, clip_norm=optim.clip_norm, micro_batch=self.plan.micro, ema=optim.ema
         )
         self._print(f"{describe_batch(self.config, self.plan)}; {self.samples} samples, {self.steps} steps")
         self._print(f"{len(groups)} parameter groups; {describe_learning_rate(optim)}")
         betas, lr = optim.betas, self.schedule.lr_at(0)
-        return make_engine(self.task.module, groups, settings, self.world, lr=lr, betas=betas, eps=optim.eps)
+        return make_engine(self.task.module, groups, engine, step_settings, self.world, lr=lr, betas=betas, eps=optim.eps)
 
     def _write_record(self) -> None:
         if self.world.rank == 0:

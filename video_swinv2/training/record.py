@@ -13,7 +13,7 @@ import yaml
 
 from video_swinv2.config import Config, OptimConfig, to_yaml
 from video_swinv2.data.loading import BatchPlan
-from video_swinv2.engine.optimizer import linear_rule
+from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
 
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
@@ -63,7 +63,7 @@ def describe_learning_rate(optim: OptimConfig) -> str:
     if not optim.lr_batch:
         return f"peak learning rate {optim.lr:g}, as configured for this batch"
     scaled = f"optim.lr {optim.lr:g} x batch {optim.batch} / optim.lr_batch {optim.lr_batch}"
-    return f"peak learning rate {optim.lr * linear_rule(optim):g} = {scaled} (linear rule)"
+    return f"peak learning rate {optim.lr * linear_scaling(optim):g} = {scaled} (linear rule)"
 
 
 def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from video_swinv2.config import Config
 from video_swinv2.distributed.collectives import print_on_rank_zero
 from video_swinv2.distributed.world import World
-from video_swinv2.engine.checkpoint import Checkpoints, Portable
-from video_swinv2.engine.foreign_checkpoints import newest_of
-from video_swinv2.engine.zero3 import is_sharded, values_loaded, whole_twin, write_shards
+from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
+from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
+from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import sha256
 from video_swinv2.training.tasks.base import Task
@@ -28,7 +28,7 @@ class Start:
 
     step: int = 0
     """Optimizer steps that lie behind."""
-    checkpoint: Portable | None = None
+    checkpoint: TrainingState | None = None
     """The tensors for the engine to load; None if the model holds its weights already."""
     provenance: dict[str, Any] = field(default_factory=dict)
     best: float | None = None
@@ -48,11 +48,11 @@ def find_start(
     identity: what must be the same in the checkpoint for a resumed run to see the same samples at the same steps.
     Every rank reads the same files, so all of them find the same start. Collective under ZeRO-3.
     """
-    found: tuple[int, Portable, Any] | None = checkpoints.newest()
+    found: tuple[int, TrainingState, Any] | None = checkpoints.newest()
     whose = "own checkpoint"
     if found is None and config.resume:
         whose = f"checkpoint of {config.resume}"
-        found = newest_of(Path(config.resume))
+        found = newest_checkpoint(Path(config.resume))
         if found is None:
             raise UserError(f"{config.resume}: no checkpoint to resume from; omit resume to start from init")
     if found is None:
@@ -100,9 +100,9 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     # Under ZeRO-3 the encoder holds no whole tensor to compare shapes with or to write to. A twin on the meta device
     # stands in: `fill` checks and inflates as usual, a hook keeps what it would have loaded, and each parameter is
     # then written into the partitioned module on its own.
-    sharded = is_sharded(task.encoder)
-    target = whole_twin(task.encoder) if sharded else task.encoder
-    values = values_loaded(target) if sharded else {}
+    sharded = is_partitioned(task.encoder)
+    target = meta_copy(task.encoder) if sharded else task.encoder
+    values = capture_loaded_values(target) if sharded else {}
     checkpoint = read_checkpoint(config.init)
     account = fill(
         target,
@@ -113,7 +113,7 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
         seed=config.seed,
     )
     if sharded:
-        write_shards(task.encoder, values, world)
+        write_whole_weights(task.encoder, values, world)
         task.encoder.cpb_norm = target.cpb_norm
     # Hashing reads the files a second time, and they may be large: only rank 0, which writes the record, does it.
     digests = {file.name: sha256(file) for file in checkpoint.source.files} if world.rank == 0 else {}

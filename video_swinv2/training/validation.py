@@ -13,7 +13,7 @@ from video_swinv2.data.datasets import Batch, SampleDataset, collate
 from video_swinv2.data.loading import validation_loader
 from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_sum
 from video_swinv2.distributed.world import World
-from video_swinv2.engine.deepspeed import Engine
+from video_swinv2.engine.base import Engine
 from video_swinv2.training.tasks.base import Task
 
 

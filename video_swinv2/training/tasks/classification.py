@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_swinv2.config import Config
-from video_swinv2.data.datasets import Batch, SampleDataset, labelled, labelled_splits
+from video_swinv2.data.datasets import Batch, SampleDataset
 from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.data.sources import labelled_manifest, labelled_splits
 from video_swinv2.data.transforms import mix
-from video_swinv2.engine.optimizer import freeze
+from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.errors import UsageError
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
@@ -39,11 +40,11 @@ class Classification:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.name = f"classification of {sample_kind(config)}"
-        train = labelled(config.data, config.data.train_split)
+        train = labelled_manifest(config.data, config.data.train_split)
         self.classes = train.classes
         has_val = config.data.val_split in labelled_splits(config.data)
         # The training split's class list decides which output of the head is which class, in validation too.
-        val = labelled(config.data, config.data.val_split, self.classes) if has_val else None
+        val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
         self.class_weights = class_weights(config.optim.class_weights, train)
         self.val_samples: SampleDataset | None = None
@@ -57,7 +58,7 @@ class Classification:
             "classes_sha256": class_list_hash(self.classes),
         }
         self.encoder = build_model(config, len(self.classes))
-        freeze(self.encoder, config.optim.frozen_stages)
+        freeze_stages(self.encoder, config.optim.frozen_stages)
         self.module: nn.Module = self.encoder
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:

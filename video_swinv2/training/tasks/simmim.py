@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_swinv2.config import Config, MaskConfig
-from video_swinv2.data.datasets import Batch, SampleDataset, collate, unlabelled
+from video_swinv2.data.datasets import Batch, SampleDataset, collate
+from video_swinv2.data.sources import unlabelled_mixture
 from video_swinv2.data.transforms import GREY, denormalise
 from video_swinv2.errors import UsageError
 from video_swinv2.models.simmim import (
@@ -63,8 +64,8 @@ class Pretraining:
         mask = resolved_mask(config, self.encoder)
         self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
         self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
-        train = unlabelled(config.data, validation=False, repeats=config.augment.repeats)
-        val = unlabelled(config.data, validation=True)
+        train = unlabelled_mixture(config.data, validation=False, repeats=config.augment.repeats)
+        val = unlabelled_mixture(config.data, validation=True)
         self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
         # Without augmentation a sample and its mask depend on nothing but the seed and its position in the list: every
         # validation of a run, and of other runs with this seed, hides the same pixels, so their losses can be compared.

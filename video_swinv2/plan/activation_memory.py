@@ -1,4 +1,9 @@
-"""The memory of a pass before it is run: tensors that have shapes but no bytes, every allocation of them counted."""
+"""The memory of a forward and backward pass, found by running it on tensors that have shapes but no bytes.
+
+The model runs under torch's FakeTensorMode, operator by operator, and every storage that an operator would allocate is
+counted from its creation to its release. So activations kept for the backward pass, gradients, temporaries and
+recomputation by activation checkpointing are all in, without a formula for any of them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from video_swinv2.config import Config
@@ -24,29 +28,31 @@ from video_swinv2.models.attention import choose
 from video_swinv2.models.simmim import SimMIM, mask_cells
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink
+from video_swinv2.training.flops import count_forward_flops
 
-MEASURED = 4  # samples at most that are sent through the model; beyond, memory grows by the same amount per sample
+MEASURED_SAMPLES = 4  # the largest batch that is run; beyond it, each further sample takes the same number of bytes
 
 
 class PassMemory(NamedTuple):
-    """The most bytes that a forward and backward pass holds beside the weights."""
+    """Peak bytes of a forward and backward pass, beside the weights."""
 
     activations: int
-    """Without the weights' gradients, as where each is taken away as soon as it is there."""
+    """Without the gradients of weights: for engines that take each gradient away as soon as it is computed."""
     together: int
-    """With them: activations go as gradients come, so this is less than the sum of both."""
+    """With them. Activations are freed as gradients arrive, so this is less than the sum of both peaks."""
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are alive, and the most there were; works on real and fake tensors.
+    """Counts the bytes of the storages created inside that are alive, now and at the peak, of real and fake tensors.
 
-    Storages of `known` tensors do not count. What an operator allocates and frees inside itself is not seen.
+    Storages of `known` tensors are not counted. What an operator allocates and frees internally is invisible here.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.kept = self.peak_of_others = 0
+        self.kept = self.peak_without_kept = 0
+        # Storages, not tensors: views share one. By identity and weakly, so that counting keeps nothing alive.
         self._seen: Any = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = None
@@ -54,7 +60,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator, then look at the storages of what it gave."""
+        """Run the operator, then count the storages of its outputs that are new."""
         out = function(*arguments, **(keywords or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
@@ -62,24 +68,27 @@ class Allocations(TorchDispatchMode):
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.now)
-        self.peak_of_others = max(self.peak_of_others, self.now - self.kept)
+        self.peak_without_kept = max(self.peak_without_kept, self.now - self.kept)
         return out
 
     def keep(self, tensor: Tensor) -> None:
-        """Tell it from the others: it stays, as gradients do."""
+        """Count a tensor as one that stays, as gradients do: it is left out of `peak_without_kept` from now on."""
         self.kept += tensor.untyped_storage().nbytes()
 
-    def _free(self, count: int) -> None:
-        self.now -= count
+    def _free(self, byte_count: int) -> None:
+        self.now -= byte_count
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Scaled dot products as GPUs compute them, in one kernel that keeps no logits; CPUs would choose another way."""
+    """Computes scaled dot products by the fused kernel that GPUs use, which keeps no logits for the backward pass.
+
+    Fake tensors claim to be on the CPU, where torch would choose another kernel and the count would be another.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Everything but scaled_dot_product_attention runs as it is."""
+        """Replace scaled_dot_product_attention, and run everything else unchanged."""
         if function is not F.scaled_dot_product_attention:
             return function(*arguments, **(keywords or {}))
         q, k, v, *rest = arguments
@@ -89,7 +98,11 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _fuse_attention(encoder: SwinV2) -> None:
-    """Put each attention under _FusedAttention; around the whole pass it would be off where blocks are recomputed."""
+    """Put the forward pass of each attention layer under _FusedAttention.
+
+    Layer by layer, not around the whole pass: a block that is recomputed in the backward pass runs outside of any mode
+    that was active in the forward pass.
+    """
 
     def fused(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*arguments: Any) -> Tensor:
@@ -99,12 +112,12 @@ def _fuse_attention(encoder: SwinV2) -> None:
         return run
 
     for block in encoder.blocks():
-        block.attn.forward = fused(block.attn.forward)  # type: ignore[method-assign]  # the model serves the plan only
+        block.attn.forward = fused(block.attn.forward)  # type: ignore[method-assign]  # this model is for the plan only
 
 
 @contextmanager
-def _pieces_of_gpus() -> Iterator[None]:
-    """Inside, the sequential backend takes as many windows at once as on GPUs, and keeps no weights."""
+def _sequential_as_on_gpus() -> Iterator[None]:
+    """Inside, the sequential backend takes as many windows at once as on GPUs, and keeps no attention weights."""
     before = sequential.CACHED, sequential.KEPT
     sequential.CACHED, sequential.KEPT = sequential.BOUNDED, 0
     try:
@@ -116,42 +129,45 @@ def _pieces_of_gpus() -> Iterator[None]:
 def pass_memory(
     module: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], batch: int, *, bf16: bool
 ) -> PassMemory:
-    """The most that a forward and backward pass of `batch` samples holds; gradients are gone when it returns."""
+    """Peak bytes of a forward and backward pass of `batch` samples, on real or fake tensors.
+
+    inputs: makes the module's arguments for a number of samples. Gradients are removed again before it returns.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with Allocations(module.parameters()) as allocations:
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda it: allocations.keep(it.grad)) for parameter in trained
         ]
         try:
-            given = inputs(batch)
+            arguments = inputs(batch)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):  # as the engine does
-                out = module(*given)
+                out = module(*arguments)
             out.float().square().mean().backward()
         finally:
             for hook in hooks:
                 hook.remove()
             for parameter in trained:
                 parameter.grad = None
-    return PassMemory(allocations.peak_of_others, allocations.peak)
+    return PassMemory(allocations.peak_without_kept, allocations.peak)
 
 
-def measure_pass(module: nn.Module, config: Config, device: str, micro: int) -> PassMemory:
-    """`pass_memory` of a micro-batch without memory or time."""
+def micro_batch_memory(module: nn.Module, config: Config, device: str, micro_batch: int) -> PassMemory:
+    """`pass_memory` of a training micro-batch on a device of the kind `device`; call inside `without_memory`."""
     half = config.engine.precision != "fp32"
     encoder = encoder_of(module)
     with ExitStack() as stack:
         if device == "cuda":
             _fuse_attention(encoder)
-            stack.enter_context(_pieces_of_gpus())
+            stack.enter_context(_sequential_as_on_gpus())
             if half:
                 stack.enter_context(_norms_in_fp32(module))
-        inputs = _inputs_of(config, encoder, isinstance(module, SimMIM))
-        last = pass_memory(module, inputs, min(micro, MEASURED), bf16=half)
-        if micro > MEASURED:
-            before = pass_memory(module, inputs, MEASURED - 1, bf16=half)
-            pairs = zip(last, before, strict=True)
-            last = PassMemory(*(now + (micro - MEASURED) * (now - then) for now, then in pairs))
-    return last
+        inputs = _input_maker(config, encoder, isinstance(module, SimMIM))
+        memory = pass_memory(module, inputs, min(micro_batch, MEASURED_SAMPLES), bf16=half)
+        if micro_batch > MEASURED_SAMPLES:
+            one_less = pass_memory(module, inputs, MEASURED_SAMPLES - 1, bf16=half)
+            further = micro_batch - MEASURED_SAMPLES
+            memory = PassMemory(*(now + further * (now - less) for now, less in zip(memory, one_less, strict=True)))
+    return memory
 
 
 def encoder_of(module: nn.Module) -> SwinV2:
@@ -159,7 +175,8 @@ def encoder_of(module: nn.Module) -> SwinV2:
     return module.encoder if isinstance(module, SimMIM) else module  # type: ignore[return-value]  # the other is one
 
 
-def _inputs_of(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int], tuple[Tensor, ...]]:
+def _input_maker(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int], tuple[Tensor, ...]]:
+    """A function from a number of samples to the module's arguments: pixels, and masks if `masked`."""
     frames = () if encoder.frames is None else (encoder.frames,)
     cells = mask_cells((*frames, *encoder.image_size), config.mask.unit, len(encoder.patch_size)) if masked else ()
 
@@ -172,7 +189,10 @@ def _inputs_of(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int],
 
 @contextmanager
 def without_memory(module: nn.Module) -> Iterator[None]:
-    """Inside, tensors have shapes only, and `module`, built on the meta device, has such weights, on the CPU."""
+    """Inside, new tensors have shapes but no bytes, and so have the weights of `module`, built on the meta device.
+
+    The fake weights claim to be on the CPU: autocast and attention backends act by device, and know no meta device.
+    """
     with FakeTensorMode():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
@@ -184,7 +204,7 @@ def without_memory(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _norms_in_fp32(module: nn.Module) -> Iterator[None]:
-    """What autocast does with LayerNorms on GPUs, and not on CPUs."""
+    """Inside, LayerNorms get fp32 inputs, as autocast does it on GPUs but not on CPUs."""
 
     def widen(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(argument.float() for argument in arguments)
@@ -198,37 +218,33 @@ def _norms_in_fp32(module: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def count_giga_macs(module: nn.Module, config: Config) -> float:
-    """Multiply-accumulates of one sample's forward pass, in 10^9; inside `without_memory`."""
-    encoder = encoder_of(module)
-    backends = [block.attn.attention for block in encoder.blocks()]
-    for block in encoder.blocks():
-        block.attn.attention = "eager"  # every product in sight
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*_inputs_of(config, encoder, isinstance(module, SimMIM))(1))
-    for block, backend in zip(encoder.blocks(), backends, strict=True):
-        block.attn.attention = backend
-    return counter.get_total_flops() / 2e9
+def forward_giga_macs(module: nn.Module, config: Config) -> float:
+    """Multiply-accumulates of one sample's forward pass, in 10^9; call inside `without_memory`."""
+    inputs = _input_maker(config, encoder_of(module), isinstance(module, SimMIM))
+    return count_forward_flops(module, *inputs(1)) / 2e9
 
 
-def _grids(encoder: SwinV2) -> Iterator[tuple[int, ...]]:
-    """Tokens per axis of every stage."""
+def _stage_grids(encoder: SwinV2) -> Iterator[tuple[int, ...]]:
+    """The grid of every stage, tokens per axis."""
     pixels = encoder.image_size if encoder.frames is None else (encoder.frames, *encoder.image_size)
     grid = tuple(math.ceil(size / patch) for size, patch in zip(pixels, encoder.patch_size, strict=True))
     for _ in encoder.depths:
         yield grid
-        grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
+        grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))  # merging leaves T alone
 
 
 def choose_backends(encoder: SwinV2, device: str) -> tuple[str, ...]:
-    """Write into every block what `auto` means on the device planned for, which need not be here."""
+    """The attention backend of each stage on the planned device, which need not exist here; written into the blocks.
+
+    `auto` would otherwise be decided by the device of the fake tensors.
+    """
     chosen = []
-    for stage, grid in zip(encoder.stages(), _grids(encoder), strict=True):
+    for stage, grid in zip(encoder.stages(), _stage_grids(encoder), strict=True):
         backend = encoder.attention
         if backend == "auto":
-            tokens = math.prod(shrink(encoder.window, grid)[0])
-            with torch.enable_grad():
-                backend = choose(torch.device(device), tokens)  # type: ignore[assignment]  # one of the literals
+            window_tokens = math.prod(shrink(encoder.window, grid)[0])
+            with torch.enable_grad():  # the choice differs between training and inference
+                backend = choose(torch.device(device), window_tokens)  # type: ignore[assignment]  # one of the literals
         for block in stage.blocks:
             block.attn.attention = backend  # type: ignore[union-attr]  # torch types members as Module
         chosen.append(str(backend))

@@ -1,0 +1,97 @@
+"""A plan as text for people: facts in lines, learning rates and memory in tables."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from video_swinv2.plan.plan import Plan
+
+GB = 1e9
+WIDTH = 120  # columns; the same on a terminal and in a file, so that logs of two machines can be compared
+
+
+def plan_text(plan: Plan, shortfalls: Sequence[str] = (), memory: int | None = None) -> str:
+    """The plan, whether it fits into `memory` bytes, and what will not fit."""
+    lines = [*_work(plan), _rate_table(plan), _memory_table(plan), *_memory_notes(plan), *_files(plan), *_time(plan)]
+    if memory is not None:
+        lines.append(f"{'fits' if plan.peak <= memory else 'does not fit'} into {memory / GB:.1f} GB")
+    return "\n".join([*lines, *(f"problem: {text}" for text in shortfalls)])
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    trained = "" if plan.trained == plan.parameters else f", {plan.trained:,} of them trained"
+    yield f"{plan.model}: {plan.parameters:,} parameters{trained}, {plan.giga_macs:.1f} GMAC per sample forward"
+    yield f"engine: {plan.engine}; attention by stage: {', '.join(plan.backends)}"
+    yield (
+        f"batch: {plan.batch} = {plan.processes} devices ({plan.device}) x {plan.micro_batch} samples x "
+        f"{plan.accumulation} accumulated"
+    )
+    steps = "unknown; give --samples"
+    if plan.steps is not None:
+        steps = f"{plan.steps}, {plan.steps_per_epoch:.1f} per epoch of {plan.samples} samples"
+    yield f"steps: {steps}"
+
+
+def _rate_table(plan: Plan) -> str:
+    rows = [(group.name, f"{group.lr:.3g}", f"{group.parameters:,}", f"{group.decayed:,}") for group in plan.layers]
+    return _table(("learning rates", "peak", "parameters", "with weight decay"), rows)
+
+
+def _memory_table(plan: Plan) -> str:
+    states = plan.states
+    parts = [
+        ("weights", states.weights),
+        ("gradients", states.gradients),
+        ("optimizer", states.optimizer),
+        ("averages", states.averages),
+        ("buffers", states.buffers),
+        ("activations", plan.activations),
+        ("update", states.update),
+    ]
+    rows = [(name, f"{value / GB:.2f}") for name, value in parts if value]
+    return _table(("memory per device", "GB at the peak"), rows)
+
+
+def _memory_notes(plan: Plan) -> Iterator[str]:
+    if plan.states.host:
+        yield f"{plan.states.host / GB:.2f} GB of these are offloaded to the host"
+    peaks = ", ".join(f"{value / GB:.2f} GB in the {key}" for key, value in plan.moments.items())
+    yield f"peak: {plan.peak / GB:.2f} GB ({peaks}; not all parts are at their peak at once)"
+
+
+def _files(plan: Plan) -> Iterator[str]:
+    yield f"a checkpoint: {plan.checkpoint / GB:.2f} GB, and as much host memory on the first process while writing"
+    yield f"on disk at the peak: {plan.files / GB:.2f} GB"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    pace = plan.pace
+    if pace.tflops is None or pace.step_seconds is None:
+        yield "time: unknown; give --tflops (video-swinv2 bench train measures what a device reaches)"
+    else:
+        yield f"a step: {pace.step_seconds:.3g} s at {pace.tflops:.3g} TFLOP/s per device"
+        if pace.hours is not None:
+            hours = f"{pace.hours:.3g} h, {pace.hours * plan.processes:.3g} device hours"
+            yield f"training: {hours}; validation comes on top"
+        yield f"data: each device needs {pace.samples_per_second:.3g} samples/s"
+    if pace.read is not None:
+        needed = "" if pace.workers_needed is None else f", so {pace.workers_needed} workers are needed"
+        rate = f"{pace.read.per_second:.3g} samples/s ({pace.read.read})"
+        yield f"one core here reads {rate}; data.workers is {pace.workers}{needed}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without lines or colours, the first column left-aligned, numbers right-aligned."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").splitlines())
