@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.collectives import all_reduce_sum
 from video_swinv2.distributed.world import join_world, leave_world
-from video_swinv2.engine.base import seed_step
-from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.base import StepSettings, seed_step
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 
 
@@ -30,8 +31,8 @@ def main() -> None:
     world = join_world("cpu")
     try:
         groups = parameter_groups(module, (1,), weight_decay=0.0)
-        settings = EngineSettings(micro_batch=8)
-        engine = make_engine(module, groups, settings, world, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+        step_settings = StepSettings(micro_batch=8)
+        engine = make_engine(module, groups, EngineConfig(), step_settings, world, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
         losses = []
         for step in range(3):
             seed_step(0, step, 0, world.rank)

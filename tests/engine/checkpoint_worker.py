@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from video_swinv2.engine import checkpoint
-from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.errors import UserError
 
 
 def main(how: str, folder: str) -> None:
     """Save step 2 under the condition named."""
     tensors = {"layer.weight": torch.ones(1000, 100)}
-    portable = Portable(tensors, dict(tensors), dict(tensors), optimizer_step=2)
+    portable = TrainingState(tensors, dict(tensors), dict(tensors), optimizer_step=2)
     checkpoints = Checkpoints(Path(folder))
     if how == "hang":
         # The disk stops answering when the first file is to be forced onto it.

@@ -20,10 +20,12 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from tests.closeness import assert_close
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum
 from video_swinv2.distributed.world import World, join_world, leave_world
-from video_swinv2.engine.checkpoint import Checkpoints, Portable
-from video_swinv2.engine.deepspeed import Engine, EngineSettings, make_engine
+from video_swinv2.engine.base import Engine, StepSettings
+from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 
 DEPTHS = (1, 2)
@@ -103,12 +105,23 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
 
 
-def build(world: World, *, seed: int = 0, clip_norm: float | None = 0.3, **settings: Any) -> Engine:
-    """An engine over a fresh network, with layer decay, weight decay and clipping that bites."""
+def build(
+    world: World,
+    *,
+    seed: int = 0,
+    clip_norm: float | None = 0.3,
+    accumulation: int = 1,
+    ema: float = 0.0,
+    **keys: Any,
+) -> Engine:
+    """An engine over a fresh network, with layer decay, weight decay and an effective clipping norm.
+
+    ``keys`` are those of the `engine` section.
+    """
     module = Tiny(seed)
     groups = parameter_groups(module, DEPTHS, weight_decay=0.1, layer_decay=0.75)
-    chosen = EngineSettings(clip_norm=clip_norm, micro_batch=1, **settings)
-    return make_engine(module, groups, chosen, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    step = StepSettings(clip_norm=clip_norm, accumulation=accumulation, ema=ema)
+    return make_engine(module, groups, EngineConfig(**keys), step, world, lr=LR, betas=(0.9, 0.95), eps=1e-6)
 
 
 Spoil = Callable[[int, int, Tensor], Tensor]
@@ -138,7 +151,7 @@ def train(
     return records
 
 
-def keep(folder: Path, name: str, portable: Portable | None, records: list[dict[str, Any]]) -> None:
+def keep(folder: Path, name: str, portable: TrainingState | None, records: list[dict[str, Any]]) -> None:
     """Write a case's outcome for the test to read; only rank 0 holds the tensors."""
     if portable is not None:
         tensors = {f"weights/{key}": value for key, value in portable.weights.items()}
@@ -159,7 +172,7 @@ def parity(world: World, folder: Path) -> None:
             weights = engine.weights()
             if (weights is None) != (world.rank != 0):
                 raise RuntimeError("weights() belong to rank 0")
-            keep(folder, f"parity-{stage}-{accumulation}", engine.states(), records)
+            keep(folder, f"parity-{stage}-{accumulation}", engine.training_state(), records)
 
 
 def resume(world: World, folder: Path) -> None:
@@ -168,7 +181,7 @@ def resume(world: World, folder: Path) -> None:
         engine = build(world, zero_stage=stage, precision="fp32")
         train(engine, world, 1, 0, 2)
         checkpoints = Checkpoints(folder / f"checkpoints-{stage}-{after}")
-        portable = engine.states()
+        portable = engine.training_state()
         if portable is not None:
             checkpoints.save(portable, {}, step=2)
             checkpoints.wait()
@@ -179,14 +192,14 @@ def resume(world: World, folder: Path) -> None:
         other = build(world, seed=7, zero_stage=after, precision="fp32")
         other.load(found[1])
         records = train(other, world, 1, 2, 4)
-        keep(folder, f"resume-{stage}-{after}", other.states(), records)
+        keep(folder, f"resume-{stage}-{after}", other.training_state(), records)
 
 
 def first_states(world: World, folder: Path) -> None:
     """States before the first step, and a load into an engine that has already stepped."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32")
-        portable = engine.states()
+        portable = engine.training_state()
         keep(folder, f"first-{stage}", portable, [])
         if portable is not None:
             Checkpoints(folder / f"first-{stage}").save(portable, {}, step=0)
@@ -196,7 +209,7 @@ def first_states(world: World, folder: Path) -> None:
         if found is None:
             raise RuntimeError("no checkpoint")
         engine.load(found[1])
-        keep(folder, f"rewound-{stage}", engine.states(), [])
+        keep(folder, f"rewound-{stage}", engine.training_state(), [])
 
 
 def spoilt(world: World, folder: Path) -> None:
@@ -219,11 +232,11 @@ def spoilt(world: World, folder: Path) -> None:
             for accumulation in accumulations:
                 engine = build(world, zero_stage=stage, precision="fp32", accumulation=accumulation)
                 before = train(engine, world, accumulation, 0, 1, spoil)
-                keep(folder, f"before-{name}-{stage}-{accumulation}", engine.states(), before)
+                keep(folder, f"before-{name}-{stage}-{accumulation}", engine.training_state(), before)
                 during = train(engine, world, accumulation, 1, 2, spoil)
-                keep(folder, f"during-{name}-{stage}-{accumulation}", engine.states(), during)
+                keep(folder, f"during-{name}-{stage}-{accumulation}", engine.training_state(), during)
                 after = train(engine, world, accumulation, 2, 4, spoil)
-                keep(folder, f"after-{name}-{stage}-{accumulation}", engine.states(), after)
+                keep(folder, f"after-{name}-{stage}-{accumulation}", engine.training_state(), after)
                 # Every rank must hold the same weights: compare this rank's own logits with all others'.
                 logits = engine.forward(batch(9)[0]).detach().flatten().tolist()
                 highest = all_reduce_max(world, *logits)
@@ -243,7 +256,7 @@ def alone(world: World, folder: Path) -> None:
         engine = build(world, seed=7, zero_stage=after, precision="fp32")
         engine.load(found[1])
         records = train(engine, world, 1, 2, 4)
-        keep(folder, f"alone-{stage}-{after}", engine.states(), records)
+        keep(folder, f"alone-{stage}-{after}", engine.training_state(), records)
 
 
 def halves(world: World, folder: Path) -> None:
@@ -251,7 +264,7 @@ def halves(world: World, folder: Path) -> None:
     for stage in range(4):
         for accumulation in (1, 2):
             engine = build(world, zero_stage=stage, precision="bf16", accumulation=accumulation, clip_norm=None)
-            fresh, built = Tiny(0).state_dict(), engine.states()
+            fresh, built = Tiny(0).state_dict(), engine.training_state()
             if built is not None and (
                 built.optimizer_step or not all(torch.equal(built.weights[name], fresh[name]) for name in fresh)
             ):
@@ -260,7 +273,7 @@ def halves(world: World, folder: Path) -> None:
                 if engine.forward(batch(0)[0]).dtype != torch.bfloat16:
                     raise RuntimeError("forward was not in autocast")
             records = train(engine, world, accumulation, 0, 4)
-            keep(folder, f"bf16-{stage}-{accumulation}", engine.states(), records)
+            keep(folder, f"bf16-{stage}-{accumulation}", engine.training_state(), records)
 
 
 def averaged(world: World, folder: Path) -> None:
@@ -269,7 +282,7 @@ def averaged(world: World, folder: Path) -> None:
         engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
         train(engine, world, 1, 0, 2)
         checkpoints = Checkpoints(folder / f"averaged-{stage}")
-        portable = engine.states()
+        portable = engine.training_state()
         if portable is not None:
             checkpoints.save(portable, {}, step=2)
             checkpoints.wait()
@@ -284,7 +297,9 @@ def averaged(world: World, folder: Path) -> None:
                 raise RuntimeError("the module does not hold the averages")
             # Not to the bit: DeepSpeed keeps weights at other addresses, and sums may be in another order there.
             assert_close(logits, functional_call(Tiny(0), average, (batch(9)[0],)), name="with averaged weights")
-        keep(folder, f"straight-averaged-{stage}", engine.states() if train(engine, world, 1, 2, 4) else None, [])
+        keep(
+            folder, f"straight-averaged-{stage}", engine.training_state() if train(engine, world, 1, 2, 4) else None, []
+        )
         dist.barrier()
         found = checkpoints.newest()
         if found is None:
@@ -292,7 +307,7 @@ def averaged(world: World, folder: Path) -> None:
         other = build(world, seed=7, zero_stage=stage, precision="fp32", ema=0.6)
         other.load(found[1])
         train(other, world, 1, 2, 4)
-        keep(folder, f"resumed-averaged-{stage}", other.states(), [])
+        keep(folder, f"resumed-averaged-{stage}", other.training_state(), [])
 
 
 Case = Callable[[World, Path], None]

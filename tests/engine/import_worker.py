@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.engine.engine_worker import BATCH, DEPTHS, LR, Tiny, batch, keep
 from video_swinv2.distributed.world import World, join_world, leave_world
-from video_swinv2.engine.checkpoint import Portable
+from video_swinv2.engine.checkpoint import TrainingState
 from video_swinv2.engine.deepspeed import import_deepspeed
 from video_swinv2.engine.optimizer import parameter_groups
 
@@ -46,7 +46,7 @@ def foreign(folder: Path, stage: int, world: World) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         with deepspeed.zero.GatheredParameters([tensor], enabled=stage == 3 and isinstance(tensor, nn.Parameter)):
             weights[name] = tensor.detach().clone()
-    keep(folder, f"expected-{stage}", Portable(weights, {}, {}, 4), [])
+    keep(folder, f"expected-{stage}", TrainingState(weights, {}, {}, 4), [])
     join(folder / f"zero-{stage}")
 
 

@@ -17,20 +17,22 @@ from torch import Tensor
 import video_swinv2 as vs
 from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.world import World, join_world, leave_world
-from video_swinv2.engine.deepspeed import EngineSettings, import_deepspeed, make_engine
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.deepspeed import import_deepspeed
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.engine.zero3 import (
-    sharded_construction,
-    values_loaded,
+    capture_loaded_values,
+    meta_copy,
+    partitioned_construction,
     whole_numel,
-    whole_twin,
-    write_shards,
+    write_whole_weights,
 )
 from video_swinv2.memory import peak_memory_bytes
 from video_swinv2.models.swinv2 import SwinV2
 
 DECAY: dict[str, Any] = {"weight_decay": 0.05, "layer_decay": 0.9}
-SETTINGS: dict[str, Any] = {"precision": "fp32", "micro_batch": 1, "clip_norm": 1.0}
+STEP = StepSettings(clip_norm=1.0)
 # A large eps: Adam's first steps are the signs of gradients, and rounding decides the sign of those that are zero.
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-3}
 
@@ -53,12 +55,12 @@ def whole_weights(model: SwinV2, world: World) -> dict[str, Tensor]:
 def train(model: SwinV2, folder: Path, keys: dict[str, Any], world: World) -> None:
     """Load the file, take two steps, write the weights of all three moments."""
     built = whole_weights(model, world)
-    twin = whole_twin(model)
-    values = values_loaded(twin)
+    twin = meta_copy(model)
+    values = capture_loaded_values(twin)
     vs.load_weights(twin, folder / "init.safetensors")
-    write_shards(model, values, world)
+    write_whole_weights(model, values, world)
     groups = parameter_groups(model, model.depths, **DECAY)
-    engine = make_engine(model.train(), groups, EngineSettings(**keys, **SETTINGS), world, **ADAM)
+    engine = make_engine(model.train(), groups, EngineConfig(precision="fp32", **keys), STEP, world, **ADAM)
     loaded = engine.weights()
     for step in range(2):
         engine.set_lr(1e-3)
@@ -80,10 +82,14 @@ def main() -> None:
         import_deepspeed(world)
         before = peak_memory_bytes()
         torch.manual_seed(0)
-        with sharded_construction(EngineConfig(**keys), world):
+        with partitioned_construction(EngineConfig(**keys), world):
             model = vs.create_model(name, num_classes=10, image_size=32, window=4)
         held = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
-        measures = {"held": held, "whole": sum(map(whole_numel, model.parameters())), "grown": peak_memory_bytes() - before}
+        measures = {
+            "held": held,
+            "whole": sum(map(whole_numel, model.parameters())),
+            "grown": peak_memory_bytes() - before,
+        }
         if (folder / "init.safetensors").exists():
             train(model, folder, keys, world)
         (folder / f"stage-{stage}-rank-{world.rank}.json").write_text(json.dumps(measures))

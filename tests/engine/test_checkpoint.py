@@ -14,24 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from video_swinv2.engine.checkpoint import Checkpoints, Portable
+from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.errors import UsageError, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-def _portable(step: int, *, ema: bool = False) -> Portable:
+def _portable(step: int, *, ema: bool = False) -> TrainingState:
     generator = torch.Generator().manual_seed(step)
 
     def tensors() -> dict[str, torch.Tensor]:
         return {name: torch.randn(5, 3, generator=generator) for name in ("layers.0.weight", "head.bias")}
 
     weights = tensors() | {"count": torch.tensor(step)}
-    return Portable(weights, tensors(), tensors(), optimizer_step=step, ema=tensors() if ema else {})
+    return TrainingState(weights, tensors(), tensors(), optimizer_step=step, ema=tensors() if ema else {})
 
 
-def _same(first: Portable, second: Portable) -> bool:
+def _same(first: TrainingState, second: TrainingState) -> bool:
     for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = getattr(first, kind), getattr(second, kind)
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_is_told_by_wait_and_only_once(tmp_path:
 def test_an_error_that_is_not_the_disk_s_is_not_lost_either(tmp_path: Path) -> None:
     weights = {"a": torch.ones(2)}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(Portable(weights, weights, weights, optimizer_step=1), {}, step=1)
+    checkpoints.save(TrainingState(weights, weights, weights, optimizer_step=1), {}, step=1)
     with pytest.raises(RuntimeError, match="share memory"):
         checkpoints.wait()
 

@@ -14,11 +14,12 @@ import video_swinv2 as vs
 from tests.engine.engine_modes_worker import OFFLOADED, held_at_the_head
 from tests.engine.test_engine import ALONE, STAGES, _difference, _identical, _outcome, _plain, _run, worker
 from video_swinv2.config import EngineConfig
-from video_swinv2.engine.deepspeed import compile_blocks
-from video_swinv2.engine.deepspeed_config import DERIVED, TUNABLE, ZERO, deepspeed_config
-from video_swinv2.engine.loss_scale import FIRST_SCALE, STEADY_STEPS, LossScale
+from video_swinv2.config.deepspeed_keys import DERIVED, TUNABLE, ZERO
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.deepspeed_config import build_deepspeed_config
+from video_swinv2.engine.factory import compile_blocks
+from video_swinv2.engine.gradients import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 from video_swinv2.engine.offload import MappedFolder
-from video_swinv2.engine.settings import EngineSettings
 from video_swinv2.errors import UsageError, UserError
 
 WORKER = Path(__file__).with_name("engine_modes_worker.py")
@@ -55,7 +56,7 @@ def test_fp16_finds_its_scale_and_learns_what_fp32_learns(outcomes: Path, stage:
     assert lost, "the first scale must be too large here"
     assert all(record["rescaled"] for record in lost)
     assert found.loss_scale is not None
-    assert found.loss_scale[0] == FIRST_SCALE / 2 ** len(lost)
+    assert found.loss_scale[0] == INITIAL_SCALE / 2 ** len(lost)
     for key in ("loss", "norm"):
         wanted = [record[key] for record in expected]
         torch.testing.assert_close(_applied(records, key), wanted, rtol=0.01, atol=0.0)
@@ -86,21 +87,21 @@ def test_the_plain_engine_scales_alike() -> None:
     assert (lost["applied"], lost["rescaled"]) == (False, True)
     (record,) = worker.train(engine, ALONE, 2, 0, 1)
     assert record["norm"] == pytest.approx(_plain()[1][0]["norm"], rel=0.01)
-    portable = engine.states()
-    assert portable.loss_scale == (FIRST_SCALE / 2, 1)
+    portable = engine.training_state()
+    assert portable.loss_scale == (INITIAL_SCALE / 2, 1)
     other = worker.build(ALONE, engine="plain", precision="fp16")
     other.load(portable)
-    assert other.states().loss_scale == portable.loss_scale
+    assert other.training_state().loss_scale == portable.loss_scale
 
 
 def test_the_scale_rises_after_a_long_quiet_and_cannot_hide_a_fault_for_ever() -> None:
     scale = LossScale()
-    assert not any(scale.update(True) for _ in range(STEADY_STEPS))
-    assert scale.state() == (2 * FIRST_SCALE, 0)
+    assert not any(scale.update(True) for _ in range(GROWTH_INTERVAL))
+    assert scale.state() == (2 * INITIAL_SCALE, 0)
     assert [scale.update(False) for _ in range(19)] == [True] * 17 + [False] * 2
     assert scale.state() == (1.0, 0)
     scale.restore(None)
-    assert scale.state() == (FIRST_SCALE, 0)
+    assert scale.state() == (INITIAL_SCALE, 0)
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_what_is_offloaded_trains_as_what_is_not(outcomes: Path, name: str) -> N
 def test_files_of_offloading_leave_nothing_behind(outcomes: Path, tmp_path: Path) -> None:
     assert not [path for path in (outcomes / "2-nvme").rglob("*") if path.is_file()]
     tensor = torch.randn(3, 5)
-    mapped = MappedFolder(str(tmp_path), ALONE).mapped(tensor)
+    mapped = MappedFolder(str(tmp_path), ALONE).map_copy(tensor)
     assert torch.equal(mapped, tensor)
     assert str(tmp_path) in Path("/proc/self/maps").read_text(), "the memory is a file's"
     (tmp_path / "file").write_text("")
@@ -175,13 +176,13 @@ def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"engine": "plain", "offload_optimizer": "cpu"}, "engine.offload_optimizer: only DeepSpeed does this"),
+        ({"engine": "plain", "offload_optimizer": "cpu"}, "engine.offload_optimizer: needs DeepSpeed"),
         ({"offload_optimizer": "cpu", "zero_stage": 0}, "engine.offload_optimizer: ZeRO-0"),
         ({"offload_parameters": "cpu", "zero_stage": 3}, "engine.offload_parameters: needs"),
         ({"offload_optimizer": "nvme"}, "engine.offload_folder: missing"),
-        ({"offload_folder": "/fast"}, "engine.offload_folder: nothing goes there"),
-        ({"precision": "fp16", "communication": "bf16"}, "engine.communication: with precision fp16"),
-        ({"compile": True, "zero_stage": 3}, "engine.compile: recompiles"),
+        ({"offload_folder": "/fast"}, "engine.offload_folder: nothing is offloaded"),
+        ({"precision": "fp16", "communication": "bf16"}, "engine.communication: precision fp16"),
+        ({"compile": True, "zero_stage": 3}, "engine.compile: torch.compile recompiles"),
         ({"deepspeed": {"train_batch_size": 64}}, "train_batch_size: follows from optim.batch; remove it here"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed.fp16: follows from engine.precision"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "zero_optimization.stage: follows from engine.zero_stage"),
@@ -189,7 +190,7 @@ def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
         ({"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "did you mean zero_optimization.overlap_comm"),
         ({"deepspeed": {"zero_optimization": {"overlap_comm": 1}}}, "1 is not true or false"),
         ({"deepspeed": {"zero_optimization": {"reduce_bucket_size": "auto"}}}, "'auto' is not a positive whole number"),
-        ({"deepspeed": {"zero_optimization": 2}}, "zero_optimization: is not a key"),
+        ({"deepspeed": {"zero_optimization": 2}}, "zero_optimization: not a key"),
     ],
 )
 def test_what_does_not_go_together_is_refused_when_the_file_is_read(keys: dict[str, Any], message: str) -> None:
@@ -213,7 +214,9 @@ def test_every_key_that_may_be_set_is_one_that_deepspeed_knows() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_what_deepspeed_is_known_to_do_wrong_is_never_asked_for(stage: int, precision: str) -> None:
     """On a CPU neither shows: buffers that are refilled while they are sent, and half-precision weights."""
-    config = deepspeed_config(EngineSettings(zero_stage=stage), precision=precision, cuda=True)
+    config = build_deepspeed_config(
+        EngineConfig(zero_stage=stage), StepSettings(), precision=precision, pin_memory=True
+    )
     assert config[ZERO]["overlap_comm"] is False, "left away, it is DeepSpeed's to choose: true at ZeRO-3"
     assert not config.keys() & {"bf16", "fp16", "amp", "optimizer", "scheduler", "checkpoint"}
     assert config["torch_autocast"]["enabled"] is (precision != "fp32")
@@ -221,8 +224,10 @@ def test_what_deepspeed_is_known_to_do_wrong_is_never_asked_for(stage: int, prec
 
 def test_the_section_is_passed_on_over_what_is_derived() -> None:
     section = {"prescale_gradients": True, "zero_optimization": {"reduce_bucket_size": 2e8, "overlap_comm": True}}
-    settings = EngineSettings(zero_stage=2, micro_batch=3, accumulation=4, clip_norm=5.0, deepspeed=section)
-    config = deepspeed_config(settings, precision="bf16", cuda=True)
+    step = StepSettings(micro_batch=3, accumulation=4, clip_norm=5.0)
+    config = build_deepspeed_config(
+        EngineConfig(zero_stage=2, deepspeed=section), step, precision="bf16", pin_memory=True
+    )
     assert config["zero_optimization"]["reduce_bucket_size"] == 200_000_000
     assert isinstance(config["zero_optimization"]["reduce_bucket_size"], int)
     assert config["zero_optimization"]["stage"] == 2

@@ -14,9 +14,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 import video_swinv2 as vs
 from tests.engine.engine_worker import LR, batch
 from tests.engine.test_engine import ALONE, REPOSITORY, _environment, _outcome, worker
-from video_swinv2.engine.checkpoint import Checkpoints, Portable
-from video_swinv2.engine.deepspeed import EngineSettings, make_engine
-from video_swinv2.engine.foreign_checkpoints import newest_of
+from video_swinv2.config import EngineConfig
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
+from video_swinv2.engine.factory import make_engine
+from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import read_checkpoint
@@ -39,7 +41,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_goes_on_from_a_universal_checkpoint(foreign: Path, stage: int) -> None:
     """With groups by layer, whose settings and Adam's count DeepSpeed's own loading spoils at ZeRO-3."""
     expected, _ = _outcome(foreign, f"expected-{stage}")
-    found = newest_of(foreign / f"zero-{stage}")
+    found = newest_checkpoint(foreign / f"zero-{stage}")
     assert found is not None
     step, portable, state = found
     assert (step, portable.optimizer_step, state) == (2, 2, None)
@@ -60,8 +62,8 @@ def _all_trained() -> object:
     module = worker.Tiny(7)
     module.patch_embed["norm"].requires_grad_(True)
     groups = parameter_groups(module, worker.DEPTHS, weight_decay=0.1, layer_decay=0.75)
-    settings = EngineSettings(engine="plain", precision="fp32", clip_norm=1.0)
-    return make_engine(module, groups, settings, ALONE, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    config, step = EngineConfig(engine="plain", precision="fp32"), StepSettings(clip_norm=1.0)
+    return make_engine(module, groups, config, step, ALONE, lr=LR, betas=(0.9, 0.95), eps=1e-6)
 
 
 @pytest.mark.slow
@@ -72,7 +74,7 @@ def test_pieces_are_told_how_to_be_joined(foreign: Path, tmp_path: Path, stage: 
         (tmp_path / name).symlink_to(foreign / f"zero-{stage}" / name)
     for folder in (tmp_path, tmp_path / "global_step2"):
         with pytest.raises(UserError, match="in pieces; join them with `python -m deepspeed") as caught:
-            newest_of(folder)
+            newest_checkpoint(folder)
         assert "\n" not in str(caught.value)
 
 
@@ -81,33 +83,33 @@ def test_a_universal_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> 
     folder.mkdir(parents=True)
     (folder / "fp32.pt").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt: cannot be read as a part"):
-        newest_of(tmp_path)
+        newest_checkpoint(tmp_path)
     torch.save(
         {"global_steps": 7, "skipped_steps": 2, "param_shapes": [{"head.weight": torch.Size([2, 3])}]},
         tmp_path / "a_model_states.pt",
     )
     with pytest.raises(UserError, match=r"head.weight/fp32.pt: cannot be read as a part"):
-        newest_of(tmp_path)
+        newest_checkpoint(tmp_path)
     torch.save(torch.zeros(5), folder / "fp32.pt")
     with pytest.raises(UserError, match=r"has 5 elements, not those of shape \(2, 3\)"):
-        newest_of(tmp_path)
+        newest_checkpoint(tmp_path)
     torch.save({"param": torch.ones(6)}, folder / "fp32.pt")
     with pytest.raises(UserError, match="holds no moments of Adam; give it as init="):
-        newest_of(tmp_path)
+        newest_checkpoint(tmp_path)
     for moment in ("exp_avg", "exp_avg_sq"):
         torch.save(torch.ones(6), folder / f"{moment}.pt")
-    found = newest_of(tmp_path)
+    found = newest_checkpoint(tmp_path)
     assert found is not None
     assert (found[0], found[1].optimizer_step, found[1].weights["head.weight"].shape) == (7, 5, (2, 3))
 
 
 def test_a_folder_of_ours_and_one_of_nobody_s(tmp_path: Path) -> None:
-    assert newest_of(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     tensors = {"a": torch.ones(2)}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(Portable(tensors, {}, {}, optimizer_step=1), {"best": None}, step=1)
+    checkpoints.save(TrainingState(tensors, {}, {}, optimizer_step=1), {"best": None}, step=1)
     checkpoints.wait()
-    found = newest_of(tmp_path)
+    found = newest_checkpoint(tmp_path)
     assert found is not None
     assert (found[0], found[2]) == (1, {"best": None})
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import video_swinv2 as vs
-from tests.engine.sharding_worker import ADAM, DECAY, SETTINGS, sample
+from tests.engine.sharding_worker import ADAM, DECAY, STEP, sample
 from tests.models.reference import randomise
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.world import World
-from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.models.swinv2 import SwinV2
 
@@ -44,7 +45,7 @@ def fresh() -> SwinV2:
 def learned(model: SwinV2) -> dict[str, Tensor]:
     """Two steps of the plain engine on the samples of both processes."""
     groups = parameter_groups(model, model.depths, **DECAY)
-    engine = make_engine(model.train(), groups, EngineSettings(engine="plain", **SETTINGS), ALONE, **ADAM)
+    engine = make_engine(model.train(), groups, EngineConfig(engine="plain", precision="fp32"), STEP, ALONE, **ADAM)
     for step in range(2):
         engine.set_lr(1e-3)
         engine.backward(engine.forward(torch.cat([sample(step, rank) for rank in range(2)])).square().mean())

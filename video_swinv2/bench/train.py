@@ -23,9 +23,11 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from video_swinv2.bench.measuring import product_speed, read_peak, start_peak, wall
 from video_swinv2.bench.model import PEERS
+from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.devices import product_dtype
 from video_swinv2.distributed.world import World, join_world, leave_world
-from video_swinv2.engine.deepspeed import EngineSettings, make_engine
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import SwinV2
@@ -160,7 +162,9 @@ def _measure(work: Workload, way: Way, world: World) -> dict[str, Any]:
     torch.manual_seed(0)
     module = build(work, way.peer).train()
     groups = _peer_groups(module) if way.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
-    engine = make_engine(module, groups, _settings(work, way), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    engine = make_engine(
+        module, groups, _engine_config(work, way), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
+    )
     engine.set_lr(1e-4)
     clips = torch.randn(work.clips, 3, work.frames, work.pixels, work.pixels, device=world.device)
     labels = torch.randint(CLASSES, (work.clips,), device=world.device)
@@ -180,21 +184,30 @@ def _load_libraries(work: Workload, way: Way, world: World) -> None:
     """Take a step with next to nothing: what libraries load at their first use is no part of what training takes."""
     module = nn.Linear(4, CLASSES)
     engine = make_engine(
-        module, _peer_groups(module), _settings(work, way), world, lr=0.0, betas=(0.9, 0.999), eps=1e-8
+        module,
+        _peer_groups(module),
+        _engine_config(work, way),
+        _step(work),
+        world,
+        lr=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
     )
     engine.backward(engine.forward(torch.ones(work.clips, 4, device=world.device)).float().square().mean())
     engine.step()
 
 
-def _settings(work: Workload, way: Way) -> EngineSettings:
-    return EngineSettings(
+def _engine_config(work: Workload, way: Way) -> EngineConfig:
+    return EngineConfig(
         engine="plain" if way.zero_stage is None else "deepspeed",
         zero_stage=way.zero_stage or 0,
         precision=work.precision,
-        micro_batch=work.clips,
-        clip_norm=5.0,
         compile=way.compiled,
     )
+
+
+def _step(work: Workload) -> StepSettings:
+    return StepSettings(micro_batch=work.clips, clip_norm=5.0)
 
 
 def build(work: Workload, peer: bool) -> nn.Module:

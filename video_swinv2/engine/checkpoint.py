@@ -30,7 +30,7 @@ _LEFTOVER = re.compile(r"step-\d{6,}\.tmp")
 
 
 @dataclass(frozen=True)
-class Portable:
+class TrainingState:
     """All of a training run that cannot be computed again: CPU tensors by name, whole, whatever engine made them.
 
     ``weights`` parameters and buffers (fp32), ``exp_avg`` and ``exp_avg_sq`` Adam's moments of the trained
@@ -61,7 +61,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, portable: Portable, state: Mapping[str, JSON], *, step: int) -> None:
+    def save(self, portable: TrainingState, state: Mapping[str, JSON], *, step: int) -> None:
         """Hand a checkpoint to the writer thread; waits first for the one before it. Raises its UserError, if any.
 
         The tensors of ``portable`` must not change afterwards (``engine.states()`` returns copies). A whole checkpoint
@@ -82,7 +82,7 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def newest(self) -> tuple[int, Portable, dict[str, JSON]] | None:
+    def newest(self) -> tuple[int, TrainingState, dict[str, JSON]] | None:
         """The step, tensors and state of the newest whole checkpoint; None where the run has none yet.
 
         Every file is compared with its recorded size and sha256. A damaged checkpoint is reported and passed over;
@@ -104,7 +104,7 @@ class Checkpoints:
             )
         return None
 
-    def read(self, step: int) -> tuple[Portable, dict[str, JSON]]:
+    def read(self, step: int) -> tuple[TrainingState, dict[str, JSON]]:
         """The checkpoint of one step, verified; UserError if it is absent or damaged."""
         return _read(self._path(step))
 
@@ -117,7 +117,7 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=_step_of)
 
-    def _write(self, portable: Portable, state: str, step: int) -> None:
+    def _write(self, portable: TrainingState, state: str, step: int) -> None:
         final = self._path(step)
         aside = final.with_suffix(".tmp")
         try:
@@ -153,7 +153,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-").removesuffix(".tmp"))
 
 
-def _write_files(folder: Path, portable: Portable, state: str, step: int) -> None:
+def _write_files(folder: Path, portable: TrainingState, state: str, step: int) -> None:
     moments = {f"exp_avg.{name}": tensor for name, tensor in portable.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in portable.exp_avg_sq.items()}
     contents = {"weights.safetensors": portable.weights, "optimizer.safetensors": moments}
@@ -179,11 +179,11 @@ def _write_files(folder: Path, portable: Portable, state: str, step: int) -> Non
     sync_to_disk(folder)
 
 
-def _read(folder: Path) -> tuple[Portable, dict[str, JSON]]:
+def _read(folder: Path) -> tuple[TrainingState, dict[str, JSON]]:
     record = _verified_record(folder)
     moments = load_file(folder / "optimizer.safetensors")
     scale = record.get("loss_scale")  # absent in checkpoints from before fp16
-    portable = Portable(
+    portable = TrainingState(
         weights=load_file(folder / "weights.safetensors"),
         exp_avg=_below(moments, "exp_avg."),
         exp_avg_sq=_below(moments, "exp_avg_sq."),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_swinv2.engine.checkpoint import JSON, Checkpoints, Portable
+from video_swinv2.engine.checkpoint import JSON, Checkpoints, TrainingState
 from video_swinv2.engine.zero_layout import MOMENTS
 from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import DERIVED, PREFIXES
@@ -26,7 +26,7 @@ CONVERT = (
 )
 
 
-def newest_of(folder: Path) -> tuple[int, Portable, dict[str, JSON] | None] | None:
+def newest_checkpoint(folder: Path) -> tuple[int, TrainingState, dict[str, JSON] | None] | None:
     """Step, tensors and state of a run folder's newest checkpoint, or of a universal one, whose state is None.
 
     None where there is neither. UserError for DeepSpeed's checkpoint in pieces, with the command that joins it.
@@ -54,7 +54,7 @@ def _universal_folder(folder: Path) -> Path | None:
     return None
 
 
-def _read_universal(folder: Path) -> tuple[int, Portable]:
+def _read_universal(folder: Path) -> tuple[int, TrainingState]:
     model_states = _mapping(next(iter(sorted(folder.glob("*_model_states.pt"))), folder / "mp_rank_00_model_states.pt"))
     shapes = _shapes(model_states)
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("fp32", *MOMENTS)}
@@ -65,7 +65,7 @@ def _read_universal(folder: Path) -> tuple[int, Portable]:
     weights = _buffers(model_states) | found["fp32"]
     if not found["exp_avg"] or found["exp_avg"].keys() != found["exp_avg_sq"].keys():
         raise UserError(f"{folder}: holds no moments of Adam; give it as init=, which takes the weights alone")
-    portable = Portable(weights, found["exp_avg"], found["exp_avg_sq"], _adam_steps(folder, model_states))
+    portable = TrainingState(weights, found["exp_avg"], found["exp_avg_sq"], _adam_steps(folder, model_states))
     return int(model_states.get("global_steps", 0)), portable
 
 

@@ -1,7 +1,7 @@
-"""Weights and moments in files: tensors whose memory is a mapped file, which the system pages to the disk as it must.
+"""Weights and moments in files: CPU tensors whose memory is a mapped file, which the system pages to disk as needed.
 
-No other file has to know: they are ordinary CPU tensors to AdamW and to DeepSpeed, at every ZeRO stage, and need no
-libaio, compiler or pinned memory, as DeepSpeed's own way to NVMe does.
+To AdamW and DeepSpeed they are ordinary CPU tensors, at every ZeRO stage. Unlike DeepSpeed's own NVMe offload, this
+needs no libaio, no compiler and no pinned memory.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from video_swinv2.distributed.world import World
-from video_swinv2.engine.zero_layout import MOMENTS, Shard
+from video_swinv2.engine.zero_layout import MOMENTS, Partition
 from video_swinv2.errors import UserError
+
+WRITE_BYTES = 1 << 24  # zeros are written in blocks of 16 MiB
 
 
 class MappedFolder:
-    """This process's files below `folder`; whatever an earlier run left of them is removed first."""
+    """This process's files below `folder`; whatever an earlier run left there is removed first."""
 
     def __init__(self, folder: str, world: World) -> None:
         self._folder = Path(folder) / f"rank-{world.rank:05d}"
@@ -29,37 +31,40 @@ class MappedFolder:
             self._folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(
-                f"{self._folder}: cannot be made ({error.strerror or error}); name another engine.offload_folder"
+                f"{self._folder}: cannot be created ({error.strerror or error}); name another engine.offload_folder"
             ) from error
 
-    def mapped(self, tensor: Tensor) -> Tensor:
-        """A CPU tensor of the same shape and values whose memory is a new file. UserError for a full disk."""
+    def map_copy(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor of the same shape and values, backed by a new file; raises UserError if the disk is full."""
         path = self._folder / f"{self._count:05d}"
         self._count += 1
-        size = max(1, tensor.numel())
+        elements = max(1, tensor.numel())  # an empty file cannot be mapped
+        size_bytes = elements * tensor.element_size()
         try:
-            if shutil.disk_usage(self._folder).free < size * tensor.element_size():
-                raise OSError(f"{size * tensor.element_size()} bytes are needed")
-            # Mapped beforehand a full disk is an error here, not a bus error in the middle of a step.
+            if shutil.disk_usage(self._folder).free < size_bytes:
+                raise OSError(f"{size_bytes} bytes are needed")
+            # A sparse file would map at once and crash with a bus error in the middle of a step when the disk is full.
+            # Writing it out makes a full disk an error here.
             with path.open("wb") as file:
-                for _ in range(0, size * tensor.element_size(), 1 << 24):
-                    file.write(bytes(min(1 << 24, size * tensor.element_size() - file.tell())))
-            made = torch.from_file(str(path), shared=True, size=size, dtype=tensor.dtype)
+                for _ in range(0, size_bytes, WRITE_BYTES):
+                    file.write(bytes(min(WRITE_BYTES, size_bytes - file.tell())))
+            mapped = torch.from_file(str(path), shared=True, size=elements, dtype=tensor.dtype)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: no room for offloaded tensors ({error}); free space on that disk") from error
-        path.unlink()  # the mapping keeps it; a killed run leaves nothing behind
-        made = made[: tensor.numel()].view(tensor.shape)
-        made.copy_(tensor)
-        return made
+        path.unlink()  # the mapping keeps the data alive, and a killed run leaves no files behind
+        mapped = mapped[: tensor.numel()].view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
 
 
 @torch.no_grad()
-def map_optimizer(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], folder: MappedFolder) -> None:
-    """Put the pieces AdamW updates, and both their moments, into files."""
-    for shard in shards:
-        shard.piece.data = folder.mapped(shard.piece.detach())
-        state = optimizer.state[shard.piece]
-        # As AdamW makes them at its first step, on the CPU.
+def offload_to_files(optimizer: torch.optim.Optimizer, partitions: Sequence[Partition], folder: MappedFolder) -> None:
+    """Move the tensors that AdamW updates, and both their moments, into files."""
+    for partition in partitions:
+        # Replacing .data keeps the tensor object, which is the key of AdamW's state and which DeepSpeed refers to.
+        partition.local.data = folder.map_copy(partition.local.detach())
+        state = optimizer.state[partition.local]
+        # The state that AdamW itself would create at its first step, on the CPU.
         state.setdefault("step", torch.tensor(0.0))
         for moment in MOMENTS:
-            state[moment] = folder.mapped(state.get(moment, torch.zeros_like(shard.piece)))
+            state[moment] = folder.map_copy(state.get(moment, torch.zeros_like(partition.local)))

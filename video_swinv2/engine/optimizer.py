@@ -59,7 +59,7 @@ def parameter_groups(
     return groups
 
 
-def freeze(encoder: SwinV2, stages: int) -> None:
+def freeze_stages(encoder: SwinV2, stages: int) -> None:
     """Fix the patch embedding and the first `stages` stages, drop path in them too; UsageError if there are fewer."""
     if stages > len(encoder.depths):
         raise UsageError(f"optim.frozen_stages: {stages}, and the model has {len(encoder.depths)} stages")
@@ -74,7 +74,7 @@ def freeze(encoder: SwinV2, stages: int) -> None:
                 part.rate = 0.0
 
 
-def linear_rule(optim: OptimConfig) -> float:
+def linear_scaling(optim: OptimConfig) -> float:
     """What the linear rule multiplies the learning rates by: batch / lr_batch (Goyal et al. 2017), else 1."""
     return optim.batch / optim.lr_batch if optim.lr_batch else 1.0
 
@@ -133,7 +133,7 @@ def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
     def to_steps(epochs: float) -> int:
         return round(epochs * samples / optim.batch)
 
-    rule = linear_rule(optim)
+    rule = linear_scaling(optim)
     return Schedule(
         lr=optim.lr * rule,
         steps=steps,

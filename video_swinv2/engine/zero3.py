@@ -1,7 +1,11 @@
-"""ZeRO-3 from the first parameter on: models that are never whole in one process, and weights put into them.
+"""ZeRO-3 from the first parameter on: building models that no process ever holds whole, and loading weights into them.
 
-A parameter of such a model is an empty tensor; DeepSpeed keeps this process's piece and the whole shape (`ds_numel`,
-`ds_shape`) beside it.
+A parameter of such a model is an empty tensor. DeepSpeed keeps this rank's slice (`ds_tensor`), the whole's number of
+elements (`ds_numel`) and its shape (`ds_shape`) as attributes. Reading or writing it means gathering it first.
+
+Loading a checkpoint needs whole shapes, for example to inflate a kernel, so it goes through a copy of the model on the
+meta device: `meta_copy` has the shapes and no memory, `capture_loaded_values` keeps what is loaded into it, and
+`write_whole_weights` distributes the values, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -19,65 +23,70 @@ from video_swinv2.models.swinv2 import SwinV2
 
 
 @contextmanager
-def sharded_construction(engine: EngineConfig, world: World) -> Iterator[None]:
-    """With ZeRO-3, modules built inside give up all but this process's piece as soon as each is built; else nothing.
+def partitioned_construction(config: EngineConfig, world: World) -> Iterator[None]:
+    """With ZeRO-3, each module built inside is partitioned as soon as it is complete; otherwise a no-op.
 
-    The values are those of an ordinary construction with the same seed, rank 0's.
+    The values are rank 0's, and equal those of an ordinary construction with the same seed. Build nothing but the model
+    inside: meanwhile DeepSpeed redirects every `torch.tensor` to the GPU.
     """
-    if engine.engine != "deepspeed" or engine.zero_stage != 3:
+    if config.engine != "deepspeed" or config.zero_stage != 3:
         yield
         return
     deepspeed = import_deepspeed(world)
-    # The precision comes from this section (fp32): DeepSpeed's argument for it is ignored on CPUs in favour of bf16.
-    # Its own Linear, made for memory, knows nothing of autocast.
     zero: dict[str, object] = {"stage": 3}
-    if engine.offload_parameters != "none":
+    if config.offload_parameters != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+    # DeepSpeed takes the precision from this dictionary; without a precision section it is fp32. Its `dtype` argument
+    # would be ignored on CPUs in favour of bf16.
+    section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    # mem_efficient_linear would replace nn.Linear's function by one that does not know autocast.
+    with deepspeed.zero.Init(config_dict_or_path=section, mem_efficient_linear=False):
         yield
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether any parameter was built by pieces."""
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether any parameter was built partitioned."""
     return any(hasattr(parameter, "ds_numel") for parameter in module.parameters())
 
 
 def whole_numel(parameter: Tensor) -> int:
-    """Elements of the parameter over all processes."""
+    """Number of elements of a parameter over all ranks, partitioned or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def whole_twin(encoder: SwinV2) -> SwinV2:
-    """The same model with whole shapes and no memory, for checks against a checkpoint."""
+def meta_copy(encoder: SwinV2) -> SwinV2:
+    """The same model on the meta device: whole shapes without memory, to check a checkpoint against."""
     with torch.device("meta"):
-        twin = SwinV2(**encoder.architecture())  # type: ignore[arg-type]  # plain data, the constructor's own
+        copy = SwinV2(**encoder.architecture())  # type: ignore[arg-type]  # plain data, the constructor's own
         if hasattr(encoder, "mask_token"):
-            twin.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
-    return twin
+            copy.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
+    return copy
 
 
-def values_loaded(twin: nn.Module) -> dict[str, Tensor]:
-    """Will hold, by name, what is loaded into `twin`, which cannot keep it itself."""
+def capture_loaded_values(copy: nn.Module) -> dict[str, Tensor]:
+    """A dict that fills, by name, with the tensors that are loaded into `copy`, which has no memory for them itself."""
     values: dict[str, Tensor] = {}
 
-    def note(module: nn.Module, state: dict[str, Tensor], *rest: object) -> None:
+    def keep_and_strip(module: nn.Module, state: dict[str, Tensor], *rest: object) -> None:
         for name, tensor in state.items():
             if not tensor.is_meta:
                 values[name] = tensor
+                # load_state_dict copies meta onto meta, which checks the shape and does nothing else.
                 state[name] = tensor.to("meta")
 
-    twin.register_load_state_dict_pre_hook(note)
+    # Runs with the whole state dict, before any tensor is copied.
+    copy.register_load_state_dict_pre_hook(keep_and_strip)
     return values
 
 
 @torch.no_grad()
-def write_shards(module: nn.Module, values: Mapping[str, Tensor], world: World) -> None:
-    """Put whole values, by name, into a sharded module, one parameter at a time; rank 0's count. Collective."""
+def write_whole_weights(module: nn.Module, values: Mapping[str, Tensor], world: World) -> None:
+    """Write rank 0's whole values, by name, into a partitioned module, one parameter at a time. Collective."""
     deepspeed = import_deepspeed(world)
     for name, parameter in module.named_parameters():
         if name in values:
-            sharded = hasattr(parameter, "ds_numel")
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
-                if world.rank == 0 or not sharded:
+            partitioned = hasattr(parameter, "ds_numel")
+            # Inside, the parameter is whole on every rank; on leaving, rank 0's values are broadcast and partitioned.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+                if world.rank == 0 or not partitioned:
                     parameter.copy_(values[name])

@@ -1,0 +1,102 @@
+"""Which keys of DeepSpeed's own configuration may be set in `engine.deepspeed`, and which follow from other keys.
+
+DeepSpeed silently accepts unknown top-level keys, and values that contradict the ones it derives. Here every key is
+known: it may be set, or it follows from another key of the run, or it is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from video_swinv2.errors import UsageError
+
+ZERO = "zero_optimization"
+
+# Keys that may be set, and their types: they tune how things are done, never what is computed.
+TUNABLE: dict[str, type] = {
+    "gradient_predivide_factor": float,
+    "memory_breakdown": bool,
+    "prescale_gradients": bool,
+    "wall_clock_breakdown": bool,
+    f"{ZERO}.allgather_bucket_size": int,
+    f"{ZERO}.allgather_partitions": bool,
+    f"{ZERO}.contiguous_gradients": bool,
+    f"{ZERO}.overlap_comm": bool,
+    f"{ZERO}.reduce_bucket_size": int,
+    f"{ZERO}.reduce_scatter": bool,
+    f"{ZERO}.round_robin_gradients": bool,
+    f"{ZERO}.stage3_max_live_parameters": int,
+    f"{ZERO}.stage3_max_reuse_distance": int,
+    f"{ZERO}.stage3_module_granularity_threshold": int,
+    f"{ZERO}.stage3_param_persistence_threshold": int,
+    f"{ZERO}.stage3_prefetch_bucket_size": int,
+    f"{ZERO}.sub_group_size": int,
+    f"{ZERO}.use_multi_rank_bucket_allreduce": bool,
+}
+
+# Keys that follow from a key of the run, so that nothing is written twice.
+DERIVED: dict[str, str] = {
+    "activation_checkpointing": "model.checkpoint_blocks",
+    "amp": "engine.precision",
+    "bf16": "engine.precision",
+    "checkpoint": "checkpoint_minutes and keep_checkpoints",
+    "communication_data_type": "engine.communication",
+    "compile": "engine.compile",
+    "csv_monitor": "log_every (metrics.jsonl and TensorBoard are always written)",
+    "data_types": "engine.precision",
+    "elasticity": "optim.batch (any number of processes that divides it can resume a checkpoint)",
+    "fp16": "engine.precision",
+    "gradient_accumulation_steps": "optim.batch and optim.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "steps_per_print": "log_every",
+    "tensorboard": "log_every (metrics.jsonl and TensorBoard are always written)",
+    "torch_autocast": "engine.precision",
+    "train_batch_size": "optim.batch",
+    "train_micro_batch_size_per_gpu": "optim.micro_batch",
+    "zero_allow_untested_optimizer": "optim",
+    "zero_force_ds_cpu_optimizer": "engine.offload_optimizer",
+    f"{ZERO}.cpu_offload": "engine.offload_optimizer",
+    f"{ZERO}.offload_optimizer": "engine.offload_optimizer",
+    f"{ZERO}.offload_param": "engine.offload_parameters",
+    f"{ZERO}.stage": "engine.zero_stage",
+    f"{ZERO}.stage3_gather_16bit_weights_on_model_save": "the checkpoint, which always holds whole fp32 weights",
+}
+
+
+def check_deepspeed_section(section: Mapping[str, Any]) -> None:
+    """Raise UsageError for the first key of `engine.deepspeed` that is unknown, derived, or of the wrong type."""
+    for key, value in _flatten(section).items():
+        shown = f"engine.deepspeed.{key}"
+        if owner := DERIVED.get(key) or DERIVED.get(key.split(".")[0]):
+            raise UsageError(f"{shown}: follows from {owner}; remove it here")
+        if key not in TUNABLE:
+            near = difflib.get_close_matches(key, [*TUNABLE, *DERIVED], n=1, cutoff=0.0)
+            raise UsageError(f"{shown}: not a key that can be set; did you mean {near[0]}?")
+        kind = TUNABLE[key]
+        if not _has_type(value, kind):
+            wanted = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
+            raise UsageError(f"{shown}: {value!r} is not {wanted}; remove the key to use the default")
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    """Whether a YAML value is a bool, a positive whole number (int) or a positive number (float)."""
+    if kind is bool:
+        return isinstance(value, bool)
+    # True is an int in Python, and 5e8 is a float in YAML: the first is no number here, the second is whole.
+    positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return positive and (kind is float or float(value).is_integer())
+
+
+def _flatten(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the keys below `zero_optimization` written as `zero_optimization.KEY`."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if key == ZERO and isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": given for inner, given in value.items()}
+        else:
+            found[str(key)] = value
+    return found

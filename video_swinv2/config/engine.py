@@ -1,0 +1,80 @@
+"""The `engine` section: what computes the steps, and which of its keys go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from video_swinv2.config.deepspeed_keys import check_deepspeed_section
+from video_swinv2.errors import UsageError
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True)
+class EngineConfig:
+    """How steps are computed; none of it changes what is learned, apart from rounding.
+
+    Raises UsageError naming the key for combinations that cannot work.
+    """
+
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """`plain` is PyTorch alone, in one process."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What DeepSpeed partitions over the processes: optimizer states (1), gradients too (2), weights too (3)."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of matrix products (torch autocast). Weights, gradients and moments are always fp32. fp16, which uses
+    a loss scale, is for GPUs without bf16."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """Type in which processes exchange gradients: bf16 halves the traffic and rounds them."""
+    offload_optimizer: Offload = "none"
+    """Where AdamW runs and its weights and moments are kept: for ZeRO 1-3 on devices that are too small for them."""
+    offload_parameters: Offload = "none"
+    """Where ZeRO-3 keeps its partition of the weights; needs `offload_optimizer` too."""
+    offload_folder: str | None = None
+    """Folder for what is offloaded to nvme, on each machine's own fast disk."""
+    compile: bool = False
+    """Run torch.compile on each block; needs a C++ compiler, or Triton on GPUs."""
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration that tune how it works; keys that follow from other settings are
+    refused."""
+
+    def __post_init__(self) -> None:
+        if conflict := self._conflict():
+            raise UsageError(f"engine.{conflict}")
+        check_deepspeed_section(self.deepspeed)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether AdamW runs on the CPU, with weights and moments that are kept there or in files."""
+        return self.offload_optimizer != "none"
+
+    def _conflict(self) -> str:
+        """The first combination that cannot work, as `key: what is wrong; fix`; empty if there is none."""
+        nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        needs_deepspeed = {
+            "offload_optimizer": self.offloads,
+            "communication": self.communication != "fp32",
+            "deepspeed": bool(self.deepspeed),
+        }
+        for key, is_set in needs_deepspeed.items():
+            if is_set and self.engine == "plain":
+                return f"{key}: needs DeepSpeed; use engine.engine=deepspeed or remove the key"
+        if self.offloads and self.zero_stage == 0:
+            return "offload_optimizer: ZeRO-0 keeps everything on the device; use engine.zero_stage=1, 2 or 3"
+        if self.offload_parameters != "none" and (self.zero_stage != 3 or not self.offloads):
+            return "offload_parameters: needs engine.zero_stage=3 and engine.offload_optimizer=cpu or nvme"
+        if nvme and not self.offload_folder:
+            return "offload_folder: missing; name a folder on each machine's fast disk (every run empties it)"
+        if self.offload_folder and not nvme:
+            return "offload_folder: nothing is offloaded to it; set engine.offload_optimizer=nvme or remove the key"
+        if self.communication == "bf16" and self.precision == "fp16":
+            return "communication: precision fp16 exchanges gradients in fp32; remove the key or use precision bf16"
+        if self.compile and self.zero_stage == 3 and self.engine == "deepspeed":
+            return "compile: torch.compile recompiles at every block under ZeRO-3; use engine.zero_stage=1 or 2"
+        return ""

@@ -1,0 +1,103 @@
+"""Reading a configuration: YAML files, `key.sub=value` overrides, and one line that explains what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from video_swinv2.config.engine import EngineConfig
+from video_swinv2.config.schema import (
+    SOURCE_TAGS,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+)
+from video_swinv2.errors import UsageError
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "augment": AugmentConfig,
+    "mask": MaskConfig,
+    "engine": EngineConfig,
+}
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything.
+
+    Raises UsageError naming the key, with the nearest known key if it does not exist.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: contains no keys; see configs/ for examples")
+    for override in overrides:
+        apply_override(values, override)
+    return validate_config(values, str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in nested `values`; raises UsageError if the text cannot be applied."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override}: write an override as key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"{override}: {parent} is a value and has no keys below it")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override}: the value is not valid YAML") from error
+
+
+def validate_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Turn nested plain data into a Config; raises UsageError, in one line, for the first mistake."""
+    try:
+        return TypeAdapter(Config).validate_python(dict(values))
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if part not in SOURCE_TAGS]
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = sorted([*known_keys(), *SECTIONS])
+        near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)
+        return f"unknown key {'.'.join(names)}; did you mean {near[0]}?"
+    # pydantic adds the branch of a union that it tried (int, tuple[...]) and the position in a list to the key's path.
+    shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
+    if first["type"] == "missing":
+        return f"{shown} is missing; add it to the file or as {shown}=..."
+    return f"{shown}: invalid value {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, in dotted form."""
+    for field in dataclasses.fields(section):
+        inner = SECTIONS.get(field.name) if section is Config else None
+        yield from known_keys(inner, f"{field.name}.") if inner else [prefix + field.name]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration with every default written out; `load_config` reads it back to equal values."""
+    plain = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

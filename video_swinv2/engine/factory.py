@@ -1,0 +1,65 @@
+"""Building an engine: the module on its device, AdamW over the parameter groups, and the engine around both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from video_swinv2.config import EngineConfig
+from video_swinv2.distributed.collectives import print_on_rank_zero
+from video_swinv2.distributed.devices import trainable_precision
+from video_swinv2.distributed.world import World
+from video_swinv2.engine.base import Engine, StepSettings
+from video_swinv2.engine.deepspeed import DeepSpeedEngine
+from video_swinv2.engine.optimizer import build_optimizer, write_hyperparameters
+from video_swinv2.engine.plain import PlainEngine
+from video_swinv2.errors import UsageError
+from video_swinv2.models.swinv2 import Block
+
+
+def make_engine(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    config: EngineConfig,
+    step: StepSettings,
+    world: World,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Engine:
+    """Move the module to the device, build AdamW over the groups, and wrap both; all ranks get rank 0's weights.
+
+    ``groups`` come from :func:`optimizer.parameter_groups`. Raises UsageError for the plain engine in several
+    processes.
+    """
+    if config.engine == "plain" and world.size > 1:
+        raise UsageError(
+            f"engine.engine: plain runs in one process, and there are {world.size}; use engine.engine=deepspeed"
+        )
+    precision = trainable_precision(config.precision, world.device)
+    if precision != config.precision:
+        print_on_rank_zero(
+            world, f"engine.precision: this GPU has no {config.precision}, so {precision} is used; fp16 is faster here"
+        )
+    module.to(world.device)
+    if config.compile:
+        compile_blocks(module)
+    optimizer = build_optimizer(groups, betas=betas, eps=eps, device=world.device)
+    write_hyperparameters(optimizer, lr)
+    if config.engine == "plain":
+        return PlainEngine(module, optimizer, step, world, precision=precision)
+    return DeepSpeedEngine(module, optimizer, config, step, world, precision=precision)
+
+
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """Apply torch.compile to each transformer block, in place: parameter names and checkpoints do not change.
+
+    Compiling block by block lets all blocks of a stage share one compilation, and keeps activation checkpointing
+    outside the compiled region.
+    """
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile(backend=backend)
