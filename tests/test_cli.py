@@ -7,7 +7,7 @@ import pytest
 
 from video_swinv2 import __version__
 from video_swinv2.cli import main, make_parser
-from video_swinv2.command import parse
+from video_swinv2.command import parse_arguments
 
 VERBS = "pretrain train test report predict serve probe convert export plan doctor bench demo".split()  # noqa: SIM905 - a line
 
@@ -59,7 +59,7 @@ def test_errors_are_one_line(arguments, code, words, capsys, tmp_path, monkeypat
     ],
 )
 def test_overrides_may_stand_anywhere(line):
-    options = parse(make_parser(), line.split())
+    options = parse_arguments(make_parser(), line.split())
     assert (str(options.model), str(options.data), options.split) == ("m", "d", "val")
     assert options.overrides == ["seed=1", "data.frames=4"]
 

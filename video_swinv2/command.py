@@ -1,4 +1,4 @@
-"""What both command lines share: verbs with help and an example, exit codes, errors of one line."""
+"""What both command lines share: verbs with help and an example, exit codes, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Callable, Sequence
 
 from video_swinv2.errors import UserError
 
-Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns; argparse has no public name for it
 
 
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Run the verb asked for; the exit code is 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
-    options = parse(parser, arguments)
+    """Parse the arguments and run the verb. The exit code: 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
+    options = parse_arguments(parser, arguments)
     try:
         return int(options.run(options) or 0)
     except UserError as error:
         if options.debug:
             raise
-        # An error from a loader's worker arrives with the worker's traceback in front; its own line is the last.
+        # An error raised in a DataLoader worker carries the worker's traceback; the message itself is the last line.
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        print("error: interrupted; run the same command again to resume", file=sys.stderr)
         return 1
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options of a verb, with its `key=value` overrides wherever they stand on the line.
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a verb, with its `key=value` overrides anywhere on the line.
 
-    argparse takes positional arguments in one run only, so those behind an option come back to it as unknown.
+    argparse accepts a list of positional arguments in one place only and reports those after an option as unknown.
+    Unknown arguments of the form `key=value` are therefore taken as overrides if the verb has any.
     """
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
@@ -48,16 +49,19 @@ def add_verb(
     text: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """A verb with help, an example and `--debug`; `run` gets the parsed options and may return an exit code."""
+    """Add a verb with its help text, an example and `--debug`; the caller adds the arguments to the parser returned.
+
+    run: called with the parsed options; returns the exit code, or None for 0.
+    """
     verb = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
     verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verb.set_defaults(run=run)
     return verb
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """`8,7,7` as numbers, for argparse."""
+def comma_separated_integers(text: str) -> tuple[int, ...]:
+    """`8,7,7` as (8, 7, 7); an argparse type."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers such as 8,7,7") from None
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: use whole numbers such as 8,7,7") from None

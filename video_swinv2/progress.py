@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a plain line now and then elsewhere. On stderr, always."""
+"""Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ LINE_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Counts items and says their rate and the share of time spent waiting for data. Silent unless `shown`."""
+    """Counts items and shows their rate and the share of time spent waiting for data. Silent unless `shown`.
+
+    done: items that were finished before, by an interrupted run for instance. They count as progress but not in the
+    rate.
+    """
 
     def __init__(self, title: str, total: int, *, unit: str, shown: bool, done: int = 0) -> None:
         self._title = title
         self._total = total
         self._unit = unit
-        self._done = self._done_before = done
+        self._done = self._done_at_start = done
         self._shown = shown
-        self._started = self._said = time.perf_counter()
+        self._started_at = self._last_line_at = time.perf_counter()
         self._bar: Bar | None = None
-        self._task = TaskID(0)
+        self._bar_id = TaskID(0)
 
     def __enter__(self) -> Progress:
         if self._shown and sys.stderr.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[pace]}"))
             self._bar = Bar(TextColumn(self._title), *columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, pace="")
+            self._bar_id = self._bar.add_task(self._title, total=self._total, completed=self._done, pace="")
             self._bar.start()
         return self
 
@@ -44,17 +48,17 @@ class Progress:
             self._bar.stop()
 
     def advance(self, items: int, waited_seconds: float | None = None, note: str = "") -> None:
-        """Count `items` more; `waited_seconds` is the whole time spent waiting for data so far."""
+        """Count `items` more. `waited_seconds` is the total time spent waiting for data so far, not since last time."""
         self._done += items
         now = time.perf_counter()
-        elapsed = max(now - self._started, 1e-9)
-        rate = (self._done - self._done_before) / elapsed
+        elapsed = max(now - self._started_at, 1e-9)
+        rate = (self._done - self._done_at_start) / elapsed
         waiting = "" if waited_seconds is None else f", {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
         pace = f"{rate:.1f} {self._unit}/s{waiting}{', ' if note else ''}{note}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, pace=pace)
-        elif self._shown and (now - self._said > LINE_EVERY_SECONDS or self._done >= self._total):
-            self._said = now
+            self._bar.update(self._bar_id, completed=self._done, pace=pace)
+        elif self._shown and (now - self._last_line_at > LINE_EVERY_SECONDS or self._done >= self._total):
+            self._last_line_at = now
             left = (self._total - self._done) / rate if rate else 0.0
             print(
                 f"{self._title}: {self._done}/{self._total} {self._unit}, {pace}, {left:.0f} s left",
@@ -64,7 +68,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], title: str, total: int, unit: str) -> Iterator[Item]:
-    """The items themselves, shown as they pass."""
+    """Yield the items and show how many have been consumed of `total`."""
     with Progress(title, total, unit=unit, shown=True) as progress:
         for item in items:
             yield item

@@ -195,7 +195,7 @@ def test_kill_and_interruption_anywhere_cost_next_to_nothing(server, tmp_path, c
         error = process.communicate(timeout=60)[1]
         if blow == signal.SIGINT:
             assert process.returncode == 1
-            assert error.splitlines()[-1] == "error: interrupted; run the same command again to go on"
+            assert error.splitlines()[-1] == "error: interrupted; run the same command again to resume"
     server.limit = float("inf")
     assert run(server, tmp_path / "k400", "--split", "train", "val") == 0
     assert tree(tmp_path / "k400") == wanted

@@ -304,7 +304,7 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(write_video: Writer, tmp_pat
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors.splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    assert errors.splitlines()[-1] == "error: interrupted; run the same command again to resume"
     assert "Traceback" not in errors
     assert len(rows_of(out)) == 9
 

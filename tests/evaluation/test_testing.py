@@ -23,7 +23,7 @@ from video_swinv2.evaluation import reading
 from video_swinv2.evaluation.overrides import parse_overrides
 from video_swinv2.evaluation.parts import ScoredVideos, join_scored_videos
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.testing import run_test, run_tests, summary
+from video_swinv2.evaluation.testing import run_test, run_tests, summarize_tests
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import surest_mistakes
@@ -85,7 +85,7 @@ def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Pat
     }
     assert {"report.html", "results.json", "scores.npz", "strips.npz"} <= {file.name for file in tested.iterdir()}
     assert not (tested / "shards").exists()
-    assert f"{100 * result['top1']:.2f}" in summary({"videoswin-4x3": result}, tested)
+    assert f"{100 * result['top1']:.2f}" in summarize_tests({"videoswin-4x3": result}, tested)
 
 
 def test_strips_are_of_the_surest_mistakes(tested: Path) -> None:
@@ -141,7 +141,7 @@ def test_several_protocols_at_once_are_what_each_is_alone(
     np.testing.assert_array_equal(together.labels, alone.labels)
     # Other views are in the model's batch, which may round other bits.
     np.testing.assert_allclose(together.logits.astype(float), alone.logits.astype(float), rtol=2e-3, atol=2e-3)
-    told = summary(results, tmp_path)
+    told = summarize_tests(results, tmp_path)
     assert all(str(tmp_path / name / "report.html") in told for name in results)
 
 
@@ -181,7 +181,7 @@ def test_overrides_change_what_they_name(model_path: Path, data: Path, tested: P
     plain, turned = load_scores(tested / "scores.npz"), load_scores(tmp_path / "scores.npz")
     assert turned.metadata["frame_order"] == "reversed"
     assert not np.array_equal(plain.logits, turned.logits)
-    assert "Frames were reversed" in (tmp_path / "report.html").read_text()
+    assert "Frame order: reversed" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_wrong_usage_is_said_before_any_work(model_path: Path, data: Path, tmp_p
     with pytest.raises(UsageError, match=r"1 of 2 videos .*have no label.*y\.mp4.*predict"):
         test(data=tmp_path)
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot create the folder"):
         test()
 
 
@@ -266,12 +266,12 @@ def test_shares_must_hold_each_video_once() -> None:
     assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
     assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
     assert merged.seconds.tolist() == [2.0, 1.0]
-    assert {place: jpeg.tolist() for place, jpeg in merged.pictures().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
-    with pytest.raises(UserError, match="1 were not scored and 0 more than once"):
+    assert {place: jpeg.tolist() for place, jpeg in merged.film_strips().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
+    with pytest.raises(UserError, match="1 were not scored and 0 were scored more than once"):
         join_scored_videos([share(0, 3), share(1)], 4)
-    with pytest.raises(UserError, match="0 were not scored and 1 more than once"):
+    with pytest.raises(UserError, match="0 were not scored and 1 were scored more than once"):
         join_scored_videos([share(0, 3), share(1, 2, 3)], 4)
     with pytest.raises(UserError, match="of 3 videos"):
         join_scored_videos([share(0, 3), share(1, 2)], 3)
-    with pytest.raises(UserError, match="not the same"):
+    with pytest.raises(UserError, match="different numbers of views"):
         join_scored_videos([share(0, 3), share(1, 2, views=3)], 4)

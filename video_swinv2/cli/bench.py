@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb, integers
+from video_swinv2.command import Verbs, add_verb, comma_separated_integers
 from video_swinv2.errors import UsageError
 
 
@@ -56,7 +56,7 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="loader, test: a prepared data set (default for loader: generated clips)",
     )
     verb.add_argument(
-        "--workers", type=integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: numbers of workers to compare"
+        "--workers", type=comma_separated_integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: numbers of workers to compare"
     )
     verb.add_argument(
         "--clips", type=int, default=64, metavar="N", help="loader, test: clips per round (default: %(default)s)"
@@ -84,21 +84,22 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_model(options: argparse.Namespace) -> None:
-    from video_swinv2.bench import model as bench
+    from video_swinv2.bench.layer import bench_layer, layer_table
+    from video_swinv2.bench.model import bench_model, model_table
 
     common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
     if options.against == "backends":
-        rows = bench.bench_layer(options.model or "swinv2_tiny", **common)
-        print(json.dumps(rows, indent=1) if options.json else bench.show_layer(rows))
+        rows = bench_layer(options.model or "swinv2_tiny", **common)
+        print(json.dumps(rows, indent=1) if options.json else layer_table(rows))
         return
     name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
-    result = bench.bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
-    print(json.dumps(result, indent=1) if options.json else bench.show_model(result))
+    result = bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
+    print(json.dumps(result, indent=1) if options.json else model_table(result))
 
 
 def _bench_train(options: argparse.Namespace) -> None:
-    from video_swinv2.bench.model import WINDOW
-    from video_swinv2.bench.train import Workload, bench_train, show_train
+    from video_swinv2.bench.peers import WINDOW
+    from video_swinv2.bench.train import Workload, bench_train, training_table
 
     work = Workload(
         model=options.model or "swinv2_base",
@@ -113,20 +114,20 @@ def _bench_train(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     result = bench_train(work)
-    print(json.dumps(result, indent=1) if options.json else show_train(result))
+    print(json.dumps(result, indent=1) if options.json else training_table(result))
 
 
 def _bench_loader(options: argparse.Namespace) -> None:
-    from video_swinv2.bench.loader import Reading, bench_loader, show_loader
+    from video_swinv2.bench.loader import Reading, bench_loader, loader_table
 
     short_side = round(options.pixels * 256 / 224)
     reading = Reading(options.frames, 2, options.pixels, short_side, options.batch or 8, options.clips)
     result = bench_loader(options.data, reading, options.workers, rounds=options.rounds)
-    print(json.dumps(result, indent=1) if options.json else show_loader(result))
+    print(json.dumps(result, indent=1) if options.json else loader_table(result))
 
 
 def _bench_test(options: argparse.Namespace) -> None:
-    from video_swinv2.bench.testing import bench_test, show_test
+    from video_swinv2.bench.testing import bench_test, testing_table
 
     if options.model is None or options.data is None:
         raise UsageError("bench test: --model FILE and --data DIR are required")
@@ -140,4 +141,4 @@ def _bench_test(options: argparse.Namespace) -> None:
         rounds=options.rounds,
         device=options.device,
     )
-    print(json.dumps(result, indent=1) if options.json else show_test(result))
+    print(json.dumps(result, indent=1) if options.json else testing_table(result))

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb, integers
+from video_swinv2.command import Verbs, add_verb, comma_separated_integers
 
 
 def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -32,7 +32,7 @@ def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--cpb-norm",
-        type=integers,
+        type=comma_separated_integers,
         metavar="12,12,12,6",
         help="window the weights were trained with, per stage, for checkpoints that do not record it",
     )
