@@ -139,7 +139,7 @@ def test_ten_real_clips(frames: int | None, suffix: str, outside_data: Path, tmp
 
 def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save(tmp_path / "image.safetensors", None, (1,))
-    monkeypatch.setattr(export_module, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(export_module, "MAX_LOGIT_DIFFERENCE", -1.0)
     with pytest.raises(UserError, match=r"image\.pt2: differs from the model"):
         export(model, tmp_path / "image.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["image.safetensors"]
@@ -147,8 +147,8 @@ def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 
 def test_wrong_usage(clip_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for out, options, words in (
-        ("a.tflite", {}, "ends in .pt2"),
-        ("a.pt2", {"opset": 18}, "--opset 18: is for .onnx"),
+        ("a.tflite", {}, "must end in .pt2"),
+        ("a.pt2", {"opset": 18}, "--opset 18: must be from 18 to 23, and applies to .onnx only"),
         ("a.onnx", {"opset": 11}, "from 18 to 23"),
         ("gone/a.onnx", {}, "does not exist"),
         ("a.onnx", {"check": [tmp_path / "gone.mp4"]}, r"gone\.mp4: no such file"),

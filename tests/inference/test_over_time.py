@@ -67,7 +67,7 @@ def over_time(evil_model: Path, changing: Path) -> Prediction:
     (prediction,) = predict(
         evil_model, [changing], device="cpu", top=6, over_time=EVERY, on_segment=lambda *one: told.append(one)
     )
-    assert told == [(str(changing), moment) for moment in prediction.windows]
+    assert told == [(str(changing), moment) for moment in prediction.segments]
     return prediction
 
 
@@ -81,8 +81,8 @@ def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model
         expected = vs.load_model(evil_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
     shares = expected.softmax(-1)
     assert shares.std(0).max() > 0.01, "equal windows prove nothing"
-    assert len(over_time.windows) == len(STARTS)
-    for start, moment, row in zip(STARTS, over_time.windows, shares, strict=True):
+    assert len(over_time.segments) == len(STARTS)
+    for start, moment, row in zip(STARTS, over_time.segments, shares, strict=True):
         assert (moment.start_seconds, moment.end_seconds) == pytest.approx((start / 25, (start + 6) / 25), abs=1e-6)
         assert [one.name for one in moment.answers] == [CLASSES[i] for i in row.argsort(descending=True)]
         assert [one.probability for one in moment.answers] == pytest.approx(
@@ -110,8 +110,8 @@ def test_one_answer_by_every_road(over_time: Prediction, evil_model: Path, chang
         found = predict(evil_model, [f"{url}/moving.mkv", pipe], device="cpu", top=6, over_time=EVERY)
     for prediction in found:
         assert not prediction.error
-        assert len(prediction.windows) == len(over_time.windows)
-        for ours, theirs in zip(prediction.windows, over_time.windows, strict=True):
+        assert len(prediction.segments) == len(over_time.segments)
+        for ours, theirs in zip(prediction.segments, over_time.segments, strict=True):
             assert ours.start_seconds == pytest.approx(theirs.start_seconds, abs=0.002)  # Matroska counts milliseconds
             assert [one.name for one in ours.answers] == [one.name for one in theirs.answers]
             shares = [[one.probability for one in side.answers] for side in (ours, theirs)]
@@ -176,9 +176,9 @@ def test_a_live_stream_ends_when_told(evil_model: Path, changing: Path) -> None:
     (prediction,) = predict(evil_model, [f"udp://127.0.0.1:{port}"], device="cpu", over_time=how)
     over.set()
     assert not prediction.error
-    assert 1 <= len(prediction.windows) <= 6
-    assert len(prediction.windows) + prediction.skipped >= 4
-    assert max(moment.end_seconds for moment in prediction.windows) <= 1.0
+    assert 1 <= len(prediction.segments) <= 6
+    assert len(prediction.segments) + prediction.skipped >= 4
+    assert max(moment.end_seconds for moment in prediction.segments) <= 1.0
 
 
 def test_a_live_source_goes_on_without_what_is_not_answered(changing: Path) -> None:
@@ -225,9 +225,9 @@ def test_what_cannot_be_watched_is_one_line(evil_model: Path, tmp_path: Path) ->
     assert [prediction.error.split(" (")[0] for prediction in found] == ["is not a video FFmpeg can open"] * 3
     assert all("\n" not in prediction.error for prediction in found)
     for names, words in (
-        (["ftp://host/x.mp4"], "no stream of this kind"),
-        (["file:///etc/passwd"], "no stream of this kind"),
-        (["-", "-"], "one standard input"),
+        (["ftp://host/x.mp4"], "no such kind of stream"),
+        (["file:///etc/passwd"], "no such kind of stream"),
+        (["-", "-"], "standard input can be read only once"),
     ):
         with pytest.raises(UsageError, match=words):
             predict(evil_model, names, device="cpu")
@@ -264,7 +264,7 @@ def test_a_failure_leaves_no_video(evil_model: Path, outside_data: Path, tmp_pat
 
 def test_an_image_model_watches_single_frames(evil_image_model: Path, changing: Path) -> None:
     (prediction,) = predict(evil_image_model, [changing], device="cpu", over_time=OverTime(every_seconds=0.4))
-    assert [moment.start_seconds for moment in prediction.windows] == pytest.approx([0, 0.4, 0.8, 1.2, 1.56])
+    assert [moment.start_seconds for moment in prediction.segments] == pytest.approx([0, 0.4, 0.8, 1.2, 1.56])
 
 
 def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files, media_type_of, media_type_of_bytes
 from video_swinv2.inference.predictor import predict, read_image_views
-from video_swinv2.inference.formatting import COLUMNS, show
+from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -94,19 +94,19 @@ def test_files_given_by_name_keep_their_order_and_their_errors(clip_model: Path,
     assert [Path(prediction.path).name for prediction in predictions] == names
     assert [prediction.error for prediction in predictions] == [
         "no such file",
-        "an image, and this model takes videos",
+        "an image, but this model takes videos",
         "",
         "neither a video nor an image",
         "",
     ]
     assert predictions[2] == predictions[4]
-    read_back = json.loads(show(predictions, "json"))
+    read_back = json.loads(format_predictions(predictions, "json"))
     assert read_back[2]["answers"][0].keys() == {"name", "probability"}
-    rows = list(csv.DictReader(show(predictions, "csv").splitlines(), COLUMNS))
+    rows = list(csv.DictReader(format_predictions(predictions, "csv").splitlines(), PREDICTION_COLUMNS))
     assert [row["error"] for row in rows[:2]] == [prediction.error for prediction in predictions[:2]]
     assert [row["class"] for row in rows[2:6]] == [answer.name for answer in predictions[2].answers]
     assert float(rows[2]["probability"]) == pytest.approx(predictions[2].answers[0].probability, abs=1e-6)
-    text = show(predictions)
+    text = format_predictions(predictions)
     assert "gone.mp4: no such file" in text
     assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
 

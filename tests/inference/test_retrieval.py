@@ -71,12 +71,12 @@ def test_the_nearest_are_those_of_largest_cosine(gallery: Gallery) -> None:
             if not reason
         }
         assert one.neighbours[0].path == gallery.names[i]
-        likeness = [near.likeness for near in one.neighbours]
-        assert likeness == pytest.approx(sorted(cosines.values(), reverse=True)[:4], abs=1e-5)
-        assert [cosines[near.path] for near in one.neighbours] == pytest.approx(likeness, abs=1e-5)
+        similarities = [near.similarity for near in one.neighbours]
+        assert similarities == pytest.approx(sorted(cosines.values(), reverse=True)[:4], abs=1e-5)
+        assert [cosines[near.path] for near in one.neighbours] == pytest.approx(similarities, abs=1e-5)
         votes = {label: 0.0 for label in ("red", "blue")}
         for near in one.neighbours:
-            votes[near.label] += np.exp(near.likeness / 0.07)
+            votes[near.label] += np.exp(near.similarity / 0.07)
         shares = {answer.name: answer.probability for answer in one.answers}
         assert shares == pytest.approx({k: v / sum(votes.values()) for k, v in votes.items() if v}, rel=1e-4)
         assert one.answers[0].name == gallery.labels[i], "its own kind is nearest"
@@ -115,7 +115,7 @@ def test_what_cannot_be_compared(gallery: Gallery, folder: Path, evil_image_mode
         make_gallery(evil_image_model, ["-"], device="cpu")
     with pytest.raises(UserError, match=r"gone\.mp4: no such file"):
         make_gallery(evil_image_model, [tmp_path / "gone.mp4"], device="cpu")
-    with pytest.raises(UsageError, match=r"ends in \.npz"):
+    with pytest.raises(UsageError, match=r"must end in \.npz"):
         save_gallery(gallery, tmp_path / "g.txt")
     with pytest.raises(UserError, match="no such file; make it with"):
         load_gallery(tmp_path / "gone.npz")

@@ -1,11 +1,14 @@
-"""The page under real requests and in a real browser: what is refused, what is answered, and that it serves on."""
+"""The page under real requests and in a real browser: what is refused, what is answered, and that it keeps running."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,19 +23,32 @@ import pytest
 from tests.inference.browser import Browser
 from tests.inference.conftest import CLASSES, EVIL
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.inference import serve as serve_module
+from video_swinv2.inference import web_app
 from video_swinv2.inference.clip_summary import Limits
 from video_swinv2.inference.predictor import OverTime, predict
-from video_swinv2.inference.serve import PageServer, _Handler, open_server
+from video_swinv2.inference.serve import open_server
+from video_swinv2.inference.web_app import CONNECTIONS_AT_ONCE, PageServer
 
-MOST = 5 * 10**6
+MAX_BYTES = 5 * 10**6
+SILENCE_SECONDS = 2
 
 
 class Running:
-    """A server at work in a thread, and requests to it."""
+    """A context manager that runs a server in a thread, and sends requests to it."""
 
     def __init__(self, server: PageServer) -> None:
-        self.server, self.port = server, server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.server, self.port = server, server.port
+        self._thread = threading.Thread(target=server.run, daemon=True)
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the server did not stop"
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -47,24 +63,33 @@ class Running:
     def is_serving(self) -> bool:
         return self.ask("GET", "/")[0] == 200
 
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
     def begin(self, length: int, *lines: str) -> socket.socket:
-        """An upload of which only the head was sent."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = ("POST /predict HTTP/1.1", f"Host: 127.0.0.1:{self.port}", f"Content-Length: {length}", *lines, "", "")
-        connection.sendall("\r\n".join(head).encode())
+        """An upload of which only the header has been sent."""
+        return self.send_header("POST /predict", f"Content-Length: {length}", *lines)
+
+    def send_header(self, request: str, *lines: str) -> socket.socket:
+        connection = self.connect()
+        header = (f"{request} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", *lines, "", "")
+        connection.sendall("\r\n".join(header).encode())
         return connection
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
 @pytest.fixture(scope="module")
 def page(evil_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With temporary files in a folder of its own, which has to stay empty."""
+    """A page whose temporary files go to a folder of their own, which must be empty in the end."""
     folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
-        patch.setattr(_Handler, "timeout", 2.0)
-        with open_server(evil_model, port=0, top=6, device="cpu", limits=Limits(MOST, seconds=240.0)) as server:
-            yield Running(server)
-            server.shutdown()
+        limits = Limits(MAX_BYTES, seconds=240.0, silence_seconds=SILENCE_SECONDS)
+        with open_server(evil_model, port=0, top=6, device="cpu", limits=limits) as server, Running(server) as running:
+            yield running
     assert [path for path in folder.rglob("*") if path.is_file()] == [], "nothing is kept"
 
 
@@ -76,7 +101,7 @@ def test_a_clip_is_answered_as_predict_does(page: Running, evil_model: Path, cha
     assert [one["name"] for one in answer["answers"]] == [one.name for one in expected.answers]
     for ours, theirs in zip(answer["answers"], expected.answers, strict=True):
         assert ours["probability"] == pytest.approx(theirs.probability, abs=1e-6)
-    for ours, moment in zip(answer["windows"], expected.windows, strict=True):
+    for ours, moment in zip(answer["windows"], expected.segments, strict=True):
         assert (ours["start_seconds"], ours["end_seconds"]) == (moment.start_seconds, moment.end_seconds)
         named = {one["name"]: one["probability"] for one in ours["answers"]}
         assert named == pytest.approx({one.name: one.probability for one in moment.answers}, abs=1e-6)
@@ -95,9 +120,9 @@ def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
         deque(map(sending.sendall, repeat(block, 9_000)), maxlen=0)
     with page.begin(10**10) as sending:
         sending.sendall(block)
-        answer = b"".join(iter(lambda: sending.recv(1 << 16), b""))
+        answer = read_to_end(sending)
         assert answer.startswith(b"HTTP/1.1 413 ")
-        assert b"10,000 MB are more than the 5 MB this page takes" in answer
+        assert b"10,000 MB exceed the limit of 5 MB" in answer
     assert time.monotonic() - started < 60
     assert page.is_serving()
 
@@ -123,17 +148,15 @@ def test_the_file_that_hangs_decord_is_answered(page: Running, outside_data: Pat
 
 def test_a_decoder_past_its_time_is_killed(evil_model: Path, outside_data: Path) -> None:
     clip = (outside_data / "odd_clips" / "ft__fixture2.mpg").read_bytes()
-    with open_server(evil_model, port=0, device="cpu", limits=Limits(seconds=0.05)) as server:
-        running = Running(server)
+    limits = Limits(seconds=0.05)
+    with open_server(evil_model, port=0, device="cpu", limits=limits) as server, Running(server) as running:
         status, answer = running.post(clip)
         assert (status, answer["error"]) == (422, "The clip: took longer than 0.05 seconds; send a shorter one")
         assert running.is_serving()
-        server.shutdown()
-    with open_server(evil_model, port=0, device="cpu", limits=Limits(seconds=240.0, memory_bytes=1)) as server:
-        running = Running(server)
+    limits = Limits(seconds=240.0, memory_bytes=1)
+    with open_server(evil_model, port=0, device="cpu", limits=limits) as server, Running(server) as running:
         assert running.post(clip)[0] == 422, "memory"
         assert running.is_serving()
-        server.shutdown()
 
 
 def test_a_sender_that_is_slow_or_goes_away_hinders_nobody(page: Running, changing: Path) -> None:
@@ -177,9 +200,59 @@ def test_other_sites_and_other_files_are_not_served(page: Running, changing: Pat
         assert b"root:" not in answer
     assert page.ask("POST", "/", content)[0] == 404
     assert page.ask("PUT", "/predict", content)[0] == 501
-    with page.begin(-1) as odd:
-        assert odd.recv(1000).startswith(b"HTTP/1.1 411 ")
-    assert page.server.server_address[0] == "127.0.0.1"
+    with page.send_header("POST /predict") as odd:
+        assert odd.recv(1000).startswith(b"HTTP/1.1 411 "), "no length"
+    assert page.server.address == "127.0.0.1"
+    assert page.server._socket.getsockname()[0] == "127.0.0.1"
+
+
+def test_requests_that_could_hide_another_are_refused(page: Running) -> None:
+    """Lengths that two programs may read differently, and a second request behind the first."""
+    for lines in (
+        ("Content-Length: -1",),
+        ("Content-Length: 5", "Content-Length: 6"),
+        ("Content-Length: 5, 6",),
+        ("Content-Length: 5", "Host: evil.example"),
+    ):
+        with page.send_header("POST /predict", *lines) as odd:
+            assert odd.recv(1000).startswith(b"HTTP/1.1 400 "), lines
+    for lines in (("Transfer-Encoding: chunked",), ("Transfer-Encoding: chunked", "Content-Length: 5")):
+        with page.send_header("POST /predict", *lines) as odd:
+            assert odd.recv(1000).startswith(b"HTTP/1.1 411 "), lines
+    with page.begin(5) as pair:
+        pair.sendall(b"helloGET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_to_end(pair).count(b"HTTP/1.1 ") == 1, "the connection ends with the first request"
+    assert page.is_serving()
+
+
+def test_idle_connections_do_not_block_the_page(page: Running) -> None:
+    idle = [page.connect() for _ in range(CONNECTIONS_AT_ONCE)]
+    try:
+        time.sleep(0.3)  # until the server has accepted them
+        with page.connect() as one_more:
+            assert read_to_end(one_more) == b"", "closed at once"
+        idle[0].sendall(b"GET / HTTP/1.1\r\nHost: ")
+        started = time.monotonic()
+        assert [read_to_end(connection) for connection in idle] == [b""] * len(idle)
+        assert time.monotonic() - started < SILENCE_SECONDS + 5
+    finally:
+        for connection in idle:
+            connection.close()
+    assert page.is_serving()
+
+
+def test_a_defect_is_answered_and_reported_in_one_line(
+    page: Running, changing: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(web_app, "summarise_clip", fail)
+    status, answer = page.post(changing.read_bytes())
+    assert status == 500
+    assert "terminal" in answer["error"]
+    assert capsys.readouterr().err == "serve: ZeroDivisionError: a defect\n"
+    assert page.is_serving()
 
 
 def test_what_the_page_says_of_itself(page: Running) -> None:
@@ -202,6 +275,27 @@ def test_wrong_usage(evil_model: Path, page: Running) -> None:
         open_server(evil_model, port=70000)
     with pytest.raises(UsageError, match="limits"):
         open_server(evil_model, port=0, limits=Limits(seconds=0))
+
+
+def test_missing_packages_are_one_line(evil_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(UserError, match=r"uvicorn not installed; pip install 'video-swinv2\[serve\]'"):
+        open_server(evil_model, port=0)
+
+
+def test_ctrl_c_ends_it(evil_model: Path) -> None:
+    """Also while a client is in the middle of an upload."""
+    command = [sys.executable, "-m", "video_swinv2", "serve", str(evil_model), "--port", "0"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert serving.stdout is not None
+    port = int(serving.stdout.readline().split("http://127.0.0.1:")[1].split("/")[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as uploading:
+        uploading.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhello")
+        time.sleep(0.5)
+        serving.send_signal(signal.SIGINT)
+        _, errors = serving.communicate(timeout=20)
+    assert serving.returncode == 0
+    assert errors == ""
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
@@ -230,7 +324,7 @@ def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
             assert browser.evaluate("document.querySelectorAll('#chart polyline').length") == 6
             assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
             browser.evaluate("document.querySelectorAll('#films button')[3].click()")
-            assert browser.evaluate("document.getElementById('told').innerText").startswith("0.2 s to 0.5 s: ")
+            assert browser.evaluate("document.getElementById('moment').innerText").startswith("0.2 s to 0.5 s: ")
             browser.drop(text, 150, 100)
             browser.until("!document.getElementById('fault').hidden")
             assert "neither a video nor an image" in browser.evaluate("document.getElementById('fault').innerText")

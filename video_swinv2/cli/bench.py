@@ -56,7 +56,11 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="loader, test: a prepared data set (default for loader: generated clips)",
     )
     verb.add_argument(
-        "--workers", type=comma_separated_integers, default=(0, 1, 2, 4), metavar="0,1,2", help="loader: numbers of workers to compare"
+        "--workers",
+        type=comma_separated_integers,
+        default=(0, 1, 2, 4),
+        metavar="0,1,2",
+        help="loader: numbers of workers to compare",
     )
     verb.add_argument(
         "--clips", type=int, default=64, metavar="N", help="loader, test: clips per round (default: %(default)s)"

@@ -74,7 +74,7 @@ def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from video_swinv2.config import load_config
     from video_swinv2.plan.plan import make_plan, memory_here, shortfalls
-    from video_swinv2.plan.text import show
+    from video_swinv2.plan.tables import plan_text
 
     config = load_config(options.config, options.overrides)
     plan = make_plan(
@@ -89,7 +89,7 @@ def _plan(options: argparse.Namespace) -> int:
     memory = memory_here(plan) if options.memory is None else options.memory
     problems = shortfalls(plan, config, memory)
     values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}
-    print(json.dumps(values, indent=1) if options.json else show(plan, problems, memory))
+    print(json.dumps(values, indent=1) if options.json else plan_text(plan, problems, memory))
     return int(bool(problems))
 
 

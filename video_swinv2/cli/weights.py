@@ -71,5 +71,5 @@ def _convert(options: argparse.Namespace) -> None:
 
 def axis_sizes(text: str) -> int | tuple[int, ...]:
     """`8,7,7`, or a single number for all axes; for argparse."""
-    numbers = integers(text)
+    numbers = comma_separated_integers(text)
     return numbers[0] if len(numbers) == 1 else numbers

@@ -1,4 +1,4 @@
-"""A video with the model's answers written on it. H W pixels."""
+"""A copy of a video with the model's answers drawn on it. H W pixels."""
 
 from __future__ import annotations
 
@@ -13,78 +13,84 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-MAX_SHORT_SIDE = 480  # pictures wait for their answers in memory
-MAX_WAITING_FRAMES = 300  # of them, about 370 MB; of windows farther apart the answer comes later than it might
-_CLOCK = 90_000  # ticks per second, as in MPEG
-_LINES = 3
+MAX_SHORT_SIDE = 480  # frames wait in memory for their captions, so they are kept small
+# About 370 MB of waiting frames at 640 x 480. If segments are so far apart that more would wait, the oldest is written
+# with the caption before its own.
+MAX_WAITING_FRAMES = 300
+_CLOCK_HZ = 90_000  # time stamps per second, as in MPEG: fine enough for any frame rate
+_MAX_LINES = 3
+# RGBA
 _PANEL, _TRACK, _FILL, _INK = (16, 20, 24, 176), (255, 255, 255, 48), (95, 179, 207, 255), (255, 255, 255, 255)
 
 Caption = Sequence[tuple[str, float]]
-"""Names of classes and their probabilities, the likeliest first."""
+"""Class names and their probabilities, most likely first."""
 
 
 def draw_caption(image: NDArray[np.uint8], caption: Caption) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 -> the same with the first answers on a dark panel at the bottom."""
+    """Draw the first classes with probability bars on a dark panel at the bottom. uint8 (H, W, 3) -> a copy."""
     picture = Image.fromarray(image)
     height, width = image.shape[:2]
-    size = max(9, min(height, width) // 22)
-    font, row = ImageFont.load_default(size), round(1.5 * size)
-    lines = caption[: min(_LINES, max(1, height // 3 // row))]
+    font_size = max(9, min(height, width) // 22)
+    font, line_height = ImageFont.load_default(font_size), round(1.5 * font_size)
+    # The panel covers at most a third of the frame, but always has room for one class.
+    lines = caption[: min(_MAX_LINES, max(1, height // 3 // line_height))]
     draw = ImageDraw.Draw(picture, "RGBA")
-    top = height - row * len(lines) - size // 2
-    draw.rectangle((0, top - size // 2, width, height), fill=_PANEL)
-    left, right = size // 2, width - size // 2
-    track = max(1, (right - left) // 3)
-    for place, (name, probability) in enumerate(lines):
-        y = top + place * row
-        draw.rectangle((left, y + size // 3, left + track, y + size), fill=_TRACK)
-        draw.rectangle((left, y + size // 3, left + round(track * probability), y + size), fill=_FILL)
-        draw.text((left + track + size // 2, y), f"{100 * probability:.0f} %  {name}", font=font, fill=_INK)
+    top = height - line_height * len(lines) - font_size // 2
+    draw.rectangle((0, top - font_size // 2, width, height), fill=_PANEL)
+    left, right = font_size // 2, width - font_size // 2
+    bar_width = max(1, (right - left) // 3)
+    for number, (name, probability) in enumerate(lines):
+        y = top + number * line_height
+        draw.rectangle((left, y + font_size // 3, left + bar_width, y + font_size), fill=_TRACK)
+        draw.rectangle((left, y + font_size // 3, left + round(bar_width * probability), y + font_size), fill=_FILL)
+        draw.text((left + bar_width + font_size // 2, y), f"{100 * probability:.0f} %  {name}", font=font, fill=_INK)
     return np.asarray(picture)
 
 
 class AnnotatedVideoWriter:
-    """Writes pictures to an H.264 file at the times they were shown; each waits for the answer about its time.
+    """Writes frames with captions to an H.264 file, at the times at which they were shown in the source.
 
-    A picture is given the caption of the first window that ends with it or after it.
+    The caption of a segment is known only after its last frame, so frames wait for it: each gets the caption of the
+    first segment that ends with it or later.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
         self._container = av.open(str(path.absolute()), "w", format="mp4")
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(fps).limit_denominator(1001)  # finds 30000/1001, the exact rate behind 29.97
         options = {"crf": "23", "preset": "veryfast"}
-        # Declared wide, for `add_stream` gives other kinds of stream for other codecs.
+        # Any, because the type that `add_stream` returns depends on the codec.
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = Fraction(1, _CLOCK)
+        self._stream.pix_fmt = "yuv420p"  # the only pixel format that every player shows
+        self._stream.codec_context.time_base = Fraction(1, _CLOCK_HZ)
         self._waiting: deque[tuple[int, float, NDArray[np.uint8]]] = deque()
         self._caption: Caption = ()
-        self._last = -1
+        self._last_pts = -1
 
     def add(self, index: int, seconds: float, image: NDArray[np.uint8]) -> None:
-        """Take the next picture, (H, W, 3) uint8 of even sides, the same for all."""
+        """Take the next frame, uint8 (H, W, 3) with even sides; all frames must have the same size."""
         self._waiting.append((index, seconds, image))
         if len(self._waiting) > MAX_WAITING_FRAMES:
             self._write(*self._waiting.popleft())
 
-    def caption_until(self, until: int, caption: Caption) -> None:
-        """What the model says of a window that ends with picture `until`."""
+    def caption_until(self, last_index: int, caption: Caption) -> None:
+        """Set the caption of the waiting frames up to `last_index`, the end of a segment, and write them."""
         self._caption = caption
-        while self._waiting and self._waiting[0][0] <= until:
+        while self._waiting and self._waiting[0][0] <= last_index:
             self._write(*self._waiting.popleft())
 
     def close(self) -> None:
-        """Write what still waits, with the last answer, and the end of the file."""
+        """Write the frames that still wait, with the last caption, and complete the file."""
         while self._waiting:
             self._write(*self._waiting.popleft())
-        if self._last >= 0:
-            self._container.mux(self._stream.encode())
+        if self._last_pts >= 0:
+            self._container.mux(self._stream.encode())  # the frames that the encoder holds back for reordering
         self._container.close()
 
     def _write(self, index: int, seconds: float, image: NDArray[np.uint8]) -> None:
-        if self._last < 0:
+        if self._last_pts < 0:
             self._stream.height, self._stream.width = image.shape[:2]
         frame = av.VideoFrame.from_ndarray(draw_caption(image, self._caption) if self._caption else image, "rgb24")
-        self._last = frame.pts = max(self._last + 1, round(seconds * _CLOCK))
-        frame.time_base = Fraction(1, _CLOCK)
+        # The muxer refuses time stamps that do not increase; two frames may round to the same tick.
+        self._last_pts = frame.pts = max(self._last_pts + 1, round(seconds * _CLOCK_HZ))
+        frame.time_base = Fraction(1, _CLOCK_HZ)
         self._container.mux(self._stream.encode(frame))

@@ -1,6 +1,6 @@
-"""One clip as the page shows it: the answers, how they go over time, the frames that were used.
+"""What the page of `serve` shows about a clip: its classes, how they change over time, and the frames that were used.
 
-T frames, H W pixels.
+T frames, H W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -18,67 +18,79 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from video_swinv2.inference.classifier import Classifier
-from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, task_for
-from video_swinv2.inference.watching import Watcher
+from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, request_for
 from video_swinv2.inference.segments import Segment
+from video_swinv2.inference.watching import Watcher
 from video_swinv2.report.metrics import ranking
 
-NAME = "The clip"
+SOURCE_NAME = "The clip"  # the user's name for the file stays in the browser
 TILE_PIXELS = 112
 TILE_COLUMNS = 8
-MOST_TILES = 16
+TILE_GAP_PIXELS = 2
+MAX_TILES = 16
 JPEG_QUALITY = 78
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one clip may cost: its size and the time to take it, then the time and memory to look at it, and windows."""
+    """What a single request may cost."""
 
     upload_bytes: int = 200 * 10**6
     upload_seconds: float = 60.0
+    """From the first byte of the clip to the last."""
     seconds: float = 60.0
+    """For decoding and classifying the clip."""
     memory_bytes: int = 2 * 2**30
-    windows: int = 24
+    """Of the process that decodes it."""
+    segments: int = 24
+    silence_seconds: int = 15
+    """How long the client may neither send nor read."""
 
 
 def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> dict[str, Any]:
-    """All that is said of the open file `descriptor`, as plain JSON; UserError where it cannot be read in the limits.
+    """Classify the video in the open file `descriptor`. Returns plain JSON; UserError if it exceeds the limits.
 
-    `answers` are of the mean of all `windows`; each window has its own, its probabilities of the classes of `answers`
-    (`shares`, in their order), the seconds of its frames and a picture of them.
+    `answers` are the most likely classes by the mean over all `windows`, the segments of the clip. Each of these has
+    its own answers, its probabilities of the classes in `answers` (`shares`, in the same order), the times of its first
+    and last frame, and a contact sheet of its frames (`film`).
     """
     started = time.monotonic()
-    task = task_for(classifier.card, NAME, ahead=2 * classifier.batch_views)
-    task = replace(task, max_segments=limits.windows, memory_bytes=limits.memory_bytes, wait_seconds=limits.seconds)
-    seen_windows: list[tuple[Segment, NDArray[np.float64], SegmentPrediction]] = []
+    request = replace(
+        request_for(classifier.card, SOURCE_NAME, ahead=2 * classifier.batch_views),
+        max_segments=limits.segments,
+        memory_bytes=limits.memory_bytes,
+        wait_seconds=limits.seconds,
+    )
+    classified: list[tuple[Segment, NDArray[np.float64], SegmentPrediction]] = []
 
-    def note(window: Segment, row: NDArray[np.float64], moment: SegmentPrediction) -> None:
-        seen_windows.append((replace(window, pixels=_tiles(window.pixels)), row, moment))
+    def note(segment: Segment, row: NDArray[np.float64], prediction: SegmentPrediction) -> None:
+        # Only small copies of the frames are kept: all segments at full size could fill the memory.
+        classified.append((replace(segment, pixels=_make_tiles(segment.pixels)), row, prediction))
 
-    with Watcher(task, descriptor=descriptor, limit_seconds=limits.seconds) as watcher:
-        mean, seen = classify_segments(classifier, watcher, classifier.batch_views, note)
-    answers = classifier.best(mean)
-    places = ranking(mean[None], len(answers))[0]
+    with Watcher(request, descriptor=descriptor, limit_seconds=limits.seconds) as watcher:
+        mean, summary = classify_segments(classifier, watcher, classifier.batch_views, note)
+    answers = classifier.top_classes(mean)
+    top_indices = ranking(mean[None], len(answers))[0]
     return {
         "answers": [asdict(answer) for answer in answers],
         "windows": [
-            asdict(moment)
+            asdict(prediction)
             | {
-                "shares": [float(row[place]) for place in places],
-                "frames": len(window.seconds),
-                "film": _film(window.pixels),
+                "shares": [float(row[i]) for i in top_indices],
+                "frames": len(segment.seconds),
+                "film": _contact_sheet(segment.pixels),
             }
-            for window, row, moment in seen_windows
+            for segment, row, prediction in classified
         ],
-        "pictures": seen.pictures,
-        "seconds": seen.seconds,
+        "pictures": summary.pictures,
+        "seconds": summary.seconds,
         "took_seconds": round(time.monotonic() - started, 2),
     }
 
 
-def _tiles(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(T, H, W, 3) -> (up to MOST_TILES, h, w, 3), evenly spread and small."""
-    count = min(len(pixels), MOST_TILES)
+def _make_tiles(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Frames (T, H, W, 3) -> at most MAX_TILES of them, evenly spaced, at most TILE_PIXELS high: (n, h, w, 3)."""
+    count = min(len(pixels), MAX_TILES)
     chosen = np.linspace(0, len(pixels) - 1, count).round().astype(int)
     height, width = pixels.shape[1:3]
     scale = min(1.0, TILE_PIXELS / height)
@@ -86,14 +98,15 @@ def _tiles(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.fromarray(pixels[i]).resize(size, Image.Resampling.BOX)) for i in chosen])
 
 
-def _film(tiles: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> str:
-    """Tiles in rows of TILE_COLUMNS as the data URL of one JPEG."""
+def _contact_sheet(tiles: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> str:
+    """Tiles in rows of TILE_COLUMNS, with gaps between them, as the data URL of one JPEG."""
     count, (height, width) = len(tiles), tiles[0].shape[:2]
     columns = min(TILE_COLUMNS, count)
     rows = math.ceil(count / columns)
-    sheet = np.zeros((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), dtype=np.uint8)
-    for place, tile in enumerate(tiles):
-        top, left = place // columns * (height + 2), place % columns * (width + 2)
+    row_height, column_width = height + TILE_GAP_PIXELS, width + TILE_GAP_PIXELS
+    sheet = np.zeros((rows * row_height - TILE_GAP_PIXELS, columns * column_width - TILE_GAP_PIXELS, 3), dtype=np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = number // columns * row_height, number % columns * column_width
         sheet[top : top + height, left : left + width] = tile
     jpeg = io.BytesIO()
     Image.fromarray(sheet).save(jpeg, format="jpeg", quality=JPEG_QUALITY)

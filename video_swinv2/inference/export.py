@@ -1,6 +1,7 @@
-"""A model file as a program for others: torch.export (`.pt2`) or ONNX, compared with the model before it is kept.
+"""Export of a model file for other software: torch.export (`.pt2`) or ONNX, compared with the model before it is kept.
 
-Both take any number of samples and carry the classes and the preprocessing, so that they run without this package.
+An exported program takes any number of samples and carries the classes and the preprocessing, so that it can be used
+without this package.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from torch.export import Dim, ExportedProgram
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import view_shape, read_views
+from video_swinv2.evaluation.views import read_views, view_shape
 from video_swinv2.files import atomic_write
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
 from video_swinv2.inference.predictor import read_image_views
-from video_swinv2.models.swinv2 import Axes, SwinV2
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.weights.store import KEY, ModelCard, Preprocessing, load_model, read_card
 
-OPSET = 23  # the first with an operator for scaled dot products
+OPSET = 23  # the first with an operator for scaled dot-product attention
 OPSETS = range(18, OPSET + 1)
-LARGEST_DIFFERENCE = 1e-4  # of a logit; rounding in another order of sums gives about 1e-6
-ONNX_BYTES = 2**31  # protobuf's limit for one file
+MAX_LOGIT_DIFFERENCE = 1e-4  # summing in another order gives about 1e-6
+MAX_ONNX_BYTES = 2**31  # protobuf's limit for one file
 SAMPLES = 3
 TOP = 5
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -41,10 +42,11 @@ Program = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
-    """How an exported program answers beside its model: the largest difference of a logit over all `samples`.
+class Comparison:
+    """How closely an exported program follows its model on `samples` samples.
 
-    `same_top` of the samples have the same five likeliest classes in the same order.
+    difference: the largest absolute difference of a logit. same_top: for how many samples the top five classes are the
+    same, in the same order.
     """
 
     difference: float
@@ -57,64 +59,66 @@ def export(
     out: Path | str,
     *,
     frames: int | None = None,
-    image_size: Axes | None = None,
-    window: Axes | None = None,
+    image_size: IntOrPerAxis | None = None,
+    window: IntOrPerAxis | None = None,
     opset: int | None = None,
     check: Sequence[Path | str] = (),
-) -> Checked:
-    """Write the model to `out`, `*.pt2` or `*.onnx`, and tell how its answers differ from the model's.
+) -> Comparison:
+    """Write the model to `out`, `*.pt2` or `*.onnx`, and return how its outputs compare with the model's.
 
-    Sizes are by default those of the file. check: files and folders of videos (for an image model: of images, or single
-    videos) whose views are compared; by default noise is. UsageError for a wrong name or option, UserError for a model
-    that cannot be exported, and where the difference is above LARGEST_DIFFERENCE; nothing is left behind then.
+    frames, image_size, window: default to those of the file. check: files and folders of videos (for an image model: of
+    images, or single videos) to compare on; random noise by default. Raises UsageError for a wrong name or option,
+    UserError for a model that cannot be exported and for a program that differs from it by more than
+    MAX_LOGIT_DIFFERENCE. Nothing is left behind then.
     """
     model_path, out = Path(model_path), Path(out)
     _check_request(out, opset)
     model = load_model(model_path, frames=frames, image_size=image_size, window=window, attention="sdpa")
-    card = _card(read_card(model_path), model)
-    samples = _inputs(card.preprocessing, [Path(path) for path in check])
+    card = _card_at_sizes_of(model, read_card(model_path))
+    samples = _comparison_inputs(card.preprocessing, [Path(path) for path in check])
     inputs = next(samples)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if out.suffix == ".onnx" and size >= ONNX_BYTES:
-        raise UserError(f"{out}: an ONNX file holds less than 2 GB and these weights are {size / 1e9:.1f}; use .pt2")
+    if out.suffix == ".onnx" and size >= MAX_ONNX_BYTES:
+        raise UserError(f"{out}: an ONNX file is limited to 2 GB, and the weights have {size / 1e9:.1f} GB; use .pt2")
     with atomic_write(out) as part:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _without_exporter_notes():
             exported = torch.export.export(model, (inputs,), dynamic_shapes=({0: Dim.DYNAMIC},))
             description = json.dumps(_description(card))
             if out.suffix == ".onnx":
                 program = _write_onnx(exported, part, description, opset or OPSET)
             else:
                 program = _write_pt2(exported, part, description)
-        checked = _compare(model, program, chain([inputs[:1], inputs], samples))
-        if not checked.difference <= LARGEST_DIFFERENCE:
+        # The first batch has one sample: exporters like to take the size that they were shown for the only one.
+        comparison = _compare(model, program, chain([inputs[:1], inputs], samples))
+        if not comparison.difference <= MAX_LOGIT_DIFFERENCE:
             raise UserError(
-                f"{out}: differs from the model by {checked.difference:.1e}, above {LARGEST_DIFFERENCE:.0e}, and was "
-                "not kept; try the other format, and please report it with the versions of torch and onnxruntime"
+                f"{out}: differs from the model by {comparison.difference:.1e}, above {MAX_LOGIT_DIFFERENCE:.0e}, and "
+                "was not kept; try the other format, and please report it with the versions of torch and onnxruntime"
             )
-    return checked
+    return comparison
 
 
 def _check_request(out: Path, opset: int | None) -> None:
     if out.suffix not in (".pt2", ".onnx"):
-        raise UsageError(f"{out}: give a name that ends in .pt2 (torch.export) or .onnx")
+        raise UsageError(f"{out}: the name must end in .pt2 (torch.export) or .onnx")
     if opset is not None and (out.suffix != ".onnx" or opset not in OPSETS):
-        raise UsageError(f"--opset {opset}: is for .onnx, from {OPSETS[0]} to {OPSETS[-1]}")
+        raise UsageError(f"--opset {opset}: must be from {OPSETS[0]} to {OPSETS[-1]}, and applies to .onnx only")
     if not out.parent.is_dir():
-        raise UsageError(f"{out}: the folder {out.parent} does not exist; make it first")
+        raise UsageError(f"{out}: the folder {out.parent} does not exist; create it first")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if out.suffix == ".onnx" and missing:
         raise UserError(f"{out}: {', '.join(missing)} not installed; pip install 'video-swinv2[export]'")
 
 
-def _card(card: ModelCard, model: SwinV2) -> ModelCard:
-    """The file's card, at the sizes of the model in hand."""
+def _card_at_sizes_of(model: SwinV2, card: ModelCard) -> ModelCard:
+    """The card of the file, with the sizes that the model was loaded with."""
     height, width = model.image_size
     preprocessing = dataclasses.replace(card.preprocessing, frames=model.frames, image_size=(height, width))
     return dataclasses.replace(card, preprocessing=preprocessing, architecture=model.architecture())
 
 
 def _description(card: ModelCard) -> dict[str, object]:
-    """What somebody who has only the exported file must know."""
+    """Everything that a user of the exported file needs to know, as JSON inside the file."""
     axes = "batch, 3, H, W" if card.preprocessing.frames is None else "batch, 3, T, H, W"
     return {
         "input": f"pixels ({axes}) float32: RGB from 0 to 1, less mean, over std, both per channel",
@@ -126,13 +130,13 @@ def _description(card: ModelCard) -> dict[str, object]:
     }
 
 
-def _inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> Iterator[Tensor]:
-    """(2 or more, 3, *P) of each real file, or noise."""
+def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> Iterator[Tensor]:
+    """Normalised views of each file, or noise: float32, (2 or more, 3, [T,] H, W)."""
     protocol, missing = PROTOCOLS["videoswin-4x3"], [path for path in check if not path.exists()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file")
-    for path, kind in find_media_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
-        if preprocessing.frames is None and kind == IMAGE:
+    for path, media_type in find_media_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
+        if preprocessing.frames is None and media_type == IMAGE:
             pixels = read_image_views(path, protocol, preprocessing)
         else:
             pixels, _ = read_views(path, protocol, preprocessing)
@@ -156,15 +160,15 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
         exported, dynamo=True, opset_version=opset, input_names=["pixels"], output_names=["logits"], verbose=False
     )
     if program is None:
-        raise UserError(f"{part}: torch gave no ONNX program")
+        raise UserError(f"{part}: torch.onnx.export returned no program; use .pt2")
     program.model.metadata_props[KEY] = description
     program.save(part)
     session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0])
 
 
-def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Checked:
-    """Over batches of different sizes, the first of one sample: the number must be free. NaN counts as infinite."""
+def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Comparison:
+    """Run both on the same batches, whose sizes should differ. A NaN counts as an infinite difference."""
     worst, samples, same = 0.0, 0, 0
     for batch in batches:
         with torch.no_grad():
@@ -173,12 +177,12 @@ def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Chec
         top = min(TOP, ours.shape[1])
         agreeing = (ours.topk(top).indices == theirs.topk(top).indices).all(dim=1)
         samples, same = samples + len(batch), same + int(agreeing.sum())
-    return Checked(worst, samples, same)
+    return Comparison(worst, samples, same)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on their own internals; errors come through."""
+def _without_exporter_notes() -> Iterator[None]:
+    """Silence warnings and notes of the exporters about their own internals; errors still come through."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Predictions as text for people, as JSON and as CSV."""
+"""Predictions and search results as text for people, as JSON and as CSV. The keys and columns are a public format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.over_time import SegmentPrediction
@@ -15,79 +15,102 @@ from video_swinv2.inference.predictor import Prediction
 from video_swinv2.inference.retrieval import SearchResult
 
 Form = Literal["text", "json", "csv"]
-FOUND_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
-COLUMNS = ("path", "start_seconds", "end_seconds", "rank", "class", "probability", "error")
+PREDICTION_COLUMNS = ("path", "start_seconds", "end_seconds", "rank", "class", "probability", "error")
+SEARCH_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
 
 
-def show(predictions: Sequence[Prediction], form: Form = "text") -> str:
-    """All predictions: text, a JSON list of them, or rows of CSV without their header.
+def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -> str:
+    """All predictions as text, as a JSON list, or as rows of CSV without the header (see `csv_header`).
 
-    In CSV a class is a row; those of windows have times (and are left to `format_segment`), those of the whole have none.
+    A row of CSV is one class. Rows of a whole file have no times; those of its segments are left to `format_segment`.
     """
     if form == "json":
-        return json.dumps([asdict(prediction) for prediction in predictions], indent=1)
+        return json.dumps([_prediction_as_json(prediction) for prediction in predictions], indent=1)
     if form == "csv":
         rows: list[Sequence[object]] = []
         for prediction in predictions:
             if prediction.error:
                 rows.append((prediction.path, "", "", "", "", "", prediction.error))
-            rows += _rows(prediction.path, "", "", prediction.answers)
-        return _csv(rows)
+            rows += _class_rows(prediction.path, "", "", prediction.answers)
+        return _to_csv(rows)
     lines = []
     for prediction in predictions:
         lines.append(f"{prediction.path}: {prediction.error}" if prediction.error else prediction.path)
-        lines += [f"  {100 * answer.probability:5.1f} %  {answer.name}" for answer in prediction.answers]
+        lines += _class_lines(prediction.answers)
         if prediction.skipped:
-            lines.append(
-                f"  {prediction.skipped} windows came faster than the model answers and were skipped; raise --every"
-            )
+            lines.append(f"  skipped {prediction.skipped} segments, the stream is faster than the model; raise --every")
     return "\n".join(lines)
 
 
-def header(form: Form) -> str:
-    """What stands before everything else, '' for nothing."""
-    return _csv([COLUMNS]) if form == "csv" else ""
+def csv_header(form: Form) -> str:
+    """The header row for CSV; empty for the other forms."""
+    return _to_csv([PREDICTION_COLUMNS]) if form == "csv" else ""
 
 
-def format_segment(path: str, moment: SegmentPrediction, form: Form) -> str:
-    """The answers of one window, as soon as they are known; '' in JSON, which is whole only at the end."""
-    start, end = f"{moment.start_seconds:.2f}", f"{moment.end_seconds:.2f}"
+def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
+    """The prediction of one segment, to print as soon as it is known; empty for JSON, which is written at the end."""
+    start, end = f"{segment.start_seconds:.2f}", f"{segment.end_seconds:.2f}"
     if form == "csv":
-        return _csv(_rows(path, start, end, moment.answers))
+        return _to_csv(_class_rows(path, start, end, segment.answers))
     if form == "json":
         return ""
-    said = ", ".join(f"{answer.name} {100 * answer.probability:.0f} %" for answer in moment.answers[:3])
-    return f"{path}  {start:>7s} to {end:>7s} s  {said}"
+    best = ", ".join(f"{answer.name} {100 * answer.probability:.0f} %" for answer in segment.answers[:3])
+    return f"{path}  {start:>7s} to {end:>7s} s  {best}"
 
 
-def format_search_results(found: Sequence[SearchResult], form: Form) -> str:
-    """The neighbours of all queries: text, a JSON list, or CSV with a header."""
+def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
+    """The neighbours of all queries as text, as a JSON list, or as CSV with a header."""
     if form == "json":
-        return json.dumps([asdict(one) for one in found], indent=1)
+        return json.dumps([_search_result_as_json(result) for result in results], indent=1)
     if form == "csv":
-        rows: list[Sequence[object]] = [FOUND_COLUMNS]
-        for one in found:
-            if one.error:
-                rows.append((one.path, "", "", "", "", one.error))
-            for rank, near in enumerate(one.neighbours, start=1):
-                rows.append((one.path, rank, near.path, near.label, f"{near.likeness:.6f}", ""))
-        return _csv(rows)
+        rows: list[Sequence[object]] = [SEARCH_COLUMNS]
+        for result in results:
+            if result.error:
+                rows.append((result.path, "", "", "", "", result.error))
+            for rank, near in enumerate(result.neighbours, start=1):
+                rows.append((result.path, rank, near.path, near.label, f"{near.similarity:.6f}", ""))
+        return _to_csv(rows)
     lines = []
-    for one in found:
-        lines.append(f"{one.path}: {one.error}" if one.error else one.path)
-        lines += [f"  {near.likeness:7.4f}  {near.path}" for near in one.neighbours]
-        lines += [f"  {100 * answer.probability:5.1f} %  {answer.name}" for answer in one.answers]
+    for result in results:
+        lines.append(f"{result.path}: {result.error}" if result.error else result.path)
+        lines += [f"  {near.similarity:7.4f}  {near.path}" for near in result.neighbours]
+        lines += _class_lines(result.answers)
     return "\n".join(lines)
 
 
-def _rows(path: str, start: str, end: str, answers: Sequence[Answer]) -> list[Sequence[object]]:
+def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "path": prediction.path,
+        "answers": [asdict(answer) for answer in prediction.answers],
+        "error": prediction.error,
+        "windows": [asdict(segment) for segment in prediction.segments],
+        "skipped": prediction.skipped,
+    }
+
+
+def _search_result_as_json(result: SearchResult) -> dict[str, Any]:
+    return {
+        "path": result.path,
+        "neighbours": [
+            {"path": near.path, "label": near.label, "likeness": near.similarity} for near in result.neighbours
+        ],
+        "answers": [asdict(answer) for answer in result.answers],
+        "error": result.error,
+    }
+
+
+def _class_lines(answers: Sequence[Answer]) -> list[str]:
+    return [f"  {100 * answer.probability:5.1f} %  {answer.name}" for answer in answers]
+
+
+def _class_rows(path: str, start: str, end: str, answers: Sequence[Answer]) -> list[Sequence[object]]:
     return [
         (path, start, end, rank, answer.name, f"{answer.probability:.6f}", "")
         for rank, answer in enumerate(answers, start=1)
     ]
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
+def _to_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().rstrip("\n")

@@ -1,4 +1,4 @@
-"""Which files are videos and which are images, by what is in them."""
+"""Tells videos, images and other files apart by their content, and finds them in folders."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_swinv2.data.images import IMAGE_SUFFIXES
-from video_swinv2.data.manifest import VIDEO_SUFFIXES
+from video_swinv2.data.lists import VIDEO_SUFFIXES
 from video_swinv2.errors import UsageError
 
 VIDEO = "video"
 IMAGE = "image"
-HEAD_BYTES = 400
+HEAD_BYTES = 400  # enough for every signature below; MPEG-TS needs the most, three packets of 188 bytes
+# An MP4 or QuickTime file starts with the length of its first box (4 bytes), then the type of that box.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+# HEIC and AVIF images are in MP4 containers too; the brand after `ftyp` tells them from videos.
 _STILL_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
-_VIDEO_STARTS = (
+_VIDEO_SIGNATURES = (
     b"\x1a\x45\xdf\xa3",  # Matroska, WebM
     b"FLV\x01",
     b"OggS",
@@ -22,13 +24,13 @@ _VIDEO_STARTS = (
     b"\x00\x00\x01\xb3",  # MPEG video
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF, WMV
 )
-_IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
+_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
 
 
 def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | None]]:
-    """(file, its kind): files given by name whatever they are, and those of the kind `wanted` in folders, sorted.
+    """Expand folders into the files of media type `wanted` inside them, sorted. Returns (file, its media type).
 
-    Raises UsageError for a folder that holds none.
+    A file given by name is returned whatever its type is. Raises UsageError for a folder without a wanted file.
     """
     found: list[tuple[Path, str | None]] = []
     for path in paths:
@@ -37,13 +39,16 @@ def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str
             continue
         inside = [file for file in sorted(path.rglob("*")) if file.is_file() and media_type_of(file) == wanted]
         if not inside:
-            raise UsageError(f"{path}: no {wanted} in this folder, and this model takes {wanted}s")
+            raise UsageError(f"{path}: no {wanted} in this folder; this model takes {wanted}s")
         found += [(file, wanted) for file in inside]
     return found
 
 
 def media_type_of(path: Path) -> str | None:
-    """VIDEO or IMAGE by the first bytes, else by the suffix, so that a broken video is still one; None for neither."""
+    """VIDEO or IMAGE by the first bytes; if they say nothing, by the suffix; None for neither.
+
+    The suffix matters for a damaged video: it should be reported as one that cannot be read, not passed over.
+    """
     try:
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
@@ -55,12 +60,12 @@ def media_type_of(path: Path) -> str | None:
 
 
 def media_type_of_bytes(head: bytes) -> str | None:
-    """VIDEO or IMAGE by the marks that containers begin with; None for none of them."""
+    """VIDEO or IMAGE by the first HEAD_BYTES bytes of a file; None if they match no known container."""
     riff = head[8:12] if head.startswith(b"RIFF") else b""
     mpeg_ts = len(head) > 376 and head[0] == head[188] == head[376] == 0x47
     still = head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS
-    if head.startswith(_IMAGE_STARTS) or riff == b"WEBP" or still:
+    if head.startswith(_IMAGE_SIGNATURES) or riff == b"WEBP" or still:
         return IMAGE
-    if head.startswith(_VIDEO_STARTS) or head[4:8] in _MP4_BOXES or riff == b"AVI " or mpeg_ts:
+    if head.startswith(_VIDEO_SIGNATURES) or head[4:8] in _MP4_BOXES or riff == b"AVI " or mpeg_ts:
         return VIDEO
     return None

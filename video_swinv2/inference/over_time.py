@@ -1,4 +1,4 @@
-"""What a model says of a video as it goes on, window after window. K classes."""
+"""Classification over time: segment after segment of a video or stream, and the mean over all of them. K classes."""
 
 from __future__ import annotations
 
@@ -16,79 +16,97 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.inference.classifier import Answer, Classifier
-from video_swinv2.inference.watching import StreamSummary, WatchRequest, Watcher
 from video_swinv2.inference.segments import Segment
+from video_swinv2.inference.watching import StreamSummary, Watcher, WatchRequest
 from video_swinv2.weights.store import ModelCard
 
 
 @dataclass(frozen=True)
 class SegmentPrediction:
-    """The likeliest classes of one window of a video, which shows it from `start_seconds` to `end_seconds`."""
+    """The most likely classes of the segment whose frames lie between `start_seconds` and `end_seconds`."""
 
     start_seconds: float
     end_seconds: float
     answers: tuple[Answer, ...]
 
 
-Tell = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
+OnSegment = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
+"""Called with each segment, its probabilities (K,), and its most likely classes."""
 
 
-def task_for(
+def request_for(
     card: ModelCard, source: str, *, ahead: int, every_seconds: float | None = None, seconds: float = math.inf
 ) -> WatchRequest:
-    """What has to be cut from a source for this model. Raises UsageError for times that cannot be."""
-    for name, value in (("--every", every_seconds), ("--seconds", seconds)):
+    """Which segments to cut from `source` for this model: its frames, stride and size.
+
+    every_seconds: from the start of a segment to the start of the next; by default they follow without overlap.
+    seconds: how much of the stream to watch. ahead: how many segments may wait for the model. Raises UsageError unless
+    the times are positive.
+    """
+    for option, value in (("--every", every_seconds), ("--seconds", seconds)):
         if value is not None and not value > 0:
-            raise UsageError(f"{name} {value:g}: give seconds, more than 0")
+            raise UsageError(f"{option} {value:g}: must be greater than 0 seconds")
     frames, stride = clip_frames_and_stride(card.preprocessing)
     size = card.preprocessing.image_size
     return WatchRequest(source, frames, stride, size, every_seconds=every_seconds, seconds=seconds, ahead=ahead)
 
 
-def classify_segments(classifier: Classifier, watcher: Watcher, batch: int, tell: Tell) -> tuple[NDArray[np.float64], StreamSummary]:
-    """Answer all windows of a source, `batch` at once -> the mean of their probabilities (K,), and what there was.
+def classify_segments(
+    classifier: Classifier, watcher: Watcher, batch: int, on_segment: OnSegment
+) -> tuple[NDArray[np.float64], StreamSummary]:
+    """Classify every segment, `batch` at a time. Returns the mean of their probabilities (K,), and the stream's totals.
 
-    tell: is given each window, its probabilities (K,), and them in words.
+    The mean weighs every segment equally: those of a live stream that were skipped do not count. Raises UserError if
+    the source cannot be read or ends without a single frame.
     """
-    total, count = np.zeros(len(classifier.card.classes)), 0
-    for windows in _batches(watcher, batch):
-        pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).permute(0, 4, 1, 2, 3)
-        rows = classifier.probabilities(pixels if classifier.card.preprocessing.frames is not None else pixels.squeeze(2))
-        for window, row in zip(windows, rows, strict=True):
-            moment = SegmentPrediction(min(window.seconds), max(window.seconds), classifier.best(row))
-            watcher.answer([(answer.name, answer.probability) for answer in moment.answers])
-            tell(window, row, moment)
-            total, count = total + row, count + 1
+    takes_video = classifier.card.preprocessing.frames is not None
+    sum_of_probabilities, count = np.zeros(len(classifier.card.classes)), 0
+    for segments in _batches(watcher, batch):
+        pixels = np.stack([segment.pixels for segment in segments])  # (V, T, H, W, 3)
+        views = torch.from_numpy(pixels).permute(0, 4, 1, 2, 3)  # (V, 3, T, H, W)
+        # An image model sees segments of a single frame: (V, 3, 1, H, W) -> (V, 3, H, W).
+        rows = classifier.probabilities(views if takes_video else views.squeeze(2))
+        for segment, row in zip(segments, rows, strict=True):
+            # Looping over a short stream or damaged clocks may leave times out of order, hence not first and last.
+            prediction = SegmentPrediction(min(segment.seconds), max(segment.seconds), classifier.top_classes(row))
+            # The answer lets the decoder go on, and is what it writes on the annotated video.
+            watcher.answer([(answer.name, answer.probability) for answer in prediction.answers])
+            on_segment(segment, row, prediction)
+            sum_of_probabilities, count = sum_of_probabilities + row, count + 1
     if watcher.summary is None or not count:
-        raise UserError("the source ended before a picture came")
+        raise UserError("the source ended before the first frame")
     watcher.finish()
-    return total / count, watcher.summary
+    return sum_of_probabilities / count, watcher.summary
 
 
 @contextmanager
-def interrupt_ends(watcher: Watcher) -> Iterator[None]:
-    """Inside, the first Ctrl-C ends the source, not the work. Threads get no signals: nothing changes in them."""
+def stop_at_interrupt(watcher: Watcher) -> Iterator[None]:
+    """Inside the context, the first Ctrl-C ends the stream, so that what was seen until then is still answered.
+
+    The second Ctrl-C interrupts the program as usual. A no-op outside the main thread, which alone receives signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
         watcher.stop()
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _batches(watcher: Watcher, size: int) -> Iterator[Sequence[Segment]]:
-    windows: list[Segment] = []
-    for window in watcher:
-        windows.append(window)
-        if len(windows) == size:
-            yield windows
-            windows = []
-    if windows:
-        yield windows
+    """Groups of `size` segments; the last may be smaller."""
+    segments: list[Segment] = []
+    for segment in watcher:
+        segments.append(segment)
+        if len(segments) == size:
+            yield segments
+            segments = []
+    if segments:
+        yield segments

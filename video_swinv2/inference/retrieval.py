@@ -1,6 +1,6 @@
-"""Finding videos like others by frozen features: vectors of files, kept as a gallery, and its nearest ones to a query.
+"""Search by example: feature vectors of files, saved as a gallery, and the files in it nearest to a query.
 
-Needs no class and no training, so it serves fields that no head was made for. N files, C channels.
+Needs neither classes nor training, so it also serves where no classifier exists. N files, C channels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from video_swinv2.evaluation.probe import TEMPERATURE
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.media_types import IMAGE, VIDEO
-from video_swinv2.inference.predictor import STREAM, find_sources
+from video_swinv2.inference.predictor import STREAM, find_sources, unreadable_reason
 from video_swinv2.report.scores import read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """names as found; labels, '' where there is none; vectors (N, C), zeros where `reasons` says why there is none.
+    """The feature vectors of N files.
 
-    Equal `record`s, plain JSON, make vectors that can be compared.
+    names: as found. labels: empty where a file has none. vectors: (N, C) float32, zero for files that could not be
+    read. reasons: why, empty for files that could. record: how the vectors were made, as JSON; only vectors with equal
+    records can be compared.
     """
 
     names: tuple[str, ...]
@@ -42,16 +44,16 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A file of a gallery, its label, and the cosine between its vector and the query's."""
+    """A file of the gallery, its label, and the cosine similarity of its vector and the query's, -1 to 1."""
 
     path: str
     label: str
-    likeness: float
+    similarity: float
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The files most like one, the likest first, and the shares of their labels in a vote; or why there is nothing."""
+    """The files of a gallery nearest to one query, nearest first, and the vote of their labels; or an `error`."""
 
     path: str
     neighbours: tuple[Neighbour, ...]
@@ -69,38 +71,35 @@ def make_gallery(
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
 ) -> Gallery:
-    """The vectors of files and of all videos (for an image model: images) in folders, by any known checkpoint.
+    """Compute the vectors of files, and of the videos (for an image model: images) in folders.
 
-    In a folder of folders, the first of them on the way to a file is its label. Raises UsageError for a stream and for
-    a folder that holds no such file, UserError where nothing could be read.
+    The model is a checkpoint in any supported layout. In a folder with subfolders, a file's label is the name of the
+    first subfolder on the way to it. Raises UsageError for a stream and for a folder without a suitable file, UserError
+    if no file at all can be read.
     """
-    chosen = find_protocol(protocol)
+    chosen_protocol = find_protocol(protocol)
     overrides = TestOverrides(
         device=device, batch_views=batch_views, workers=workers, time_limit_seconds=time_limit_seconds
     )
     backbone = open_backbone(Path(model_path), overrides)
     wanted = VIDEO if backbone.preprocessing.frames is not None else IMAGE
-    names, labels, kinds = [], [], []
-    for source in map(str, sources):
-        for name, kind in find_sources([source], wanted):
-            if kind == STREAM:
-                raise UsageError(f"{name}: is a stream; features are made of files")
-            inside = Path(name).relative_to(source).parts if Path(source).is_dir() else ()
-            names.append(name)
-            labels.append(inside[0] if len(inside) > 1 else "")
-            kinds.append(kind)
-    reasons = [_reason(name, kind, wanted) for name, kind in zip(names, kinds, strict=True)]
+    names, labels, media_types = _find_labelled_files(sources, wanted)
+    reasons = [
+        unreadable_reason(Path(name), media_type, wanted) for name, media_type in zip(names, media_types, strict=True)
+    ]
     vectors = np.zeros((len(names), backbone.model.num_features), np.float32)
-    for kind, views in ((VIDEO, chosen), (IMAGE, protocol_for_images(chosen))):
-        places = [i for i, reason in enumerate(reasons) if not reason and kinds[i] == kind]
-        if places:
-            made, why = _features(backbone, [names[i] for i in places], views, overrides)
-            vectors[places] = made
-            for i, reason in zip(places, why, strict=True):
+    # Videos and images are read in different views, each kind in one go.
+    for media_type, views in ((VIDEO, chosen_protocol), (IMAGE, protocol_for_images(chosen_protocol))):
+        positions = [i for i, reason in enumerate(reasons) if not reason and media_types[i] == media_type]
+        if positions:
+            some_vectors, some_reasons = _extract(backbone, [names[i] for i in positions], views, overrides)
+            vectors[positions] = some_vectors
+            for i, reason in zip(positions, some_reasons, strict=True):
                 reasons[i] = reason.removeprefix(f"{names[i]}: ")
     if all(reasons):
-        raise UserError(f"{names[0]}: {reasons[0]}; of {len(names)} files none could be read")
+        raise UserError(f"{names[0]}: {reasons[0]}; none of {len(names)} files could be read")
     record = {
+        # Where the weights were read from does not change the vectors.
         "backbone": {key: value for key, value in backbone.record.items() if key != "path"},
         "preprocessing": asdict(backbone.preprocessing),
         "protocol": protocol,
@@ -109,15 +108,15 @@ def make_gallery(
 
 
 def save_gallery(gallery: Gallery, path: Path) -> None:
-    """Write an `.npz` file; UserError where that cannot be done."""
+    """Write a gallery as an `.npz` file. Raises UsageError for another suffix, UserError if it cannot be written."""
     if path.suffix != ".npz":
-        raise UsageError(f"{path}: give a name that ends in .npz")
+        raise UsageError(f"{path}: the name must end in .npz")
     texts = {key: np.array(getattr(gallery, key), dtype=np.str_) for key in ("names", "labels", "reasons", "record")}
     write_arrays(path, {**texts, "vectors": gallery.vectors})
 
 
 def load_gallery(path: Path) -> Gallery:
-    """The gallery of a file; UserError if it is none."""
+    """Read what `save_gallery` wrote. Raises UserError for any other file."""
     arrays = read_arrays(path, "make it with `predict --features`")
     try:
         names, labels, reasons = (tuple(arrays[key].tolist()) for key in ("names", "labels", "reasons"))
@@ -127,54 +126,68 @@ def load_gallery(path: Path) -> Gallery:
 
 
 def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
-    """The k files of a gallery nearest to each of the queries by cosine, and the vote of their labels.
+    """Find the k files of a gallery nearest to each query by cosine similarity, and let their labels vote.
 
-    A neighbour's vote weighs exp(cosine / temperature), as in `probe`. Raises UsageError where the two were not made by
-    one model with one protocol.
+    Raises UsageError unless the gallery and the queries come from the same model, sizes and protocol.
     """
     if k < 1:
-        raise UsageError(f"--k {k}: give 1 or more")
+        raise UsageError(f"--k {k}: must be at least 1")
     if gallery.record != queries.record:
-        raise UsageError("the gallery was made with another model, sizes or protocol; make it again with these")
-    read = [i for i, reason in enumerate(gallery.reasons) if not reason]
-    tree = NearestNeighbors(n_neighbors=min(k, len(read)), metric="cosine").fit(gallery.vectors[read])
-    distances, places = tree.kneighbors(queries.vectors)
-    found = []
+        raise UsageError(
+            "the gallery was made with another model, other sizes or another protocol; make it again with the same ones"
+        )
+    readable = [i for i, reason in enumerate(gallery.reasons) if not reason]
+    tree = NearestNeighbors(n_neighbors=min(k, len(readable)), metric="cosine").fit(gallery.vectors[readable])
+    distances, positions = tree.kneighbors(queries.vectors)  # both (queries, k); positions within `readable`
+    results = []
     for i, name in enumerate(queries.names):
         if queries.reasons[i]:
-            found.append(SearchResult(name, (), (), queries.reasons[i]))
+            results.append(SearchResult(name, (), (), queries.reasons[i]))
             continue
         nearest = tuple(
-            Neighbour(gallery.names[read[place]], gallery.labels[read[place]], 1.0 - float(distance))
-            for place, distance in zip(places[i], distances[i], strict=True)
+            # scikit-learn's cosine distance is 1 - cosine
+            Neighbour(gallery.names[readable[position]], gallery.labels[readable[position]], 1.0 - float(distance))
+            for position, distance in zip(positions[i], distances[i], strict=True)
         )
-        found.append(SearchResult(name, nearest, _vote(nearest)))
-    return found
+        results.append(SearchResult(name, nearest, _vote(nearest)))
+    return results
 
 
-def _features(
+def _find_labelled_files(sources: Sequence[Path | str], wanted: str) -> tuple[list[str], list[str], list[str | None]]:
+    """The names, labels and media types of all files. Raises UsageError for a stream."""
+    names, labels, media_types = [], [], []
+    for source in map(str, sources):
+        for name, media_type in find_sources([source], wanted):
+            if media_type == STREAM:
+                raise UsageError(f"{name}: is a stream; features can be computed for files only")
+            inside = Path(name).relative_to(source).parts if Path(source).is_dir() else ()
+            names.append(name)
+            labels.append(inside[0] if len(inside) > 1 else "")
+            media_types.append(media_type)
+    return names, labels, media_types
+
+
+def _extract(
     backbone: Backbone, names: Sequence[str], protocol: Protocol, overrides: TestOverrides
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Vectors (n, C) of files, and why one could not be read."""
     entries = [Entry(name, Path(name).absolute(), -1) for name in names]
     manifest = Manifest(Path(), "files", (), entries, fingerprint="")
     features = extract_features(backbone, manifest, protocol, overrides, None)
     return features.vectors, features.reasons
 
 
-def _reason(name: str, kind: str | None, wanted: str) -> str:
-    if not Path(name).exists():
-        return "no such file"
-    if kind is None:
-        return "neither a video nor an image"
-    return "an image, and this model takes videos" if (kind, wanted) == (IMAGE, VIDEO) else ""
-
-
 def _vote(neighbours: Sequence[Neighbour]) -> tuple[Answer, ...]:
-    """Shares of the labels, the largest first; none where no neighbour has a label."""
+    """The share of each label, largest first; empty if no neighbour has a label.
+
+    A neighbour votes with weight exp(cosine / temperature), as in `probe`. The cosine is taken relative to 1, which
+    changes no share and keeps the exponential from overflowing.
+    """
     votes: dict[str, float] = {}
-    for one in neighbours:
-        if one.label:
-            votes[one.label] = votes.get(one.label, 0.0) + float(np.exp((one.likeness - 1.0) / TEMPERATURE))
+    for neighbour in neighbours:
+        if neighbour.label:
+            weight = float(np.exp((neighbour.similarity - 1.0) / TEMPERATURE))
+            votes[neighbour.label] = votes.get(neighbour.label, 0.0) + weight
     total = sum(votes.values())
     ranked = sorted(votes.items(), key=lambda item: -item[1])
     return tuple(Answer(label, vote / total) for label, vote in ranked)

@@ -1,4 +1,4 @@
-"""Sliding windows: the clips that are cut from pictures as they come. T frames, H W pixels."""
+"""Overlapping segments of a stream: the clips that a model sees, cut while the frames arrive. T frames, H W pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from video_swinv2.inference.streams import Frame
 
 @dataclass(frozen=True)
 class Segment:
-    """One clip: which frames of the source it shows, at what seconds, and `pixels` uint8 (T, H, W, 3)."""
+    """One clip: the indices of its frames in the stream, their times, and `pixels`, uint8 (T, H, W, 3)."""
 
     indices: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -22,35 +22,43 @@ class Segment:
 
 
 class SegmentCutter:
-    """Cuts a clip of `frames` pictures, `stride` apart, and the next one `hop` pictures later, from an endless row.
+    """Cuts a segment of `frames` frames, `stride` apart, every `hop` frames, from frames that arrive one by one.
 
-    Where the row ends so does its last window, and a row shorter than a window is looped, as in a test.
+    With frames=3, stride=2, hop=3 and a stream of 10 frames, 0 to 9 (each segment spans 5):
+
+        0 . 2 . 4            when frame 4 arrives
+              3 . 5 . 7      when frame 7 arrives
+                  5 . 7 . 9  at the end: the last segment ends with the last frame, whatever the hop
+
+    Only the frames of one span are kept, so the stream may be endless. A stream shorter than one span is repeated from
+    its start, as in a test (`frame_indices`).
     """
 
     def __init__(self, frames: int, stride: int, hop: int) -> None:
         self._frames, self._stride, self._hop = frames, stride, hop
         self._span = (frames - 1) * stride + 1
-        self._kept: deque[Frame] = deque(maxlen=self._span)
+        self._recent: deque[Frame] = deque(maxlen=self._span)
         self._count = 0
-        self._cut_at = 0  # pictures there were when the last window was cut
+        self._count_at_cut = 0  # frames that had arrived when the last segment was cut
 
-    def add(self, picture: Frame) -> Segment | None:
-        """Take one picture; the window that is complete with it, if one is."""
-        self._kept.append(picture)
+    def add(self, frame: Frame) -> Segment | None:
+        """Take the next frame; return the segment that it completes, if any."""
+        self._recent.append(frame)
         self._count += 1
+        # The first segment is complete with frame number `span`, each further one `hop` frames later.
         if self._count < self._span or (self._count - self._span) % self._hop:
             return None
         return self._cut()
 
     def finish(self) -> Segment | None:
-        """The window of what no window has shown yet; None where there is nothing."""
-        return self._cut() if self._count > self._cut_at else None
+        """The last segment, if the stream ended with frames that no segment covers."""
+        return self._cut() if self._count > self._count_at_cut else None
 
     def _cut(self) -> Segment:
-        self._cut_at = self._count
-        chosen = [self._kept[i] for i in frame_indices(0, self._frames, self._stride, len(self._kept))]
+        self._count_at_cut = self._count
+        chosen = [self._recent[i] for i in frame_indices(0, self._frames, self._stride, len(self._recent))]
         return Segment(
-            tuple(picture.index for picture in chosen),
-            tuple(picture.seconds for picture in chosen),
-            np.stack([picture.image for picture in chosen]),
+            tuple(frame.index for frame in chosen),
+            tuple(frame.seconds for frame in chosen),
+            np.stack([frame.image for frame in chosen]),
         )

@@ -271,8 +271,8 @@ def _frames_between_segments(request: WatchRequest, stream: FrameStream) -> int:
     span = (request.frames - 1) * request.stride + 1
     if request.every_seconds is not None:
         return max(1, round(request.every_seconds * stream.fps))
-    if request.max_segments is not None and stream.seconds is not None:
+    if request.max_segments is not None and stream.duration_seconds is not None:
         # n segments have n - 1 gaps between their starts, which share what the last segment leaves of the stream.
-        spare = stream.seconds * stream.fps - span
+        spare = stream.duration_seconds * stream.fps - span
         return max(1, math.ceil(spare / max(1, request.max_segments - 1)))
     return span
