@@ -17,7 +17,7 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.testing import run_test, summary
+from video_swinv2.evaluation.testing import run_test, summarize_tests
 from video_swinv2.evaluation.views import cut_image
 from video_swinv2.report.scores import load_scores
 
@@ -80,7 +80,7 @@ def test_scores_of_class_folders_are_the_models_own(model_path: Path, tmp_path: 
     right = (scores.logits[:, 0].argmax(axis=1) == scores.labels).mean()
     assert result["top1"] == pytest.approx(right)
     assert result["top5"] == 1.0
-    assert "6 of 6 images scored" in summary({"center-1x1": result}, tmp_path)
+    assert "6 of 6 images scored" in summarize_tests({"center-1x1": result}, tmp_path)
     assert "over 6 images" in (tmp_path / "out" / "report.html").read_text()
 
 

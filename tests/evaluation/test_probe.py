@@ -23,7 +23,7 @@ from video_swinv2.errors import UsageError
 from video_swinv2.evaluation import features as features_room
 from video_swinv2.evaluation.features import extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
-from video_swinv2.evaluation.probe import TEMPERATURE, linear, nearest, run_probe
+from video_swinv2.evaluation.probe import TEMPERATURE, ProbeData, knn_probabilities, linear_probabilities, run_probe
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.splits import read_labelled_split
 from video_swinv2.evaluation.views import cut_image
@@ -101,7 +101,7 @@ def test_what_colours_tell_is_found_and_told(
     assert result["channels"] == 256
     assert main([*line, "data.workers=0", "--method", "knn"]) == 0
     told = capsys.readouterr().out
-    assert "3 classes, 24 to learn from, 6 tested; 20% of each class" in told
+    assert "3 classes, 24 training and 6 test samples; 20% of each class" in told
     assert "random weights, k-NN" in told
     assert "linear" not in told
 
@@ -110,15 +110,15 @@ def test_votes_are_counted_as_by_hand() -> None:
     generator = np.random.default_rng(0)
     x, test = (generator.normal(size=(n, 7)).astype(np.float32) for n in (40, 9))
     y = generator.integers(0, 3, 40) * 2  # classes 1 and 3 are never learned
-    shares = nearest(x, y, test, classes=5, k=6)
+    shares = knn_probabilities(x, y, test, classes=5, k=6)
     for vector, row in zip(test, shares, strict=True):
         cosine = [float(vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)) for other in x]
         votes = np.zeros(5)
         for place in sorted(range(40), key=lambda i: -cosine[i])[:6]:
             votes[y[place]] += np.exp(cosine[place] / TEMPERATURE)
         np.testing.assert_allclose(row, votes / votes.sum(), rtol=1e-4)
-    with pytest.raises(UsageError, match="--k 41: there are 40 samples"):
-        nearest(x, y, test, classes=5, k=41)
+    with pytest.raises(UsageError, match="--k 41: there are only 40 training samples"):
+        knn_probabilities(x, y, test, classes=5, k=41)
 
 
 def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
@@ -127,12 +127,12 @@ def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
     y = generator.integers(0, 2, 400)
     x = generator.normal(size=(400, 50)).astype(np.float32)
     x[:, 0] = (y * 2 - 1) * 0.01
-    probabilities, chosen = linear(x[:300], y[:300], x[300:], classes=2, seed=0)
+    probabilities, chosen = linear_probabilities(x[:300], y[:300], x[300:], classes=2, seed=0)
     assert (probabilities.argmax(axis=1) == y[300:]).mean() == 1.0
-    assert (nearest(x[:300], y[:300], x[300:], classes=2, k=5).argmax(axis=1) == y[300:]).mean() < 0.8
+    assert (knn_probabilities(x[:300], y[:300], x[300:], classes=2, k=5).argmax(axis=1) == y[300:]).mean() < 0.8
     assert chosen["C"] in (1e-4, 1e-3, 1e-2, 0.1, 1, 10)
     pure = generator.integers(0, 2, 300)
-    _, chosen = linear(x[:300, 1:], pure, x[300:, 1:], classes=2, seed=0)
+    _, chosen = linear_probabilities(x[:300, 1:], pure, x[300:, 1:], classes=2, seed=0)
     assert chosen["C"] < 1, "noise is best left alone, and cross-validation sees it"
 
 
@@ -150,8 +150,8 @@ def test_kept_features_are_used_again_and_only_for_the_same_things(
     simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    make = features_room._make
-    monkeypatch.setattr(features_room, "_make", lambda *a: made.append(1) or make(*a))
+    make = features_room._compute_features
+    monkeypatch.setattr(features_room, "_compute_features", lambda *a: made.append(1) or make(*a))
     first = probe(simmim[0], data, out=tmp_path, random_weights=True)
     assert len(made) == 3
     assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(first))
@@ -189,16 +189,14 @@ def test_a_broken_file_is_named_and_bounds_the_accuracy(
     assert row["top1_bounds"] == [right / 10, (right + 1) / 10]
     assert [name for name, _ in result["broken"]] == ["train/red/cut.png", "val/red/cut.png"]
     assert "val/red/cut.png" in told
-    assert "2 files could not be read; top-1 of all listed lies between" in told
+    assert "2 files could not be read; top-1 over all listed lies between" in told
     assert result["split"] == "splits train and val of the data set"
 
 
 def test_a_tree_without_splits_is_cut_by_the_seed(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
-    from video_swinv2.evaluation.probe import _Data  # its cut, without features
-
-    source = _Data((read_labelled_split(data, "all"),))
+    source = ProbeData((read_labelled_split(data, "all"),))
     labels = np.repeat(np.arange(3), PER_CLASS)
-    cuts = [source.split(labels, seed) for seed in (0, 0, 1)]
+    cuts = [source.divide(labels, seed) for seed in (0, 0, 1)]
     for cut in cuts:
         assert sorted([*cut.train, *cut.test]) == list(range(3 * PER_CLASS))
         assert Counter(labels[cut.test]) == {0: 2, 1: 2, 2: 2}
@@ -236,8 +234,8 @@ def test_clips_and_a_checkpoint_that_is_none_of_ours(tmp_path: Path, write_video
     ("changes", "words"),
     [
         ({"k": 0}, "1 or more"),
-        ({"k": 25}, "--k 25: there are 24 samples"),
-        ({"train_split": "val", "test_split": "val"}, "cannot be both learned from and tested"),
+        ({"k": 25}, "--k 25: there are only 24 training samples"),
+        ({"train_split": "val", "test_split": "val"}, "cannot be both trained on and tested"),
         ({"train_split": "nowhere"}, "no split 'nowhere'"),
     ],
 )
@@ -249,7 +247,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_classes_too_small_are_refused(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be cut into training and test"):
+    with pytest.raises(UsageError, match="cannot be divided into training and test"):
         probe(simmim[0], colours(tmp_path / "one", 1))
     split = colours(tmp_path / "data" / "train", 1).parent
     colours(split / "val", 1)

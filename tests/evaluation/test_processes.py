@@ -72,11 +72,11 @@ def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path],
     die, times = (lambda: os.kill(os.getpid(), signal.SIGKILL)), Counter[str]()
     really_save, really_keep = parts.PartFolder.save, files.commit_file
 
-    def save(folder: parts.PartFolder, number: int, share: ScoredVideos) -> None:
+    def save(folder: parts.PartFolder, part: int, scored: ScoredVideos) -> None:
         times["save"] += 1
         if kill == "before" and times["save"] == kills:
             die()
-        really_save(folder, number, share)
+        really_save(folder, part, scored)
         if kill == "after" and times["save"] == kills:
             die()
 

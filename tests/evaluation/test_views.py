@@ -16,7 +16,7 @@ from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol
-from video_swinv2.evaluation.views import Shower, cut_views, read_views
+from video_swinv2.evaluation.views import ForwardDecoder, cut_views, read_views
 from video_swinv2.weights.store import Preprocessing
 
 VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
@@ -138,8 +138,8 @@ def test_far_frames_are_reached_by_their_key_frames(
     with VideoReader(path) as reader:
         expected = reader.frames([3, 12, 100, 101, 190], 24)
         decoded["frames"].clear()
-        shower = Shower(reader)
-        found = {index: reader.picture(frame, 24) for index, frame in shower.frames([190, 3, 12, 101, 100])}
+        decoder = ForwardDecoder(reader)
+        found = {index: reader.picture(frame, 24) for index, frame in decoder.frames([190, 3, 12, 101, 100])}
     assert list(found) == [3, 12, 100, 101, 190]
     pictures = torch.from_numpy(np.stack(list(found.values()))).permute(0, 3, 1, 2)
     assert torch.equal(pictures, expected)
@@ -167,9 +167,10 @@ def test_pictures_and_stand_ins_are_the_readers_own(outside_data: Path, name: st
     with VideoReader(outside_data / "odd_clips" / name) as reader:
         wanted = list(range(0, min(len(reader), 60), 7))
         expected = reader.frames(wanted, 40)
-        shower = Shower(reader)
-        found = {index: reader.picture(frame, 40).copy() for index, frame in shower.frames(wanted)}
-        assert shower.stand_ins == reader.missing
+        stand_ins = reader.stand_ins
+        decoder = ForwardDecoder(reader)
+        found = {index: reader.picture(frame, 40).copy() for index, frame in decoder.frames(wanted)}
+        assert reader.stand_ins == 2 * stand_ins, "the same frames have to be replaced"
     pictures = np.stack([found[index] for index in wanted])
     np.testing.assert_array_equal(pictures, expected.permute(0, 2, 3, 1).numpy())
 

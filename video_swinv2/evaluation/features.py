@@ -1,6 +1,6 @@
-"""Frozen features: a model without its head, one vector for each video or image, kept so that they are made once.
+"""Frozen features: one vector per video or image from a model without its head, cached on disk.
 
-N samples, C channels of the last stage.
+N samples, V views of each, C channels of the last stage.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ from video_swinv2.weights.store import Preprocessing
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model whose head is left away, and all that its features depend on besides the data."""
+    """A model without its head, and everything its features depend on besides the data."""
 
     model: SwinV2
     preprocessing: Preprocessing
     record: dict[str, Any] = field(default_factory=dict)
-    """Plain JSON; equal records give equal features."""
+    """What the model is, as plain JSON. Equal records give equal features."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """names as listed; labels (N,), places in the classes; vectors (N, C); reasons, empty where the file was read."""
+    """The features of a split.
+
+    names: as listed. labels: (N,) int64, indices into the classes. vectors: (N, C) float32, zero for files that could
+    not be read. reasons: why, empty for files that could.
+    """
 
     names: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -54,22 +58,22 @@ class Features:
 
     @property
     def read(self) -> NDArray[np.bool_]:
-        """(N,) true where the file could be read."""
+        """(N,) whether the file could be read."""
         return np.array([not reason for reason in self.reasons], dtype=bool)
 
 
 def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
-    """The model of any known checkpoint, SimMIM's among them, at the sizes asked for, without a head.
+    """The model of any known checkpoint (SimMIM's included) without its head, at the sizes that `overrides` gives.
 
-    UserError for a file that cannot be read or explained, UsageError for sizes that do not fit or that nothing tells.
+    Raises UserError for a file that cannot be read or explained, and UsageError for sizes that do not fit the weights,
+    or that neither the file nor `overrides` gives.
     """
     checkpoint = read_checkpoint(path)
-    image_size = overrides.image_size
-    model, _ = open_model(checkpoint, Sizes(overrides.frames, image_size, None, overrides.window))
+    model, _ = open_model(checkpoint, Sizes(overrides.frames, overrides.image_size, None, overrides.window))
     model.reset_classifier(0)
     for block in model.blocks():
         block.attn.attention = overrides.attention or block.attn.attention
-    told = override_preprocessing(preprocessing_of(model, checkpoint), overrides)
+    preprocessing = override_preprocessing(preprocessing_of(model, checkpoint), overrides)
     digests = sorted(sha256(file) for file in checkpoint.source.files)
     record = {
         "path": str(path),
@@ -78,13 +82,14 @@ def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
         "architecture": model.architecture(),
         "weights": "as in the file",
     }
-    return Backbone(model, told, record)
+    return Backbone(model, preprocessing, record)
 
 
 def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
-    """The same architecture as it stands before any training.
+    """The same architecture as initialised, before any training: the baseline of a probe.
 
-    The branches of a fresh SwinV2 are zero: what is left are random projections in the patch embedding and merging.
+    In a freshly initialised SwinV2 every residual branch contributes zero (res-post-norm with a zero scale), so these
+    features are random projections in the patch embedding and merging layers.
     """
     arguments: dict[str, Any] = backbone.model.architecture()
     with torch.random.fork_rng(devices=[]):
@@ -96,14 +101,15 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
 
 
 def extract_features(
-    backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, kept_in: Path | None
+    backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, cache: Path | None
 ) -> Features:
-    """The features of a split, made now, or as kept in the folder `kept_in` by an earlier call for the same things.
+    """The features of a split, computed now or taken from the folder `cache` if an earlier call computed the same.
 
-    A sample is seen in the views of `protocol`; its vector is their mean, each the mean over all tokens after the final
-    norm. Files that cannot be read have a reason instead.
+    Each view of `protocol` gives the mean over all tokens after the final norm; the vector of a sample is the mean over
+    its views. Raises UserError if features are not finite.
     """
     device = choose_device(overrides.device)
+    # Everything that the vectors depend on. Its hash names the cached file, and the file repeats it in full.
     record = {
         "backbone": {key: value for key, value in backbone.record.items() if key != "path"},
         "preprocessing": asdict(backbone.preprocessing),
@@ -115,18 +121,18 @@ def extract_features(
         "samples": len(manifest.entries),
     }
     text = json.dumps(record, sort_keys=True)
-    kept = kept_in and kept_in / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-    if kept and kept.is_file():
-        arrays = read_arrays(kept, "remove it")
+    cached = cache and cache / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    if cached and cached.is_file():
+        arrays = read_arrays(cached, "remove it")
         if str(arrays.get("record")) == text:
             return _from_arrays(arrays)
-    features = _make(backbone, manifest, protocol, overrides, device)
-    if kept:
-        write_arrays(kept, _to_arrays(features) | {"record": np.array(text)})
+    features = _compute_features(backbone, manifest, protocol, overrides, device)
+    if cached:
+        write_arrays(cached, _to_arrays(features) | {"record": np.array(text)})
     return features
 
 
-def _make(
+def _compute_features(
     backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, device: torch.device
 ) -> Features:
     groups = VideoGroups(
@@ -144,19 +150,20 @@ def _make(
     workers = default_workers() if overrides.workers is None else overrides.workers
     with Progress("features", n, unit="samples", shown=True) as progress:
 
-        def keep(group: Group, waited: float) -> None:
-            answers = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
-            means = answers.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
+        def store(group: Group, waited: float) -> None:
+            outputs = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
+            # (G * V, C) -> (G, V, C) -> (G, C)
+            means = outputs.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
             for record, vector in zip(group.videos, means, strict=True):
                 reasons[record.position] = record.reason
                 if not record.reason:
                     if not np.isfinite(vector).all():
                         name = manifest.entries[record.position].name
-                        raise UserError(f"{name}: its features are not finite; check the weights, or precision=fp32")
+                        raise UserError(f"{name}: features are not finite; check the weights, or set precision=fp32")
                     vectors[record.position] = vector
             progress.advance(len(group.videos), waited)
 
-        deliver_groups(groups, range(len(groups)), workers, keep)
+        deliver_groups(groups, range(len(groups)), workers, store)
     names = tuple(entry.name for entry in manifest.entries)
     labels = np.array([entry.label for entry in manifest.entries], dtype=np.int64)
     return Features(names, labels, vectors, tuple(reasons))

@@ -1,7 +1,11 @@
-"""The finished parts of a test, kept so that a test that was killed goes on, and joined when all are there.
+"""The finished parts of a test on disk, so that a killed test resumes, and how they are joined into one.
 
-A shard is some groups of videos that are always the same, whatever the number of processes. G videos, V views of each,
-K classes.
+The videos of a test form groups (one group is about one batch, see `reading.py`), and consecutive groups form parts.
+Which videos are in which part depends on the list and the batch size only, never on the number of processes. So a part
+is computed from the same batches whoever computes it, and its scores are the same to the bit. A part is written when
+it is whole: a process that is killed loses at most the part it was working on.
+
+G videos in a group, V views of each (of all protocols), K classes.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +24,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UserError
-from video_swinv2.report.scores import read_arrays, write_arrays
+from video_swinv2.evaluation.planning import TestPlan
+from video_swinv2.evaluation.reading import Group, VideoRecord
+from video_swinv2.report.metrics import video_probabilities
+from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistakes
+from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, write_arrays
 
 MAX_PARTS = 256
-"""A killed process has to do at most one shard again; more of them are more files to sync and to read."""
+"""With more parts, a killed process would lose less work, but every test would sync and read more files."""
+
+FOLDER = "shards"
+"""The folder's name on disk, which is older than the word *part*."""
 
 
 @dataclass(frozen=True)
 class ScoredVideos:
-    """What is known of some videos: `videos` (places in the list), a row of each other field for each.
+    """What is known about some of a test's videos after scoring: of one part, or of all parts joined.
 
-    logits: (G, V, K) float16. views: (G, V, 5) int32. seconds: (spent, of them waiting for the reading). strips: places
-    (M, 2) of (video, view) and the JPEG of each, one after the other, `strip_bytes` long.
+    videos: (N,) positions in the list; the next five fields have one row for each. logits: (N, V, K) float16.
+    views: (N, V, 5) int32, columns as VIEW_FIELDS. stand_ins: (N,) number of damaged frames that were replaced.
+    reasons: (N,) why a video failed, empty if it did not. seconds: (spent in all, of which spent waiting for the
+    readers). strip_places: (M, 2), the (video, view) of each film strip; `strips` holds their JPEG files back to back,
+    each `strip_bytes` long.
     """
 
     videos: NDArray[np.int64]
@@ -43,24 +58,43 @@ class ScoredVideos:
     strip_bytes: NDArray[np.int64]
     strips: NDArray[np.uint8]
 
-    def pictures(self) -> dict[tuple[int, int], NDArray[np.uint8]]:
-        """The JPEGs by (video, view)."""
-        parts = np.split(self.strips, np.cumsum(self.strip_bytes)[:-1])
-        return {(video, view): part for (video, view), part in zip(self.strip_places.tolist(), parts, strict=False)}
+    def film_strips(self) -> dict[tuple[int, int], NDArray[np.uint8]]:
+        """The JPEG files by (video, view)."""
+        files = np.split(self.strips, np.cumsum(self.strip_bytes)[:-1])
+        return {(video, view): file for (video, view), file in zip(self.strip_places.tolist(), files, strict=False)}
 
 
 class PartFolder:
-    """The shards of one test in `out`/shards; `identity` is of everything that its scores depend on."""
+    """The parts of one test on disk, in a folder named after everything that its scores depend on (`identity`).
+
+    A test with another model, other data or settings therefore never finds these parts.
+    """
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
         text = json.dumps(identity, sort_keys=True)
-        self._parent = out / "shards"
+        self._parent = out / FOLDER
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups
-        self._size = math.ceil(groups / MAX_PARTS)
+        self._groups_per_part = math.ceil(groups / MAX_PARTS)
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return math.ceil(self._groups / self._groups_per_part)
+
+    def groups_in(self, part: int) -> range:
+        """The groups of a part."""
+        return range(part * self._groups_per_part, min((part + 1) * self._groups_per_part, self._groups))
+
+    def part_of(self, group: int) -> int:
+        """The part that a group belongs to."""
+        return group // self._groups_per_part
 
     def open(self) -> list[int]:
-        """Make the folder, remove what other tests left beside it, and tell which shards are still to be done."""
+        """Create the folder, remove what other tests left beside it, and return the parts still to be computed.
+
+        Raises UserError if the folder cannot be created.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for other in self._parent.iterdir():
@@ -68,61 +102,129 @@ class PartFolder:
                     shutil.rmtree(other) if other.is_dir() else other.unlink()
         except OSError as error:
             raise UserError(
-                f"{self._parent.parent}: cannot be made a folder ({error.strerror}); choose another --out"
+                f"{self._parent.parent}: cannot create the folder ({error.strerror}); choose another --out"
             ) from error
-        return [number for number in range(self.number) if not self._path(number).is_file()]
+        return [part for part in range(self.count) if not self._path(part).is_file()]
 
-    @property
-    def number(self) -> int:
-        """How many shards there are."""
-        return math.ceil(self._groups / self._size)
-
-    def groups(self, number: int) -> range:
-        """The groups of a shard."""
-        return range(number * self._size, min((number + 1) * self._size, self._groups))
-
-    def shard_of(self, group: int) -> int:
-        """The shard that a group belongs to."""
-        return group // self._size
-
-    def save(self, number: int, share: ScoredVideos) -> None:
-        """Keep a finished shard, whole or not at all."""
-        write_arrays(self._path(number), {name: getattr(share, name) for name in ScoredVideos.__dataclass_fields__})
+    def save(self, part: int, scored: ScoredVideos) -> None:
+        """Write a finished part atomically."""
+        write_arrays(self._path(part), {name: getattr(scored, name) for name in ScoredVideos.__dataclass_fields__})
 
     def join(self, videos: int) -> ScoredVideos:
-        """All shards as one, in the order of the list of `videos` videos; see `join_scored_videos`."""
-        mend = "`out` must be a folder that all processes share; run the test again"
-        arrays = [read_arrays(self._path(number), mend) for number in range(self.number)]
-        return join_scored_videos([ScoredVideos(**parts) for parts in arrays], videos)
+        """All parts as one, in the order of the list of `videos` videos. Raises UserError as `join_scored_videos`."""
+        fix = "`out` must be a folder that all processes share; run the test again"
+        arrays = [read_arrays(self._path(part), fix) for part in range(self.count)]
+        return join_scored_videos([ScoredVideos(**part) for part in arrays], videos)
 
     def remove(self) -> None:
-        """Forget the shards of a test that is done."""
+        """Delete the parts of a finished test."""
         shutil.rmtree(self._parent)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:05d}.npz"
+    def _path(self, part: int) -> Path:
+        return self._folder / f"{part:05d}.npz"
 
 
-def join_scored_videos(shares: Sequence[ScoredVideos], n: int) -> ScoredVideos:
-    """The rows of all shares in the order of the list of `n` videos; UserError unless each (video, view) is there once.
+def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
+    """The rows of all parts in the order of the list of `n` videos.
 
-    Raises UserError also where shares have other numbers of views.
+    This is where exactly one score per (video, view) is asserted. Raises UserError if a video is missing or occurs
+    twice, and if the parts differ in their number of views or classes.
     """
-    shapes = {(share.logits.shape[1:], share.views.shape[1]) for share in shares}
+    shapes = {(part.logits.shape[1:], part.views.shape[1]) for part in parts}
     if len(shapes) > 1:
-        raise UserError(f"shares have views and classes {sorted(shapes)}, not the same; run the test again")
-    videos = np.concatenate([share.videos for share in shares])
+        raise UserError(f"parts have different numbers of views or classes ({sorted(shapes)}); run the test again")
+    videos = np.concatenate([part.videos for part in parts])
+    # times[i] counts the rows of video i. An unknown position >= n makes the array longer than n.
     times = np.bincount(videos, minlength=n)
     if times.size != n or (times != 1).any():
-        missing, twice = int((times == 0).sum()), int((times > 1).sum())
-        raise UserError(f"of {n} videos {missing} were not scored and {twice} more than once; run the test again")
+        missing, repeated = int((times == 0).sum()), int((times > 1).sum())
+        raise UserError(
+            f"of {n} videos {missing} were not scored and {repeated} were scored more than once; run the test again"
+        )
     order = np.argsort(videos)
-    ordered = {
-        name: np.concatenate([getattr(share, name) for share in shares])[order]
-        for name in ("videos", "logits", "views", "stand_ins", "reasons")
+    one_row_per_video = ("videos", "logits", "views", "stand_ins", "reasons")
+    back_to_back = ("strip_places", "strip_bytes", "strips")
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in one_row_per_video + back_to_back
     }
-    after_each_other = {
-        name: np.concatenate([getattr(share, name) for share in shares])
-        for name in ("strip_places", "strip_bytes", "strips")
-    }
-    return ScoredVideos(**ordered, **after_each_other, seconds=np.sum([share.seconds for share in shares], axis=0))
+    joined |= {name: joined[name][order] for name in one_row_per_video}
+    return ScoredVideos(**joined, seconds=np.sum([part.seconds for part in parts], axis=0))
+
+
+class PartBuilder:
+    """Collects the scored groups of the parts in progress, and the film strips of the surest mistakes among them.
+
+    The report shows a few mistakes with their frames. The frames are in memory only while their group is scored, so a
+    strip is made for every mistake that is among the surest of its protocol *so far*; later ones may displace it.
+    """
+
+    def __init__(self, plan: TestPlan) -> None:
+        self._plan = plan
+        self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], bytes]]] = {}
+        # For each protocol, the probabilities of this process's surest mistakes by (video, view). Whatever is less
+        # sure than all of them cannot be among the surest of the whole test.
+        self._surest: list[dict[tuple[int, int], float]] = [{} for _ in plan.protocols]
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def add(self, group: Group, logits: NDArray[np.float16]) -> None:
+        """Add a group with its (G, V, K) logits. Adding the same group again changes nothing."""
+        views = logits.shape[1]
+        strips: dict[tuple[int, int], bytes] = {}
+        for (protocol, columns), surest in zip(self._plan.columns(), self._surest, strict=True):
+            scores = self._scores_of(group, logits[:, columns])
+            for mistake in surest_mistakes(scores, video_probabilities(scores, protocol.average)):
+                view = columns.start + mistake.view
+                place = (group.videos[mistake.position].position, view)
+                surest[place] = mistake.answer_probability
+                if len(surest) > MAX_MISTAKES:
+                    # Drop the least sure; of equals the one later in the list, as the report does.
+                    del surest[min(surest, key=lambda other: (surest[other], -other[0]))]
+                if place in surest:
+                    strips[place] = film_strip(group.pixels[mistake.position * views + view])
+        self._groups[group.number] = group.videos, logits, strips
+
+    def build(self, numbers: Sequence[int], waited: float) -> ScoredVideos:
+        """The part made of the groups `numbers`; `waited` is the time spent waiting for the readers so far, in all."""
+        groups = [self._groups[number] for number in numbers]
+        records = [record for videos, _, _ in groups for record in videos]
+        strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
+        logits, now = np.concatenate([logits for _, logits, _ in groups]), time.perf_counter()
+        scored = ScoredVideos(
+            videos=np.array([record.position for record in records], dtype=np.int64),
+            logits=logits,
+            views=_view_rows(records, logits.shape[1]),
+            stand_ins=np.array([record.stand_ins for record in records], dtype=np.int32),
+            reasons=np.array([record.reason for record in records], dtype=np.str_),
+            seconds=np.array([now - self._started, waited - self._waited]),
+            strip_places=np.array(list(strips), dtype=np.int64).reshape(-1, 2),
+            strip_bytes=np.array([len(strip) for strip in strips.values()], dtype=np.int64),
+            strips=np.frombuffer(b"".join(strips.values()), dtype=np.uint8),
+        )
+        self._started, self._waited = now, waited
+        return scored
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Free the groups of a part that has been saved."""
+        for number in numbers:
+            self._groups.pop(number, None)
+
+    def _scores_of(self, group: Group, logits: NDArray[np.float16]) -> Scores:
+        entries = [self._plan.manifest.entries[record.position] for record in group.videos]
+        return Scores(
+            paths=tuple(entry.name for entry in entries),
+            labels=np.array([entry.label for entry in entries], dtype=np.int64),
+            logits=logits,
+            views=np.zeros((*logits.shape[:2], len(VIEW_FIELDS)), dtype=np.int32),
+            reasons=tuple(record.reason for record in group.videos),
+            classes=self._plan.card.classes,
+            metadata={},
+        )
+
+
+def _view_rows(records: Sequence[VideoRecord], n_views: int) -> NDArray[np.int32]:
+    """(N, V, 5): where each view lies, columns as VIEW_FIELDS; NO_VIEW for videos that failed."""
+    views = np.full((len(records), n_views, len(VIEW_FIELDS)), NO_VIEW, dtype=np.int32)
+    for row, record in zip(views, records, strict=True):
+        if not record.reason:
+            row[:] = [(view.start, *view.box) for view in record.views]
+    return views

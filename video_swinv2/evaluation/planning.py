@@ -1,4 +1,10 @@
-"""What a test is about to do, settled before its first video is opened, and the record that tells it afterwards."""
+"""What a test will do, decided before the first video is opened, and the record of it that goes into the results.
+
+How every video is scored exactly once, whatever the number of processes: the list of videos is cut into groups
+(`TestPlan.groups`; a few full batches each), groups into parts (`parts.PartFolder`), and rank r of w takes parts r,
+r + w, r + 2w, ... of those not yet on disk (`testing.py`). Both cuts depend only on the plan, so any number of
+processes, before and after a kill, works on the same parts; joining them checks that each video occurs once.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +36,9 @@ from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, rea
 
 @dataclass(frozen=True)
 class TestPlan:
-    """A model, the videos it is tested on and the views it sees of them; results go to `out`."""
+    """A model, the videos it is tested on and the views of them that it sees; results go to `out`."""
 
-    __test__ = False  # pytest takes classes called Test* for tests
+    __test__ = False  # pytest would collect a class called Test*
 
     model_path: Path
     card: ModelCard
@@ -44,12 +50,16 @@ class TestPlan:
 
     @property
     def unit(self) -> str:
-        """What the samples are called."""
+        """What the samples are called in messages and reports."""
         return "images" if is_image(self.manifest.entries[0]) else "videos"
 
     @property
     def groups(self) -> VideoGroups:
-        """The reading of the videos, each group some full batches."""
+        """The videos in groups that are read and scored together, as many as fill whole batches.
+
+        A group always holds the same videos, so every video is always in the same batch beside the same others. That
+        makes scores equal to the bit: the order in which a matrix product is summed may depend on the batch.
+        """
         views = sum(protocol.views for protocol in self.protocols)
         return VideoGroups(
             self.manifest.entries,
@@ -62,14 +72,14 @@ class TestPlan:
         )
 
     def columns(self) -> Iterator[tuple[Protocol, slice]]:
-        """Each protocol, and where its views are among all views of a video."""
+        """Each protocol, and its views among all views of a video, which follow one another in one axis."""
         first = 0
         for protocol in self.protocols:
             yield protocol, slice(first, first + protocol.views)
             first += protocol.views
 
     def folder(self, protocol: Protocol) -> Path:
-        """Where the results of a protocol go: `out` itself where it is the only one."""
+        """The folder for the results of a protocol: `out` itself if it is the only one."""
         return self.out if len(self.protocols) == 1 else self.out / protocol.folder
 
 
@@ -83,19 +93,24 @@ def plan_test(
     out: Path,
     overrides: TestOverrides,
 ) -> TestPlan:
-    """Read what is small; UsageError for what cannot be right. protocols: names joined by commas."""
+    """Read the model card and the list of videos, and check that they fit; opens no video.
+
+    `protocols` are names joined by commas. Raises UsageError for whatever would make the test meaningless.
+    """
     chosen = find_protocols(protocols)
     card = read_card(model_path)
     if not card.classes:
-        raise UsageError(f"{model_path}: holds no class names, so no label can be checked; save the model with classes")
+        raise UsageError(
+            f"{model_path}: contains no class names to check labels against; save the model with its classes"
+        )
     preprocessing = override_preprocessing(card.preprocessing, overrides)
     manifest = read_labelled_split(data, split, card.classes, classes_by)
-    looked_at = tuple(protocol_for_split(manifest, protocol, preprocessing) for protocol in chosen)
-    return TestPlan(model_path, card, preprocessing, looked_at, manifest, overrides, out)
+    applied = tuple(protocol_for_split(manifest, protocol, preprocessing) for protocol in chosen)
+    return TestPlan(model_path, card, preprocessing, applied, manifest, overrides, out)
 
 
 def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
-    """What the scores of every protocol are of: enough to repeat the test, or to refuse a comparison. Plain JSON."""
+    """The record that all protocols share: enough to repeat the test, or to refuse a comparison. Plain JSON."""
     preprocessing, overrides = plan.preprocessing, plan.overrides
     origins = read_origins(plan.manifest)
     return ({"origins": origins} if any(origins) else {}) | {
@@ -116,7 +131,7 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
         "data": str(plan.manifest.root),
         "split": plan.manifest.split,
         "data_fingerprint": plan.manifest.fingerprint,
-        "lost_in_preparation": plan.manifest.lost,
+        "lost_in_preparation": plan.manifest.failed_in_preparation,
         "decoder": f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}",
         "versions": {
             "video_swinv2": video_swinv2.__version__,
@@ -133,7 +148,7 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
 
 
 def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
-    """The part of the record that is one protocol's."""
+    """The part of the record that belongs to one protocol."""
     frames, stride = clip_frames_and_stride(plan.preprocessing)
     stride = protocol.stride or stride
     return {
@@ -148,27 +163,30 @@ def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
 
 
 def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
-    """All that the scores depend on, to the bit: finished shards are used again where this is the same.
+    """Everything the scores depend on, to the bit: finished parts are reused only by a test with an equal identity.
 
-    Processes, threads and reading workers are no part of it, nor where the files lie.
+    The number of processes, threads and reading workers is not part of it, nor is the place of the files.
     """
-    ways = {"workers", "device"}
+    without_effect = {"workers", "device"}
     kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
     return {key: record[key] for key in kept} | {
         "model": record["model"]["sha256"],
-        "overrides": {key: value for key, value in record["overrides"].items() if key not in ways},
+        "overrides": {key: value for key, value in record["overrides"].items() if key not in without_effect},
         "protocols": [record_protocol(plan, protocol)["protocol_numbers"] for protocol in plan.protocols],
     }
 
 
 def read_origins(manifest: Manifest) -> list[str]:
-    """The video that each video was cut from, '' where unknown, as the state of a prepared data set tells."""
-    state, told = manifest.root / "prep.sqlite", {}
+    """The original that each video of the split was cut from, as recorded by `data_prep`; '' if unknown.
+
+    Videos cut from one original are not independent samples; confidence intervals resample originals.
+    """
+    state, origins = manifest.root / "prep.sqlite", {}
     if state.is_file():
-        # Not a state that we can read is a state that tells nothing: the test is of the videos.
+        # An unreadable state only costs the origins; the videos can be tested without them.
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"{state.as_uri()}?mode=ro", uri=True)) as base:
-            told = dict(base.execute("SELECT target, origin FROM clips"))
-    return [told.get(entry.name, "") for entry in manifest.entries]
+            origins = dict(base.execute("SELECT target, origin FROM clips"))
+    return [origins.get(entry.name, "") for entry in manifest.entries]
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """The pixels of a video's views, all cut from a single decode. V views, T frames, H W pixels of the crop.
 
-Neighbouring views share most of their frames: in a 12-view test of 10-second videos, 4 clips x 3 crops show 384 frames,
-of which at most 128 are different. So each video is opened once and decoded forwards once; each frame that any view shows is
-resized once (per resize the protocols ask for), and copied into every (view, position in the clip) that shows it.
+The views of a video share most of their frames: 4 clips x 3 crops of 32 frames show 384, of which at most 128 are
+different. So each video is opened once and decoded forwards once; each frame that any view shows is resized once (per
+resize the protocols ask for), and its crops are copied to every (view, position in the clip) that shows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.placement import resized_short_side
@@ -79,8 +79,8 @@ def cut_views(
                 uses.setdefault(index, []).append((len(views), position, side))
             views.append(ordered)
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
-    shower = Shower(reader)
-    for index, frame in shower.frames(list(uses)):
+    stand_ins_before = reader.stand_ins
+    for index, frame in ForwardDecoder(reader).frames(list(uses)):
         pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in uses[index]}}
         for row, position, side in uses[index]:
             top, left, height, width = views[row].box
@@ -88,72 +88,52 @@ def cut_views(
             pixels[row, :, position] = crop.transpose(2, 0, 1)  # into (V, 3, T, H, W) at [row, :, position]
     # An image model takes single frames: T is 1, and the axis is dropped.
     clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
-    return clips, tuple(views), shower.stand_ins
+    return clips, tuple(views), reader.stand_ins - stand_ins_before
 
 
-class Shower:
-    """The frames of an open video that are asked for, as decoded, in one forward pass.
-
-    `stand_ins` counts the frames so far that could not be decoded and were stood in for by their neighbours.
-    """
+class ForwardDecoder:
+    """Chosen frames of an open video, as decoded, in one forward pass that leaps over long gaps."""
 
     def __init__(self, reader: VideoReader) -> None:
-        self.stand_ins = 0
         self._reader = reader
-        self._longest = 0  # way from one key frame to the next, of those that were passed
+        self._longest_gop = 0  # frames from one key frame to the next: the longest group of pictures met so far
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame as decoded) of `wanted`, mostly ascending. Raises DecodeError where nothing can be decoded."""
+        """(index, frame as decoded) of `wanted`: ascending, then those that `VideoReader.decode_damaged` had to replace.
+
+        Raises DecodeError if nothing can be decoded.
+        """
         left = dict.fromkeys(sorted(wanted))
-        lost: list[int] = []
+        damaged: list[int] = []
         while left:
-            reached = yield from self._run(left)
-            passed = [index for index in left if index <= reached]
-            lost += passed
+            reached = yield from self._decode_to_gap(left)
+            passed = [index for index in left if index <= reached]  # without having been decoded
+            damaged += passed
             for index in passed:
                 del left[index]
-        # What is lost when decoding starts at a key frame may be there when it starts at the first.
-        if lost:
-            yield from self._from_the_start(lost)
+        if damaged:
+            yield from self._reader.decode_damaged(damaged)
 
-    def _run(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
-        """Decode on from the key frame before the first of `left` to a gap that is worth a leap; the index reached.
+    def _decode_to_gap(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
+        """Decode from the key frame before the first of `left` to a gap worth leaping over; returns the index reached.
 
-        Takes what it yields out of `left`.
+        Removes what it yields from `left`.
         """
         key: int | None = None
         for index, frame in self._reader.sequence(next(iter(left))):
             if frame.key_frame:
-                self._longest = max(self._longest, index - (index if key is None else key))
+                self._longest_gop = max(self._longest_gop, index - (index if key is None else key))
                 key = index
             if index not in left:
                 continue
             del left[index]
             yield index, frame
             ahead = next((other for other in left if other > index), None)
-            # Where key frames go on as regularly, the one before the next frame wanted is still to come.
-            if ahead is None or 0 < self._longest < ahead - index:
+            # If key frames continue at this distance, there is one between here and the next wanted frame: decoding can
+            # start again at that one. With none passed yet, nothing is known and decoding continues.
+            if ahead is None or 0 < self._longest_gop < ahead - index:
                 return index
         return math.inf
-
-    def _from_the_start(self, lost: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """The lost frames: decoded after all, or the nearest earlier one that decodes, or else the next."""
-        waiting = list(lost)
-        before: av.VideoFrame | None = None
-        for index, frame in self._reader.sequence():
-            while waiting and waiting[0] < index:
-                self.stand_ins += 1
-                yield waiting.pop(0), before or frame
-            if waiting and waiting[0] == index:
-                yield waiting.pop(0), frame
-            if not waiting:
-                return
-            before = frame
-        if before is None:
-            raise DecodeError(f"{self._reader.path}: no frame can be decoded", "no_frames")
-        for index in waiting:
-            self.stand_ins += 1
-            yield index, before
 
 
 def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:
