@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from video_swinv2.bench.loader import PlainClips, Reading, bench_loader, show_loader
+from video_swinv2.bench.loader import PlainClips, Reading, bench_loader, loader_table
 from video_swinv2.data.manifest import Entry
 from video_swinv2.errors import UsageError
 
@@ -31,7 +31,7 @@ def test_both_loaders_are_timed(tmp_path: Path, write_video: Any) -> None:
     assert [row["workers"] for row in result["rows"]] == [0, 1]
     assert all(row["ours"] > 0 and row["plain"] > 0 for row in result["rows"])
     assert set(result["parts_ms"]) == {"open", "decode", "augment"}
-    text = show_loader(result)
+    text = loader_table(result)
     assert "clips of 4x32x32" in text
     assert f"| 1 | {result['rows'][1]['ours']:.2f} |" in text
     json.dumps(result)

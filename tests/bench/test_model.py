@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.weights.released import randomise
-from video_swinv2.bench import model as bench
-from video_swinv2.bench.model import bench_layer, bench_model, show_layer, show_model
+from video_swinv2.bench.layer import bench_layer, layer_table
+from video_swinv2.bench.model import bench_model, model_table
+from video_swinv2.bench.peers import build_image_encoder, build_side, compare_on_masked_images
 from video_swinv2.errors import UsageError
 
 
@@ -23,7 +24,7 @@ def test_both_models_are_raced_and_weighed():
     assert all(100 * 2**20 < peak < 2 * 2**30 for peak in result["peak_bytes"].values())
     assert all(0 < share < 1 for share in result["share_of_floor"].values())
     assert all(sum(shares.values()) == pytest.approx(1) for shares in result["where_time_goes"].values())
-    text = show_model(result)
+    text = model_table(result)
     assert "against torchvision swin3d_t: [1, 3, 2, 32, 32]" in text
     assert f"{result['races'][0]['ratio']:.2f}" in text
     json.dumps(result)
@@ -36,15 +37,15 @@ def test_simmim_is_raced_against_timms_encoder():
     ]
     # Gradients of 2.4 million weights and of the head's 800,000 are 12 MiB.
     assert all(12 * 2**20 < peak < 2**30 for peak in result["peak_bytes"].values())
-    assert "against timm SwinTransformerV2 (as swinv2_nano_window12_64): [2, 3, 64, 64]" in show_model(result)
+    assert "against timm SwinTransformerV2 (as swinv2_nano_window12_64): [2, 3, 64, 64]" in model_table(result)
     json.dumps(result)
 
 
 def test_both_encoders_are_one_function():
     """With the same weights in timm's encoder and in ours, loss and gradients agree: the race is over the same work."""
     # 96 pixels make whole windows: where there is something to pad, timm attends to the padding and we do not.
-    contest = bench._masked_images("swinv2_nano", batch=2, pixels=96)
-    ours, peer = (bench._build(contest, kind).eval() for kind in ("ours", "peer"))
+    comparison = compare_on_masked_images("swinv2_nano", batch=2, pixels=96)
+    ours, peer = (build_side(comparison, kind).eval() for kind in ("ours", "peer"))
     randomise(ours)
     renamed = {}
     for name, value in ours.state_dict().items():
@@ -55,7 +56,7 @@ def test_both_encoders_are_one_function():
     missing, unexpected = peer.load_state_dict(renamed, strict=False)
     assert all(name.endswith(("k_bias", "relative_coords_table", "relative_position_index")) for name in missing)
     assert not unexpected
-    x = torch.randn(contest.shape)
+    x = torch.randn(comparison.shape)
     losses = [model(x) for model in (ours, peer)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     for loss in losses:
@@ -73,9 +74,9 @@ def test_both_encoders_are_one_function():
 def test_the_peer_of_base_is_timms_own_model():
     import timm
 
-    contest = bench._masked_images("swinv2_base", batch=1, pixels=None)
+    comparison = compare_on_masked_images("swinv2_base", batch=1, pixels=None)
     with torch.device("meta"):
-        peer = bench._image_encoder("peer", contest.name, contest.shape[-1]).model
+        peer = build_image_encoder("peer", comparison.name, comparison.shape[-1]).model
         released = timm.create_model("swinv2_base_window12_192", pretrained=False, num_classes=0)
     assert {n: p.shape for n, p in peer.named_parameters()} == {n: p.shape for n, p in released.named_parameters()}
     rates = [
@@ -92,11 +93,11 @@ def test_every_backend_has_its_row():
     ]
     assert [row["backend"] for row in rows if "not_run" in row] == ["flex", "flex"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows if "not_run" not in row)
-    assert show_layer(rows).count("8, 4, 4") == 8
+    assert layer_table(rows).count("8, 4, 4") == 8
 
 
 def test_a_size_that_torchvision_lacks_is_refused():
-    with pytest.raises(UsageError, match="swinv2_giant: torchvision has no such size"):
+    with pytest.raises(UsageError, match="swinv2_giant: torchvision has no model of this size"):
         bench_model("swinv2_giant", rounds=1, threads=1, device="cpu")
     with pytest.raises(UsageError, match="timm's SwinV2 has no extra norms"):
         bench_model("swinv2_huge", against="timm", rounds=1, threads=1, device="cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from video_swinv2.bench import train as bench
-from video_swinv2.bench.train import Way, Workload, show_train, ways
+from video_swinv2.bench.train import TrainingSetup, Workload, training_setups, training_table
 from video_swinv2.errors import UsageError
 
 WORK = Workload("swinv2_tiny", 2, 32, (8, 7, 7), 1, 1, "cpu", "fp32", rounds=1, threads=1)
@@ -17,7 +17,7 @@ WORK = Workload("swinv2_tiny", 2, 32, (8, 7, 7), 1, 1, "cpu", "fp32", rounds=1, 
 
 def test_what_is_compared() -> None:
     """Ours under each engine, compiled and not, between two turns of torchvision's."""
-    alone, several = ways(1), ways(8)
+    alone, several = training_setups(1), training_setups(8)
     assert (alone[0].peer, alone[-1].peer) == (True, True)
     assert {way.zero_stage for way in alone if not way.peer} == {None, 0, 1, 2, 3}
     assert {way.zero_stage for way in several} == {0, 1, 2, 3}, "the plain engine knows one process"
@@ -25,16 +25,17 @@ def test_what_is_compared() -> None:
 
 
 def test_a_step_of_ours_and_of_torchvisions() -> None:
-    result = bench.bench_train(WORK, [Way("torchvision", peer=True), Way("plain")])
+    result = bench.bench_train(WORK, [TrainingSetup("torchvision", peer=True), TrainingSetup("plain")])
     peer, ours = result["rows"]
     for row in (peer, ours):
         # Gradients and two moments of 28 million weights.
         assert 3 * 4 * 27e6 < row["peak_bytes"] < 4e9
         assert row["clips_per_second"] == pytest.approx(1 / row["step_seconds"])
         assert row["tflops"] > 0
-    text = show_train(result)
+    text = training_table(result)
     assert "swinv2_tiny and torchvision swin3d_t: 1 clips of 2x32x32" in text
-    assert f"| {ours['clips_per_second']:.3g} |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| plain"))
+    assert f" {ours['clips_per_second']:.3g} |" in row
     json.dumps(result)
 
 
@@ -47,13 +48,15 @@ def test_products_are_three_passes_of_both_models() -> None:
 
 
 def test_a_way_that_cannot_be_run_says_why() -> None:
-    result = bench.bench_train(WORK, [Way("ZeRO-3, compiled", zero_stage=3, compiled=True)])
+    result = bench.bench_train(WORK, [TrainingSetup("ZeRO-3, compiled", zero_stage=3, compiled=True)])
     assert "recompiles" in result["rows"][0]["not_run"]
-    assert "| ZeRO-3, compiled | not run: " in show_train(result)
+    text = training_table(result)
+    assert "| ZeRO-3, compiled | not run |" in text
+    assert f"ZeRO-3, compiled: not run: {result['rows'][0]['not_run']}" in text
 
 
 def test_wrong_requests() -> None:
-    with pytest.raises(UsageError, match="torchvision has no such size"):
+    with pytest.raises(UsageError, match="torchvision has no model of this size"):
         bench.bench_train(dataclasses.replace(WORK, model="swinv2_giant"))
     with pytest.raises(UsageError, match="GPUs"):
         bench.bench_train(dataclasses.replace(WORK, device="cuda", processes=torch.cuda.device_count() + 1))

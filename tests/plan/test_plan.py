@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
-from video_swinv2.bench.train import Way, Workload, run_way
+from video_swinv2.bench.train import TrainingSetup, Workload, run_setup
 from video_swinv2.cli import main
 from video_swinv2.config import Config, validate_config
 from video_swinv2.errors import UsageError
@@ -357,5 +357,5 @@ def test_the_plan_is_near_the_measured_peak(
     )
     plan = make_plan(settings, processes=processes, samples=100, classes=400)
     work = Workload(name, 8, 112, (8, 7, 7), 2, processes, "cpu", "fp32", rounds=1, threads=1)
-    measured = run_way(work, Way("measured", zero_stage=zero_stage))
+    measured = run_setup(work, TrainingSetup("measured", zero_stage=zero_stage))
     assert plan.peak == pytest.approx(measured["peak_bytes"], rel=0.1)

@@ -1,4 +1,4 @@
-"""The doctor: a sound machine, and faults made for real, each with its mend."""
+"""The doctor: a sound machine, and real faults, each with its fix."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from video_swinv2.bench.sample_clip import number_of, write_clip
+from video_swinv2.bench.sample_clip import frame_number, write_clip
 from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.tools import doctor
-from video_swinv2.tools.doctor import Finding, check_decoders, check_disk, check_shared_memory, show
+from video_swinv2.tools.doctor import Finding, check_decoders, check_disk, check_shared_memory, findings_text
 
 BROKEN_IMPORT = "raise ImportError('libsomething.so.3: cannot open shared object file')\n"
 
 
 def run(script: str, *, limit: int | None = None, shadow: Path | None = None) -> Finding:
-    """The finding that a fresh process prints as JSON, with few files allowed or a broken package in front."""
+    """The finding of a check in a fresh process that may open `limit` files and imports from `shadow` first."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if shadow:
         environment["PYTHONPATH"] = str(shadow)
@@ -47,13 +47,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_the_made_clip_tells_its_frames(tmp_path: Path) -> None:
-    """Every frame of it, so that a decoder that is one frame off is found out."""
+def test_every_frame_of_the_generated_clip_encodes_its_number(tmp_path: Path) -> None:
     count = write_clip(tmp_path / "clip.mp4", size=(64, 96), seconds=1)
     with VideoReader(tmp_path / "clip.mp4") as video:
         frames = video.frames(range(len(video)))
     assert len(frames) == count == 30
-    seen = [number_of(float(frame[:, 30:34, 44:52].float().mean()), count) for frame in frames]
+    seen = [frame_number(float(frame[:, 30:34, 44:52].float().mean()), count) for frame in frames]
     assert seen == pytest.approx(range(30), abs=0.4)
 
 
@@ -61,38 +60,39 @@ def test_decoders_are_tried_on_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.name: finding for finding in check_decoders()}
     assert found["PyAV"] == Finding("PyAV", "ok", "frames are exact")
     assert found["decord"].state in ("ok", "note")
-    monkeypatch.setattr(doctor, "FRAMES_ASKED", (0, 8, 16, 29))  # asks for one and is told by its picture of another
+    monkeypatch.setattr(doctor, "TEST_FRAMES", (0, 8, 16, 29))
     real = doctor._read_av
+    # A decoder that returns other frames than requested: 0, 16, 29, 29.
     monkeypatch.setattr(doctor, "_read_av", lambda path: [real(path)[0], *real(path)[2:], real(path)[-1]])
     wrong = next(finding for finding in check_decoders() if finding.name == "PyAV")
-    assert (wrong.state, wrong.mend) == ("fault", "pip install av")
-    assert "other frames" in wrong.found
+    assert (wrong.state, wrong.fix) == ("fault", "pip install av")
+    assert wrong.found == "returns wrong frames for 8, 16"
 
 
 def test_a_full_disk(small_disk: Path) -> None:
     found = check_disk(small_disk / "runs")
     assert found.state == "fault"
     assert f"MB free in {small_disk}" in found.found
-    assert "name another folder" in found.mend
+    assert "choose another folder" in found.fix
 
 
 def test_a_disk_that_cannot_be_written() -> None:
     found = check_disk(Path("/proc/runs"))
     assert found.state == "fault"
-    assert "/proc cannot be written" in found.found
+    assert "/proc is not writable" in found.found
 
 
 def test_little_shared_memory(small_disk: Path) -> None:
     found = check_shared_memory(small_disk)
     assert found.state == "fault"
-    assert "--shm-size" in found.mend
+    assert "--shm-size" in found.fix
     assert check_shared_memory(small_disk / "absent").state == "note"
 
 
 def test_few_open_files() -> None:
     found = run("[check_open_files()]", limit=256)
     assert (found.state, found.found) == ("fault", "at most 256")
-    assert found.mend.startswith("ulimit -n ")
+    assert found.fix.startswith("ulimit -n ")
 
 
 def test_a_broken_deepspeed(tmp_path: Path) -> None:
@@ -100,36 +100,42 @@ def test_a_broken_deepspeed(tmp_path: Path) -> None:
     found = run("check_deepspeed()", shadow=tmp_path)
     assert (found.name, found.state) == ("DeepSpeed", "fault")
     assert "libsomething.so.3" in found.found
-    assert "engine.engine=plain" in found.mend
+    assert "engine.engine=plain" in found.fix
 
 
 def test_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "OLDEST", {"torch": (99, 0), "nosuchpackage": (1, 0)})
+    monkeypatch.setattr(doctor, "MIN_VERSIONS", {"torch": (99, 0), "nosuchpackage": (1, 0)})
     old, absent = doctor.check_packages()
-    assert (old.state, old.mend) == ("fault", "pip install 'torch>=99.0'")
+    assert (old.state, old.fix) == ("fault", "pip install 'torch>=99.0'")
     assert (absent.state, absent.found) == ("fault", "not installed")
 
 
 def test_the_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever a check raises is a fault with a mend, and faults decide the exit code."""
-    quick = ("check_packages", "check_device", "check_processes", "check_deepspeed", "check_decoders")
-    for name in quick:
+    """Whatever a check raises is a fault with a fix, and any fault makes the exit code 1."""
+    slow = ("check_packages", "check_device", "check_processes", "check_deepspeed", "check_decoders")
+    for name in slow:
         monkeypatch.setattr(doctor, name, lambda: [])
     monkeypatch.setattr(doctor, "check_bf16", lambda: 1 / 0)
     assert main(["doctor", "--folder", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "fault bf16" in text
     assert "division by zero" in text
-    assert "mend: " in text
+    assert "fix: install the packages again" in text
     monkeypatch.setattr(doctor, "check_bf16", lambda: [Finding("bf16", "ok", "there")])
-    assert main(["doctor", "--folder", str(tmp_path), "--json"]) in (0, 1)
-    assert any(finding["name"] == "disk" for finding in json.loads(capsys.readouterr().out))
+    for state, code in (("ok", 0), ("note", 0), ("fault", 1)):
+        for name in ("disk", "shared_memory", "open_files", "memory"):
+            monkeypatch.setattr(doctor, f"check_{name}", lambda *_, name=name: Finding(name, "ok", "enough"))
+        monkeypatch.setattr(doctor, "check_disk", lambda folder, state=state: Finding("disk", state, str(folder), "x"))
+        assert main(["doctor", "--folder", str(tmp_path), "--json"]) == code
+        found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+        assert found["disk"] == {"name": "disk", "state": state, "found": str(tmp_path), "fix": "x"}
+        assert found["memory"]["state"] == "ok"
 
 
 def test_words_for_people() -> None:
-    text = show([Finding("a", "ok", "there"), Finding("b", "note", "odd", "look")])
+    text = findings_text([Finding("a", "ok", "there"), Finding("b", "note", "odd", "look")])
     assert text.splitlines()[-1] == "this machine is fit to train"
-    assert "mend: look" in text
+    assert "fix: look" in text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A clip made when it is needed, for machines without data: what decoders and loaders are tried on."""
+"""A generated clip, for machines without data: what `doctor`, `plan` and `bench` read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy as np
 
 from video_swinv2.errors import UserError
 
-SIZE = (256, 340)  # a usual prepared Kinetics video: short side 256, 10 s at 30 frames a second, key frames 16 apart
+# A typical prepared Kinetics video: short side 256, 10 s at 30 frames a second, a key frame every 16 frames.
+SIZE = (256, 340)  # (H, W)
 FPS, SECONDS, GOP = 30, 10, 16
 
 
 def write_clip(path: Path, *, size: tuple[int, int] = SIZE, seconds: float = SECONDS) -> int:
-    """Encode a moving, textured picture as H.264 in MP4, as `data_prep` does; the number of frames.
+    """Encode a moving, textured picture as H.264 in MP4, as `data_prep` does; returns the number of frames.
 
-    The grey of the frame's middle tells its number (`number_of`). UserError where this PyAV cannot encode.
+    The grey in the middle of a frame encodes its number, see `frame_number`. Raises UserError if PyAV cannot encode it.
     """
     height, width = size
     rows, columns = np.mgrid[:height, :width]
+    # Noise that moves with the picture, so that the stream has the bit rate of a real video.
     grain = np.random.default_rng(0).integers(-12, 13, (height, 2 * width, 3))
     count = round(seconds * FPS)
     options = {"crf": "23", "preset": "veryfast", "bf": "0", "g": str(GOP), "threads": "1"}
@@ -31,22 +33,20 @@ def write_clip(path: Path, *, size: tuple[int, int] = SIZE, seconds: float = SEC
             for number in range(count):
                 wave = 110 + 60 * np.sin((columns + 3 * number) / 17) + 40 * np.cos((rows - 2 * number) / 11)
                 picture = wave[..., None] + grain[:, number % width : number % width + width]
-                picture[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = grey_of(number, count)
+                picture[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = frame_grey(number, count)
                 image = np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8))
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             out.mux(stream.encode())
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(
-            f"{path}: H.264 cannot be encoded here ({error}); install PyAV's own wheel (pip install av)"
-        ) from error
+        raise UserError(f"{path}: cannot encode H.264 ({error}); install PyAV's own wheel (pip install av)") from error
     return count
 
 
-def grey_of(number: int, count: int) -> int:
-    """The grey that frame `number` of `count` has in its middle."""
+def frame_grey(number: int, count: int) -> int:
+    """The grey in the middle of frame `number` of `count`, from 16 to 236."""
     return round(16 + 220 * number / max(count - 1, 1))
 
 
-def number_of(grey: float, count: int) -> float:
-    """The frame that a grey in the middle tells."""
+def frame_number(grey: float, count: int) -> float:
+    """The number of the frame with this grey in its middle; the inverse of `frame_grey`."""
     return (grey - 16) / 220 * max(count - 1, 1)

@@ -1,7 +1,7 @@
-"""Speed and memory of training steps on clips: engines, ZeRO stages, torch.compile, next to torchvision's Video Swin.
+"""Speed and memory of training steps on clips: engines, ZeRO stages and torch.compile beside torchvision's Video Swin.
 
-Each way to train runs in processes of its own, one after another, on the same made-up clips, with the engine and the
-optimizer that `train` uses. What reading clips costs is `bench loader`.
+Each setup runs in fresh processes, one setup after the other, on the same random clips, with the engine and the
+optimizer that `train` uses. The cost of reading clips is measured by `bench loader`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from video_swinv2.bench.measuring import product_speed, read_peak, start_peak, wall
-from video_swinv2.bench.model import PEERS
+from video_swinv2.bench.measuring import (
+    matmul_flops_per_second,
+    peak_bytes,
+    reset_peak_bytes,
+    table_text,
+    wall_seconds,
+)
+from video_swinv2.bench.peers import build_torchvision, torchvision_peer
 from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.devices import product_dtype
 from video_swinv2.distributed.world import World, join_world, leave_world
@@ -34,20 +40,20 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
 from video_swinv2.training.flops import count_forward_flops
 
-WARM_UP = 2  # steps before the clock runs: moments are made in the first, programs compiled in both
+WARM_UP_STEPS = 2  # not timed: the first allocates the moments, and both may compile
 CLASSES = 400
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every way to train is given."""
+    """What every setup trains on."""
 
     model: str
     frames: int
     pixels: int
     window: tuple[int, ...]
     clips: int
-    """Per process and step."""
+    """Clips per process and step."""
     processes: int
     device: str
     precision: str
@@ -57,45 +63,47 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Way:
+class TrainingSetup:
     """One way to train: whose model, which engine, compiled or not."""
 
     name: str
     peer: bool = False
     zero_stage: int | None = None
-    """None: the plain engine, which knows one process only."""
+    """None for the plain engine, which supports one process only."""
     compiled: bool = False
 
 
-def ways(processes: int) -> tuple[Way, ...]:
-    """All there is to compare; the plain engine where there is one process."""
-    plain = (Way("plain"), Way("plain, compiled", compiled=True)) if processes == 1 else ()
-    zero = tuple(Way(f"ZeRO-{stage}", zero_stage=stage) for stage in (0, 1, 2, 3))
-    compiled = Way("ZeRO-1, compiled", zero_stage=1, compiled=True)
+def training_setups(processes: int) -> tuple[TrainingSetup, ...]:
+    """All setups to compare; the plain engine only with one process."""
+    plain = (TrainingSetup("plain"), TrainingSetup("plain, compiled", compiled=True)) if processes == 1 else ()
+    zero = tuple(TrainingSetup(f"ZeRO-{stage}", zero_stage=stage) for stage in (0, 1, 2, 3))
+    compiled = TrainingSetup("ZeRO-1, compiled", zero_stage=1, compiled=True)
     stage = None if processes == 1 else 1
-    # The peer is measured first and last: what drifts on the machine in between shows.
-    peers = (Way("torchvision", peer=True, zero_stage=stage), Way("torchvision again", peer=True, zero_stage=stage))
-    return (peers[0], *plain, *zero, compiled, peers[1])
+    # The peer is measured first and last, so that a drift of the machine in between is visible.
+    first, last = (TrainingSetup(name, peer=True, zero_stage=stage) for name in ("torchvision", "torchvision again"))
+    return (first, *plain, *zero, compiled, last)
 
 
-def bench_train(work: Workload, chosen: Sequence[Way] | None = None) -> dict[str, Any]:
-    """Clips per second, seconds of a step, peak memory and TFLOP/s of each way, or why it could not be run.
+def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -> dict[str, Any]:
+    """Clips per second, seconds per step, peak memory and TFLOP/s of each setup, or why it did not run; plain JSON.
 
-    Operations are those of the model's products, forward times three; what is computed again for memory is not counted.
-    UsageError for a size that torchvision lacks.
+    FLOPs are those of the model's matrix products, three times the forward pass; recomputation by activation
+    checkpointing is not counted. Raises UsageError for a size that torchvision does not have, and for too few GPUs.
     """
-    if work.model not in PEERS:
-        raise UsageError(f"--model {work.model}: torchvision has no such size; there are {', '.join(PEERS)}")
+    peer_name = torchvision_peer(work.model)
     if work.device == "cuda" and torch.cuda.device_count() < work.processes:
-        raise UsageError(f"--processes {work.processes}: this machine shows {torch.cuda.device_count()} GPUs")
+        raise UsageError(
+            f"--processes {work.processes}: only {torch.cuda.device_count()} GPUs are visible; start fewer processes"
+        )
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
-    speed = product_speed(device, lambda: wall(device), product_dtype(work.precision, device))
+    speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
-    rows = [_row(work, way, flops[way.peer], speed) for way in (ways(work.processes) if chosen is None else chosen)]
+    chosen = training_setups(work.processes) if setups is None else setups
+    rows = [_row(work, setup, flops[setup.peer], speed) for setup in chosen]
     return {
         "work": asdict(work),
-        "peer": f"torchvision {PEERS[work.model]}",
+        "peer": f"torchvision {peer_name}",
         "torch": torch.__version__,
         "device_name": torch.cuda.get_device_name() if work.device == "cuda" else "CPU",
         "product_tflops": speed / 1e12,
@@ -103,9 +111,9 @@ def bench_train(work: Workload, chosen: Sequence[Way] | None = None) -> dict[str
     }
 
 
-def _row(work: Workload, way: Way, flops_per_clip: int, speed: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"way": way.name, "peer": way.peer, "compiled": way.compiled}
-    measured = run_way(work, way)
+def _row(work: Workload, setup: TrainingSetup, flops_per_clip: int, speed: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"way": setup.name, "peer": setup.peer, "compiled": setup.compiled}
+    measured = run_setup(work, setup)
     if "not_run" in measured:
         return row | measured
     seconds = statistics.median(measured["seconds"])
@@ -120,27 +128,27 @@ def _row(work: Workload, way: Way, flops_per_clip: int, speed: float) -> dict[st
     }
 
 
-def run_way(work: Workload, way: Way) -> dict[str, Any]:
-    """`seconds` of each step and `peak_bytes`, the most of any process, measured in fresh processes; or `not_run`."""
+def run_setup(work: Workload, setup: TrainingSetup) -> dict[str, Any]:
+    """`seconds` of each step and the largest `peak_bytes` of any process, in fresh processes; or `not_run`."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_train, (work, way, folder), work.processes)
+            spawn(_train, (work, setup, folder), work.processes)
         except ProcessRaisedException as error:
-            return {"not_run": _last_words(str(error))}
+            return {"not_run": _last_error_line(str(error))}
         except ProcessExitedException as error:
-            return {"not_run": f"a process was killed, as the system does where memory is short ({error})"}
-        parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
-    return {"seconds": parts[0]["seconds"], "peak_bytes": max(part["peak_bytes"] for part in parts)}
+            return {"not_run": f"a process was killed, probably for lack of memory ({error})"}
+        measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    return {"seconds": measured[0]["seconds"], "peak_bytes": max(one["peak_bytes"] for one in measured)}
 
 
-def _last_words(trace: str) -> str:
-    """What a traceback ends with, in one line of reasonable length."""
+def _last_error_line(trace: str) -> str:
+    """The last line of a traceback that is not indented, at most 200 characters of it."""
     lines = [line for line in trace.strip().splitlines() if line and not line.startswith(" ")]
-    return lines[-1][:200] if lines else "failed without a word"
+    return lines[-1][:200] if lines else "failed without a message"
 
 
-def _train(rank: int, work: Workload, way: Way, folder: str) -> None:
-    """A process: builds model and engine, takes the steps, writes down what it measured."""
+def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None:
+    """Runs in each process: build model and engine, take the steps, write the measurements to `folder`."""
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(work.threads)
     dist.init_process_group(
@@ -150,43 +158,43 @@ def _train(rank: int, work: Workload, way: Way, folder: str) -> None:
         world_size=work.processes,
     )
     try:
-        result = _measure(work, way, join_world(work.device))
+        result = _measure(work, setup, join_world(work.device))
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
         leave_world()
 
 
-def _measure(work: Workload, way: Way, world: World) -> dict[str, Any]:
-    _load_libraries(work, way, world)
-    before = start_peak(world.device)
+def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, Any]:
+    _load_libraries(work, setup, world)
+    before = reset_peak_bytes(world.device)
     torch.manual_seed(0)
-    module = build(work, way.peer).train()
-    groups = _peer_groups(module) if way.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
+    module = build_model(work, setup.peer).train()
+    groups = _peer_groups(module) if setup.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
     engine = make_engine(
-        module, groups, _engine_config(work, way), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
+        module, groups, _engine_config(work, setup), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
     )
     engine.set_lr(1e-4)
     clips = torch.randn(work.clips, 3, work.frames, work.pixels, work.pixels, device=world.device)
     labels = torch.randint(CLASSES, (work.clips,), device=world.device)
     seconds = []
-    for step in range(WARM_UP + work.rounds):
+    for step in range(WARM_UP_STEPS + work.rounds):
         if world.size > 1:
             dist.barrier()
-        started = wall(world.device)
+        started = wall_seconds(world.device)
         engine.backward(F.cross_entropy(engine.forward(clips).float(), labels))
         engine.step()
-        if step >= WARM_UP:
-            seconds.append(wall(world.device) - started)
-    return {"seconds": seconds, "peak_bytes": read_peak(world.device) - before}
+        if step >= WARM_UP_STEPS:
+            seconds.append(wall_seconds(world.device) - started)
+    return {"seconds": seconds, "peak_bytes": peak_bytes(world.device) - before}
 
 
-def _load_libraries(work: Workload, way: Way, world: World) -> None:
-    """Take a step with next to nothing: what libraries load at their first use is no part of what training takes."""
+def _load_libraries(work: Workload, setup: TrainingSetup, world: World) -> None:
+    """Take a step with a tiny model: memory that libraries allocate when first used is not part of training's."""
     module = nn.Linear(4, CLASSES)
     engine = make_engine(
         module,
         _peer_groups(module),
-        _engine_config(work, way),
+        _engine_config(work, setup),
         _step(work),
         world,
         lr=0.0,
@@ -197,12 +205,12 @@ def _load_libraries(work: Workload, way: Way, world: World) -> None:
     engine.step()
 
 
-def _engine_config(work: Workload, way: Way) -> EngineConfig:
+def _engine_config(work: Workload, setup: TrainingSetup) -> EngineConfig:
     return EngineConfig(
-        engine="plain" if way.zero_stage is None else "deepspeed",
-        zero_stage=way.zero_stage or 0,
+        engine="plain" if setup.zero_stage is None else "deepspeed",
+        zero_stage=setup.zero_stage or 0,
         precision=work.precision,
-        compile=way.compiled,
+        compile=setup.compiled,
     )
 
 
@@ -210,8 +218,8 @@ def _step(work: Workload) -> StepSettings:
     return StepSettings(micro_batch=work.clips, clip_norm=5.0)
 
 
-def build(work: Workload, peer: bool) -> nn.Module:
-    """A fresh classifier of clips: ours, or torchvision's of the same size."""
+def build_model(work: Workload, peer: bool) -> nn.Module:
+    """A freshly initialised classifier of clips: ours, or torchvision's of the same size."""
     if not peer:
         return create_model(
             work.model,
@@ -219,23 +227,20 @@ def build(work: Workload, peer: bool) -> nn.Module:
             frames=work.frames,
             image_size=work.pixels,
             window=work.window,
-            drop_path=0.1,  # as torchvision has it
+            drop_path=0.1,  # torchvision's default
             checkpoint_blocks=work.checkpoint_blocks,
         )
-    from torchvision.models import video
-
-    model: nn.Module = getattr(video, PEERS[work.model])(weights=None)
-    return model
+    return build_torchvision(work.model)
 
 
 def _depths(module: nn.Module) -> tuple[int, ...]:
     if not isinstance(module, SwinV2):
-        raise TypeError("only our own model tells its depths")
+        raise TypeError(f"{type(module).__name__} is not our SwinV2, so its depths are unknown")
     return tuple(module.depths)
 
 
 def _peer_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups of a model whose layers we do not know by name: matrices decay, the rest does not."""
+    """Optimizer groups for a model whose layers we do not know by name: matrices decay, vectors do not."""
     groups = []
     for decayed in (True, False):
         named = [(name, value) for name, value in module.named_parameters() if (value.ndim > 1) == decayed]
@@ -254,31 +259,29 @@ def _peer_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _forward_flops(work: Workload, peer: bool) -> int:
-    """Operations of one clip's forward pass, two for each multiplication and addition."""
+    """FLOPs of one clip's forward pass; a multiply-accumulate counts as two."""
     with torch.device("meta"):
-        module = build(work, peer).eval()
+        module = build_model(work, peer).eval()
     return count_forward_flops(module, torch.empty(1, 3, work.frames, work.pixels, work.pixels, device="meta"))
 
 
-def show_train(result: dict[str, Any]) -> str:
-    """The result of `bench_train` for people, as a Markdown table."""
+def training_table(result: dict[str, Any]) -> str:
+    """The result of `bench_train` for people."""
     work = result["work"]
     size = f"{work['frames']}x{work['pixels']}x{work['pixels']}"
-    lines = [
-        f"{work['model']} and {result['peer']}: {work['clips']} clips of {size} a process, {work['processes']} "
-        f"process(es) on {result['device_name']}, {work['precision']}, torch {result['torch']}; a large product: "
-        f"{result['product_tflops']:.3g} TFLOP/s",
-        "",
-        "| | clips/s | seconds a step | peak GiB | TFLOP/s a device | of a large product |",
-        "|---|---|---|---|---|---|",
-    ]
+    heading = (
+        f"{work['model']} and {result['peer']}: {work['clips']} clips of {size} per process, {work['processes']} "
+        f"process(es) on {result['device_name']}, {work['precision']}, torch {result['torch']}; a large matrix product "
+        f"reaches {result['product_tflops']:.3g} TFLOP/s"
+    )
+    rows, notes = [], []
     for row in result["rows"]:
         name = row["way"].replace("torchvision", result["peer"])
         if "not_run" in row:
-            lines.append(f"| {name} | not run: {row['not_run']} | | | | |")
+            rows.append([name, "not run", "", "", "", ""])
+            notes.append(f"{name}: not run: {row['not_run']}")
             continue
-        lines.append(
-            f"| {name} | {row['clips_per_second']:.3g} | {row['step_seconds']:.3g} | {row['peak_bytes'] / 2**30:.2f} | "
-            f"{row['tflops']:.3g} | {row['share_of_product']:.0%} |"
-        )
-    return "\n".join(lines)
+        figures = [f"{row['clips_per_second']:.3g}", f"{row['step_seconds']:.3g}", f"{row['peak_bytes'] / 2**30:.2f}"]
+        rows.append([name, *figures, f"{row['tflops']:.3g}", f"{row['share_of_product']:.0%}"])
+    columns = ["", "clips/s", "seconds/step", "peak GiB", "TFLOP/s per device", "of a large product"]
+    return "\n".join([heading, "", table_text(columns, rows), *(["", *notes] if notes else [])])

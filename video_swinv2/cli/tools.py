@@ -25,13 +25,13 @@ def add_tools_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from video_swinv2.tools.doctor import run_doctor, show
+    from video_swinv2.tools.doctor import findings_text, run_doctor
 
     findings = run_doctor(options.folder)
     if options.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
-        print(show(findings))
+        print(findings_text(findings))
     return int(any(finding.state == "fault" for finding in findings))
 
 

@@ -41,7 +41,7 @@ def run_demo(out: Path) -> None:
     _step("SimMIM on single frames", *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
     trials = [
         Trial("scratch", "from scratch", ("init=scratch",)),
-        # Without the noise four epochs do not tell a motion from its reversal: docs/demo.md.
+        # Without the noise four epochs do not tell a motion from its reversal: docs/results/demo.md.
         Trial("simmim", "from SimMIM", (f"init={pretrained}", "init_time_noise=2")),
     ]
     results: dict[str, Any] = {}
