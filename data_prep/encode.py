@@ -1,4 +1,8 @@
-"""The one form of prepared videos: H.264 yuv420p in MP4, short groups of pictures, no B-frames, sound or metadata."""
+"""The prepared form that all videos of a data set share, and writing it.
+
+H.264 yuv420p in MP4, with the index (moov) in front; short groups of pictures, no B-frames, no edit list, no sound, no
+metadata. All decoders read this form alike, and a seek is cheap: it decodes at most `gop` frames.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,18 @@ from av.video.reformatter import ColorRange
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-# MPEG's clock: whole ticks for every usual frame rate but 23.976, and within a hundredth of a millisecond there.
+# The MPEG clock. At all common frame rates a frame lasts a whole number of ticks, except at 23.976 and 59.94 fps, where
+# times are rounded by less than a hundredth of a millisecond.
 TIME_BASE = Fraction(1, 90000)
-# What readers take a file to be that says nothing, and BT.601 under its two names (H.264 table E-5: 5, 6; 2 unknown).
-PLAIN_COLOURS = {2, 5, 6}
+# Colour matrices that all readers treat as BT.601 (H.264 table E-5): unspecified (2), and BT.601 under both its names.
+BT601_COLORSPACES = {2, 5, 6}
+# Written by FFmpeg's MP4 muxer itself, so their presence says nothing about a source.
 MUXER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "language", "handler_name", "vendor_id"}
 
 
 @dataclass(frozen=True)
 class H264Settings:
-    """How to encode: key frames every `gop` frames, x264's constant quality `crf` and `preset`."""
+    """Settings of x264: a key frame every `gop` frames, constant quality `crf`, speed `preset`."""
 
     gop: int = 16
     crf: int = 23
@@ -31,7 +37,7 @@ class H264Settings:
 
 
 def to_ticks(times: Sequence[float]) -> list[int]:
-    """Seconds, ascending -> ticks of TIME_BASE from the first frame on, strictly ascending."""
+    """Seconds, ascending -> ticks of TIME_BASE counted from the first time, strictly ascending as a muxer requires."""
     result: list[int] = []
     for when in times:
         tick = round((when - times[0]) / TIME_BASE)
@@ -49,8 +55,8 @@ def write_video(
 ) -> int:
     """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns how many were written.
 
-    No B-frames, so that decoding order is the order shown and no edit list is needed. One thread: the work is spread
-    over videos. Raises av.FFmpegError.
+    Without B-frames the decoding order is the display order, and no edit list is needed. sc_threshold=0 turns off the
+    extra key frames at scene cuts. One thread, since the work is spread over videos. Raises av.FFmpegError.
     """
     options = {"crf": str(settings.crf), "preset": settings.preset, "bf": "0", "threads": "1", "sc_threshold": "0"}
     options |= {"g": str(settings.gop), "keyint_min": str(settings.gop)}
@@ -61,7 +67,8 @@ def write_video(
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(10000), options=options)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
-        # The rate alone would round every time to 1/fps: "non monotonically increasing dts" on videos of uneven rate.
+        # Without this, times are rounded to multiples of 1/fps, and videos with a variable frame rate fail with
+        # "non monotonically increasing dts".
         stream.codec_context.time_base = TIME_BASE
         for tick, frame in frames:
             frame.pts, frame.time_base, frame.duration = tick, TIME_BASE, max(1, round(1 / fps / TIME_BASE))
@@ -72,39 +79,43 @@ def write_video(
 
 
 def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> str:
-    """The first way in which a video is not of the prepared form, '' where it is; reads all packets, decodes nothing.
+    """The first way in which a video differs from the prepared form; '' if it has that form.
 
-    Of metadata only what a muxer writes by itself may be there. Whether the picture is upright only a frame tells, and
-    that is left to the caller. Raises av.FFmpegError, OSError.
+    Reads all packets but decodes nothing. Of metadata, only what a muxer writes by itself is allowed. Rotation is not
+    checked here: it may be recorded in the frames alone, so the caller has to look at one. Raises av.FFmpegError,
+    OSError.
     """
     with av.open(str(path.absolute())) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
         size = (codec.height, codec.width)
-        said = {key for tags in (container.metadata, stream.metadata) for key in tags} - MUXER_TAGS
-        wrong = {
+        tags_found = {key for tags in (container.metadata, stream.metadata) for key in tags} - MUXER_TAGS
+        differences = {
             "not MP4": "isom" not in container.metadata.get("compatible_brands", ""),
-            "not the picture alone": len(container.streams) != 1,
+            "has more than one stream": len(container.streams) != 1,
             "not H.264 yuv420p": (codec.name, codec.pix_fmt) != ("h264", "yuv420p"),
-            "colours of another kind": codec.color_range == ColorRange.JPEG or codec.colorspace not in PLAIN_COLOURS,
-            "pixels not square": (stream.sample_aspect_ratio or 1) != 1,
+            "not limited-range BT.601 colours": codec.color_range == ColorRange.JPEG
+            or codec.colorspace not in BT601_COLORSPACES,
+            "pixels are not square": (stream.sample_aspect_ratio or 1) != 1,
             f"short side above {short_side}": min(size) > short_side,
             "odd size": any(side % 2 for side in size),
-            f"metadata ({', '.join(sorted(said))})": bool(said),
-            "index behind the frames": not _index_first(path),
+            f"metadata ({', '.join(sorted(tags_found))})": bool(tags_found),
+            "index after the frames": not _index_first(path),
         }
-        reasons = [reason for reason, is_so in wrong.items() if is_so]
-        return reasons[0] if reasons else _packets_differ(container, gop)
+        found = [difference for difference, applies in differences.items() if applies]
+        return found[0] if found else _packet_difference(container, gop)
 
 
-def _packets_differ(container: InputContainer, gop: int) -> str:
+def _packet_difference(container: InputContainer, gop: int) -> str:
+    """The first difference in the packets: key frames too far apart, reordered frames, or a late start."""
     since_key, last = gop, -1
     for packet in container.demux(video=0):
-        if not packet.size:
+        if not packet.size:  # the empty packet that ends the stream
             continue
         since_key = 1 if packet.is_keyframe else since_key + 1
         if since_key > gop:
             return f"key frames more than {gop} frames apart"
+        # B-frames make pts and dts differ; an edit list discards packets.
         if packet.pts is None or packet.pts <= last or packet.pts != packet.dts or packet.is_discard:
             return "B-frames or an edit list"
         if last < 0 and packet.pts:
@@ -114,12 +125,13 @@ def _packets_differ(container: InputContainer, gop: int) -> str:
 
 
 def _index_first(path: Path) -> bool:
-    """Whether an MP4's moov box comes before its mdat, so that it plays before it is there as a whole."""
+    """Whether the moov box of an MP4 comes before its mdat box, so that a reader finds the index without seeking."""
     with path.open("rb") as file:
         while len(head := file.read(16)) >= 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:8]
             if kind in (b"moov", b"mdat"):
                 return kind == b"moov"
+            # A box is a 32-bit length (of the whole box), four letters, contents; length 1: 64 bits of length follow.
             length = int.from_bytes(head[8:], "big") if length == 1 else length
             if length < 8:
                 return False

@@ -1,4 +1,4 @@
-"""Where the work is done: processes of this machine, or the workers of a Dask cluster that do the same there."""
+"""Where jobs run: in processes of this machine, or on the workers of a Dask cluster, which do the same there."""
 
 from __future__ import annotations
 
@@ -18,92 +18,96 @@ if TYPE_CHECKING:
 
 SecondsFor = Callable[[Any], float]
 CONNECT_SECONDS = 30
-# Workers of a cluster come and go; asking for their number is a round trip to its scheduler.
-COUNT_EVERY_SECONDS = 5.0
+# Workers of a cluster come and go, but counting them is a round trip to the scheduler.
+COUNT_WORKERS_EVERY_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def start_crew(where: str, workers: int, seconds_for: SecondsFor, memory_gib: float) -> Iterator[Crew]:
-    """A crew for `each`: `local`, `dask` (a cluster of `workers` processes here) or `dask:ADDRESS` (one that runs).
+    """A crew for `pool.each`: `local`, `dask` (a new cluster of `workers` processes here) or `dask:ADDRESS`.
 
-    Everywhere a job has a killable process to itself, with the limits of `pool.run_jobs`. Raises UsageError for a name
-    that is none of these or a Dask that is not installed, UserError for a cluster that does not answer.
+    In each case a job has a killable process to itself, with the limits of `pool.run_jobs`. Raises UsageError for any
+    other name or if Dask is not installed, UserError if the cluster does not answer.
     """
     name, _, address = where.partition(":")
     if where == "local":
         with Pool(workers, seconds_for, memory_gib) as pool:
             yield pool
     elif name == "dask" and (address or where == "dask"):
-        with _client(address, workers) as client:
+        with _dask_client(address, workers) as client:
             yield DaskCrew(client, seconds_for, memory_gib)
     else:
-        raise UsageError(f"--executor {where}: is none of local, dask, dask:tcp://HOST:PORT")
+        raise UsageError(f"--executor {where}: must be local, dask or dask:tcp://HOST:PORT")
 
 
 @contextlib.contextmanager
-def _client(address: str, workers: int) -> Iterator[Client]:
+def _dask_client(address: str, workers: int) -> Iterator[Client]:
+    """A client of the scheduler at `address`, or of a new local cluster if `address` is ''."""
     try:
         from distributed import Client, LocalCluster
-    except ImportError as fault:
-        raise UsageError("--executor dask: Dask is not installed; pip install 'video-swinv2[cluster]'") from fault
+    except ImportError as error:
+        raise UsageError("--executor dask: Dask is not installed; pip install 'video-swinv2[cluster]'") from error
     with contextlib.ExitStack() as stack:
         if not address:
             cluster = LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=None, dashboard_address=":0")
             address = stack.enter_context(cluster).scheduler_address
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError) as fault:
-            raise UserError(f"--executor dask:{address}: no Dask scheduler answers there ({fault})") from fault
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--executor dask:{address}: no Dask scheduler answers ({error}); check the address, or start one"
+            ) from error
         yield stack.enter_context(client)
 
 
 class DaskCrew(Executor):
-    """The executor interface of a Dask client, for jobs of `pool.run_jobs`' kind."""
+    """The executor of a Dask client, for the same kind of jobs as a `Pool`."""
 
     def __init__(self, client: Client, seconds_for: SecondsFor, memory_gib: float) -> None:
         self._client = client
-        # pure: Dask would otherwise take a job for one it has done before and give its old result.
+        # pure=False: otherwise Dask takes an equal call for one it has already made and returns the old result.
         self._executor = client.get_executor(pure=False)
         self._limits = (seconds_for, memory_gib)
-        self._threads, self._counted = 0, float("-inf")
+        self._threads, self._counted_at = 0, float("-inf")
 
     def workers(self) -> int:
-        """The threads of the cluster."""
-        if time.monotonic() > self._counted + COUNT_EVERY_SECONDS:
-            self._threads, self._counted = sum(self._client.nthreads().values()), time.monotonic()
+        """The number of threads in the cluster, at most a few seconds old."""
+        if time.monotonic() > self._counted_at + COUNT_WORKERS_EVERY_SECONDS:
+            self._threads, self._counted_at = sum(self._client.nthreads().values()), time.monotonic()
         return self._threads
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run `fn(job, allow)` in a killable process of some worker; a worker that dies hands it on to another."""
-        outcome: Future[Any] = Future()
-        task = self._executor.submit(_on_worker, fn, *args, *self._limits, **kwargs)
-        task.add_done_callback(functools.partial(_hand_on, outcome))
-        return outcome
+        """Run `fn(job, allow)` in a killable process of some worker. If that worker dies, another one takes the job."""
+        result: Future[Any] = Future()
+        dask_future = self._executor.submit(_run_on_worker, fn, *args, *self._limits, **kwargs)
+        dask_future.add_done_callback(functools.partial(_pass_on, result))
+        return result
 
 
-def _hand_on(outcome: Future[Any], task: Future[Any]) -> None:
-    """What became of a task of the cluster; one that several workers died of is lost, a lost cluster ends the run."""
+def _pass_on(result: Future[Any], dask_future: Future[Any]) -> None:
+    """Copy the result of a Dask future. A job on which several workers died is Lost; any other error ends the run."""
     from distributed import KilledWorker
 
     try:
-        outcome.set_result(task.result())
+        result.set_result(dask_future.result())
     except KilledWorker:
-        outcome.set_result(Lost("crashed", "every Dask worker that took it died"))
-    except (Exception, CancelledError) as fault:
-        words = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        outcome.set_exception(UserError(f"the Dask cluster gave a clip back ({words}); run again to go on"))
+        result.set_result(Lost("crashed", "every Dask worker that took it died"))
+    except (Exception, CancelledError) as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        result.set_exception(UserError(f"the Dask cluster gave up a video ({message}); run again to resume"))
 
 
-def _on_worker(work: Callable[..., Any], job: Any, seconds_for: SecondsFor, memory_gib: float) -> Any:
+def _run_on_worker(work: Callable[..., Any], job: Any, seconds_for: SecondsFor, memory_gib: float) -> Any:
     from distributed import get_worker
 
-    pool = _processes(get_worker().state.nthreads, seconds_for, memory_gib)
+    pool = _pool_of_worker(get_worker().state.nthreads, seconds_for, memory_gib)
     return pool.submit(work, job).result()
 
 
 @functools.cache
-def _processes(threads: int, seconds_for: SecondsFor, memory_gib: float) -> Pool[Any]:
-    """The killable processes of this Dask worker, kept between jobs: Dask gives a task no other place for them."""
-    # Nannies mark their workers as daemons, which may have no children lest these outlive them; ours cannot (pool.py).
+def _pool_of_worker(threads: int, seconds_for: SecondsFor, memory_gib: float) -> Pool[Any]:
+    """The killable processes of this Dask worker, kept between jobs. Dask has no other place to keep them."""
+    # A nanny starts its worker as a daemon, and multiprocessing forbids daemons to have children, since these might
+    # outlive it. Ours cannot: the kernel kills them with their parent (pool.py).
     multiprocessing.current_process().daemon = False
     return Pool(threads, seconds_for, memory_gib)

@@ -1,4 +1,4 @@
-"""Before hours of work: is the machine fit for it, and what will it come to, judged by a sample that is really made."""
+"""Before hours of work: is this machine fit for it, and what will it take? Estimated by preparing a real sample."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from data_prep.transcode import transcode_video
 from video_swinv2.errors import UserError
 from video_swinv2.memory import free_memory_bytes, peak_memory_bytes
 
-SAMPLE = 20
-SAMPLE_COST = 50  # where nobody asked for it, the sample may take this part of the work at most: a fiftieth
-FILES_PER_WORKER = 8  # of the parent: pipes and handles of a process
-FILES_BESIDES = 64  # lists, state, libraries
-DOUBT = 2.0  # standard errors of the sample's mean, either way
+SAMPLE_SIZE = 20
+# A sample that the user did not ask for may be at most one fiftieth of the work.
+MIN_PENDING_PER_SAMPLE = 50
+OPEN_FILES_PER_WORKER = 8  # in the parent: pipes and handles of a process
+OTHER_OPEN_FILES = 64  # lists, state, libraries
+STANDARD_ERRORS = 2.0  # half the width of the ranges reported, in standard errors of the sample's mean
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """A video of the sample: seconds on a worker, bytes written, why it failed ('' if not), most memory it took."""
+    """How one video of the sample went.
+
+    `seconds` on a worker, `size` in bytes written, `reason` ('' if it was prepared) and `detail` of a failure, and the
+    peak memory of its process.
+    """
 
     seconds: float
     size: int
@@ -41,9 +46,9 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What is expected of the work and what stands in its way.
+    """What to expect of the work and what is in its way.
 
-    `hours` and `bytes` are (low, high): two standard errors of the sample either way. None without a sample.
+    `hours` and `bytes` are ranges (low, high) of two standard errors around the estimate; None without a sample.
     """
 
     pending: int
@@ -56,80 +61,84 @@ class PreflightReport:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Failures of the sample by reason."""
+        """The failures of the sample, by reason."""
         return dict(Counter(trial.reason for trial in self.trials if trial.reason))
 
     def as_text(self) -> str:
-        """For people: the expectation, line by line, then the problems."""
-        failed = sum(self.reasons.values())
+        """The estimate, one item per line, then the problems."""
         lines = [f"{self.pending} videos to prepare on {self.workers} workers"]
         if self.trials and self.hours and self.bytes:
-            why = "".join(f", {n} {reason}" for reason, n in self.reasons.items())
+            failed = sum(self.reasons.values())
+            by_reason = "".join(f", {n} {reason}" for reason, n in self.reasons.items())
+            mean_seconds = statistics.fmean(trial.seconds for trial in self.trials)
             lines += [
-                f"sample: {len(self.trials)} videos, {statistics.fmean(t.seconds for t in self.trials):.1f} s each on"
-                f" one worker, {failed} failed ({failed / len(self.trials):.0%}{why})",
-                f"expected: {_between(*(format_duration(3600 * hours) for hours in self.hours))},"
-                f" {_between(*(_size(size) for size in self.bytes))} of output, {_size(self.free_bytes)} free",
+                f"sample: {len(self.trials)} videos, {mean_seconds:.1f} s each on one worker,"
+                f" {failed} failed ({failed / len(self.trials):.0%}{by_reason})",
+                f"expected: {_range(*(format_duration(3600 * hours) for hours in self.hours))},"
+                f" {_range(*(_format_bytes(size) for size in self.bytes))} of output,"
+                f" {_format_bytes(self.free_bytes)} free",
             ]
         return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
 
 
-def sample_size(pending: int, *, asked: bool) -> int:
-    """How many videos to try: all of the sample where it was asked for, else no more than is small beside the work."""
-    return min(SAMPLE, pending if asked else pending // SAMPLE_COST)
+def sample_size(pending: int, *, requested: bool) -> int:
+    """How many videos to try: a full sample if the user requested it, otherwise a small part of the work at most."""
+    return min(SAMPLE_SIZE, pending if requested else pending // MIN_PENDING_PER_SAMPLE)
 
 
 def run_preflight(
-    crew: Crew, tasks: Sequence[TranscodeJob], *, pending: int, workers: int, folder: Path
+    crew: Crew, jobs: Sequence[TranscodeJob], *, pending: int, workers: int, folder: Path
 ) -> PreflightReport:
-    """Prepare `tasks`, a sample of the `pending` videos, in `folder` with the `crew` that is to do the work.
+    """Check the machine, and prepare `jobs`, a sample of the `pending` videos, in `folder` with the `crew` of the run.
 
-    The folder is one of its own below the data set; it is removed before and after, so that one left by a killed run
-    goes too. Raises UserError where it cannot be made.
+    `folder` is a temporary folder inside the data set. It is deleted afterwards, and also before, in case a killed run
+    left it. Raises UserError if it cannot be created.
     """
-    problems = [*_encoder(), *_open_files(workers)]
-    memory = free_memory_bytes()
-    trials = [] if problems else _try(crew, tasks, folder)
-    free = shutil.disk_usage(folder.parent).free
+    problems = [*_check_encoder(), *_check_open_files(workers)]
+    free_memory = free_memory_bytes()  # before the sample, which takes some of it
+    trials = [] if problems else _prepare_sample(crew, jobs, folder)
+    free_disk = shutil.disk_usage(folder.parent).free
     hours = size = None
     if trials:
-        seconds, sizes = _mean([trial.seconds for trial in trials]), _mean([float(trial.size) for trial in trials])
+        seconds = _mean_range([trial.seconds for trial in trials])
+        sizes = _mean_range([float(trial.size) for trial in trials])
         hours = (seconds[0] * pending / workers / 3600, seconds[1] * pending / workers / 3600)
         size = (sizes[0] * pending, sizes[1] * pending)
-        problems += [f"{folder}: cannot be written ({t.detail}); mend that" for t in trials if t.reason == "disk"][:1]
-        problems += _disk(folder.parent, size[0], free, pending)
-        problems += _memory(max(trial.peak_bytes for trial in trials), workers, memory)
-    return PreflightReport(pending, workers, tuple(trials), hours, size, free, tuple(problems))
+        disk_failures = [trial for trial in trials if trial.reason == "disk"]
+        problems += [f"{folder}: cannot be written ({trial.detail}); fix that" for trial in disk_failures[:1]]
+        problems += _check_disk(folder.parent, size[0], free_disk, pending)
+        problems += _check_memory(max(trial.peak_bytes for trial in trials), workers, free_memory)
+    return PreflightReport(pending, workers, tuple(trials), hours, size, free_disk, tuple(problems))
 
 
-def _try(crew: Crew, tasks: Sequence[TranscodeJob], folder: Path) -> list[SampleResult]:
+def _prepare_sample(crew: Crew, jobs: Sequence[TranscodeJob], folder: Path) -> list[SampleResult]:
     shutil.rmtree(folder, ignore_errors=True)
-    if not tasks:
+    if not jobs:
         return []
     try:
         folder.mkdir(parents=True)
-        moved = [replace(task, target=folder / f"{task.row_id}.mp4") for task in tasks]
+        redirected = [replace(job, target=folder / f"{job.row_id}.mp4") for job in jobs]
         return [
-            outcome if isinstance(outcome, SampleResult) else SampleResult(0.0, 0, outcome.reason, outcome.detail, 0)
-            for _, outcome in each(crew, measure_video, moved)
+            result if isinstance(result, SampleResult) else SampleResult(0.0, 0, result.reason, result.detail, 0)
+            for _, result in each(crew, measure_video, redirected)
         ]
-    except OSError as fault:
-        raise UserError(f"{folder}: cannot be made ({fault.strerror}); choose another folder") from fault
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure_video(task: TranscodeJob, allow: Allow) -> SampleResult:
-    """Prepare a video as in earnest, note what it took and remove it."""
-    outcome = transcode_video(task, allow)
+def measure_video(job: TranscodeJob, allow: Allow) -> SampleResult:
+    """Prepare a video exactly as the real run does, measure what that took, and delete the result."""
+    outcome = transcode_video(job, allow)
     size = 0
     with contextlib.suppress(OSError):
-        size = task.target.stat().st_size
-        task.target.unlink()
+        size = job.target.stat().st_size
+        job.target.unlink()
     return SampleResult(outcome.seconds, size, outcome.reason, outcome.detail, peak_memory_bytes())
 
 
-def _encoder() -> list[str]:
+def _check_encoder() -> list[str]:
     try:
         av.codec.Codec("libx264", "w")
     except (av.FFmpegError, ValueError):
@@ -139,50 +148,52 @@ def _encoder() -> list[str]:
     return []
 
 
-def _open_files(workers: int) -> list[str]:
+def _check_open_files(workers: int) -> list[str]:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    need = FILES_BESIDES + FILES_PER_WORKER * workers
-    if limit == resource.RLIM_INFINITY or limit >= need:
+    needed = OTHER_OPEN_FILES + OPEN_FILES_PER_WORKER * workers
+    if limit == resource.RLIM_INFINITY or limit >= needed:
         return []
-    return [f"{limit} open files are allowed, {workers} workers need {need}; run `ulimit -n {need}` first"]
+    return [f"{limit} open files are allowed, {workers} workers need {needed}; run `ulimit -n {needed}` first"]
 
 
-def _disk(folder: Path, need: float, free: int, pending: int) -> list[str]:
-    found = []
-    if need > free:
-        found.append(
-            f"{folder}: {_size(free)} are free, at least {_size(need)} are needed;"
+def _check_disk(folder: Path, needed_bytes: float, free_bytes: int, pending: int) -> list[str]:
+    problems = []
+    if needed_bytes > free_bytes:
+        problems.append(
+            f"{folder}: {_format_bytes(free_bytes)} are free, at least {_format_bytes(needed_bytes)} are needed;"
             " free space, choose another folder or a smaller --short-side"
         )
     files = os.statvfs(folder)
-    if files.f_files and files.f_favail < pending:
-        found.append(f"{folder}: room for {files.f_favail} more files, {pending} are to come; choose another folder")
-    return found
+    if files.f_files and files.f_favail < pending:  # f_files is 0 on file systems without a fixed number of inodes
+        problems.append(
+            f"{folder}: has room for {files.f_favail} more files, {pending} are needed; choose another folder"
+        )
+    return problems
 
 
-def _memory(peak_bytes: int, workers: int, available: int | None) -> list[str]:
-    if available is None or workers * peak_bytes <= available:
+def _check_memory(peak_bytes: int, workers: int, available_bytes: int | None) -> list[str]:
+    if available_bytes is None or workers * peak_bytes <= available_bytes:
         return []
-    fit = max(1, int(available / peak_bytes))
+    fitting = max(1, int(available_bytes / peak_bytes))
     return [
-        f"a worker took {_size(peak_bytes)} of memory, {workers} of them take {_size(workers * peak_bytes)},"
-        f" {_size(available)} are available; use --workers {fit}"
+        f"a worker took {_format_bytes(peak_bytes)} of memory, {workers} of them take"
+        f" {_format_bytes(workers * peak_bytes)}, {_format_bytes(available_bytes)} are available;"
+        f" use --workers {fitting}"
     ]
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, less and more by the doubt that a sample leaves."""
+def _mean_range(values: Sequence[float]) -> tuple[float, float]:
+    """(low, high): the mean, less and plus STANDARD_ERRORS standard errors."""
     mean = statistics.fmean(values)
-    error = DOUBT * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    error = STANDARD_ERRORS * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return max(0.0, mean - error), mean + error
 
 
-def _between(low: str, high: str) -> str:
+def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _size(number: float) -> str:
-    """Bytes as people say them."""
+def _format_bytes(number: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

@@ -1,4 +1,10 @@
-"""From a source in any known layout to a checked data set; may be interrupted anywhere and simply run again."""
+"""From a source in any known layout to a checked data set. Can be interrupted anywhere; running it again resumes.
+
+plan       read the lists: which videos, in which split and class, and the target path of each     (sources.py)
+sync       make the rows of prep.sqlite match the plan, and mark pending what must be redone       (state.py)
+work       transcode the pending videos in parallel, recording each outcome as it arrives   (pool.py, transcode.py)
+write      dataset.json, SPLIT.csv and failed.csv from what the state knows                        (dataset.py)
+"""
 
 from __future__ import annotations
 
@@ -10,23 +16,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from sqlite3 import Row
 
-from data_prep import executors, shards
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
+from data_prep.executors import start_crew
 from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, initial_limit_seconds, job_for_row, size_and_mtime
-from data_prep.outcomes import REASONS, VideoCounts, outcome_counts, split_order
+from data_prep.outcomes import REASONS, VideoCounts, add_counts, count_lost, outcome_counts, split_order
 from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import PreflightReport, run_preflight, sample_size
-from data_prep.shards import WorkShard
+from data_prep.shards import WorkShard, lock_dataset, lock_datasets, merge_shard_states
 from data_prep.sources import plan_preparation
-from data_prep.state import STATE_NAME, PlannedVideo, PreparationState
+from data_prep.state import STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.progress import track
 
-MEMORY_GIB = 8.0
+WORKER_MEMORY_GIB = 8.0
 PREFLIGHT_FOLDER = ".preflight"
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,10 @@ class PreparationReport:
     counts: dict[str, VideoCounts]
 
     def failed_share(self) -> float:
-        """Videos missing, broken or too short over those listed and wanted."""
-        ends = [outcome_counts(count) for count in self.counts.values()]
-        wanted = sum(end["listed"] - end["excluded"] for end in ends)
-        return sum(end["missing"] + end["broken"] + end["too_short"] for end in ends) / max(wanted, 1)
+        """Videos missing, broken or too short, as a share of those listed and not excluded."""
+        groups = [outcome_counts(counts) for counts in self.counts.values()]
+        wanted = sum(group["listed"] - group["excluded"] for group in groups)
+        return sum(count_lost(counts) for counts in self.counts.values()) / max(wanted, 1)
 
 
 def prepare(
@@ -55,35 +61,36 @@ def prepare(
     executor: str = "local",
     shard: WorkShard | None = None,
     retry_failed: Collection[str] | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> PreparationReport:
-    """Prepare every video that `source` lists, or those of one shard, and write the data set (a shard: its state).
+    """Prepare every video that `source` lists and write the data set; for a shard, its videos and its state only.
 
-    `retry_failed` names reasons whose videos are tried again, () all of them; `say` is given lines to read meanwhile.
-    Raises UsageError for a source or labels that make no sense, UserError where the machine, the disk, the cluster or
-    another run is in the way.
+    `retry_failed` names the reasons whose videos are tried again, () means all of them; `log` is called with lines of
+    progress to show. Raises UsageError for an impossible source, list or setting, UserError if the machine, the disk,
+    the cluster or another run is in the way.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
-    _check(source, out, settings, retry_failed)
-    listed = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
-    wanted = [item for item in listed.wanted if shard is None or shard.holds(item.name)]
+    _check_arguments(source, out, settings, retry_failed)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    videos = [video for video in plan.videos if shard is None or shard.holds(video.name)]
     out.mkdir(parents=True, exist_ok=True)
-    path = None if shard is None else shard.state_path(out)
-    with shards.lock_dataset(out, shard), PreparationState(out, create=True, path=path) as state:
-        for note in listed.notes:
-            say(note)
-        _bring_up_to_date(state, out, wanted, settings, shard, retry_failed, say)
-        state.set_fact("classes", json.dumps(listed.classes))
+    state_path = None if shard is None else shard.state_path(out)
+    with lock_dataset(out, shard), PreparationState(out, create=True, path=state_path) as state:
+        for note in plan.notes:
+            log(note)
+        _bring_up_to_date(state, out, videos, settings, shard, retry_failed, log)
+        # Stored before the work starts, so that `status`, and the merge of shards, know them at any time.
+        state.set_fact("classes", json.dumps(plan.classes))
         state.set_fact("name", name or (source.name if source.is_dir() else source.stem))
         state.set_fact("settings", json.dumps(settings.record()))
-        state.set_fact("extra", json.dumps(listed.extra))
-        state.set_fact("listing", _listing_hash(listed.wanted))
-        if _work(state, out, settings, executor, workers, say):
-            _sweep(out, wanted, shard)  # a process killed at work leaves its half file to us
+        state.set_fact("extra", json.dumps(plan.extra))
+        state.set_fact("listing", _hash_plan(plan.videos))
+        if _transcode_pending(state, out, settings, executor, workers, log):
+            _remove_partial_files(out, videos, shard)  # a worker that was killed leaves its file behind
         if shard is None:
             write_lists(state, out)
         else:
-            say(f"shard {shard} is done; when all {shard.count} are: python -m data_prep merge {out}")
+            log(f"shard {shard} is done; once all {shard.count} are: python -m data_prep merge {out}")
         return PreparationReport(state.counts_by_split())
 
 
@@ -98,50 +105,50 @@ def estimate_preparation(
     workers: int = 1,
     executor: str = "local",
 ) -> PreflightReport:
-    """What preparing all of it would come to, by a sample that is made and removed; nothing else is touched.
+    """What preparing all of `source` would take, estimated from a sample. The sample is deleted, nothing else changes.
 
     Raises as `prepare`.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
-    _check(source, out, settings, None)
-    listed = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
-    wanted = [item for item in listed.wanted if not item.excluded]
-    count = sample_size(len(wanted), asked=True)
-    chosen = [wanted[(2 * place + 1) * len(wanted) // (2 * count)] for place in range(count)]
-    tasks = [
-        TranscodeJob(place, Path(item.source), out / item.target, settings, item.start, item.end)
-        for place, item in enumerate(chosen)
+    _check_arguments(source, out, settings, None)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    videos = [video for video in plan.videos if not video.excluded]
+    jobs = [
+        TranscodeJob(index, Path(video.source), out / video.target, settings, video.start, video.end)
+        for index, video in enumerate(evenly_spaced(videos, sample_size(len(videos), requested=True)))
     ]
     out.mkdir(parents=True, exist_ok=True)
-    with shards.lock_dataset(out), executors.start_crew(executor, workers, initial_limit_seconds, MEMORY_GIB) as crew:
-        return run_preflight(crew, tasks, pending=len(wanted), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
+    with lock_dataset(out), start_crew(executor, workers, initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
+        return run_preflight(crew, jobs, pending=len(videos), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
 
 
-def merge(out: Path, others: Sequence[Path] = (), *, say: Say = print) -> PreparationReport:
-    """Make one data set in `out` of the shards prepared there and in `others`. Raises UserError, UsageError."""
+def merge(out: Path, others: Sequence[Path] = (), *, log: Log = print) -> PreparationReport:
+    """Merge the shards prepared in `out` and in `others` into one data set in `out`. Raises UserError, UsageError."""
     out, others = out.absolute(), [other.absolute() for other in others]
     for folder in (out, *others):
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name one in which shards were prepared")
-    whole, part = out / STATE_NAME, partial_path(out / STATE_NAME)
-    with shards.lock_datasets([out, *others]):
+    state_path, partial = out / STATE_NAME, partial_path(out / STATE_NAME)
+    with lock_datasets([out, *others]):
         note = "the shards were merged before"
-        if not whole.is_file():  # which it becomes when all is in it, so that no later run takes half of it for all
-            for left in (part, part.with_name(f"{part.name}-journal")):
-                left.unlink(missing_ok=True)
-            with PreparationState(out, create=True, path=part) as state:
-                note = f"{shards.merge_shard_states(state, out, others)} shards merged"
-            commit_file(part, whole)
+        if not state_path.is_file():
+            # Built under a hidden name and renamed when complete: otherwise a later run would take the half of it that
+            # an interrupted merge left for the whole.
+            for leftover in (partial, partial.with_name(f"{partial.name}-journal")):
+                leftover.unlink(missing_ok=True)
+            with PreparationState(out, create=True, path=partial) as state:
+                note = f"{merge_shard_states(state, out, others)} shards merged"
+            commit_file(partial, state_path)
         with PreparationState(out) as state:
             if not state.get_fact("merged"):
-                raise UserError(f"{out}: was prepared as a whole, there is nothing to merge; give another folder")
+                raise UserError(f"{out}: was prepared as a whole, so there is nothing to merge; name another folder")
             write_lists(state, out)
-            say(note)
+            log(note)
             return PreparationReport(state.counts_by_split())
 
 
 def write_lists(state: PreparationState, out: Path) -> None:
-    """dataset.json, the lists and failed.csv from what the state knows."""
+    """Write dataset.json, the lists and failed.csv from what the state knows."""
     ok: dict[str, list[PreparedVideo]] = {}
     failed: dict[str, list[FailedVideo]] = {}
     for row in state.rows("ok", ("target", "label", "sha256")):
@@ -149,8 +156,8 @@ def write_lists(state: PreparationState, out: Path) -> None:
     for row in state.rows("failed", ("name", "reason", "detail")):
         failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
-        split: SplitContent(ok.get(split, []), failed.get(split, []), sum(count.excluded.values()))
-        for split, count in state.counts_by_split().items()
+        split: SplitContent(ok.get(split, []), failed.get(split, []), sum(counts.excluded.values()))
+        for split, counts in state.counts_by_split().items()
     }
     facts = {key: json.loads(state.get_fact(key) or "null") for key in ("classes", "settings", "extra")}
     write_dataset(
@@ -163,73 +170,78 @@ def write_lists(state: PreparationState, out: Path) -> None:
     )
 
 
-def _check(source: Path, out: Path, settings: TranscodeSettings, retry_failed: Collection[str] | None) -> None:
+def _check_arguments(
+    source: Path, out: Path, settings: TranscodeSettings, retry_failed: Collection[str] | None
+) -> None:
     if settings.short_side < 16 or settings.short_side % 2:
         raise UsageError(f"--short-side {settings.short_side}: must be even and at least 16")
     if settings.gop < 1:
         raise UsageError(f"--gop {settings.gop}: must be at least 1")
     if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
-        raise UsageError(f"--fps {settings.fps:g}: must lie between 0.1 and 1000")
+        raise UsageError(f"--fps {settings.fps:g}: must be between 0.1 and 1000")
     if not 0 <= settings.min_seconds < float("inf"):
         raise UsageError(f"--min-seconds {settings.min_seconds:g}: must not be negative")
     for reason in retry_failed or ():
         if reason not in REASONS:
-            raise UsageError(f"--retry-failed {reason}: is no reason; known are {', '.join(REASONS)}")
+            raise UsageError(f"--retry-failed {reason}: unknown reason; must be one of {', '.join(REASONS)}")
     if source.is_dir() and (out == source or source in out.parents):
-        raise UsageError(f"{out}: lies inside the source {source}; give a folder outside it")
+        raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
 
 
-def _listing_hash(wanted: Sequence[PlannedVideo]) -> str:
-    """What all shards of one preparation share; where the sources lie may differ from machine to machine."""
+def _hash_plan(videos: Sequence[PlannedVideo]) -> str:
+    """What the shards of one preparation must agree on. Source paths are left out: they may differ between machines."""
     digest = hashlib.sha256()
-    for item in wanted:
-        digest.update(f"{item.split}\0{item.position}\0{item.name}\0{item.label}\0{item.excluded}\n".encode())
+    for video in videos:
+        digest.update(f"{video.split}\0{video.position}\0{video.name}\0{video.label}\0{video.excluded}\n".encode())
     return digest.hexdigest()
 
 
 def _bring_up_to_date(
     state: PreparationState,
     out: Path,
-    wanted: Sequence[PlannedVideo],
+    videos: Sequence[PlannedVideo],
     settings: TranscodeSettings,
     shard: WorkShard | None,
     retry_failed: Collection[str] | None,
-    say: Say,
+    log: Log,
 ) -> None:
-    """Make the state that of the listing, and pending what has to be done again."""
-    if swept := _sweep(out, wanted, shard):
-        say(f"{swept} half-written files of an interrupted run removed")
-    gone = state.sync_with_plan(wanted)
-    for target in gone:
+    """Make state and folder match the plan: delete what is no longer planned, mark pending what must be redone."""
+    if removed := _remove_partial_files(out, videos, shard):
+        log(f"removed {removed} partial files of an interrupted run")
+    # If the run is killed between these two steps, the files stay as strays, which `verify` reports; the reverse order
+    # could leave rows that claim deleted files.
+    unplanned = state.sync_with_plan(videos)
+    for target in unplanned:
         (out / target).unlink(missing_ok=True)
-    if gone:
-        say(f"{len(gone)} videos are no longer listed: removed")
-    again: dict[str, list[int]] = {}
-    known = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
-    form = settings.hash()
+    if unplanned:
+        log(f"removed {len(unplanned)} videos that are no longer listed")
+    ids_by_cause: dict[str, list[int]] = {}
+    columns = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
+    settings_hash = settings.hash()
     for status in ("ok", "failed"):
-        for row in state.rows(status, known):
-            if why := _why_again(row, out, form, retry_failed):
-                again.setdefault(why, []).append(row["id"])
-    for why, ids in again.items():
+        for row in state.rows(status, columns):
+            if cause := _cause_to_redo(row, out, settings_hash, retry_failed):
+                ids_by_cause.setdefault(cause, []).append(row["id"])
+    for cause, ids in ids_by_cause.items():
         state.mark_pending(ids)
-        say(f"{len(ids)} videos are prepared again: {why}")
+        log(f"{len(ids)} videos are prepared again: {cause}")
 
 
-def _sweep(out: Path, wanted: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
-    """Remove half-written files; of a shard its own, since others may be at work in the same folder."""
+def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
+    """Delete partial files; for a shard only its own, since other shards may be at work in the same folder."""
     if shard is None:
         return remove_partial_files(out / "videos")
-    ours = {item.target for item in wanted}
+    ours = {video.target for video in videos}
     return remove_partial_files(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
 
 
-def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | None) -> str | None:
-    if row["settings_hash"] != form:
+def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collection[str] | None) -> str | None:
+    """Why a finished video must be prepared again; None if its outcome still counts."""
+    if row["settings_hash"] != settings_hash:
         return "the settings have changed"
     ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
     now = size_and_mtime(row["source"])
-    # A source that went away after its video was made takes nothing from the video.
+    # A source that was deleted after its video was prepared does not make the prepared video worse.
     if now != before and not (ok and now == (None, None)):
         return "their sources have changed"
     if ok and not os.path.isfile(os.path.join(out, row["target"])):
@@ -239,43 +251,43 @@ def _why_again(row: Row, out: Path, form: str, retry_failed: Collection[str] | N
     return None
 
 
-def _work(
-    state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, say: Say
+def _transcode_pending(
+    state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, log: Log
 ) -> int:
-    """Prepare what is pending; how many that was. Only this process writes the state, a row at a time as they end."""
-    pending = sum(count.pending for count in state.counts_by_split().values())
+    """Prepare the pending videos; returns how many there were. Only this process writes the state, a row at a time."""
+    pending = add_counts(state.counts_by_split().values()).pending
     if not pending:
         return 0
-    tasks = (job_for_row(row, out, settings) for row in state.rows("pending"))
-    mark = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
-    with executors.start_crew(executor, min(workers, pending), initial_limit_seconds, MEMORY_GIB) as crew:
-        ahead = _look_at_pending(crew, state, out, settings, pending)
-        if ahead.trials:
-            say(ahead.as_text())
-        if ahead.problems and not executor.startswith("dask:"):  # of another machine's memory we know nothing
-            raise UserError(ahead.problems[0])
-        for task, outcome in track(each(crew, transcode_video, tasks), "prepare", pending, "clips"):
+    jobs = (job_for_row(row, out, settings) for row in state.rows("pending"))
+    made_with = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
+    with start_crew(executor, min(workers, pending), initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
+        estimate = _preflight_pending(crew, state, out, settings, pending)
+        if estimate.trials:
+            log(estimate.as_text())
+        # The problems found are those of this machine; they say nothing about the machines of a cluster.
+        if estimate.problems and not executor.startswith("dask:"):
+            raise UserError(estimate.problems[0])
+        for job, outcome in track(each(crew, transcode_video, jobs), "prepare", pending, "clips"):
             if isinstance(outcome, Lost):
-                size, changed = size_and_mtime(task.source)
-                outcome = Outcome(outcome.reason, outcome.detail, source_size=size, source_mtime_ns=changed)
+                size, mtime_ns = size_and_mtime(job.source)
+                outcome = Outcome(outcome.reason, outcome.detail, source_size=size, source_mtime_ns=mtime_ns)
             if outcome.reason == "disk":
-                raise UserError(
-                    f"{task.target}: cannot be written ({outcome.detail}); mend that and run again to go on"
-                )
-            state.record_outcome(task.row_id, asdict(outcome) | mark | {"status": "failed" if outcome.reason else "ok"})
+                raise UserError(f"{job.target}: cannot be written ({outcome.detail}); fix that and run again to resume")
+            status = {"status": "failed" if outcome.reason else "ok"}
+            state.record_outcome(job.row_id, asdict(outcome) | made_with | status)
     return pending
 
 
-def _look_at_pending(
+def _preflight_pending(
     crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int
 ) -> PreflightReport:
-    """What the rest will come to. A sample is made once, and only where it is small beside the rest."""
-    seen = state.get_fact("sampled") == settings.hash()
-    size = 0 if seen else sample_size(pending, asked=False)
-    tasks = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
-    # A shard's own folder: others may look ahead in the same place.
+    """Estimate the pending work. A sample is made once per settings, and only if it is small beside the work."""
+    sampled = state.get_fact("sampled") == settings.hash()
+    size = 0 if sampled else sample_size(pending, requested=False)
+    jobs = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
+    # One folder per state file: other shards may run their preflight in the same data set.
     folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
-    found = run_preflight(crew, tasks, pending=pending, workers=crew.workers(), folder=folder)
-    if tasks and not found.problems:
+    report = run_preflight(crew, jobs, pending=pending, workers=crew.workers(), folder=folder)
+    if jobs and not report.problems:
         state.set_fact("sampled", settings.hash())
-    return found
+    return report

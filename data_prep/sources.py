@@ -41,7 +41,7 @@ class PreparationPlan:
     """
 
     classes: list[str]
-    wanted: list[PlannedVideo]
+    videos: list[PlannedVideo]
     extra: list[str]
     notes: list[str]
 
@@ -191,10 +191,10 @@ def _place(
     ]
     files = _file_names([name for _, name in videos], homes, excluded)
     position: Counter[str] = Counter()
-    wanted: list[PlannedVideo] = []
+    planned: list[PlannedVideo] = []
     for (video, name), place, home, file, left_out in zip(videos, places, homes, files, excluded, strict=True):
         _refuse_undecodable_name(video.path)
-        wanted.append(
+        planned.append(
             PlannedVideo(
                 split=video.split,
                 position=position[video.split],
@@ -209,7 +209,7 @@ def _place(
             )
         )
         position[video.split] += 1
-    return wanted
+    return planned
 
 
 def _distinct_names(names: Iterable[str]) -> dict[str, str]:
@@ -220,7 +220,7 @@ def _distinct_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _file_names(names: Sequence[str], homes: Sequence[str], excluded: Sequence[bool]) -> list[str]:
-    """A file name (no suffix) for each video, its own unless two that are wanted would meet in one folder."""
+    """A file name (no suffix) for each video, its own unless two that are prepared would meet in one folder."""
     stems = [_safe(os.path.splitext(os.path.basename(name))[0]) for name in names]
     keys = [(home, stem.casefold()) for home, stem in zip(homes, stems, strict=True)]
     taken = Counter(key for key, left_out in zip(keys, excluded, strict=True) if not left_out)

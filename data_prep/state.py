@@ -28,10 +28,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.outcomes import VideoCounts, split_order
 from video_swinv2.errors import UsageError, UserError
+
+Item = TypeVar("Item")
 
 STATE_NAME = "prep.sqlite"
 # Incremented whenever the columns or indexes below change. Stored in the file as SQLite's user_version.
@@ -227,9 +229,7 @@ class PreparationState:
         """At most `max_rows` rows with a status, evenly spaced over the list."""
         query = "SELECT id FROM clips WHERE status = ? ORDER BY split, position, id"
         ids = [row["id"] for row in self._select(query, (status,))]
-        count = min(max_rows, len(ids))
-        # The middle of each of `count` equal stretches.
-        chosen = [ids[(2 * index + 1) * len(ids) // (2 * count)] for index in range(count)]
+        chosen = evenly_spaced(ids, min(max_rows, len(ids)))
         return [self._select("SELECT * FROM clips WHERE id = ?", (row_id,))[0] for row_id in chosen]
 
     def mark_pending(self, ids: Iterable[int]) -> None:
@@ -341,6 +341,11 @@ INSERT_OR_UPDATE = """
     WHERE excluded.status = 'excluded' OR (clips.position, clips.label, clips.target, clips.origin)
         IS NOT (excluded.position, excluded.label, excluded.target, excluded.origin)
 """
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spaced: the middle of each of `count` equal stretches."""
+    return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
 def _as_counts(found: Mapping[tuple[str, str], int]) -> VideoCounts:

@@ -15,11 +15,11 @@ from data_prep.pool import Pool
 from data_prep.preflight import (
     PreflightReport,
     SampleResult,
-    _disk,
-    _encoder,
-    _mean,
-    _memory,
-    _open_files,
+    _check_disk,
+    _check_encoder,
+    _check_memory,
+    _check_open_files,
+    _mean_range,
     run_preflight,
     sample_size,
 )
@@ -83,33 +83,33 @@ def test_without_a_sample_only_the_machine_is_looked_at(tmp_path: Path) -> None:
     [(300_000, False, 20), (300_000, True, 20), (7, True, 7), (49, False, 0), (500, False, 10)],
 )
 def test_a_sample_nobody_asked_for_costs_little(pending: int, asked: bool, size: int) -> None:
-    assert sample_size(pending, asked=asked) == size
+    assert sample_size(pending, requested=asked) == size
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with (
         Pool(1, initial_limit_seconds) as crew,
-        pytest.raises(UserError, match=r"x: cannot be made \(Not a directory\)"),
+        pytest.raises(UserError, match=r"x: cannot be created \(Not a directory\)"),
     ):
         run_preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
 
 
 def test_a_disk_too_small_is_a_problem_with_its_mend(tmp_path: Path) -> None:
-    assert _disk(tmp_path, 1e3, 10**9, 5) == []
-    (problem,) = _disk(tmp_path, 4.4e11, 3 * 10**11, 5)
+    assert _check_disk(tmp_path, 1e3, 10**9, 5) == []
+    (problem,) = _check_disk(tmp_path, 4.4e11, 3 * 10**11, 5)
     assert problem == (
         f"{tmp_path}: 300 GB are free, at least 440 GB are needed;"
         " free space, choose another folder or a smaller --short-side"
     )
     if os.statvfs(tmp_path).f_files:
-        assert "more files, 1000000000000 are to come" in _disk(tmp_path, 1e3, 10**9, 10**12)[0]
+        assert "more files, 1000000000000 are needed" in _check_disk(tmp_path, 1e3, 10**9, 10**12)[0]
 
 
 def test_too_little_memory_says_how_many_workers_fit() -> None:
-    assert _memory(2**28, 8, 2**31) == []
-    assert _memory(2**40, 8, None) == []
-    (problem,) = _memory(10**9, 64, 10 * 10**9)
+    assert _check_memory(2**28, 8, 2**31) == []
+    assert _check_memory(2**40, 8, None) == []
+    (problem,) = _check_memory(10**9, 64, 10 * 10**9)
     assert problem == ("a worker took 1 GB of memory, 64 of them take 64 GB, 10 GB are available; use --workers 10")
 
 
@@ -117,8 +117,8 @@ def test_too_few_open_files_say_what_to_run() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        assert _open_files(16) == []
-        assert _open_files(64) == ["256 open files are allowed, 64 workers need 576; run `ulimit -n 576` first"]
+        assert _check_open_files(16) == []
+        assert _check_open_files(64) == ["256 open files are allowed, 64 workers need 576; run `ulimit -n 576` first"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -138,13 +138,13 @@ def count_of(number: int, allow: object) -> int:
 
 
 def test_this_machine_can_encode() -> None:
-    assert _encoder() == []
+    assert _check_encoder() == []
 
 
 def test_the_doubt_of_a_sample() -> None:
-    assert _mean([2.0]) == (2.0, 2.0)
-    assert _mean([2.0, 2.0, 2.0]) == (2.0, 2.0)
-    low, high = _mean([1.0, 3.0])
+    assert _mean_range([2.0]) == (2.0, 2.0)
+    assert _mean_range([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    low, high = _mean_range([1.0, 3.0])
     assert (low, high) == (0.0, 4.0)
 
 

@@ -224,7 +224,7 @@ def test_finished_work_is_kept_and_changes_are_noticed(
     capsys.readouterr()
     assert run(source, out, *common) == 0
     told = capsys.readouterr().out
-    assert "1 videos are no longer listed: removed" in told
+    assert "removed 1 videos that are no longer listed" in told
     assert "2 videos are prepared again: their sources have changed" in told
     assert attempts() == {"a/1.mp4": 2, "a/2.mp4": 2, "b/4.mp4": 4}
     assert not (out / "videos/train/b/3.mp4").exists()
@@ -327,7 +327,7 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
 ) -> None:
     write_video(tmp_path / "raw" / "a" / "1.mp4", noise())
     for arguments, words in [
-        ((tmp_path / "raw" / "out",), "lies inside the source"),
+        ((tmp_path / "raw" / "out",), "is inside the source"),
         ((tmp_path / "out", "--short-side", 31), "--short-side 31"),
         ((tmp_path / "out", "--gop", 0), "--gop 0"),
         ((tmp_path / "out", "--max-fail-rate", 5), "--max-fail-rate 5.0"),

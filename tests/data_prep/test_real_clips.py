@@ -33,7 +33,7 @@ def link_all(data: Path, source: Path) -> None:
 def prepared(outside_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, object]]]:
     folder = tmp_path_factory.mktemp("real")
     link_all(outside_data, folder / "raw")
-    prepare(folder / "raw", folder / "out", TranscodeSettings(short_side=128), workers=2, say=lambda text: None)
+    prepare(folder / "raw", folder / "out", TranscodeSettings(short_side=128), workers=2, log=lambda text: None)
     with PreparationState(folder / "out") as state:
         return folder, {row["name"]: dict(row) for row in state.rows()}
 

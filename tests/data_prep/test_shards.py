@@ -58,7 +58,7 @@ def test_what_a_shard_is_called() -> None:
             parse_shard(text)
     with pytest.raises(UsageError, match="SLURM_ARRAY_TASK_ID is not set"):
         parse_shard("slurm", {})
-    with pytest.raises(UsageError, match="task 9 of the array"):
+    with pytest.raises(UsageError, match="task 9 does not fit an array"):
         parse_shard("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "9"})  # a task of an array with gaps
 
 
@@ -71,7 +71,7 @@ def test_shards_merged_equal_a_run_in_one_piece(
     assert "python -m data_prep merge" in capsys.readouterr().out
     assert not (out / "dataset.json").exists()
     assert main(["merge", str(out)]) == 1
-    assert "lacks shard 1/3, 2/3; prepare it" in capsys.readouterr().err
+    assert "shard 1/3, 2/3 is missing; prepare it" in capsys.readouterr().err
     assert run(source, out, "--shard", "2/3") == 0
     assert run(source, other, "--shard", "1/3") == 0
     assert main(["status", str(out)]) == 0
@@ -88,7 +88,7 @@ def test_shards_merged_equal_a_run_in_one_piece(
     assert (out / "train.csv").read_bytes() == (whole / "train.csv").read_bytes()
     assert run(source, out, "--retry-failed") == 0  # from here on as if prepared in one piece
     assert run(source, out, "--shard", "0/3") == 1
-    assert "go on without --shard" in capsys.readouterr().err
+    assert "resume without --shard" in capsys.readouterr().err
     assert main(["merge", str(whole)]) == 1
     assert "was prepared as a whole" in capsys.readouterr().err
 
@@ -137,14 +137,14 @@ def test_shards_that_do_not_belong_together(source: Path, tmp_path: Path, capsys
     assert run(source, out, "--shard", "0/2") == 0
     assert run(source, out, "--shard", "1/2", "--gop", "8") == 0
     assert main(["merge", str(out)]) == 1
-    assert "was prepared with another settings" in capsys.readouterr().err
+    assert "its settings differs from that of" in capsys.readouterr().err
     assert run(source, other, "--shard", "1/2") == 0
     assert main(["merge", str(out), str(other)]) == 1
     assert "is the same shard" in capsys.readouterr().err
     (other / "shards/1-of-2.sqlite").rename(other / "shards/1-of-4.sqlite")
     (out / "shards/1-of-2.sqlite").unlink()
     assert main(["merge", str(out), str(other)]) == 1
-    assert "count the shards differently" in capsys.readouterr().err
+    assert "are of different numbers of shards" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "raw")]) == 2
     assert "no shards to merge" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "nowhere")]) == 2

@@ -36,11 +36,11 @@ def write(path: Path, lines: Iterable[str]) -> Path:
 
 
 def names(planned: PreparationPlan, split: str | None = None, *, excluded: bool = False) -> list[str]:
-    return [w.name for w in planned.wanted if split in (None, w.split) and bool(w.excluded) == excluded]
+    return [w.name for w in planned.videos if split in (None, w.split) and bool(w.excluded) == excluded]
 
 
 def by_name(planned: PreparationPlan) -> dict[str, PlannedVideo]:
-    return {wanted.name: wanted for wanted in planned.wanted}
+    return {wanted.name: wanted for wanted in planned.videos}
 
 
 def test_a_downloaded_folder_is_what_its_official_lists_say(tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     assert names(planned, "train", excluded=True) == [f"{C}_000050_000060.mp4", f"{B}_000001_000011.mp4 (2)"]
     assert names(planned, "val") == [f"{C}_000001_000011.mp4"]
     assert by_name(planned)[f"{C}_000001_000011.mp4"].label == "run"  # the first list's
-    assert {w.excluded for w in planned.wanted} == {"", "duplicate"}
-    assert [w.position for w in planned.wanted] == [0, 1, 2, 3, 4, 0, 1]
-    assert len({w.target for w in planned.wanted}) == 7
+    assert {w.excluded for w in planned.videos} == {"", "duplicate"}
+    assert [w.position for w in planned.videos] == [0, 1, 2, 3, 4, 0, 1]
+    assert len({w.target for w in planned.videos}) == 7
     assert planned.notes == [
         "1 videos of train are excluded: an earlier list has them too",
         "1 videos of val are excluded: an earlier list has them too",
@@ -119,7 +119,7 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
     assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
     with PreparationState(tmp_path, create=True) as state:  # which wants names and targets to be unique
-        state.sync_with_plan(planned.wanted)
+        state.sync_with_plan(planned.videos)
         counts = state.counts_by_split()
     assert (counts["train"].excluded, counts["val"].excluded) == ({"duplicate": 2}, {"duplicate": 1})
 
@@ -145,16 +145,16 @@ def test_official_kinetics_lists_mix_as_counted(outside_data: Path, tmp_path: Pa
     as_train = tmp_path / "train.csv"
     as_train.write_text(val400.read_text().replace(",val,", ",train,"))
     (tmp_path / "raw").mkdir()
-    counts = Counter((w.split, w.excluded) for w in plan_preparation(tmp_path / "raw", [as_train, val600]).wanted)
+    counts = Counter((w.split, w.excluded) for w in plan_preparation(tmp_path / "raw", [as_train, val600]).videos)
     assert counts == {("train", ""): 19_906 - 13_569, ("train", "duplicate"): 13_569, ("val", ""): 30_000}
     planned = plan_preparation(tmp_path / "raw", [val400, val600, folder / "kinetics-400_test.csv"])
     assert len(planned.classes) == 632
-    counts = Counter((w.split, w.excluded, bool(w.label)) for w in planned.wanted)
+    counts = Counter((w.split, w.excluded, bool(w.label)) for w in planned.videos)
     # 13,566 are the same clip of the same ten seconds; three are other parts of the same video, which val may have.
     assert counts[("val", "duplicate", True)] == 13_566
     assert counts[("val", "", True)] == 19_906 + 30_000 - 13_566
     assert counts[("test", "", False)] == 38_685
-    assert {w.target for w in planned.wanted if w.split == "test"} >= {"videos/test/--6bJUbfpnQ_000017_000027.mp4"}
+    assert {w.target for w in planned.videos if w.split == "test"} >= {"videos/test/--6bJUbfpnQ_000017_000027.mp4"}
 
 
 def test_lines_said_twice_are_merged_and_contradictions_refused(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
     touch(tmp_path / "UCF-101" / "HandstandPushups" / "v_HandstandPushups_g01_c01.avi")
     planned = plan_preparation(tmp_path, official_split=2)
     assert planned.classes == ["ApplyEyeMakeup", "HandstandPushups", "Biking"]  # as numbered, not as sorted
-    assert [(w.split, w.name, w.label, w.origin, Path(w.source).is_file()) for w in planned.wanted] == [
+    assert [(w.split, w.name, w.label, w.origin, Path(w.source).is_file()) for w in planned.videos] == [
         ("train", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "ApplyEyeMakeup", "ApplyEyeMakeup_g08", True),
         ("train", "Biking/v_Biking_g25_c07.avi", "Biking", "Biking_g25", False),
         (
@@ -197,7 +197,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
         ),
     ]
     assert (
-        plan_preparation(tmp_path / "UCF-101", [lists], official_split=2).wanted[0].name == planned.wanted[0].name[8:]
+        plan_preparation(tmp_path / "UCF-101", [lists], official_split=2).videos[0].name == planned.videos[0].name[8:]
     )
     with pytest.raises(UsageError, match=r"trainlist01\.txt: cannot be read"):
         plan_preparation(tmp_path)
@@ -217,7 +217,7 @@ def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
     assert planned.classes == ["brush_hair", "wave"]
     assert names(planned, "train") == [film.format("brush_hair", 1), film.format("wave", 1)]
     assert names(planned, "test") == [film.format("brush_hair", 2), film.format("wave", 2)]
-    assert {w.origin for w in planned.wanted} == {"American_#1_History(X)"}
+    assert {w.origin for w in planned.videos} == {"American_#1_History(X)"}
     assert planned.extra == []  # number 0 is listed, as in neither
     for path in flat.iterdir():
         path.unlink()
@@ -244,13 +244,13 @@ def test_something_something_with_its_templates(tmp_path: Path, prefix: str) -> 
     touch(*(videos / f"{number}.webm" for number in (78687, 5, 7)))
     planned = plan_preparation(tmp_path)
     assert planned.classes == ["Attaching something to something", "Holding something next to something"]
-    assert [(w.split, Path(w.source).name, w.label) for w in planned.wanted] == [
+    assert [(w.split, Path(w.source).name, w.label) for w in planned.videos] == [
         ("train", "78687.webm", "Holding something next to something"),
         ("val", "5.webm", "Attaching something to something"),
         ("test", "7.webm", ""),
     ]
     write(lists / "test-answers.csv", ["7;Holding something next to something"])
-    assert plan_preparation(videos, [lists]).wanted[2].label == "Holding something next to something"
+    assert plan_preparation(videos, [lists]).videos[2].label == "Holding something next to something"
     dump("train", [{"id": "78687", "template": "Holding [something]"}])
     with pytest.raises(UsageError, match=r"train\.json, id 78687: label 'Holding something' is not one of the 2"):
         plan_preparation(tmp_path)
@@ -279,7 +279,7 @@ def test_prepared_data_below_the_source_is_no_source(tmp_path: Path) -> None:
 
 def test_names_that_meet_in_one_place_are_told_apart(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a?/x.mp4", "a?/x.mkv", "a?/X.avi", "A?/x.mp4", "b\\c/ ..mp4")))
-    targets = [w.target for w in plan_preparation(tmp_path).wanted]
+    targets = [w.target for w in plan_preparation(tmp_path).videos]
     assert len({target.casefold() for target in targets}) == 5
     assert all(target.count("/") == 3 and target.endswith(".mp4") for target in targets)
 
@@ -307,7 +307,7 @@ def test_what_cannot_be_a_source(tmp_path: Path) -> None:
     touch(tmp_path / "run" / "a.mp4")
     with pytest.raises(UsageError, match="names no YouTube ids"):
         plan_preparation(tmp_path, held_out=[write(tmp_path / "held.txt", ["a.mp4 0"])])
-    with pytest.raises(UsageError, match="no lists train, val or test in it"):
+    with pytest.raises(UsageError, match="holds no list train, val or test"):
         plan_preparation(tmp_path, [tmp_path / "run"])
 
 
@@ -326,8 +326,8 @@ def test_planning_costs_little_a_clip(tmp_path: Path) -> None:
     started = time.process_time()
     planned = plan_preparation(tmp_path)
     seconds = time.process_time() - started
-    assert len(planned.wanted) == count
-    assert sum(w.name.startswith("train/") for w in planned.wanted) == 500
+    assert len(planned.videos) == count
+    assert sum(w.name.startswith("train/") for w in planned.videos) == 500
     assert seconds / count < 20.0 / 246_534
 
 
@@ -337,7 +337,7 @@ def test_the_whole_of_kinetics_is_planned_in_seconds_and_megabytes(tmp_path: Pat
     # The peak of this process alone: getrusage would give the one of the process that started it, if that was more.
     code = (
         "import re, sys, time; from pathlib import Path; from data_prep.sources import plan_preparation\n"
-        "planned = plan_preparation(Path(sys.argv[1])); assert len(planned.wanted) == 246534\n"
+        "planned = plan_preparation(Path(sys.argv[1])); assert len(planned.videos) == 246534\n"
         "print(time.process_time(), int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(table)], cwd=REPOSITORY, capture_output=True, text=True)

@@ -110,7 +110,12 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
     assert len(sides) == 10
     assert Counter(split for _, split in sides) == {"train": 8, "val": 2}
     train, val = (read_manifest(out, split) for split in ("train", "val"))
-    assert (len(train.entries), train.failed_in_preparation, len(val.entries), val.failed_in_preparation) == (64, 8, 16, 2)
+    assert (len(train.entries), train.failed_in_preparation, len(val.entries), val.failed_in_preparation) == (
+        64,
+        8,
+        16,
+        2,
+    )
     split_validation(out, 0.5, seed=1)  # replaces the earlier choice
     assert len(read_manifest(out, "val").entries) == 40
 
