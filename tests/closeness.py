@@ -1,7 +1,7 @@
-"""Closeness of computed tensors in units of their largest value.
+"""Assertions on tensors: close relative to the largest expected value, or equal bit for bit.
 
-Rounding grows with the size of the numbers, and its last bits are up to the processor's vector units, the number of
-threads and where memory lies. An absolute limit on values of any size would leave the verdict to those.
+Rounding errors grow with the size of the numbers, and their last bits depend on the processor's vector units, the
+number of threads and the alignment of memory. With an absolute tolerance those would decide whether a test passes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 def assert_close(
     got: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: float = 1e-5, *, name: str = ""
 ) -> None:
-    """No element differs by more than `tolerance` times the largest expected value; NaN is close to nothing.
+    """Assert that no element differs by more than `tolerance` times the largest expected value; NaN never passes.
 
-    Shapes, dtypes and devices must agree, as in torch.testing.assert_close; `name` opens the message.
+    Shapes, dtypes and devices must match as in torch.testing.assert_close. `name` is put in front of the message.
     """
     got, expected = torch.as_tensor(got).detach(), torch.as_tensor(expected).detach()
-    # Values apart; what is left to this call are shape, dtype, device and layout, and its words about them.
+    # With an infinite tolerance this checks everything but the values: shape, dtype, device and layout.
     torch.testing.assert_close(got, expected, rtol=0, atol=torch.inf, equal_nan=True)
     if not expected.numel():
         return
@@ -30,17 +30,17 @@ def assert_close(
     if not worst <= tolerance * largest:  # written so that NaN fails
         place = tuple(int(i) for i in np.unravel_index(int(differences.argmax()), differences.shape))
         raise AssertionError(
-            f"{name + ': ' if name else ''}differ by {worst:.2e} where the largest value is {largest:.2e}: "
-            f"{worst / largest if largest else torch.inf:.2e} of it, above {tolerance:.0e}; "
-            f"at {place} {got[place].item()!r} instead of {expected[place].item()!r}"
+            f"{name + ': ' if name else ''}largest difference {worst:.2e}, largest expected value {largest:.2e}: "
+            f"ratio {worst / largest if largest else torch.inf:.2e}, tolerance {tolerance:.0e}; "
+            f"at {place} got {got[place].item()!r}, expected {expected[place].item()!r}"
         )
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same tensors to the bit under the same names: for what was copied, not computed.
+    """Assert equal names and bit-identical tensors: for tensors that were copied, not computed.
 
-    What a model computes with a copy of its weights is only close: tensors of a mapped file lie where they lie in it,
-    and products of matrices may be summed in another order where those begin at another address.
+    What a model computes from a copy of its weights is only close: tensors of a memory-mapped file have the alignment
+    they have in the file, and a matrix product may be summed in another order at another alignment.
     """
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():

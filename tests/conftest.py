@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: outside data, a small video writer; and a seed for every test and fixture."""
+"""What all tests share: external data, a small video writer, and a seed for every test and fixture."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def _seed(name: str) -> None:
-    """The random state of a test or fixture follows from its name alone; Python's own hash() differs by process."""
+    """Seed every generator from a name alone: crc32, because Python's hash() differs between processes."""
     seed = zlib.crc32(name.encode())
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries under test draw from the old global generator
+    np.random.seed(seed)  # noqa: NPY002 - libraries under test use the legacy global generator
     torch.manual_seed(seed)
 
 
@@ -31,10 +31,10 @@ def _seed(name: str) -> None:
 def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
 ) -> Generator[None, object, object]:
-    """Every fixture is set up from a random state of its own, of whatever scope and for whichever test it is first.
+    """Set up every fixture, whatever its scope, from a random state that depends on its name alone.
 
-    What was there before comes back: a test that asks for a fixture in its midst draws the same whether or not another
-    test has set it up already.
+    Afterwards the previous state is restored: a test that requests a fixture halfway through draws the same numbers
+    whether or not another test has already set that fixture up.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - as above
     _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
@@ -48,14 +48,14 @@ def pytest_fixture_setup(
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Every test starts from a random state of its own: neither their order nor their selection matters."""
+    """Start every test from a random state that depends on its name alone, whatever else runs and in which order."""
     _seed(item.nodeid)
     return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Indexes of images are kept in a folder of the session, not in the user's."""
+    """Keep image indexes in a folder of this session instead of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -63,16 +63,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
-    """Ctrl-C reaches what tests start, also where this was started in the background, which ignores it."""
+    """Let tests send Ctrl-C to subprocesses, which inherit that SIGINT is ignored if a shell runs this in background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def outside_data() -> Path:
-    """The folder of real clips and photographs beside the checkout; where it is absent the test is skipped."""
+    """The folder of real clips and photographs next to the checkout; without it the test is skipped."""
     folder = Path(os.environ.get("VIDEO_SWINV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no outside data at {folder}: set VIDEO_SWINV2_TEST_DATA to a folder that holds it")
+        pytest.skip(f"{folder}: no such folder of test data; set VIDEO_SWINV2_TEST_DATA to one")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every figure of a report once more, in plain NumPy and loops that share no code with the package."""
+"""Every figure of a report, computed a second time in plain NumPy and loops that share no code with the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def chances(logits: np.ndarray, average: str) -> np.ndarray:
-    """(N, V, K) -> (N, K)."""
+    """(N, V, K) logits -> (N, K) probabilities."""
     logits = logits.astype(np.float64)
     if average == "logit":
         logits = logits.mean(axis=1, keepdims=True)
@@ -32,7 +32,7 @@ def chances(logits: np.ndarray, average: str) -> np.ndarray:
 
 
 def resamples(origins: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(draws, sources) how often each source is drawn, and (sources, N) which videos it has."""
+    """(draws, sources) how often each source is drawn, and (sources, N) which videos belong to it."""
     groups: dict[Any, list[int]] = {}
     for place, origin in enumerate(origins):
         groups.setdefault(origin or place, []).append(place)
@@ -44,7 +44,7 @@ def resamples(origins: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ends(values: np.ndarray, sources: int) -> list[float]:
-    """The middle 95 %; of nothing but 0 or nothing but 1, Wilson's."""
+    """The central 95 %, or Wilson's interval if all values are 0 or all are 1."""
     if (values == 0).all() or (values == 1).all():
         return wilson(values[0], sources)
     return np.quantile(values, [0.025, 0.975]).tolist()
@@ -58,7 +58,7 @@ def wilson(share: float, n: int) -> list[float]:
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """What results.json has to hold."""
+    """What results.json must contain."""
     file = read(path)
     record, status = file["metadata"], file["status"] == "ok"
     labels, logits = file["labels"][status], file["logits"][status]
@@ -171,13 +171,13 @@ def confused(table: np.ndarray, classes: np.ndarray) -> list[dict[str, Any]]:
 
 
 def mistakes(file: dict[str, Any], p: np.ndarray, status: np.ndarray) -> list[tuple[str, float]]:
-    """(path, probability of the answer) of the twelve surest."""
+    """(path, probability of the answer) of the twelve most confident."""
     paths, labels = file["paths"][status], file["labels"][status]
     wrong = [(str(path), row.max()) for path, row, label in zip(paths, p, labels, strict=True) if row.argmax() != label]
     return sorted(wrong, key=lambda pair: -pair[1])[:12]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Twice the smaller tail of as many fair coins."""
+    """Twice the smaller tail of a binomial with p = 1/2."""
     n = only_first + only_second
     return min(1.0, 2 * sum(comb(n, i) for i in range(min(only_first, only_second) + 1)) / 2**n)

@@ -1,4 +1,4 @@
-"""Tests compared: pairs on shared videos, classes by name, what was different, and every wrong combination refused."""
+"""Comparison of tests: pairs on shared videos, classes matched by name, differing settings, refused combinations."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.report import independent, report_pages
+from tests.report import independent
+from tests.report.report_pages import ATTACK, RECORD, build_scores
 from video_swinv2.cli import main
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.report.compare import compare, score_folders
 from video_swinv2.report.scores import Scores, load_scores, save_scores
 
-ATTACK = "<script>alert(1)</script>"
 CLASSES = ("a", ATTACK, "c", "d|e")
-RECORD = report_pages.RECORD | {"data": "data", "model": {"path": "nowhere/model.safetensors"}}
 
 
-def make(folder: Path, skill: float, seed: int, names: Sequence[str] | None = None, **record: Any) -> Scores:
-    """Scores of 60 videos whose labels do not depend on the seed."""
+def make(
+    folder: Path,
+    skill: float,
+    seed: int,
+    names: Sequence[str] | None = None,
+    failed: Sequence[int] = (),
+    **record: Any,
+) -> Scores:
+    """A folder with the scores of 60 videos, whose labels do not depend on the seed."""
     labels = np.random.default_rng(99).integers(0, 4, 60)
     logits = np.random.default_rng(seed).normal(size=(60, 3, 4))
     logits[np.arange(60), :, labels] += skill
-    paths = tuple(names) if names else tuple(f"{i}.mp4" for i in range(60))
-    scores = Scores(
-        paths, labels, logits.astype(np.float16), np.zeros((60, 3, 5), np.int32), ("",) * 60, CLASSES, RECORD | record
-    )
+    scores = build_scores(labels, logits, paths=names, classes=CLASSES, failed=failed, **RECORD | record)
     folder.mkdir(parents=True, exist_ok=True)
     save_scores(scores, folder / "scores.npz")
     return scores
@@ -63,7 +66,7 @@ def test_pairs_are_compared_video_by_video(tmp_path: Path) -> None:
     text = re.sub(r"<[^>]*>", " ", page)
     for pair in result["pairs"]:
         assert f"{100 * pair['paired']['difference']:+.1f}" in text
-    assert page.count("abababababab") >= 6, "each accuracy with the fingerprint of its data"
+    assert page.count("abababababab") >= 6, "each accuracy with its data fingerprint"
     assert ATTACK not in page
     assert "script-src" not in page
     assert "<script" not in page
@@ -94,14 +97,7 @@ def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
 def test_only_shared_videos_count(tmp_path: Path) -> None:
     x = make(tmp_path / "x", 1, 0)
     names = [*(f"{i}.mp4" for i in range(40)), *(f"other {i}.mp4" for i in range(20))]
-    y = make(tmp_path / "y", 1, 1, names, data_fingerprint="cd" * 32, protocol="center-1x1")
-    gone = y.logits.copy()
-    gone[:5] = np.nan
-    places = y.views.copy()
-    places[:5] = -1
-    save_scores(
-        replace(y, logits=gone, views=places, reasons=("broken",) * 5 + ("",) * 55), tmp_path / "y" / "scores.npz"
-    )
+    y = make(tmp_path / "y", 1, 1, names, range(5), data_fingerprint="cd" * 32, protocol="center-1x1")
     result = compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
     paired = result["pairs"][0]["paired"]
     assert paired["n"] == 35

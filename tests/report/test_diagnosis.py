@@ -1,4 +1,4 @@
-"""Calibration, fewer views, and the hint that classes are in another order than the labels'."""
+"""Calibration, accuracy with fewer views, and the hint that the classes are in the wrong order."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAMES = tuple(sorted(f"class {i}" for i in range(20)))
 
 
 def answers_of(labels: np.ndarray, skill: float, k: int, seed: int = 0) -> np.ndarray:
-    """Right answers with the chance `skill`, else any class."""
+    """Answers that are right with probability `skill` and otherwise drawn from all classes."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(len(labels)) < skill, labels, rng.integers(0, k, len(labels)))
 
 
-def test_calibration_of_a_model_that_knows_how_sure_to_be() -> None:
+def test_calibration_of_a_calibrated_model() -> None:
     rng = np.random.default_rng(0)
     sure = rng.random(20_000)
     right = rng.random(20_000) < sure
@@ -35,10 +35,10 @@ def test_calibration_of_a_model_that_knows_how_sure_to_be() -> None:
     assert measure_calibration(np.array([1.0]), np.array([True])).bins[0].low == pytest.approx(14 / 15)
 
 
-def test_grid_of_views() -> None:
+def test_clips_and_crops() -> None:
     assert clips_and_crops({"protocol": "mine", "protocol_numbers": {"clips": 4, "crops": 3}}, 12) == (4, 3)
     assert clips_and_crops({"protocol": "videoswin-4x3"}, 12) == (4, 3)
-    assert clips_and_crops({"protocol": "videoswin-4x3"}, 3) == (1, 3), "what is left of it for stills"
+    assert clips_and_crops({"protocol": "videoswin-4x3"}, 3) == (1, 3), "a still image has only the crops"
     assert clips_and_crops({"protocol": "no numbers"}, 5) == (5, 1)
 
 
@@ -77,7 +77,7 @@ def test_one_of_three_crops_is_the_mean_over_the_three() -> None:
         ([7, 3, 12, 0, 18, 1, 9, 15, 2, 11, 4, 19, 6, 10, 17, 5, 8, 14, 13, 16], ""),
     ],
 )
-def test_classes_in_another_order_are_noticed(order: list[int], words: str) -> None:
+def test_classes_in_the_wrong_order_are_noticed(order: list[int], words: str) -> None:
     """The model's class j is the data's class order[j]."""
     labels = np.repeat(np.arange(20), 30)
     place = np.argsort(order)
@@ -91,7 +91,7 @@ def test_classes_in_another_order_are_noticed(order: list[int], words: str) -> N
     assert all(row.n == 30 and row.share > 0.5 for row in hint.moved)
 
 
-def test_names_that_were_sorted_for_the_model_only() -> None:
+def test_class_names_sorted_for_the_model_only() -> None:
     names = ("wave", "run", "Jump", "clap", "sit", "bow")
     labels = np.repeat(np.arange(6), 40)
     place = np.argsort(sorted(range(6), key=lambda i: names[i]))

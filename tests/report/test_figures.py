@@ -1,4 +1,4 @@
-"""Fifty random score files: every figure of results.json and of the page against an independent recomputation."""
+"""Fifty random score files: every figure of results.json and of the page against an independent computation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from tests.report import independent
+from tests.report.report_pages import RECORD, build_scores
 from video_swinv2.report.page import write_report
-from video_swinv2.report.scores import Scores, save_scores
+from video_swinv2.report.scores import save_scores
 
 GRIDS = ((1, 1), (4, 3), (3, 1), (1, 3), (2, 2), (5, 3))
 
 
 def random_file(seed: int, folder: Path) -> None:
-    """Any number of videos, classes, views, failures and sources; answers from hopeless to nearly perfect."""
+    """A random number of videos, classes, views, failures and sources; accuracy from chance to nearly perfect."""
     rng = np.random.default_rng(seed)
     n, k = int(rng.integers(6, 120)), int(rng.integers(2, 25))
     clips, crops = GRIDS[seed % len(GRIDS)]
@@ -28,48 +29,31 @@ def random_file(seed: int, folder: Path) -> None:
     logits[np.arange(n), :, labels] += rng.uniform(-1, 6)
     logits += rng.normal(size=(n, 1, k))
     failed = rng.choice(n, int(rng.integers(0, 4)), replace=False)
-    places = np.zeros((n, clips * crops, 5), np.int32)
-    logits[failed], places[failed] = np.nan, -1
-    record: dict[str, Any] = {
+    record: dict[str, Any] = RECORD | {
         "protocol": f"random-{seed}",
         "protocol_numbers": {"clips": clips, "crops": crops},
         "average": ("prob", "logit")[seed % 2],
         "views": clips * crops,
-        "frames": 8,
-        "frame_stride": 4,
-        "image_size": [64, 64],
-        "frame_order": "in-order",
-        "split": "test",
-        "data": "data",
         "data_fingerprint": f"{seed:064x}",
-        "model": {"path": "model.safetensors"},
         "seed": seed,
         "lost_in_preparation": int(rng.integers(0, 3)),
     }
     if seed % 3 == 0:
         record["origins"] = [str(rng.integers(0, n // 3 + 1)) if rng.random() < 0.9 else "" for _ in range(n)]
-    scores = Scores(
-        paths=tuple(f"{i}.mp4" for i in range(n)),
-        labels=labels,
-        logits=logits.astype(np.float16),
-        views=places,
-        reasons=tuple("broken" if i in failed else "" for i in range(n)),
-        classes=tuple(f"class {i}" for i in range(k)),
-        metadata=record,
-    )
+    scores = build_scores(labels, logits, failed=failed, **record)
     save_scores(scores, folder / "scores.npz")
 
 
-def agree(found: Any, expected: Any, where: str) -> None:
-    """Equal to rounding in floating point, whatever the nesting."""
+def assert_equal(found: Any, expected: Any, where: str) -> None:
+    """Nested results are equal, numbers to within rounding."""
     if isinstance(expected, dict):
         assert set(found) == set(expected), where
         for key, value in expected.items():
-            agree(found[key], value, f"{where}.{key}")
+            assert_equal(found[key], value, f"{where}.{key}")
     elif isinstance(expected, list):
         assert len(found) == len(expected), where
         for place, value in enumerate(expected):
-            agree(found[place], value, f"{where}[{place}]")
+            assert_equal(found[place], value, f"{where}[{place}]")
     elif isinstance(expected, (str, np.str_)) or expected is None:
         assert found == expected, where
     else:
@@ -81,7 +65,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def shown(expected: dict[str, Any]) -> list[str]:
-    """Every figure as the page has to print it."""
+    """Every figure as the page must show it."""
     words = [
         f"{percent(expected[key])} % {' to '.join(percent(end) for end in expected[key + '_interval'])}"
         for key in ("top5", "mean_class_accuracy")
@@ -118,7 +102,7 @@ def test_every_figure_of_fifty_reports(first: int, tmp_path: Path) -> None:
         expected = independent.figures(tmp_path / "scores.npz")
         table, wrong = expected.pop("confusion"), expected.pop("surest_mistakes")
         result = json.loads((tmp_path / "results.json").read_text())
-        agree({key: result[key] for key in expected}, expected, f"file {seed}")
+        assert_equal({key: result[key] for key in expected}, expected, f"file {seed}")
         assert [one["path"] for one in result["surest_mistakes"]] == [path for path, _ in wrong]
 
         raw = (tmp_path / "report.html").read_text()

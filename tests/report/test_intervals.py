@@ -1,9 +1,10 @@
-"""Intervals cover what they should, sources are drawn whole, and paired tests say what a table of coins says."""
+"""Intervals have their stated coverage, sources are resampled as a whole, and paired tests match the binomial."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest  # type: ignore[import-untyped]  # SciPy has no type hints
 
 from tests.report import independent
 from video_swinv2.report.intervals import (
@@ -22,8 +23,8 @@ def interval(correct: np.ndarray, sources: np.ndarray, seed: int = 0) -> tuple[f
     return share_intervals(mean_statistic(correct[:, None].astype(float)), sources, seed)[0]
 
 
-def test_interval_is_that_of_resampled_videos() -> None:
-    """Against resamples that are built one by one from other random numbers."""
+def test_interval_is_that_of_independent_resamples() -> None:
+    """Against resamples built one by one from other random numbers."""
     rng = np.random.default_rng(3)
     correct = np.zeros(400, bool)
     correct[:320] = True
@@ -34,8 +35,8 @@ def test_interval_is_that_of_resampled_videos() -> None:
     assert interval(correct, own, seed=1) != interval(correct, own, seed=2)
 
 
-def test_a_perfect_score_of_few_videos_is_not_a_sure_one() -> None:
-    """7 of 7 right: resamples would say 100 to 100. Two sources of many clips are no more than two."""
+def test_a_perfect_score_of_few_videos_is_uncertain() -> None:
+    """7 of 7 correct: resamples would give 100 to 100. Many clips of two sources count as two observations."""
     assert bootstrap_intervals(mean_statistic(np.ones((7, 1))), np.arange(7), 0).tolist() == [[1.0, 1.0]]
     assert interval(np.ones(7, bool), np.arange(7)) == pytest.approx(independent.wilson(1.0, 7))
     assert interval(np.zeros(7, bool), np.arange(7)) == pytest.approx(independent.wilson(0.0, 7))
@@ -44,8 +45,8 @@ def test_a_perfect_score_of_few_videos_is_not_a_sure_one() -> None:
     assert compare_paired(same, same, np.arange(9), 0).interval == (0.0, 0.0), "a difference is not a share"
 
 
-def test_interval_covers_the_truth_as_often_as_it_says_for_clips_of_one_source_too() -> None:
-    """Sources of 5 clips that are all right or all wrong: counted as single clips, they would be far too sure."""
+def test_coverage_is_as_stated_for_videos_that_share_sources() -> None:
+    """Sources of 5 videos that are all right or all wrong: resampling single videos is far too narrow."""
     rng = np.random.default_rng(0)
     sources = np.repeat(np.arange(80), 5)
     grouped = single = 0
@@ -59,8 +60,8 @@ def test_interval_covers_the_truth_as_often_as_it_says_for_clips_of_one_source_t
     assert single / 100 < 0.75
 
 
-def test_many_videos_are_drawn_in_chunks_like_few() -> None:
-    """More videos than fit one chunk: the interval is still that of the binomial it is."""
+def test_many_videos_are_resampled_in_chunks() -> None:
+    """More videos than fit into one chunk: the interval is still that of the binomial."""
     n = 5_000
     correct = np.arange(n) < 0.4 * n
     low, high = interval(correct, np.arange(n))
@@ -68,21 +69,27 @@ def test_many_videos_are_drawn_in_chunks_like_few() -> None:
     assert (0.4 - low, high - 0.4) == pytest.approx((wide, wide), rel=0.12)
 
 
-def test_class_mean_weighs_classes_not_videos() -> None:
+def test_class_mean_weights_classes_equally() -> None:
     labels, correct = np.array([0, 0, 0, 0, 2]), np.array([1.0, 1.0, 1.0, 0.0, 0.0])
     figure = class_mean_statistic(labels, correct)
     times = np.array([[1.0, 1.0, 1.0, 1.0, 1.0], [2, 0, 0, 2, 1], [0, 0, 0, 0, 5], [1, 1, 1, 2, 0]])
     assert figure(times)[:, 0].tolist() == pytest.approx([0.375, 0.25, 0.0, 0.6])
 
 
-def test_sources_are_told_by_name_and_unknown_ones_stand_alone() -> None:
+def test_videos_of_unknown_origin_are_their_own_source() -> None:
     assert number_sources(["a", "", "b", "a", "", "0"]).tolist() == [0, 1, 2, 0, 3, 4]
     assert number_sources([]).tolist() == []
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.0, 1), (0.5, 4), (1.0, 5), (0.8, 1000), (1 / 3, 7)])
-def test_wilson_solves_its_equation(share: float, n: int) -> None:
+def test_wilson_interval_solves_its_equation(share: float, n: int) -> None:
     assert wilson_interval(share, n) == pytest.approx(independent.wilson(share, n), abs=1e-9)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 7), (7, 7), (3, 9), (320, 400)])
+def test_wilson_interval_of_whole_counts_is_scipys(right: int, n: int) -> None:
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson_interval(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +108,8 @@ def test_pairs(only_first: int, only_second: int, both: int) -> None:
     assert turned.interval == pytest.approx((-paired.interval[1], -paired.interval[0]))
 
 
-def test_a_paired_difference_is_surer_than_two_intervals() -> None:
-    """Two tests that agree in most videos: their own intervals overlap, the paired one excludes none."""
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
+    """Two tests that agree on most videos: their intervals overlap, yet that of the paired difference excludes 0."""
     first = np.arange(500) < 300
     second = first | (np.arange(500) >= 485)
     own = np.arange(500)

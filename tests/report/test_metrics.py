@@ -1,4 +1,4 @@
-"""Every figure recomputed here with plain NumPy or loops, for random score files."""
+"""The metrics of random scores against plain NumPy and loops, and what failed videos change."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
-from tests.report.report_pages import metrics_of
+from tests.report.report_pages import build_scores, metrics_of
 from video_swinv2.errors import UserError
 from video_swinv2.report.metrics import most_confused, video_probabilities
 from video_swinv2.report.scores import Scores
 
 
 def random_scores(seed: int, n: int, views: int, classes: int, failed: int, present: int | None = None) -> Scores:
-    """Scores that are right about half of the time; labels are drawn from the first `present` classes."""
+    """Scores that are right about half of the time, with labels from the first `present` classes only."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, present or classes, n)
     logits = rng.normal(size=(n, views, classes)) * 2
     logits[np.arange(n), :, labels] += 1.5
-    places = np.zeros((n, views, 5), np.int32)
     broken = rng.choice(n, failed, replace=False)
-    logits[broken], places[broken] = np.nan, -1
-    return Scores(
-        paths=tuple(f"{i}.mp4" for i in range(n)),
-        labels=labels,
-        logits=logits.astype(np.float16),
-        views=places,
-        reasons=tuple("broken" if i in broken else "" for i in range(n)),
-        classes=tuple(f"c{i}" for i in range(classes)),
-        metadata={},
-    )
+    return build_scores(labels, logits, failed=broken, classes=[f"c{i}" for i in range(classes)])
 
 
 def by_hand(scores: Scores, average: str) -> tuple[list[int], list[np.ndarray]]:
-    """(labels, mean probabilities) of the scored videos, one video and view at a time."""
+    """(labels, mean probabilities) of the scored videos, computed one video and one view at a time."""
     labels, probabilities = [], []
     for label, logits, reason in zip(scores.labels, scores.logits, scores.reasons, strict=True):
         if reason:
@@ -101,25 +91,20 @@ def test_top5_agrees_with_scikit_learn() -> None:
 
 
 def test_averages_differ_where_views_disagree() -> None:
-    """One sure view against two that lean the other way: probabilities follow the two, logits the one."""
+    """A confident view against two that lean the other way: probabilities follow the two, logits the one."""
     logits = np.array([[[9, 0], [0, 1], [0, 1]]], dtype=np.float16)
-    scores = Scores(("v",), np.array([1]), logits, np.zeros((1, 3, 5), np.int32), ("",), ("a", "b"), {})
+    scores = build_scores(np.array([1]), logits)
     sure, lean = 1 / (1 + np.exp(-9.0)), 1 / (1 + np.exp(1.0))
     assert video_probabilities(scores, "prob")[0, 0] == pytest.approx((sure + 2 * lean) / 3)
     assert video_probabilities(scores, "logit")[0, 0] == pytest.approx(1 / (1 + np.exp(-7 / 3)))
-    flipped = Scores(("v",), np.array([1]), logits, scores.views, ("",), ("a", "b"), {})
-    flipped.logits[0] = np.array([[4, 0], [0, 1.5], [0, 1.5]])
+    flipped = build_scores(np.array([1]), np.array([[[4, 0], [0, 1.5], [0, 1.5]]]))
     assert metrics_of(flipped, average="prob").top1 == 1.0
     assert metrics_of(flipped, average="logit").top1 == 0.0
 
 
 def test_equal_scores_are_answered_the_same_everywhere() -> None:
     labels = np.array([0, 1, 2, 5, 6])
-    scores = Scores(
-        tuple("abcde"), labels, np.zeros((5, 1, 7), np.float16), np.zeros((5, 1, 5), np.int32), ("",) * 5,
-        tuple("0123456"), {},
-    )  # fmt: skip
-    metrics = metrics_of(scores)
+    metrics = metrics_of(build_scores(labels, np.zeros((5, 1, 7))))
     assert (metrics.top1, metrics.top5) == (0.2, 0.6)
     assert metrics.confusion[:, 0].tolist() == np.bincount(labels, minlength=7).tolist()
 

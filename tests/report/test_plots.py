@@ -1,4 +1,4 @@
-"""Plots: numbers on axes are round, lines are where their values are, a colour stays with its series."""
+"""Plots: lines and bands are where their values are, and a series keeps its colour."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def test_lines_are_where_their_values_are() -> None:
     drawn = plot("t", [Series("a", x, y, y - 0.1, y + 0.1, dots=True)], x_label="x", percent=True, y_range=(0, 1))
     assert drawn is not None
     assert drawn.lines[0].points == "0.00,100.00 50.00,50.00 100.00,0.00"
-    assert drawn.lines[0].band.startswith("0.00,100.00 50.00,60.00 100.00,10.00 100.00,0.00"), "cut at the axis"
+    assert drawn.lines[0].band.startswith("0.00,100.00 50.00,60.00 100.00,10.00 100.00,0.00"), (
+        "clipped at the end of the axis"
+    )
     assert drawn.lines[0].dots[1].text == "2, a: 50 (40 to 60)"
     assert [tick.text for tick in drawn.y_ticks][-1] == drawn.longest_y_text == "100 %"
     whole = plot("t", [Series("a", x, y)], x_label="x", mark_every_count=True)

@@ -1,20 +1,20 @@
-"""The report page: parsed, compared with the figures, attacked with names."""
+"""The report page: parsed, compared with the figures, and attacked with names that contain markup."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.report.report_pages import ATTACK, Page, make_folder, make_six, matrix_of, metrics_of, write_page
+from tests.report.report_pages import ATTACK, Page, make_folder, make_run, make_six, matrix_of, metrics_of, write_page
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.report.confusion import confused_order, matrix_data
 from video_swinv2.report.metrics import ClassAccuracy, video_probabilities
@@ -25,7 +25,7 @@ from video_swinv2.report.training_run import find_training_run, flatten
 
 
 def counts(confusion: np.ndarray, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
-    """(label, answer, count) of all cells above zero."""
+    """(label, answer, count) of every non-zero cell."""
     places = [(i, j) for i in range(len(classes)) for j in range(len(classes)) if confusion[i, j]]
     return [(classes[i], classes[j], int(confusion[i, j])) for i, j in places]
 
@@ -35,7 +35,7 @@ def six(tmp_path: Path) -> tuple[Path, Scores]:
     return make_six(tmp_path)
 
 
-def test_page_says_what_the_figures_are(six: tuple[Path, Scores]) -> None:
+def test_page_shows_the_figures(six: tuple[Path, Scores]) -> None:
     out, scores = six
     raw = write_page(out)
     page = Page(raw)
@@ -68,7 +68,9 @@ def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> Non
     page = Page(raw)
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "matrix-data"}, {}]
-    assert "'unsafe-inline'" not in raw.split("script-src")[1].split('"')[0], "only the script of known digest may run"
+    assert "'unsafe-inline'" not in raw.split("script-src")[1].split('"')[0], (
+        "only the script with the known digest may run"
+    )
     assert "sha256-" in raw.split("script-src")[1].split('"')[0]
     assert ATTACK in page.texts, "shown as text"
     known = {"class", "style", "title", "src", "alt", "id", "role", "x", "y", "width", "height", "fill-opacity"}
@@ -80,7 +82,7 @@ def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> Non
     assert any(attributes.get("title") == ATTACK for _, attributes in page.tags)
 
 
-def test_page_needs_nothing_else(six: tuple[Path, Scores]) -> None:
+def test_page_loads_nothing(six: tuple[Path, Scores]) -> None:
     out, scores = six
     raw = write_page(out)
     page = Page(raw)
@@ -98,7 +100,7 @@ def test_page_needs_nothing_else(six: tuple[Path, Scores]) -> None:
         assert "href" not in attributes
 
 
-def test_page_is_made_again_from_the_scores_alone(six: tuple[Path, Scores]) -> None:
+def test_report_is_rebuilt_from_the_scores_alone(six: tuple[Path, Scores]) -> None:
     out, _ = six
     result = write_report(out)
     first = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "results.json")}
@@ -141,17 +143,7 @@ def test_matrix_puts_confused_classes_side_by_side() -> None:
     json.dumps(data)
 
 
-def make_run(folder: Path, **record: Any) -> None:
-    folder.mkdir()
-    known = {"hours": 0.5, "device_hours": 4.0, "device": "cuda", "processes": 8, "parameters": 28_000_000}
-    (folder / "run.json").write_text(json.dumps(known | record))
-    lines = [{"step": step, "train/loss": 3.0 / step, "train/lr": 1e-3} for step in range(1, 1000)]
-    lines += [{"step": step, "val/loss": 2.0, "val/top1": step / 1000} for step in (250, 500, 1000)]
-    lines.append({"step": 7, "train/loss": float("nan")})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1001, "tr')
-
-
-def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
+def test_the_training_run_is_shown_if_found(tmp_path: Path) -> None:
     make_run(tmp_path / "run", note=ATTACK)
     scores = make_folder(
         tmp_path / "test", ("a", "b", "c"), 40, model={"path": str(tmp_path / "run" / "m.safetensors")}
@@ -177,7 +169,7 @@ def test_the_training_run_is_shown_where_it_is_known(tmp_path: Path) -> None:
         write_report(tmp_path / "test", tmp_path / "test")
 
 
-def test_a_test_on_the_training_data_is_no_accuracy_to_quote(tmp_path: Path) -> None:
+def test_a_test_on_the_training_data_is_marked(tmp_path: Path) -> None:
     make_run(tmp_path / "run", data={"data_fingerprint": "ab" * 32})
     make_folder(tmp_path / "test", ("a", "b"), 20, model={"path": str(tmp_path / "run" / "m.safetensors")})
     assert "was trained on these same videos" in Page(write_page(tmp_path / "test")).text
@@ -186,9 +178,7 @@ def test_a_test_on_the_training_data_is_no_accuracy_to_quote(tmp_path: Path) -> 
 def test_classes_out_of_order_are_pointed_out(tmp_path: Path) -> None:
     scores = make_folder(tmp_path, tuple("fedcba"), 200, failed=0)
     assert "in the wrong order" not in Page(write_page(tmp_path)).text
-    turned = Scores(scores.paths, scores.labels, scores.logits[:, :, ::-1].copy(), scores.views, scores.reasons,
-                    scores.classes, scores.metadata)  # fmt: skip
-    save_scores(turned, tmp_path / "scores.npz")
+    save_scores(replace(scores, logits=scores.logits[:, :, ::-1].copy()), tmp_path / "scores.npz")
     text = Page(write_page(tmp_path)).text
     assert "The classes seem to be in the wrong order" in text
     assert "in alphabetical order" in text
@@ -237,17 +227,15 @@ def test_film_strip_is_a_picture_of_the_frames() -> None:
     assert film_strip(clip[:, 0])[:3] == b"\xff\xd8\xff"
 
 
-def test_record_is_flat() -> None:
+def test_flatten() -> None:
     assert list(flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": "x", "f": {}})) == [
         ("a.b.c", "1"), ("d", "[1, 2]"), ("e", "x"), ("f", "{}")
     ]  # fmt: skip
 
 
-def test_a_name_that_is_no_text_does_not_stop_the_page(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_does_not_stop_the_report(tmp_path: Path) -> None:
     scores = make_folder(tmp_path, ("a", "b"), 10, failed=0)
-    odd = Scores(("\udcff.mp4", *scores.paths[1:]), scores.labels, scores.logits, scores.views, scores.reasons,
-                 scores.classes, scores.metadata)  # fmt: skip
-    save_scores(odd, tmp_path / "scores.npz")
+    save_scores(replace(scores, paths=("\udcff.mp4", *scores.paths[1:])), tmp_path / "scores.npz")
     write_report(tmp_path)
     for name in ("report.html", "report.md", "results.json"):
         assert (tmp_path / name).stat().st_size > 500

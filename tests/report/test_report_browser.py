@@ -1,4 +1,4 @@
-"""The report in headless Chromium, where there is one: no complaints, no requests, a matrix that answers, a print."""
+"""The report in headless Chromium, if installed: no console errors, no requests, a working matrix, a printout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.report.report_pages import Page, make_folder, make_six, metrics_of, w
 from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores
 
-pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
-def test_the_matrix_in_a_browser_answers_to_pointing_sorting_and_zooming(tmp_path: Path) -> None:
+def test_the_matrix_reacts_to_pointing_sorting_and_zooming(tmp_path: Path) -> None:
     names = tuple(f"<b>{i:02d}</b>" for i in range(30))
     scores = make_folder(tmp_path, names, 900, failed=0)
     confusion = metrics_of(scores).confusion
-    raw = re.sub(r"<meta http-equiv[^>]*>", "", write_page(tmp_path)) + PROBE  # its policy forbids this very script
+    raw = re.sub(r"<meta http-equiv[^>]*>", "", write_page(tmp_path)) + PROBE  # its policy would block the probe
     (tmp_path / "probe.html").write_text(raw)
     dom = chromium(tmp_path / "probe.html", tmp_path / "profile", "--window-size=1200,900", "--dump-dom").stdout
     page = Page(dom[dom.index("<html") :])
@@ -84,7 +84,7 @@ def test_the_matrix_in_a_browser_answers_to_pointing_sorting_and_zooming(tmp_pat
 
 
 @pytest.mark.parametrize("window", ["1200,900", "390,800"])
-def test_a_browser_has_nothing_to_complain_of(six: tuple[Path, Scores], window: str, tmp_path: Path) -> None:
+def test_the_browser_logs_no_error(six: tuple[Path, Scores], window: str, tmp_path: Path) -> None:
     out, _ = six
     write_report(out)
     done = chromium(out / "report.html", tmp_path / "profile", f"--window-size={window}", "--dump-dom")
@@ -93,17 +93,17 @@ def test_a_browser_has_nothing_to_complain_of(six: tuple[Path, Scores], window: 
     assert "alert(1)&lt;/script" in done.stdout
 
 
-def test_the_page_asks_for_nothing_from_outside(six: tuple[Path, Scores], tmp_path: Path) -> None:
+def test_the_page_makes_no_request(six: tuple[Path, Scores], tmp_path: Path) -> None:
     out, _ = six
     raw = write_page(out)
-    assert not asked_by_the_page(out / "report.html", tmp_path)
-    # The same page without its policy and with a picture from elsewhere: such a request would have been seen.
+    assert not requests_of_page(out / "report.html", tmp_path)
+    # Without its policy and with a remote image the same page does make one: the check above can fail.
     (out / "leak.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", raw) + '<img src="http://127.0.0.1:9/x.png">')
-    assert asked_by_the_page(out / "leak.html", tmp_path)
+    assert requests_of_page(out / "leak.html", tmp_path)
 
 
-def asked_by_the_page(page: Path, folder: Path) -> list[str]:
-    """Who asked for what went over the network, but for the browser itself, which looks for its own updates."""
+def requests_of_page(page: Path, folder: Path) -> list[str]:
+    """The initiators of network requests, except the browser itself, which looks for updates."""
     log = folder / "net.json"
     chromium(page, folder / "profile", f"--log-net-log={log}", "--dump-dom")
     initiators = re.findall(r'"initiator":"([^"]*)"', log.read_text(errors="replace"))

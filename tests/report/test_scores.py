@@ -1,4 +1,4 @@
-"""Score files: what is written comes back, and a file that is not whole is refused with its fault named."""
+"""Score files: what is written is read back, and an incomplete file is refused with its fault named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_scores(n: int = 6, views: int = 2, classes: int = 3, failed: tuple[int,
     )
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     scores = make_scores()
     save_scores(scores, tmp_path / "scores.npz")
     again = load_scores(tmp_path / "scores.npz")
@@ -75,13 +75,13 @@ def _views_without(row: int) -> np.ndarray:
         (_changed(views=make_scores(views=1).views), r"views are \(6, 1, 5\)"),
     ],
 )
-def test_scores_that_are_not_whole_are_refused(scores: Scores, fault: str, tmp_path: Path) -> None:
+def test_incomplete_scores_are_refused(scores: Scores, fault: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=fault):
         save_scores(scores, tmp_path / "scores.npz")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_score_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "scores.npz"
     with pytest.raises(UserError, match=r"no such file.*video-swinv2 test"):
         load_scores(path)
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_score_file_is_refused_in_one_line(tmp_path: Path) -> 
         load_scores(path)
 
 
-def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     save_scores(make_scores(), tmp_path / "scores.npz")
     with np.load(tmp_path / "scores.npz") as archive:
         arrays = dict(archive)
@@ -119,7 +119,7 @@ def test_status_and_reasons_must_agree(tmp_path: Path) -> None:
         load_scores(tmp_path / "scores.npz")
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*cannot be written"):
         save_scores(make_scores(), tmp_path / "nowhere" / "scores.npz")
 
