@@ -2,8 +2,8 @@
 
 A *shard of the work* is the videos whose names hash to its index. (Elsewhere in the project a shard is a tar of
 samples; here the word is that of the command line, `--shard 0/8`.) Each shard has its own state in
-OUT/shards/I-of-N.sqlite, and all write their videos into the same OUT/videos. `merge` copies the rows of all shards into
-one prep.sqlite.
+OUT/shards/I-of-N.sqlite, and all write their videos into the same OUT/videos. `merge` copies the rows of all shards
+into one prep.sqlite.
 """
 
 from __future__ import annotations

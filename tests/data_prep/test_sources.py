@@ -70,7 +70,7 @@ def test_a_downloaded_folder_is_what_its_official_lists_say(tmp_path: Path) -> N
     assert not Path(rows[f"{C}_000000_000010.mp4"].source).exists()  # a row of its own, though not there
     # The test split was not listed, so its files are not strays.
     assert planned.extra == ["val/not_listed0_000001_000011.mp4"]
-    assert planned.notes == ["1 videos below the source are on no list: extra.csv names them"]
+    assert planned.notes == ["1 videos in the source are on no list; extra.csv names them"]
 
 
 def test_segments_are_cut_out_of_whole_videos_unless_trimmed_ones_are_there(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_segments_are_cut_out_of_whole_videos_unless_trimmed_ones_are_there(tmp_
     }
     assert len({row.target for row in rows.values()}) == 6
     assert {row.origin for row in rows.values()} == {A, B, C, D}
-    assert plan_preparation(tmp_path / "raw", [table]).notes[0] == "4 clips are to be cut from whole videos"
+    assert plan_preparation(tmp_path / "raw", [table]).notes[0] == "4 videos are segments to be cut from longer videos"
     assert plan_preparation(tmp_path / "raw", [table]).extra == [f"{C}.mp4"]
 
 
@@ -112,9 +112,9 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     assert [w.position for w in planned.videos] == [0, 1, 2, 3, 4, 0, 1]
     assert len({w.target for w in planned.videos}) == 7
     assert planned.notes == [
-        "1 videos of train are excluded: an earlier list has them too",
-        "1 videos of val are excluded: an earlier list has them too",
-        "1 videos of train are excluded: another split or a held-out list has their YouTube ids",
+        "1 videos of train are excluded: an earlier list also has them",
+        "1 videos of val are excluded: an earlier list also has them",
+        "1 training videos are excluded: another split or a held-out list has their YouTube ids",
     ]
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
     assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
@@ -162,15 +162,15 @@ def test_lines_said_twice_are_merged_and_contradictions_refused(tmp_path: Path) 
     table = write(tmp_path / "k.csv", lines)
     planned = plan_preparation(tmp_path, [table])
     assert names(planned) == [f"{A}_000001_000011.mp4", f"{B}_000001_000011.mp4"]
-    assert planned.notes == [f"{table}: 1 lines say what an earlier line says: merged"]
+    assert planned.notes == [f"{table}: 1 lines repeat an earlier one and were dropped"]
     write(table, [*lines, f"run,{B},1,11,val,0"])
     with pytest.raises(
-        UsageError, match=rf"k\.csv, line 5: '{B}_.*' is listed twice and not alike \(first in .*line 3"
+        UsageError, match=rf"k\.csv, line 5: '{B}_.*' is also listed in .*line 3, with another label"
     ):
         plan_preparation(tmp_path, [table])
     paths = write(tmp_path / "train.txt", ["a.mp4 0", "a.mp4 0", "b.mp4 1"])
     assert names(plan_preparation(tmp_path, [paths])) == ["a.mp4", "b.mp4"]
-    with pytest.raises(UsageError, match=r"more\.txt, line 1: 'a\.mp4' is listed twice and not alike"):
+    with pytest.raises(UsageError, match=r"more\.txt, line 1: 'a\.mp4' is also listed in"):
         plan_preparation(tmp_path, [paths, write(tmp_path / "more.txt", ["a.mp4 1"])])
 
 
@@ -201,7 +201,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match=r"trainlist01\.txt: cannot be read"):
         plan_preparation(tmp_path)
-    with pytest.raises(UsageError, match=r"trainlist02\.txt: name the folder of the official lists"):
+    with pytest.raises(UsageError, match=r"trainlist02\.txt: is one of several official lists"):
         plan_preparation(tmp_path, [lists / "trainlist02.txt"])
 
 
@@ -305,7 +305,7 @@ def test_what_cannot_be_a_source(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such data set"):
         plan_preparation(tmp_path, [tmp_path / "nowhere.csv"])
     touch(tmp_path / "run" / "a.mp4")
-    with pytest.raises(UsageError, match="names no YouTube ids"):
+    with pytest.raises(UsageError, match="contains no YouTube ids"):
         plan_preparation(tmp_path, held_out=[write(tmp_path / "held.txt", ["a.mp4 0"])])
     with pytest.raises(UsageError, match="holds no list train, val or test"):
         plan_preparation(tmp_path, [tmp_path / "run"])
