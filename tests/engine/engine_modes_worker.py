@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tests.engine.engine_worker import LR, build, keep, run_cases, train
+from tests.engine.engine_worker import LR, build, keep, run_cases, through_checkpoint, train
 from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.base import Engine, StepSettings
-from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.models.variants import create_model
@@ -51,19 +49,11 @@ def fp16(world: World, folder: Path) -> None:
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp16", accumulation=2)
         first = until_applied(engine, world, 2, 0, 2)
-        checkpoints = Checkpoints(folder / f"fp16-{stage}")
-        portable = engine.training_state()
-        if portable is not None:
-            checkpoints.save(portable, {}, step=2)
-            checkpoints.wait()
-        dist.barrier()
+        state = through_checkpoint(engine, folder / f"fp16-{stage}")
         later = until_applied(engine, world, 2, 2, 4)
         keep(folder, f"fp16-{stage}", engine.training_state(), first + later)
-        found = checkpoints.newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
         other = build(world, seed=7, zero_stage=stage, precision="fp16", accumulation=2)
-        other.load(found[1])
+        other.load(state)
         again = train(other, world, 2, 2, 4)
         keep(folder, f"fp16-resumed-{stage}", other.training_state(), again)
 
@@ -97,19 +87,11 @@ def offloaded(world: World, folder: Path) -> None:
             raise RuntimeError("offloaded weights are updated one operation at a time")
         first = train(engine, world, 2, 0, 2)
         skipped = train(engine, world, 2, 2, 3, spoil)
-        checkpoints = Checkpoints(folder / f"offloaded-{name}")
-        portable = engine.training_state()
-        if portable is not None:
-            checkpoints.save(portable, {}, step=2)
-            checkpoints.wait()
-        dist.barrier()
+        state = through_checkpoint(engine, folder / f"offloaded-{name}")
         records = first + skipped + train(engine, world, 2, 2, 4)
         keep(folder, f"offloaded-{name}", engine.training_state(), records)
-        found = checkpoints.newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
         other = build(world, seed=7, precision="fp32", accumulation=2, ema=0.6, **settings)
-        other.load(found[1])
+        other.load(state)
         train(other, world, 2, 2, 4)
         keep(folder, f"offloaded-resumed-{name}", other.training_state(), [])
 

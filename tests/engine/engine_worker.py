@@ -163,6 +163,17 @@ def keep(folder: Path, name: str, portable: TrainingState | None, records: list[
         (folder / f"{name}.json").write_text(json.dumps(note))
 
 
+def through_checkpoint(engine: Engine, folder: Path) -> TrainingState:
+    """The engine's state after it has been written to disk by rank 0 and read back by every rank. Collective."""
+    checkpoints = Checkpoints(folder)
+    state = engine.training_state()
+    if state is not None:
+        checkpoints.save(state, {}, step=2)
+        checkpoints.wait()
+    dist.barrier()
+    return checkpoints.read(2)[0]
+
+
 def parity(world: World, folder: Path) -> None:
     """Four steps of every stage and accumulation."""
     for stage in range(4):
@@ -180,17 +191,9 @@ def resume(world: World, folder: Path) -> None:
     for stage, after in ((0, 0), (1, 1), (2, 2), (3, 3), (3, 1), (1, 3)):
         engine = build(world, zero_stage=stage, precision="fp32")
         train(engine, world, 1, 0, 2)
-        checkpoints = Checkpoints(folder / f"checkpoints-{stage}-{after}")
-        portable = engine.training_state()
-        if portable is not None:
-            checkpoints.save(portable, {}, step=2)
-            checkpoints.wait()
-        dist.barrier()
-        found = checkpoints.newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
+        state = through_checkpoint(engine, folder / f"checkpoints-{stage}-{after}")
         other = build(world, seed=7, zero_stage=after, precision="fp32")
-        other.load(found[1])
+        other.load(state)
         records = train(other, world, 1, 2, 4)
         keep(folder, f"resume-{stage}-{after}", other.training_state(), records)
 
@@ -199,16 +202,10 @@ def first_states(world: World, folder: Path) -> None:
     """States before the first step, and a load into an engine that has already stepped."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32")
-        portable = engine.training_state()
-        keep(folder, f"first-{stage}", portable, [])
-        if portable is not None:
-            Checkpoints(folder / f"first-{stage}").save(portable, {}, step=0)
+        keep(folder, f"first-{stage}", engine.training_state(), [])
+        state = through_checkpoint(engine, folder / f"first-{stage}")
         train(engine, world, 1, 0, 1)
-        dist.barrier()
-        found = Checkpoints(folder / f"first-{stage}").newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
-        engine.load(found[1])
+        engine.load(state)
         keep(folder, f"rewound-{stage}", engine.training_state(), [])
 
 
@@ -250,11 +247,9 @@ def alone(world: World, folder: Path) -> None:
     if world.size != 1:
         raise RuntimeError("this case is for one process")
     for stage, after in ((0, 1), (1, 1), (2, 2), (3, 3), (3, 1)):
-        found = Checkpoints(folder / f"checkpoints-{stage}-{stage}").newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
+        state, _ = Checkpoints(folder / f"checkpoints-{stage}-{stage}").read(2)
         engine = build(world, seed=7, zero_stage=after, precision="fp32")
-        engine.load(found[1])
+        engine.load(state)
         records = train(engine, world, 1, 2, 4)
         keep(folder, f"alone-{stage}-{after}", engine.training_state(), records)
 
@@ -281,11 +276,7 @@ def averaged(world: World, folder: Path) -> None:
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
         train(engine, world, 1, 0, 2)
-        checkpoints = Checkpoints(folder / f"averaged-{stage}")
-        portable = engine.training_state()
-        if portable is not None:
-            checkpoints.save(portable, {}, step=2)
-            checkpoints.wait()
+        state = through_checkpoint(engine, folder / f"averaged-{stage}")
         trained, average = engine.weights(), engine.averaged_weights()
         engine.write_weights(average)
         with torch.no_grad():
@@ -300,12 +291,8 @@ def averaged(world: World, folder: Path) -> None:
         keep(
             folder, f"straight-averaged-{stage}", engine.training_state() if train(engine, world, 1, 2, 4) else None, []
         )
-        dist.barrier()
-        found = checkpoints.newest()
-        if found is None:
-            raise RuntimeError("no checkpoint")
         other = build(world, seed=7, zero_stage=stage, precision="fp32", ema=0.6)
-        other.load(found[1])
+        other.load(state)
         train(other, world, 1, 2, 4)
         keep(folder, f"resumed-averaged-{stage}", other.training_state(), [])
 

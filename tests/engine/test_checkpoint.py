@@ -93,7 +93,7 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
 def test_keep_one_and_keep_none(tmp_path: Path) -> None:
     _save(tmp_path, 1, 2, 3, keep=1)
     assert _names(tmp_path) == ["step-000003"]
-    with pytest.raises(UsageError, match=r"checkpoints\.keep: 0"):
+    with pytest.raises(UsageError, match=r"keep_checkpoints: 0"):
         Checkpoints(tmp_path, keep=0)
 
 
@@ -110,13 +110,13 @@ def _flip(path: Path) -> None:
 
 DAMAGES = [
     ("weights.safetensors", _flip, "content does not match"),
-    ("optimizer.safetensors", _cut, "bytes, not the"),
+    ("optimizer.safetensors", _cut, "bytes instead of the"),
     ("optimizer.safetensors", Path.unlink, "No such file"),
-    ("state.json", _cut, "cut off"),
-    ("state.json", lambda path: path.write_text("[]"), "not a checkpoint's record"),
-    ("state.json", lambda path: path.write_text('{"format": 1, "files": {}}'), "not a checkpoint's record"),
+    ("state.json", _cut, "truncated"),
+    ("state.json", lambda path: path.write_text("[]"), "not a checkpoint record"),
+    ("state.json", lambda path: path.write_text('{"format": 1, "files": {}}'), "not a checkpoint record"),
     ("state.json", lambda path: path.write_text('{"format": 2, "files": {}}'), "format 2"),
-    ("state.json", Path.unlink, "not complete"),
+    ("state.json", Path.unlink, "incomplete"),
 ]
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, name: str, da
     _save(tmp_path, 1, 2)
     damage(tmp_path / "step-000002" / name)
     said: list[str] = []
-    found = Checkpoints(tmp_path, say=said.append).newest()
+    found = Checkpoints(tmp_path, report=said.append).newest()
     assert found is not None
     assert found[0] == 1
     assert _same(found[1], _portable(1))
@@ -139,7 +139,7 @@ def test_where_all_are_damaged_nothing_is_started_over_in_silence(tmp_path: Path
     checkpoints = _save(tmp_path, 1, 2)
     for step in (1, 2):
         _flip(tmp_path / f"step-00000{step}" / "weights.safetensors")
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         checkpoints.newest()
     with pytest.raises(UserError, match="content does not match"):
         checkpoints.read(2)

@@ -116,7 +116,7 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused() -> No
     groups = parameter_groups(module, module.depths, weight_decay=0.05, layer_decay=0.5)
     assert groups[0]["name"] == "layer_01_decay"
     module.requires_grad_(False)
-    with pytest.raises(UserError, match="no parameter to train"):
+    with pytest.raises(UserError, match="no parameter is left to train"):
         parameter_groups(module, module.depths, weight_decay=0.05)
 
 
@@ -158,12 +158,12 @@ def test_a_run_that_is_all_warm_up_ends_at_its_last_step() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "linear"}, "schedule.kind: 'linear'"),
+        ({"kind": "linear"}, "optim.schedule: unknown schedule 'linear'"),
         ({"steps": 0}, "do not fit"),
         ({"warmup_steps": 11}, "11 warm-up steps do not fit into 10 steps"),
         ({"lr": -1.0}, "negative"),
         ({"kind": "multistep", "milestones": (5, 5)}, "milestones"),
-        ({"milestones": (5,)}, "only kind multistep"),
+        ({"milestones": (5,)}, "only used by a multistep schedule"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:

@@ -1,8 +1,9 @@
-"""Runs to go on from: our own checkpoints, and DeepSpeed's universal ones, brought into the same portable form.
+"""Runs to continue from: our own checkpoints, and DeepSpeed's universal checkpoints turned into the same form.
 
-A universal checkpoint holds whole tensors, one folder for each parameter: ``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt``;
-counts and shapes stand in the ``*_model_states.pt`` beside them. Nothing in these pickles is executed. DeepSpeed's own
-loading of them is not used: with several parameter groups it mixes up their settings and advances Adam once per group.
+A universal checkpoint holds whole tensors, in one folder per parameter: ``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt``.
+Counts and shapes are in the ``*_model_states.pt`` files beside them. The pickles are read without executing anything.
+DeepSpeed's own loading is not used: with several parameter groups it mixes up their settings and advances Adam's step
+count once per group.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import DERIVED, PREFIXES
 from video_swinv2.weights.unpickle import read_inert
 
-CONVERT = (
+# DeepSpeed's tool that turns its partitioned checkpoints into universal ones.
+CONVERT_COMMAND = (
     "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
     " --input_folder {} --output_folder {}_universal"
 )
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, TrainingState, dict[str, JSON] | None] | None:
-    """Step, tensors and state of a run folder's newest checkpoint, or of a universal one, whose state is None.
+    """Step, training state and run state of a run folder's newest checkpoint, or of a universal one (run state None).
 
-    None where there is neither. UserError for DeepSpeed's checkpoint in pieces, with the command that joins it.
+    None if there is neither. Raises UserError, with the command that converts it, for a partitioned DeepSpeed one.
     """
     universal = _universal_folder(folder)
     if universal is not None:
@@ -45,11 +47,12 @@ def _universal_folder(folder: Path) -> Path | None:
     if (folder / "zero").is_dir():
         return folder
     latest = folder / "latest"
-    pieces = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
-    if any(pieces.glob("*_model_states.pt")):
+    partitioned = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
+    if any(partitioned.glob("*_model_states.pt")):
+        command = CONVERT_COMMAND.format(partitioned, partitioned)
         raise UserError(
-            f"{pieces}: a DeepSpeed checkpoint in pieces; join them with `{CONVERT.format(pieces, pieces)}` and resume "
-            f"from {pieces}_universal"
+            f"{partitioned}: a partitioned DeepSpeed checkpoint; convert it with `{command}` and resume from "
+            f"{partitioned}_universal"
         )
     return None
 
@@ -64,25 +67,25 @@ def _read_universal(folder: Path) -> tuple[int, TrainingState]:
             found[path.stem][name] = _tensor(path, shapes.get(name))
     weights = _buffers(model_states) | found["fp32"]
     if not found["exp_avg"] or found["exp_avg"].keys() != found["exp_avg_sq"].keys():
-        raise UserError(f"{folder}: holds no moments of Adam; give it as init=, which takes the weights alone")
-    portable = TrainingState(weights, found["exp_avg"], found["exp_avg_sq"], _adam_steps(folder, model_states))
-    return int(model_states.get("global_steps", 0)), portable
+        raise UserError(f"{folder}: has no Adam moments; use it as init=, which needs the weights only")
+    state = TrainingState(weights, found["exp_avg"], found["exp_avg_sq"], _adam_steps(folder, model_states))
+    return int(model_states.get("global_steps", 0)), state
 
 
 def _content(path: Path) -> Any:
     try:
         return read_inert(path)
-    except Exception as error:  # the bytes of a damaged file choose what fails
+    except Exception as error:  # what is raised depends on the bytes of the damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: cannot be read as a part of a universal checkpoint ({reason}); convert again"
+            f"{path}: cannot be read as part of a universal checkpoint ({reason}); convert again"
         ) from error
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
     content = _content(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: not the model states of a DeepSpeed checkpoint; convert again")
+        raise UserError(f"{path}: does not contain the model states of a DeepSpeed checkpoint; convert again")
     return content
 
 
@@ -90,19 +93,19 @@ def _tensor(path: Path, shape: tuple[int, ...] | None) -> Tensor:
     content = _content(path)
     tensor = content.get("param") if isinstance(content, Mapping) else content
     if not isinstance(tensor, Tensor):
-        raise UserError(f"{path}: holds no tensor; convert again")
+        raise UserError(f"{path}: contains no tensor; convert again")
     if shape is not None:
         if tensor.numel() != torch.Size(shape).numel():
-            raise UserError(f"{path}: has {tensor.numel()} elements, not those of shape {shape}; convert again")
-        tensor = tensor.view(shape)  # ZeRO-3's are stored flat
+            raise UserError(f"{path}: has {tensor.numel()} elements, which does not fit shape {shape}; convert again")
+        tensor = tensor.view(shape)  # ZeRO-3's tensors are stored flat
     return tensor.float()
 
 
 def _shapes(model_states: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of the trained parameters, which DeepSpeed writes down by group."""
+    """Shapes of the trained parameters by name; DeepSpeed records them group by group."""
     groups = model_states.get("param_shapes") or []
     groups = groups if isinstance(groups, list) else [groups]
-    # torch.Size is read as a placeholder with what it would be called with.
+    # The inert reader leaves torch.Size as a placeholder that keeps the arguments of the call.
     return {PREFIXES.sub("", name): tuple(size.arguments[0]) for group in groups for name, size in group.items()}
 
 
@@ -114,7 +117,7 @@ def _buffers(model_states: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _adam_steps(folder: Path, model_states: Mapping[str, Any]) -> int:
-    """Adam's own count, which is less than that of steps where some were skipped; ZeRO-3 leaves no file of it."""
+    """Adam's own step count, which does not include skipped steps; ZeRO-3 writes no file for it."""
     for path in sorted((folder / "zero").rglob("step.pt")):
         content = _content(path)
         count = content.get("param") if isinstance(content, Mapping) else content

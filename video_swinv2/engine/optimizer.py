@@ -1,4 +1,4 @@
-"""Optimizer settings as pure functions: groups by depth, weight decay by name, learning rate by step."""
+"""AdamW and what it is set to, as pure functions: groups by depth, weight decay by name, learning rate by step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def parameter_groups(
     """Optimizer groups, shallow to deep, each with ``name params parameter_names lr_scale weight_decay``.
 
     A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for
-    all but the head (Video Swin). Without either there are two groups at most, since each group costs a collective per
-    step. Raises UserError where there is nothing to train, ValueError where a name does not fit ``depths``, UsageError
-    for a layer decay outside (0, 1].
+    everything but the head (Video Swin). Without either there are at most two groups, decayed and not, because each
+    group costs a collective per step. Raises UserError if there is nothing to train, ValueError for a name that does
+    not fit ``depths``, and UsageError for a layer decay outside (0, 1].
     """
     if not 0.0 < layer_decay <= 1.0:
-        raise UsageError(f"layer_decay: {layer_decay} is not in (0, 1]; 1 turns it off")
+        raise UsageError(f"optim.layer_decay: {layer_decay} is not in (0, 1]; use 1 to disable it")
     last = sum(depths) + 1
     members: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
@@ -38,7 +38,7 @@ def parameter_groups(
             key = (layer if layer_decay < 1.0 else last, at_full_rate, decays(name, parameter))
             members.setdefault(key, []).append((name, parameter))
     if not members:
-        raise UserError("the model has no parameter to train: every one is frozen")
+        raise UserError("optim.frozen_stages: no parameter is left to train; freeze fewer stages")
     groups = []
     for (layer, full, decayed), named in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2])):
         where = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
@@ -51,7 +51,7 @@ def parameter_groups(
                 "parameter_names": [name for name, _ in named],
                 "lr_scale": layer_decay ** (last - layer) * (1.0 if full else backbone_lr),
                 "weight_decay": group_decay,
-                # The record write_hyperparameters restores from: optimizers are free to write to weight_decay.
+                # write_hyperparameters restores weight_decay from this: optimizers are free to change weight_decay.
                 "configured_weight_decay": group_decay,
             }
         )
@@ -60,9 +60,14 @@ def parameter_groups(
 
 
 def freeze_stages(encoder: SwinV2, stages: int) -> None:
-    """Fix the patch embedding and the first `stages` stages, drop path in them too; UsageError if there are fewer."""
+    """Freeze the patch embedding and the first `stages` stages, without drop path; UsageError if there are fewer.
+
+    No stages leaves the patch embedding trainable too.
+    """
     if stages > len(encoder.depths):
-        raise UsageError(f"optim.frozen_stages: {stages}, and the model has {len(encoder.depths)} stages")
+        raise UsageError(
+            f"optim.frozen_stages: {stages} is more than the model's {len(encoder.depths)} stages; use fewer"
+        )
     if not stages:
         return
     for name, parameter in encoder.named_parameters():
@@ -75,7 +80,7 @@ def freeze_stages(encoder: SwinV2, stages: int) -> None:
 
 
 def linear_scaling(optim: OptimConfig) -> float:
-    """What the linear rule multiplies the learning rates by: batch / lr_batch (Goyal et al. 2017), else 1."""
+    """The factor of the linear scaling rule, batch / lr_batch (Goyal et al. 2017); 1 if `lr_batch` is not set."""
     return optim.batch / optim.lr_batch if optim.lr_batch else 1.0
 
 
@@ -83,40 +88,48 @@ def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     if len(grouped) != len(wanted) or set(grouped) != wanted:
-        raise UserError(f"{len(wanted)} parameters are to be trained but the groups hold {len(grouped)}")
+        raise UserError(
+            f"optimizer groups: {len(wanted)} parameters are trainable but the groups contain {len(grouped)}"
+        )
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate as a function of the optimizer step: linear warm-up, then cosine or multi-step decay.
 
-    ``lr`` peak, ``steps`` length of the whole run, ``milestones`` the steps from which on the rate is multiplied by
-    ``factor`` once more. Raises UsageError for values that make no schedule.
+    Raises UsageError for values that do not make a schedule.
     """
 
     lr: float
+    """The peak."""
     steps: int
+    """Length of the whole run."""
     warmup_steps: int
     min_lr: float = 0.0
     warmup_lr: float = 0.0
     kind: str = "cosine"
     milestones: tuple[int, ...] = ()
+    """Steps from which the learning rate is multiplied by `factor` once more."""
     factor: float = 0.1
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "multistep"):
-            raise UsageError(f"schedule.kind: {self.kind!r} is not known; use cosine or multistep")
+            raise UsageError(f"optim.schedule: unknown schedule {self.kind!r}; use cosine or multistep")
         if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
-            raise UsageError(f"schedule: {self.warmup_steps} warm-up steps do not fit into {self.steps} steps")
+            raise UsageError(
+                f"optim.warmup_epochs: {self.warmup_steps} warm-up steps do not fit into {self.steps} steps; use fewer"
+            )
         if min(self.lr, self.min_lr, self.warmup_lr) < 0:
-            raise UsageError("schedule: lr, min_lr and warmup_lr must not be negative")
+            raise UsageError("optim: lr, min_lr and warmup_lr must not be negative")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise UsageError(f"schedule.milestones: {list(self.milestones)} must rise from each to the next")
+            raise UsageError(f"optim.milestones: {list(self.milestones)} must be increasing steps")
         if self.milestones and self.kind == "cosine":
-            raise UsageError("schedule.milestones: only kind multistep has them; remove them or change the kind")
+            raise UsageError(
+                "optim.milestones: only used by a multistep schedule; remove them or use optim.schedule=multistep"
+            )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step counted from 0; ``warmup_lr`` at step 0 of a warm-up, ``min_lr`` past the end."""
+        """Learning rate of a step, counted from 0: ``warmup_lr`` at step 0 of a warm-up, ``min_lr`` after the end."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "multistep":
@@ -128,27 +141,27 @@ class Schedule:
 
 
 def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
-    """The learning rate as a function of the step, from durations in epochs."""
+    """The schedule of a run of `steps` steps; durations in epochs of `samples` samples become steps."""
 
     def to_steps(epochs: float) -> int:
         return round(epochs * samples / optim.batch)
 
-    rule = linear_scaling(optim)
+    scaling = linear_scaling(optim)
     return Schedule(
-        lr=optim.lr * rule,
+        lr=optim.lr * scaling,
         steps=steps,
         warmup_steps=min(to_steps(optim.warmup_epochs), steps),
-        min_lr=optim.min_lr * rule,
-        warmup_lr=optim.warmup_lr * rule,
+        min_lr=optim.min_lr * scaling,
+        warmup_lr=optim.warmup_lr * scaling,
         kind=optim.schedule,
         milestones=tuple(to_steps(epoch) for epoch in optim.milestones),
     )
 
 
 def write_hyperparameters(optimizer: Any, lr: float) -> None:
-    """Write learning rate and weight decay into every group of a torch or DeepSpeed optimizer; called every step.
+    """Write learning rate and weight decay into every group of a torch or DeepSpeed optimizer; called at every step.
 
-    They come from the configuration and never from a checkpoint, so a run resumed with other values uses those.
+    They come from the configuration, never from a checkpoint, so a run that is resumed with other values uses those.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -158,5 +171,5 @@ def write_hyperparameters(optimizer: Any, lr: float) -> None:
 def build_optimizer(
     groups: Sequence[dict[str, Any]], *, betas: tuple[float, float], eps: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW over the groups, in one fused kernel on CUDA; its learning rate is 0 until write_hyperparameters."""
+    """AdamW over the groups, as one fused kernel on CUDA; its learning rate is 0 until `write_hyperparameters`."""
     return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=device.type == "cuda")

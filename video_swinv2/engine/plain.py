@@ -44,8 +44,8 @@ class PlainEngine:
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`base.Engine`."""
-        autocast = torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext()
-        with without_autocast_cache(), autocast:
+        # The order matters: torch.autocast reads whether the cache is enabled when it is constructed.
+        with without_autocast_cache(), torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext():
             return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
