@@ -1,1 +1,1 @@
-"""Raw clips in, a checked and quickly read data set out. Run as `python -m data_prep VERB`."""
+"""Raw videos -> a checked data set that is fast to read. Run as `python -m data_prep VERB`; cli.py has the verbs."""

@@ -164,9 +164,7 @@ def test_lines_said_twice_are_merged_and_contradictions_refused(tmp_path: Path) 
     assert names(planned) == [f"{A}_000001_000011.mp4", f"{B}_000001_000011.mp4"]
     assert planned.notes == [f"{table}: 1 lines repeat an earlier one and were dropped"]
     write(table, [*lines, f"run,{B},1,11,val,0"])
-    with pytest.raises(
-        UsageError, match=rf"k\.csv, line 5: '{B}_.*' is also listed in .*line 3, with another label"
-    ):
+    with pytest.raises(UsageError, match=rf"k\.csv, line 5: '{B}_.*' is also listed in .*line 3, with another label"):
         plan_preparation(tmp_path, [table])
     paths = write(tmp_path / "train.txt", ["a.mp4 0", "a.mp4 0", "b.mp4 1"])
     assert names(plan_preparation(tmp_path, [paths])) == ["a.mp4", "b.mp4"]

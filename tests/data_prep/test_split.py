@@ -104,7 +104,7 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
     division = split_validation(out, 0.2, seed=0)
     assert (division.train, division.val) == (64, 16)
     assert division.classes == {"a": (8, 8.0), "b": (8, 8.0)}
-    assert division.lines() == ["64 videos in train, 16 in val, every class within 0.0"]
+    assert division.lines() == ["64 videos in train, 16 in val; every class is within 0.0 videos of its share"]
     with PreparationState(out) as state:
         sides = {(row["origin"], row["split"]) for row in state.rows()}
     assert len(sides) == 10
@@ -123,10 +123,13 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
 def test_shares_that_groups_do_not_allow_are_told(tmp_path: Path) -> None:
     rows = [(f"a{n}.mp4", f"film{n // 10}", "ok") for n in range(30)] + [(f"b{n}.mp4", "", "ok") for n in range(20)]
     lines = split_validation(prepared(tmp_path, rows), 0.2, seed=0).lines()
-    assert lines == ["36 videos in train, 14 in val, every class within 4.0", "  a: 10 in val, 6.0 asked for"]
+    assert lines == [
+        "36 videos in train, 14 in val; every class is within 4.0 videos of its share",
+        "  a: 10 in val, 6.0 requested",
+    ]
 
 
-@pytest.mark.parametrize(("share", "words"), [(1.0, "must lie between"), (0.01, "less than one video or group")])
+@pytest.mark.parametrize(("share", "words"), [(1.0, "must be between"), (0.01, "less than one video or group")])
 def test_shares_that_make_no_sense(tmp_path: Path, share: float, words: str) -> None:
     out = prepared(tmp_path, [("a1.mp4", "", "ok"), ("a2.mp4", "", "ok")])
     with pytest.raises(UsageError, match=words):
