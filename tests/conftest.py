@@ -63,7 +63,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
-    """Let tests send Ctrl-C to subprocesses, which inherit that SIGINT is ignored if a shell runs this in background."""
+    """Let tests send Ctrl-C to subprocesses, which otherwise inherit an ignored SIGINT from background shells."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

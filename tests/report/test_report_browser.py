@@ -79,7 +79,7 @@ def test_the_matrix_reacts_to_pointing_sorting_and_zooming(tmp_path: Path) -> No
     total, count = confusion[worst].sum(), confusion[worst, worst]
     assert f"{names[worst]}, answered correctly: {count} of {total} ({100 * count / total:.1f} %)" in page.texts
     assert "15" in page.texts, "zoomed in"
-    assert any(text.startswith(f"Answers to {names[0]}: ") for text in page.texts)
+    assert any(text.startswith(f"Answers for {names[0]}: ") for text in page.texts)
     assert max(int(text) for text in page.texts if text.isdecimal()) > 50, "something was drawn"
 
 

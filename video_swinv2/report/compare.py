@@ -26,6 +26,8 @@ from video_swinv2.report.training_run import TrainingRun, find_training_run, fla
 MAX_CLASSES = 20
 # Keys of a test's record that differ between any two tests without saying anything about the models.
 IGNORED_DIFFERENCES = ("origins", "seconds", "decode_wait_share")
+# Keys of a training run's record that are settings; the rest of it is results, versions and costs.
+RUN_SETTINGS = ("batch", "steps", "seed", "data")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def report_tests(folders: Sequence[Path], *, out: Path, run: Path | None = None)
 
 
 def _compare_and_summarize(folders: Sequence[Path], out: Path) -> tuple[dict[str, Any], list[str]]:
+    """`compare`, and its result in a line for each test and each pair."""
     result = compare(folders, out)
     lines = [f"{test['letter']} {test['folder']}: {accuracy_line(test)}" for test in result["tests"]]
     for pair in result["pairs"]:
@@ -121,8 +124,8 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             for test in tests
         ],
         "pairs": [asdict(pair) for pair in pairs],
-        "classes": [asdict(row) for row in class_rows(tests)],
-        "different": {key: list(values) for key, values in differing(tests)},
+        "classes": [asdict(row) for row in compare_classes(tests)],
+        "different": {key: list(values) for key, values in differing_settings(tests)},
     }
     result = as_json_data(result)
     try:
@@ -136,7 +139,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     return result
 
 
-def class_rows(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
+def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
     """The classes that have videos in every test, those with the largest differences first."""
     rows = []
     for row in zip(*(test.analysis.metrics.per_class for test in tests), strict=True):
@@ -146,17 +149,14 @@ def class_rows(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
     return sorted(rows, key=lambda row: -row.apart)
 
 
-def differing(tests: Sequence[ComparedTest]) -> list[tuple[str, tuple[str, ...]]]:
+def differing_settings(tests: Sequence[ComparedTest]) -> list[tuple[str, tuple[str, ...]]]:
     """(dotted key, its value in each test) where the records of the tests or of their training runs differ."""
     flat = []
     for test in tests:
         record = {key: value for key, value in test.record.items() if key not in IGNORED_DIFFERENCES}
-        run = (
-            {key: test.run.record[key] for key in ("batch", "steps", "seed", "data") if key in test.run.record}
-            if test.run
-            else {}
-        )
-        flat.append(dict(flatten(record | ({"training": run} if run else {}))))
+        run = test.run.record if test.run else {}
+        training = {key: run[key] for key in RUN_SETTINGS if key in run}
+        flat.append(dict(flatten(record | ({"training": training} if training else {}))))
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [(key, tuple(one.get(key, "-") for one in flat)) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -216,7 +216,7 @@ def _rows_by_path(test: ComparedTest) -> dict[str, int]:
 
 
 def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -> dict[str, object]:
-    classes = class_rows(tests)
+    classes = compare_classes(tests)
     return {
         "tests": tests,
         "pairs": pairs,
@@ -227,7 +227,7 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
         "classes": [row for row in classes[:MAX_CLASSES] if row.apart > 0],
         "n_classes": len(tests[0].analysis.scores.classes),
         "plots": [one for one in (_views_plot(tests), *_training_plots(tests)) if one],
-        "different": differing(tests),
+        "different": differing_settings(tests),
     }
 
 

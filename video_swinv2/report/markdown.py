@@ -115,7 +115,7 @@ def _headline(result: Mapping[str, Any]) -> str:
     lines.append(f"* expected calibration error {percent(result['calibration']['ece'])}")
     lines.append(
         f"* {videos['scored']} of {videos['listed']} listed {unit} scored, {videos['failed']} failed: top-1 over all "
-        f"listed {unit} is within {span(result['top1_bounds'])} %"
+        f"listed {unit}: {span(result['top1_bounds'])} %"
     )
     if result["class_order_hint"]:
         hint = result["class_order_hint"]
