@@ -241,7 +241,7 @@ def test_scores_that_are_not_finite_name_the_video(data: Path, model_path: Path,
 
 @pytest.mark.parametrize(("views", "batch"), [(1, 12), (12, 12), (12, 32), (15, 12), (17, 32), (28, 12), (30, 64)])
 def test_batches_are_full_whatever_the_number_of_views(views: int, batch: int) -> None:
-    group = reading.videos_of_a_group(views, batch) * views
+    group = reading.videos_per_group(views, batch) * views
     assert group >= 0.9 * batch * -(-group // batch)
     assert group <= 10 * batch + views
 

@@ -1,1 +1,1 @@
-"""Speed, measured beside peers."""
+"""How fast is it here, beside its peers? One benchmark per file, all measured the same way."""

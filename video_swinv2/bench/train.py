@@ -97,6 +97,7 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
         )
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
+    # The most that this device does per second; the share of it that a step reaches tells how well it is used.
     speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     chosen = training_setups(work.processes) if setups is None else setups
@@ -169,6 +170,7 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
     before = reset_peak_bytes(world.device)
     torch.manual_seed(0)
     module = build_model(work, setup.peer).train()
+    # Ours needs its depths for layer-wise learning rate decay, whose factor is 1 here.
     groups = _peer_groups(module) if setup.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
     engine = make_engine(
         module, groups, _engine_config(work, setup), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
@@ -179,7 +181,7 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
     seconds = []
     for step in range(WARM_UP_STEPS + work.rounds):
         if world.size > 1:
-            dist.barrier()
+            dist.barrier()  # a step starts together, so that waiting for a slow start is not timed
         started = wall_seconds(world.device)
         engine.backward(F.cross_entropy(engine.forward(clips).float(), labels))
         engine.step()

@@ -1,1 +1,1 @@
-"""Testing: multi-view protocols, scores that are kept, figures computed from them, and the report page."""
+"""What does a test look at? Protocols, views, the multi-view test in parts, frozen features and probes."""

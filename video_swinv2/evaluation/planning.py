@@ -27,7 +27,7 @@ from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
-from video_swinv2.evaluation.reading import VideoGroups, videos_of_a_group
+from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
 from video_swinv2.evaluation.splits import ClassesBy, is_image, protocol_for_split, read_labelled_split
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
@@ -65,7 +65,7 @@ class TestPlan:
             self.manifest.entries,
             self.protocols,
             self.preprocessing,
-            group_videos=videos_of_a_group(views, self.overrides.batch_views),
+            group_videos=videos_per_group(views, self.overrides.batch_views),
             frame_order=self.overrides.frame_order,
             seed=self.overrides.seed,
             time_limit_seconds=self.overrides.time_limit_seconds,

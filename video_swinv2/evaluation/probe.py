@@ -70,7 +70,9 @@ class ProbeData:
         """Divide the samples with these `labels`. Raises UsageError if a class is too small to be divided."""
         sizes = [len(manifest.entries) for manifest in self.manifests]
         if len(sizes) == 2:
-            return TrainTestIndices(np.arange(sizes[0]), sizes[0] + np.arange(sizes[1]), self.manifests[1].failed_in_preparation)
+            return TrainTestIndices(
+                np.arange(sizes[0]), sizes[0] + np.arange(sizes[1]), self.manifests[1].failed_in_preparation
+            )
         (manifest,) = self.manifests
         try:
             train, test = train_test_split(np.arange(sizes[0]), test_size=HELD_OUT, stratify=labels, random_state=seed)

@@ -112,9 +112,11 @@ def _published(
     return Protocol(name, clips, crops, resize, starts, boxes, average, source)
 
 
+# n frames in the video; a clip of T frames, `stride` apart, spans T * stride frames; the crop is S x S pixels.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
+        # start = floor((n - span + 1) / 2); short side 256 for S = 224, crop from the centre.
         _published(
             "center-1x1",
             "videoswin",
@@ -122,18 +124,23 @@ PROTOCOLS: dict[str, Protocol] = {
             "Video Swin's validation: SampleFrames(num_clips=1, test_mode), Resize 256, CenterCrop 224",
             resize=Fraction(256, 224),
         ),
+        # The same clip; short side S, so that the crop takes the full short side.
         _published(
             "center-full-1x1",
             "videoswin",
             "centre",
             "timm's crop_pct 1.0, which it tests the released image models of 384 pixels with",
         ),
+        # start of clip k = floor((k + 1/2) * (n - span + 1) / 4): the middle of each quarter of the possible starts.
+        # Short side S; crops at both ends and in the middle of the long side.
         _published(
             "videoswin-4x3",
             "videoswin",
             "videoswin",
             "Video Swin's test: SampleFrames(num_clips=4, test_mode), Resize 224, ThreeCrop 224, softmax, mean",
         ),
+        # start of clip k = k / 10 * (n - span), span in frames at 30 a second; frames from linspace(start, start + span
+        # - 1, T), rounded down. Short side S; crops left, middle, right.
         _published(
             "slowfast-10x3",
             "slowfast",
@@ -141,6 +148,8 @@ PROTOCOLS: dict[str, Protocol] = {
             "PySlowFast's test of whole decoded videos: clip k at k/10 of the slack at 30 frames a second, frames from "
             "linspace, three crops at the crop's own scale (TEST_CROP_SIZE, 256 there), softmax, mean",
         ),
+        # Of the m = ceil(n / stride) frames 0, stride, 2 * stride, ... clip k takes T from floor(k * (m - T) / 4): the
+        # first clip starts at the beginning, the last ends at the end. Short side S; crops from end to end.
         _published(
             "videomae-5x3",
             "videomae",
@@ -148,6 +157,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "VideoMAE's test: every stride-th frame from the first, 5 clips from end to end, 3 crops from end to end, "
             "softmax, mean",
         ),
+        # The clips of videoswin-4x3; crop s at floor(s * (long side - S) / 4).
         _published(
             "swinv2g-4x5",
             "videoswin",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from video_swinv2.data.collection import EVERYTHING, Collection
-from video_swinv2.data.datasets import images_of
-from video_swinv2.data.images import IMAGE_SUFFIXES
-from video_swinv2.data.index import Item, Member
+from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
+from video_swinv2.data.images import is_image_file
+from video_swinv2.data.index import AnyEntry, TarMember
 from video_swinv2.data.manifest import Manifest, find_splits, read_manifest
+from video_swinv2.data.sources import image_collection
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
 from video_swinv2.weights.store import Preprocessing
@@ -18,18 +18,18 @@ from video_swinv2.weights.store import Preprocessing
 ClassesBy = Literal["name", "index"]
 
 
-def is_image(item: Item) -> bool:
+def is_image(item: AnyEntry) -> bool:
     """Whether the item is read as a still image: by its file name, or because it is a member of a tar."""
-    return isinstance(item, Member) or item.path.suffix.lower() in IMAGE_SUFFIXES
+    return isinstance(item, TarMember) or is_image_file(item.path)
 
 
 def available_splits(data: Path) -> tuple[str, ...]:
     """The splits that the data set itself has; only `all` for images that are not divided into splits."""
-    images = images_of(str(data))
+    images = image_collection(str(data))
     if images is None:
         return find_splits(data)
-    own = tuple(split for split in images.split_names if split in images.filled)
-    return (EVERYTHING,) if own == ("train",) else own
+    own = tuple(split for split in images.split_names if split in images.splits_with_images)
+    return (ALL_IMAGES,) if own == ("train",) else own
 
 
 def read_labelled_split(
@@ -40,7 +40,7 @@ def read_labelled_split(
     With by="index", image folders named by numbers are indices into `classes`, as the folders 0 to 999 of ImageNet-V2
     are. Raises UsageError for a split that cannot be read, a class missing from `classes`, and a missing label.
     """
-    images = images_of(str(data))
+    images = image_collection(str(data))
     if images is not None:
         if classes is not None:
             _check_folder_names(images, classes, by)
@@ -69,14 +69,14 @@ def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Pr
     return protocol_for_images(protocol)
 
 
-def _check_folder_names(images: Collection, classes: Sequence[str], by: ClassesBy) -> None:
+def _check_folder_names(images: ImageCollection, classes: Sequence[str], by: ClassesBy) -> None:
     """Raise UsageError where it is unclear whether class folders are named by class or by index.
 
     A folder `7` may be the model's class 7 or the data set's own eighth class. It is taken as the former only if the
     user says so, since a wrong guess gives a plausible, wrong accuracy.
     """
     if by == "index":
-        for name in images.words:
+        for name in images.label_names:
             if name in classes:
                 raise UsageError(
                     f"{images.root}: class folder {name!r} is the name of a class of the model; omit --classes-by index"
@@ -88,8 +88,12 @@ def _check_folder_names(images: Collection, classes: Sequence[str], by: ClassesB
                 )
         return
     # Labels of tars are indices by their format, and classes.txt or one shared name settles it as well.
-    named = images.numbered or (images.root / "classes.txt").is_file() or set(images.words) & set(classes)
-    if not named and all(name.isdecimal() for name in images.words):
+    unambiguous = (
+        images.labels_are_numbers
+        or (images.root / "classes.txt").is_file()
+        or bool(set(images.label_names) & set(classes))
+    )
+    if not unambiguous and all(name.isdecimal() for name in images.label_names):
         raise UsageError(
             f"{images.root}: its class folders are named by numbers, the model's classes by names such as "
             f"{classes[0]!r}; if the numbers are indices into the model's classes, add --classes-by index"

@@ -1,1 +1,1 @@
-"""Tools around the three jobs."""
+"""Is this machine fit (`doctor`), and does the whole path work on it (`demo`)?"""

@@ -1,7 +1,7 @@
-"""The whole path on generated clips, small enough for a laptop: make, pre-train, inflate, fine-tune, test, report.
+"""The whole path on generated clips, small enough for a laptop: generate, pre-train, inflate, fine-tune, test, report.
 
-The classes of the clips are motions, each with its time-reversed twin, so a model that ignores the order of frames gets
-at most half of them right. That is why each model is also tested on the same frames shuffled in time.
+The classes of the clips are motions, each paired with its time reversal, so a model that ignores the order of frames
+gets at most half of them right. That is why each model is also tested on the same frames shuffled in time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import write_json
 
 PROTOCOL = "videoswin-4x3"
-PROCESSES = 2  # of DeepSpeed in fine-tuning
+PROCESSES = 2  # DeepSpeed processes in fine-tuning
+ORDERS = ("in-order", "shuffled")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to start the clip model."""
+    """One initialisation of the clip model to fine-tune from."""
 
     key: str
     title: str
@@ -32,7 +33,10 @@ class Trial:
 
 
 def run_demo(out: Path) -> None:
-    """Run every step, print a table, and write OUT/result.json; UserError if a step fails. Goes on where it stopped."""
+    """Run every step, print a table and write OUT/result.json.
+
+    Interrupted and run again, it resumes: each step keeps its own finished work. Raises UserError if a step fails.
+    """
     started = time.monotonic()
     data, pretrained = out / "data", out / "pretrain" / "model.safetensors"
     if not (data / "dataset.json").is_file():
@@ -41,21 +45,13 @@ def run_demo(out: Path) -> None:
     _step("SimMIM on single frames", *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
     trials = [
         Trial("scratch", "from scratch", ("init=scratch",)),
-        # Without the noise four epochs do not tell a motion from its reversal: docs/results/demo.md.
+        # Without the noise, four epochs are too few to tell a motion from its reversal: docs/results/demo.md.
         Trial("simmim", "from SimMIM", (f"init={pretrained}", "init_time_noise=2")),
     ]
     results: dict[str, Any] = {}
     for trial in trials:
-        folder = out / f"finetune-{trial.key}"
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
-        settings = [f"data.source={data}", f"out={folder}", *trial.settings]
-        title = f"fine-tuning {trial.title}, {PROCESSES} DeepSpeed processes"
-        _step(title, *launcher, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
-        results[trial.key] = {
-            order: _test(folder, data, out / f"test-{trial.key}-{order}", order) for order in ("in-order", "shuffled")
-        }
-        results[trial.key]["val_top1"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["best"]
-    # Chosen by validation, so that the test clips decide nothing.
+        results[trial.key] = _finetune_and_test(trial, data, out)
+    # Chosen by validation accuracy: the test split must not take part in any choice.
     chosen = max(results, key=lambda key: float(results[key]["val_top1"]))
     best = results[chosen]
     report = out / f"test-{chosen}-in-order" / "report.html"
@@ -77,13 +73,24 @@ def run_demo(out: Path) -> None:
     print(f"\n{minutes:.1f} minutes; report: {report}")
 
 
+def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
+    """The test results by order of frames, and the best validation accuracy."""
+    folder = out / f"finetune-{trial.key}"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
+    settings = [f"data.source={data}", f"out={folder}", *trial.settings]
+    title = f"fine-tuning {trial.title}, {PROCESSES} DeepSpeed processes"
+    _step(title, *launcher, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
+    result: dict[str, Any] = {order: _test(folder, data, out / f"test-{trial.key}-{order}", order) for order in ORDERS}
+    return result | {"val_top1": json.loads((folder / "run.json").read_text(encoding="utf-8"))["best"]}
+
+
 def recipe(name: str) -> Path:
-    """A configuration of the repository's configs folder, which the installed package carries inside."""
+    """The path of configs/`name`, in the installed package or the repository. Raises UserError if it is missing."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"configs/{name}: not there; install the package again")
+    raise UserError(f"configs/{name}: not found; install the package again")
 
 
 def _verb(name: str) -> tuple[str, str, str]:
@@ -91,12 +98,12 @@ def _verb(name: str) -> tuple[str, str, str]:
 
 
 def _step(title: str, *arguments: str) -> None:
-    """Run one command of the toolkit in a process of its own; processes that share the cores get one thread each."""
+    """Run one command in a process of its own; processes that share the cores get one thread each."""
     print(f"\n== {title}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in arguments else os.environ
     code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
     if code:
-        raise UserError(f"{title}: ended with code {code}; its message is above")
+        raise UserError(f"{title}: failed with exit code {code}; see its message above")
 
 
 def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
@@ -112,9 +119,9 @@ def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
 def _table(trials: list[Trial], results: dict[str, Any]) -> str:
     lines = ["", f"{PROTOCOL} top-1 on unseen clips        in order    shuffled in time"]
     for trial in trials:
-        orders = [results[trial.key][order] for order in ("in-order", "shuffled")]
+        orders = [results[trial.key][order] for order in ORDERS]
         in_order, shuffled = (result["top1"] for result in orders)
         low, high = orders[0]["top1_interval"]
         lines.append(f"{trial.title:38s}{in_order:8.1%} {shuffled:12.1%}     95 % interval {low:.1%} to {high:.1%}")
-    lines.append(f"chance {1 / 8:.1%}; at most 50 % without the order of frames")
+    lines.append(f"chance {1 / 8:.1%}; at most 50 % for a model that ignores the order of frames")
     return "\n".join(lines)
