@@ -1,4 +1,4 @@
-"""The loader's benchmark on small clips: every figure is measured. No clock decides anything."""
+"""The benchmark of the loader on small clips: every figure is there. No test depends on a time."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_both_loaders_are_timed(tmp_path: Path, write_video: Any) -> None:
     json.dumps(result)
 
 
-def test_the_plain_way_reads_clips(tmp_path: Path, write_video: Any) -> None:
-    """The same frames as ours would be asked for, normalised."""
+def test_the_plain_dataset_reads_clips(tmp_path: Path, write_video: Any) -> None:
+    """Normalised, and of the requested shape."""
     folder = prepared(tmp_path, write_video)
     plain = PlainClips([Entry("a", folder / "videos" / "a.mp4", 0)], READING)
     clip = plain[0]

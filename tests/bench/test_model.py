@@ -1,4 +1,4 @@
-"""The benchmarks at small sizes: every figure is measured, and what they print holds it. No clock decides anything."""
+"""The benchmarks of model and layer at small sizes: every figure is there and printed. No test depends on a time."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from video_swinv2.bench.peers import build_image_encoder, build_side, compare_on
 from video_swinv2.errors import UsageError
 
 
-def test_both_models_are_raced_and_weighed():
+def test_both_models_are_timed_and_their_memory_measured():
     result = bench_model("swinv2_tiny", rounds=2, threads=1, device="cpu", frames=2, pixels=32)
     assert [(race["what"], len(race["ours"]), len(race["peer"])) for race in result["races"]] == [
         ("forward", 2, 2),
         ("training step", 2, 2),
     ]
     assert all(seconds > 0 for race in result["races"] for seconds in (*race["ours"], *race["peer"], race["ratio"]))
-    # Gradients of 28 million weights alone are 100 MiB, and both models have to make them.
+    # The gradients of 28 million weights alone take 100 MiB, in both models.
     assert all(100 * 2**20 < peak < 2 * 2**30 for peak in result["peak_bytes"].values())
     assert all(0 < share < 1 for share in result["share_of_floor"].values())
     assert all(sum(shares.values()) == pytest.approx(1) for shares in result["where_time_goes"].values())
@@ -30,20 +30,20 @@ def test_both_models_are_raced_and_weighed():
     json.dumps(result)
 
 
-def test_simmim_is_raced_against_timms_encoder():
+def test_simmim_is_compared_with_timms_encoder():
     result = bench_model("swinv2_nano", against="timm", rounds=1, threads=1, device="cpu", batch=2, pixels=64)
     assert [(race["what"], len(race["ours"]), len(race["peer"])) for race in result["races"]] == [
         ("training step", 1, 1)
     ]
-    # Gradients of 2.4 million weights and of the head's 800,000 are 12 MiB.
+    # The gradients of 2.4 million weights and of the head's 800,000 take 12 MiB.
     assert all(12 * 2**20 < peak < 2**30 for peak in result["peak_bytes"].values())
     assert "against timm SwinTransformerV2 (as swinv2_nano_window12_64): [2, 3, 64, 64]" in model_table(result)
     json.dumps(result)
 
 
-def test_both_encoders_are_one_function():
-    """With the same weights in timm's encoder and in ours, loss and gradients agree: the race is over the same work."""
-    # 96 pixels make whole windows: where there is something to pad, timm attends to the padding and we do not.
+def test_both_encoders_compute_the_same_function():
+    """With the same weights in timm's encoder and in ours, loss and gradients agree, so both do the same work."""
+    # 96 pixels give whole windows: timm attends to padding, we do not.
     comparison = compare_on_masked_images("swinv2_nano", batch=2, pixels=96)
     ours, peer = (build_side(comparison, kind).eval() for kind in ("ours", "peer"))
     randomise(ours)
@@ -71,7 +71,7 @@ def test_both_encoders_are_one_function():
         torch.testing.assert_close(mine[f"simmim.encoder.{name}"].grad, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_peer_of_base_is_timms_own_model():
+def test_the_peer_of_base_is_timms_released_model():
     import timm
 
     comparison = compare_on_masked_images("swinv2_base", batch=1, pixels=None)
@@ -86,7 +86,7 @@ def test_the_peer_of_base_is_timms_own_model():
     assert rates[0] == rates[1]
 
 
-def test_every_backend_has_its_row():
+def test_every_backend_has_a_row():
     rows = bench_layer("swinv2_tiny", rounds=1, threads=1, device="cpu", cases=[(32, (8, 4, 4))])
     assert [(row["backend"], row["gradients"]) for row in rows] == [
         (backend, gradients) for backend in ("eager", "sdpa", "flex", "sequential") for gradients in (False, True)
@@ -96,7 +96,7 @@ def test_every_backend_has_its_row():
     assert layer_table(rows).count("8, 4, 4") == 8
 
 
-def test_a_size_that_torchvision_lacks_is_refused():
+def test_sizes_without_a_peer_are_refused():
     with pytest.raises(UsageError, match="swinv2_giant: torchvision has no model of this size"):
         bench_model("swinv2_giant", rounds=1, threads=1, device="cpu")
     with pytest.raises(UsageError, match="timm's SwinV2 has no extra norms"):

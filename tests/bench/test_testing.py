@@ -1,4 +1,4 @@
-"""The benchmark of a test: all ways give the same scores, and each opens the files as often as it says."""
+"""The benchmark of a test: all ways give the same scores, and each opens the files as often as it should."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_all_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: py
     monkeypatch.setattr(av, "open", counting_open)
     what = {"split": "test", "videos": 2, "batch_views": 12, "rounds": 2, "device": "cpu"}
     result = bench_test(*paths, protocols="videoswin-4x3,center-1x1", **what)  # type: ignore[arg-type]  # as named
-    assert opened == {"0.mp4": 3 * (1 + 13 + 13), "1.mp4": 3 * (1 + 13 + 13)}, "warm-up and two rounds of all ways"
+    assert opened == {"0.mp4": 3 * (1 + 13 + 13), "1.mp4": 3 * (1 + 13 + 13)}, (
+        "one warm-up and two timed rounds of all three ways"
+    )
     assert (result["videos"], result["views"], result["rounds"]) == (2, 13, 2)
     assert result["difference"] < 1e-4
     assert min(result["decode_times_as_fast"].values()) > 1, "13 openings and decodes take longer than one"

@@ -1,4 +1,4 @@
-"""The training benchmark with a small model: every way runs or says why not, and what it prints holds its figures."""
+"""The training benchmark with a small model: every setup runs or says why not, and its figures are printed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ WORK = Workload("swinv2_tiny", 2, 32, (8, 7, 7), 1, 1, "cpu", "fp32", rounds=1, 
 
 
 def test_what_is_compared() -> None:
-    """Ours under each engine, compiled and not, between two turns of torchvision's."""
+    """Ours under each engine, compiled and not, between two runs of torchvision's."""
     alone, several = training_setups(1), training_setups(8)
     assert (alone[0].peer, alone[-1].peer) == (True, True)
     assert {way.zero_stage for way in alone if not way.peer} == {None, 0, 1, 2, 3}
-    assert {way.zero_stage for way in several} == {0, 1, 2, 3}, "the plain engine knows one process"
+    assert {way.zero_stage for way in several} == {0, 1, 2, 3}, "the plain engine supports one process only"
     assert [way.name for way in several if way.compiled] == ["ZeRO-1, compiled"]
 
 
@@ -39,15 +39,15 @@ def test_a_step_of_ours_and_of_torchvisions() -> None:
     json.dumps(result)
 
 
-def test_products_are_three_passes_of_both_models() -> None:
-    """Ours of 32 frames at 224 pixels is Video Swin's published 87.9 GMAC, and a little for the log-CPB networks."""
+def test_counted_operations_of_both_models() -> None:
+    """With 32 frames at 224 pixels both have Video Swin's published 87.9 GMAC; the log-CPB networks add little."""
     work = dataclasses.replace(WORK, frames=32, pixels=224)
     ours, peer = (bench._forward_flops(work, kind) / 2e9 for kind in (False, True))
     assert peer == pytest.approx(87.76, rel=0.01)
     assert ours == pytest.approx(87.8, rel=0.02)
 
 
-def test_a_way_that_cannot_be_run_says_why() -> None:
+def test_a_setup_that_cannot_run_says_why() -> None:
     result = bench.bench_train(WORK, [TrainingSetup("ZeRO-3, compiled", zero_stage=3, compiled=True)])
     assert "recompiles" in result["rows"][0]["not_run"]
     text = training_table(result)
@@ -63,6 +63,6 @@ def test_wrong_requests() -> None:
 
 
 @pytest.mark.slow
-def test_every_way_runs() -> None:
+def test_every_setup_runs() -> None:
     result = bench.bench_train(WORK)
     assert [row["way"] for row in result["rows"] if "not_run" in row] == []

@@ -1,4 +1,4 @@
-"""Image models tested on image files: class folders, numbered ones, tars; the same scores, bounds and report."""
+"""Tests of image models: class folders, numbered folders and tars give the same scores, bounds and report."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.evaluation.small import make_answers_differ, picture, quick
 from video_swinv2.cli import main
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.testing import run_test, summarize_tests
 from video_swinv2.evaluation.views import cut_image
 from video_swinv2.report.scores import load_scores
 
 CLASSES = ("zebra", "ant", "bee")  # the model's order is not the alphabet's
-QUICK = TestOverrides(workers=0, device="cpu")
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 56)) -> np.ndarray:
-    small = np.random.default_rng(seed).integers(0, 256, (size[0] // 4, size[1] // 4, 3), dtype=np.uint8)
-    return small.repeat(4, 0).repeat(4, 1)
+QUICK = quick()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tree(root: Path, names: tuple[str, ...]) -> Path:
@@ -39,21 +35,12 @@ def tree(root: Path, names: tuple[str, ...]) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     model = vs.create_model("swinv2_nano", num_classes=3, image_size=32, window=4)
-    with torch.no_grad():  # fresh weights answer everything alike
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm1.weight", "norm2.weight")):
-                parameter.fill_(1.0)
-        model.head.weight.mul_(40)
+    make_answers_differ(model)
     vs.save_model(model, path, classes=CLASSES, preprocessing=vs.Preprocessing(None, 1, (32, 32)))
     return path
 
@@ -76,7 +63,7 @@ def test_scores_of_class_folders_are_the_models_own(model_path: Path, tmp_path: 
             expected = model(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
         np.testing.assert_allclose(logits, expected.numpy(), rtol=2e-3, atol=2e-3)
         assert scores.views[row].tolist() == [[0, *view.box] for view in views]
-    assert np.ptp(scores.logits.astype(float), axis=0).max() > 0.1, "the model answers everything alike"
+    assert np.ptp(scores.logits.astype(float), axis=0).max() > 0.1, "the model gives all images the same answer"
     right = (scores.logits[:, 0].argmax(axis=1) == scores.labels).mean()
     assert result["top1"] == pytest.approx(right)
     assert result["top5"] == 1.0
@@ -85,7 +72,7 @@ def test_scores_of_class_folders_are_the_models_own(model_path: Path, tmp_path: 
 
 
 def test_the_crop_is_the_middle_of_the_resized_picture() -> None:
-    """Against Pillow: short side to 256/224 of the crop, bicubic with antialiasing, the middle."""
+    """Compared with Pillow: short side 256/224 of the crop, bicubic with antialiasing, centre crop."""
     original = picture(0, (120, 160))
     pixels, (view,) = cut_image(
         torch.from_numpy(original).permute(2, 0, 1), PROTOCOLS["center-1x1"], vs.Preprocessing(None, 1, (56, 56))
@@ -93,11 +80,11 @@ def test_the_crop_is_the_middle_of_the_resized_picture() -> None:
     assert view.box == (4, 15, 56, 56)  # of 64 x 86: the long side is even
     resized = np.asarray(Image.fromarray(original).resize((86, 64), Image.Resampling.BICUBIC), dtype=int)
     difference = np.abs(pixels[0].permute(1, 2, 0).numpy() - resized[4:60, 15:71])
-    assert difference.max() <= 2, "both round between their two passes, in another order"
+    assert difference.max() <= 2, "both round between their two passes, in different orders"
     assert difference.mean() < 0.3
 
 
-def test_a_still_has_one_moment_and_a_broken_one_moves_the_bounds(model_path: Path, tmp_path: Path) -> None:
+def test_an_image_is_one_clip_and_a_broken_one_moves_the_bounds(model_path: Path, tmp_path: Path) -> None:
     data = tree(tmp_path / "data", CLASSES)
     whole = run_test(model_path, data, protocol="videoswin-4x3", split="all", out=tmp_path / "a", overrides=QUICK)
     assert (whole["protocol"], whole["views"]) == ("videoswin-4x3", 3)
@@ -111,7 +98,7 @@ def test_a_still_has_one_moment_and_a_broken_one_moves_the_bounds(model_path: Pa
     assert [path for path, reason in zip(scores.paths, scores.reasons, strict=True) if reason] == ["bee/cut.jpg"]
 
 
-def test_numbered_folders_are_places_only_when_asked(
+def test_numbered_folders_are_indices_only_on_request(
     model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tree(tmp_path / "data", ("0", "1", "2"))
@@ -130,7 +117,7 @@ def test_numbered_folders_are_places_only_when_asked(
     assert "class folder '3' is not an index into the model's 3 classes" in capsys.readouterr().err
 
 
-def test_numbers_in_tars_are_places(model_path: Path, tmp_path: Path) -> None:
+def test_labels_in_tars_are_indices(model_path: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "val-000000.tar", "w") as tar:
         for i, label in enumerate((2, 0, 1)):
             jpeg = io.BytesIO()
@@ -148,16 +135,16 @@ def test_numbers_in_tars_are_places(model_path: Path, tmp_path: Path) -> None:
 
 def test_another_resolution_and_window(model_path: Path, tmp_path: Path) -> None:
     data = tree(tmp_path / "data", CLASSES)
-    overrides = TestOverrides(workers=0, device="cpu", image_size=(64, 64), window=8)
+    overrides = quick(image_size=(64, 64), window=8)
     result = run_test(
         model_path, data, protocol="center-full-1x1", split="all", out=tmp_path / "o", overrides=overrides
     )
     assert result["image_size"] == [64, 64]
-    # 40 x 56 pixels: resize 1 gives the whole height to the crop.
+    # 40 x 56 pixels resized to 64 x 90: with resize 1 the crop takes the full height.
     assert load_scores(tmp_path / "o" / "scores.npz").views[0, 0].tolist() == [0, 0, 13, 64, 64]
 
 
-def test_a_clip_model_takes_no_images(tmp_path: Path) -> None:
+def test_a_clip_model_refuses_images(tmp_path: Path) -> None:
     model = vs.create_model("swinv2_nano", num_classes=3, frames=4, image_size=32, window=(2, 4, 4))
     vs.save_model(model, tmp_path / "clip.safetensors", classes=CLASSES, preprocessing=vs.Preprocessing(4, 1, (32, 32)))
     data = tree(tmp_path / "data", CLASSES)

@@ -1,4 +1,4 @@
-"""The probe on small real files: its features are the model's, its figures those of a count by hand."""
+"""The probe on small real files: features are the model's own, figures equal a count by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 import video_swinv2 as vs
 from tests.closeness import assert_close
+from tests.evaluation.small import quick
 from tests.report import independent
 from tests.weights.released import microsoft_state, ours, randomise
 from video_swinv2.cli import main
@@ -22,7 +23,6 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation import features as features_room
 from video_swinv2.evaluation.features import extract_features, open_backbone, with_random_weights
-from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.probe import TEMPERATURE, ProbeData, knn_probabilities, linear_probabilities, run_probe
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.splits import read_labelled_split
@@ -30,16 +30,12 @@ from video_swinv2.evaluation.views import cut_image
 
 PER_CLASS = 10
 NAMES = ("blue", "green", "red")
-QUICK = TestOverrides(workers=0, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+QUICK = quick()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def colours(root: Path, count: int, seed: int = 0) -> Path:
-    """`count` noisy pictures of each class, whose colour tells them apart."""
+    """`count` noisy pictures per class; the classes differ in colour."""
     generator = np.random.default_rng(seed)
     for channel, name in enumerate(reversed(NAMES)):
         (root / name).mkdir(parents=True)
@@ -83,7 +79,7 @@ def test_features_are_the_mean_of_the_last_tokens(simmim: tuple[Path, vs.SwinV2]
         assert_close(made.vectors[row], tokens.mean(dim=(1, 2))[0])
 
 
-def test_what_colours_tell_is_found_and_told(
+def test_classes_of_different_colour_are_told_apart_and_reported(
     simmim: tuple[Path, vs.SwinV2], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["probe", str(simmim[0]), str(data), "--k", "5", "--seeds", "2", "--random-weights"]
@@ -95,21 +91,21 @@ def test_what_colours_tell_is_found_and_told(
     for row in result["rows"]:
         assert (row["train"], row["test"]) == (24, {"listed": 6, "scored": 6, "failed": 0})
         assert row["top1"] == 1.0
-        assert row["top1_interval"] == pytest.approx(independent.wilson(1.0, 6)), "6 of 6 are not many"
+        assert row["top1_interval"] == pytest.approx(independent.wilson(1.0, 6)), "6 of 6 leave a wide interval"
     assert result["model"]["layout"] == "swinv2_nano of this project, SimMIM"
     assert result["data_fingerprint"] == {"all": read_labelled_split(data, "all").fingerprint}
     assert result["channels"] == 256
     assert main([*line, "data.workers=0", "--method", "knn"]) == 0
-    told = capsys.readouterr().out
-    assert "3 classes, 24 training and 6 test samples; 20% of each class" in told
-    assert "random weights, k-NN" in told
-    assert "linear" not in told
+    text = capsys.readouterr().out
+    assert "3 classes, 24 training and 6 test samples; 20% of each class" in text
+    assert "random weights, k-NN" in text
+    assert "linear" not in text
 
 
-def test_votes_are_counted_as_by_hand() -> None:
+def test_votes_equal_a_count_by_hand() -> None:
     generator = np.random.default_rng(0)
     x, test = (generator.normal(size=(n, 7)).astype(np.float32) for n in (40, 9))
-    y = generator.integers(0, 3, 40) * 2  # classes 1 and 3 are never learned
+    y = generator.integers(0, 3, 40) * 2  # classes 1 and 3 have no training sample
     shares = knn_probabilities(x, y, test, classes=5, k=6)
     for vector, row in zip(test, shares, strict=True):
         cosine = [float(vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)) for other in x]
@@ -122,7 +118,7 @@ def test_votes_are_counted_as_by_hand() -> None:
 
 
 def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
-    """One channel of fifty tells the class, and is the smallest: cosines do not see it, standardised weights do."""
+    """The smallest of fifty channels decides the class: cosines hardly see it, standardised weights do."""
     generator = np.random.default_rng(0)
     y = generator.integers(0, 2, 400)
     x = generator.normal(size=(400, 50)).astype(np.float32)
@@ -133,20 +129,20 @@ def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
     assert chosen["C"] in (1e-4, 1e-3, 1e-2, 0.1, 1, 10)
     pure = generator.integers(0, 2, 300)
     _, chosen = linear_probabilities(x[:300, 1:], pure, x[300:, 1:], classes=2, seed=0)
-    assert chosen["C"] < 1, "noise is best left alone, and cross-validation sees it"
+    assert chosen["C"] < 1, "on noise, cross-validation prefers strong regularisation"
 
 
-def test_a_class_without_votes_is_no_answer(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
-    """With k = 1 one class has votes: top-5 over three classes is then top-1, not 100 %."""
+def test_a_class_without_votes_is_not_an_answer(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
+    """With k = 1 only one class has votes, so top-5 over three classes equals top-1 and is not 100 %."""
     data = colours(tmp_path / "data", 6)
-    for i, file in enumerate(sorted(data.rglob("*.png"))):  # labels that nothing tells
+    for i, file in enumerate(sorted(data.rglob("*.png"))):  # labels that the pictures do not show
         file.write_bytes((data / NAMES[i % 3] / f"{i % 5:02d}.png").read_bytes())
     result = probe(simmim[0], data, methods=("knn",), k=1)
     assert all(row["top5"] == row["top1"] for row in result["rows"])
     assert min(row["top1"] for row in result["rows"]) < 1
 
 
-def test_kept_features_are_used_again_and_only_for_the_same_things(
+def test_cached_features_are_reused_only_for_the_same_inputs(
     simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -157,8 +153,8 @@ def test_kept_features_are_used_again_and_only_for_the_same_things(
     assert json.loads((tmp_path / "probe.json").read_text()) == json.loads(json.dumps(first))
     assert probe(simmim[0], data, out=tmp_path, random_weights=True) == first
     assert len(made) == 3
-    probe(simmim[0], data, out=tmp_path, overrides=TestOverrides(workers=0, device="cpu", image_size=(32, 32)))
-    assert len(made) == 4, "another size"
+    probe(simmim[0], data, out=tmp_path, overrides=quick(image_size=(32, 32)))
+    assert len(made) == 4, "another image size"
     weights = tmp_path / "other.safetensors"
     vs.save_model(
         randomise(vs.create_model("swinv2_nano", num_classes=2, image_size=64, window=4)),
@@ -181,31 +177,32 @@ def test_a_broken_file_is_named_and_bounds_the_accuracy(
         (data / split / "red" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     line = ["probe", str(simmim[0]), str(data), "--k", "3", "--seeds", "1", "--method", "knn", "data.workers=0"]
     assert main([*line, "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "probe.json").read_text())
     (row,) = result["rows"]
     assert (row["train"], row["test"]) == (12, {"listed": 10, "scored": 9, "failed": 1})
     right = round(9 * row["top1"])
     assert row["top1_bounds"] == [right / 10, (right + 1) / 10]
     assert [name for name, _ in result["broken"]] == ["train/red/cut.png", "val/red/cut.png"]
-    assert "val/red/cut.png" in told
-    assert "2 files could not be read; top-1 over all listed lies between" in told
+    assert "val/red/cut.png" in text
+    assert "2 files could not be read; top-1 over all listed lies between" in text
     assert result["split"] == "splits train and val of the data set"
 
 
-def test_a_tree_without_splits_is_cut_by_the_seed(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
+def test_a_tree_without_splits_is_divided_by_the_seed(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
     source = ProbeData((read_labelled_split(data, "all"),))
     labels = np.repeat(np.arange(3), PER_CLASS)
-    cuts = [source.divide(labels, seed) for seed in (0, 0, 1)]
-    for cut in cuts:
-        assert sorted([*cut.train, *cut.test]) == list(range(3 * PER_CLASS))
-        assert Counter(labels[cut.test]) == {0: 2, 1: 2, 2: 2}
-    assert cuts[0].test.tolist() == cuts[1].test.tolist() != cuts[2].test.tolist()
+    divisions = [source.divide(labels, seed) for seed in (0, 0, 1)]
+    for division in divisions:
+        assert sorted([*division.train, *division.test]) == list(range(3 * PER_CLASS))
+        assert Counter(labels[division.test]) == {0: 2, 1: 2, 2: 2}
+    first, same, other = (division.test.tolist() for division in divisions)
+    assert first == same != other
     asked = probe(simmim[0], data, train_split="train", test_split="val", seeds=1, methods=("knn",))
-    assert asked["rows"][0]["test"]["listed"] == 3, "the one in twenty that training holds out, asked for by name"
+    assert asked["rows"][0]["test"]["listed"] == 3, "the one image in twenty that training holds out, requested by name"
 
 
-def test_random_weights_are_of_the_seed(simmim: tuple[Path, vs.SwinV2]) -> None:
+def test_random_weights_are_a_function_of_the_seed(simmim: tuple[Path, vs.SwinV2]) -> None:
     backbone = open_backbone(simmim[0], QUICK)
     kernels = [with_random_weights(backbone, seed).model.patch_embed.proj.weight for seed in (0, 0, 1)]
     assert torch.equal(kernels[0], kernels[1])
@@ -213,8 +210,8 @@ def test_random_weights_are_of_the_seed(simmim: tuple[Path, vs.SwinV2]) -> None:
     assert with_random_weights(backbone, 0).model.architecture() == backbone.model.architecture()
 
 
-def test_clips_and_a_checkpoint_that_is_none_of_ours(tmp_path: Path, write_video: Callable[..., Path]) -> None:
-    """Microsoft's layout, inflated on the way, on clips of a tree of class folders."""
+def test_clips_with_a_checkpoint_in_another_layout(tmp_path: Path, write_video: Callable[..., Path]) -> None:
+    """Microsoft's layout, inflated on loading, on clips in class folders."""
     for channel, name in enumerate(NAMES):
         for i in range(5):
             frames = np.full((6, 40, 40, 3), 30 + 5 * i, dtype=np.uint8)
@@ -222,8 +219,8 @@ def test_clips_and_a_checkpoint_that_is_none_of_ours(tmp_path: Path, write_video
             write_video(tmp_path / "clips" / name / f"{i}.mp4", frames)
     reference = ours()
     torch.save({"model": microsoft_state(reference, window=4)}, tmp_path / "released.pth")
-    for sizes in ({"frames": 4, "window": (2, 4, 4)}, {}):  # as clips, and their middle frames
-        overrides = TestOverrides(workers=0, device="cpu", **sizes)  # type: ignore[arg-type]  # fields of it
+    for sizes in ({"frames": 4, "window": (2, 4, 4)}, {}):  # as clips, then the middle frame of each
+        overrides = quick(**sizes)
         result = probe(tmp_path / "released.pth", tmp_path / "clips", overrides=overrides, k=3)
         assert result["preprocessing"]["frames"] == sizes.get("frames")
         assert all(row["top1"] == 1.0 for row in result["rows"])
@@ -239,14 +236,14 @@ def test_clips_and_a_checkpoint_that_is_none_of_ours(tmp_path: Path, write_video
         ({"train_split": "nowhere"}, "no split 'nowhere'"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_invalid_requests_are_refused(
     simmim: tuple[Path, vs.SwinV2], data: Path, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
         probe(simmim[0], data, **changes)
 
 
-def test_classes_too_small_are_refused(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
+def test_classes_that_are_too_small_are_refused(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be divided into training and test"):
         probe(simmim[0], colours(tmp_path / "one", 1))
     split = colours(tmp_path / "data" / "train", 1).parent

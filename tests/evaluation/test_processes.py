@@ -1,4 +1,4 @@
-"""A test in any number of processes, killed or with decoders that kill and hang: the same scores to the bit."""
+"""Tests on any number of processes, killed, or with decoders that crash and hang: the same scores to the bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_processes_give_the_scores_of_one_to_the_bit(model_path: Path, with_
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     both = subprocess.Popen([*launcher, script, model_path, with_broken, tmp_path / "2"], env=environment)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun does; how sums are split is up to the number of threads
+    torch.set_num_threads(1)  # as torchrun does: the number of threads decides how sums are split
     for protocol, batch in (("center-1x1", 2), ("videoswin-4x3", 12)):
         out = tmp_path / "1" / protocol
         run_test(model_path, with_broken, protocol=protocol, split="test", out=out, overrides=quick(batch_views=batch))
@@ -65,12 +65,12 @@ def test_two_processes_give_the_scores_of_one_to_the_bit(model_path: Path, with_
 
 
 def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path], kill: str, kills: int) -> None:
-    """A process of a test, which `kill` may end with signal 9 at its `kills`-th shard."""
+    """One process of a test. `kill` says where it ends itself with signal 9, in its `kills`-th part."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     die, times = (lambda: os.kill(os.getpid(), signal.SIGKILL)), Counter[str]()
-    really_save, really_keep = parts.PartFolder.save, files.commit_file
+    really_save, really_commit = parts.PartFolder.save, files.commit_file
 
     def save(folder: parts.PartFolder, part: int, scored: ScoredVideos) -> None:
         times["save"] += 1
@@ -80,13 +80,13 @@ def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path],
         if kill == "after" and times["save"] == kills:
             die()
 
-    def keep(part: Path, path: Path) -> None:
+    def commit(partial: Path, path: Path) -> None:
         if kill == "within" and times["save"] == kills:
-            part.write_bytes(part.read_bytes()[:99])
+            partial.write_bytes(partial.read_bytes()[:99])
             die()
-        really_keep(part, path)
+        really_commit(partial, path)
 
-    parts.PartFolder.save, files.commit_file = save, keep  # type: ignore[method-assign]  # of this process only
+    parts.PartFolder.save, files.commit_file = save, commit  # type: ignore[method-assign]  # in this process only
     if kill == "report":
         testing.write_report = lambda out: die()
     model, data, out = arguments
@@ -94,7 +94,7 @@ def _one_of(rank: int, size: int, port: int, arguments: tuple[Path, Path, Path],
 
 
 def run_world(size: int, *arguments: Path, kill: str = "", kills: int = 1) -> list[int | None]:
-    """Exit codes of a test in `size` processes, killed with signal 9; those that are left are ended with the first."""
+    """Exit codes of a test in `size` processes. When one dies, the others are killed, as a launcher would."""
     context = torch.multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,7 +116,7 @@ def run_world(size: int, *arguments: Path, kill: str = "", kills: int = 1) -> li
 def test_any_number_of_processes_killed_at_any_time_end_in_the_same_bits(
     model_path: Path, with_broken: Path, tmp_path: Path
 ) -> None:
-    """1, 2 and 3 processes, and a test killed five times that each time goes on with another number of processes."""
+    """1, 2 and 3 processes, and a test killed five times that resumes each time on another number of processes."""
     done: list[int] = []
     for size in (1, 2, 3):
         assert run_world(size, model_path, with_broken, tmp_path / str(size)) == [0] * size
@@ -126,7 +126,7 @@ def test_any_number_of_processes_killed_at_any_time_end_in_the_same_bits(
         done.append(len(list((tmp_path / "killed").glob("shards/*/[0-9]*.npz"))))
     assert done[:2] == [0, 0]
     assert 1 <= done[2] < done[3] <= 4
-    assert done[4] == 9, "killed over the report, all shards were done"
+    assert done[4] == 9, "killed while writing the report, after all parts were done"
     assert run_world(3, model_path, with_broken, tmp_path / "killed") == [0, 0, 0]
     one, *others = (load_scores(tmp_path / name / "scores.npz") for name in ("1", "2", "3", "killed"))
     assert [bool(reason) for reason in one.reasons] == [i in (3, 8) for i in range(9)]
@@ -142,7 +142,7 @@ def test_any_number_of_processes_killed_at_any_time_end_in_the_same_bits(
     assert not (tmp_path / "killed" / "shards").exists()
 
 
-def test_shards_of_another_test_are_not_used(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
+def test_parts_of_another_test_are_not_reused(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
     assert run_world(1, model_path, data, tmp_path, kill="after", kills=3) == [-signal.SIGKILL]
     assert len(list(tmp_path.glob("shards/*/[0-9]*.npz"))) == 3
     overrides = quick(frame_order="reversed")
@@ -151,7 +151,7 @@ def test_shards_of_another_test_are_not_used(model_path: Path, data: Path, teste
     assert all((plain.logits[row] != turned.logits[row]).any() for row in range(1, N_VIDEOS))
 
 
-def test_two_tests_in_one_folder_are_refused(model_path: Path, data: Path, tmp_path: Path) -> None:
+def test_a_second_test_in_one_folder_is_refused(model_path: Path, data: Path, tmp_path: Path) -> None:
     with files.lock_file(tmp_path / ".lock", "x"), pytest.raises(UserError, match="another test is writing here"):
         run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=quick())
 
@@ -160,7 +160,7 @@ def test_two_tests_in_one_folder_are_refused(model_path: Path, data: Path, tmp_p
 def test_a_decoder_that_kills_its_process_costs_one_video(
     model_path: Path, data: Path, tested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A segmentation fault in a decoding library takes its process down; the video is named and the test goes on."""
+    """As a segmentation fault in a decoding library would; the video is named and the test continues."""
     here = os.getpid()
 
     class Deadly(VideoReader):

@@ -1,4 +1,4 @@
-"""Protocols against starts, indices and boxes worked out by hand, and against the formulas of their sources."""
+"""Protocols compared with starts, indices and boxes worked out by hand, and with the formulas of their sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CENTER = PROTOCOLS["center-1x1"]
 SLOWFAST = PROTOCOLS["slowfast-10x3"]
 VIDEOMAE = PROTOCOLS["videomae-5x3"]
 SWINV2G = PROTOCOLS["swinv2g-4x5"]
-FRAMES = {  # protocol: frames x stride its authors use
+FRAMES = {  # protocol: the frames and stride of its authors
     "center-1x1": (32, 2),
     "videoswin-4x3": (32, 2),
     "slowfast-10x3": (8, 8),
@@ -85,7 +85,7 @@ def test_starts(name: str, by_length: dict[int, list[int]]) -> None:
     ("name", "n", "clip", "indices"),
     [
         ("videoswin-4x3", 1, 0, (0,) * 32),
-        ("videoswin-4x3", 5, 0, tuple((0, 2, 4, 1, 3)[i % 5] for i in range(32))),  # goes on from the first frame
+        ("videoswin-4x3", 5, 0, tuple((0, 2, 4, 1, 3)[i % 5] for i in range(32))),  # continues from the first frame
         ("videoswin-4x3", 63, 0, tuple(range(0, 63, 2))),
         ("videoswin-4x3", 64, 3, tuple(range(0, 64, 2))),
         ("videoswin-4x3", 65, 2, tuple(range(1, 65, 2))),
@@ -98,7 +98,7 @@ def test_starts(name: str, by_length: dict[int, list[int]]) -> None:
         ("slowfast-10x3", 65, 9, STEPS_OF_9),  # from 0.9 to 63.9
         ("slowfast-10x3", 300, 9, tuple(212 + step for step in STEPS_OF_9)),  # ends at 275 of 299
         ("videomae-5x3", 1, 4, (0,) * 16),
-        ("videomae-5x3", 5, 0, (0, *(4,) * 15)),  # repeats the last frame that is kept
+        ("videomae-5x3", 5, 0, (0, *(4,) * 15)),  # repeats the last kept frame
         ("videomae-5x3", 63, 4, tuple(range(0, 63, 4))),
         ("videomae-5x3", 64, 4, tuple(range(0, 64, 4))),
         ("videomae-5x3", 65, 4, tuple(range(4, 65, 4))),
@@ -122,7 +122,7 @@ def test_videoswin_starts_equal_the_published_float_formula() -> None:
 
 @pytest.mark.parametrize("fps", [30, 25, 60, 15])
 def test_slowfast_equals_its_linspace_at_30_frames_a_second(fps: int) -> None:
-    """Its own steps in torch, but in float64: in float32 a place that is a whole number may fall below it."""
+    """The source's own steps in torch, but in float64: in float32 a whole number may come out just below it."""
     for n in (1, 5, 63, 64, 65, 250, 300, 601):
         for frames, stride in ((8, 8), (32, 2), (16, 4)):
             span = frames * stride * fps / 30
@@ -132,7 +132,7 @@ def test_slowfast_equals_its_linspace_at_30_frames_a_second(fps: int) -> None:
                 assert found == tuple((places + 1e-9).long().tolist())
 
 
-def test_slowfast_counts_frames_at_30_a_second() -> None:
+def test_slowfast_strides_are_in_frames_at_30_a_second() -> None:
     # 8 x 8 at 15 a second are 32 frames of the file: linspace(0, 31, 8) = 0, 4.43, 8.86, 13.29, 17.71, 22.14, 26.57, 31
     assert clip_indices("slowfast", 32, 1, 8, 8, 15)[0] == (0, 4, 8, 13, 17, 22, 26, 31)
     assert clip_indices("slowfast", 52, 10, 8, 8, 15.0004)[5][0] == 10  # half of the slack of 20
@@ -149,7 +149,7 @@ def test_videomae_equals_its_float_formula() -> None:
     assert clip_indices("videomae", 300, 1, 16, 4)[0][0] == 4 * 29  # one clip is the middle one
 
 
-def test_frames_go_on_from_the_first_past_the_end() -> None:
+def test_frames_past_the_end_continue_from_the_first() -> None:
     assert frame_indices(0, 4, 2, 1) == (0, 0, 0, 0)
     assert frame_indices(0, 6, 2, 5) == (0, 2, 4, 1, 3, 0)
 
@@ -172,7 +172,7 @@ WIDE, TALL, ODD, SQUARE = (224, 398), (398, 224), (224, 399), (224, 224)
     [
         (VIDEOSWIN, WIDE, [(0, 0), (0, 174), (0, 87)]),  # left, right, middle
         (VIDEOSWIN, TALL, [(0, 0), (174, 0), (87, 0)]),  # top, bottom, middle
-        (VIDEOSWIN, ODD, [(0, 0), (0, 174), (0, 87)]),  # steps are whole: (399 - 224) // 2 = 87
+        (VIDEOSWIN, ODD, [(0, 0), (0, 174), (0, 87)]),  # steps are whole numbers: (399 - 224) // 2 = 87
         (VIDEOSWIN, SQUARE, [(0, 0)] * 3),
         (SLOWFAST, WIDE, [(0, 0), (0, 87), (0, 174)]),  # left, middle, right
         (SLOWFAST, TALL, [(0, 0), (87, 0), (174, 0)]),
@@ -228,7 +228,7 @@ def test_plan_is_clips_outside_crops_inside() -> None:
     assert plan_views(CENTER, 10, 256, 340, 1, 1, (224, 224))[0].indices == (5,)
 
 
-def test_every_row_has_rules_that_exist() -> None:
+def test_every_published_protocol_is_complete() -> None:
     for name, protocol in PROTOCOLS.items():
         assert name.endswith(f"-{protocol.clips}x{protocol.crops}")
         assert len(plan_views(protocol, 100, 512, 600, 16, 2, (224, 224))) == protocol.views
@@ -236,7 +236,7 @@ def test_every_row_has_rules_that_exist() -> None:
         assert protocol.average in ("prob", "logit")
 
 
-def test_a_protocol_may_be_stated() -> None:
+def test_a_protocol_can_be_spelled_out() -> None:
     text = "5x3:starts=videomae:crops=even:resize=1:average=logit:stride=3"
     stated = find_protocol(text)
     assert (stated.name, stated.average, stated.stride, stated.views) == (text, "logit", 3, 15)
@@ -267,13 +267,13 @@ def test_a_protocol_may_be_stated() -> None:
         ("", "unknown protocol ''"),
     ],
 )
-def test_a_protocol_that_does_not_say_it_all_is_refused(text: str, fault: str) -> None:
+def test_an_incomplete_protocol_is_refused(text: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault) as refused:
         find_protocols(text)
     assert "\n" not in str(refused.value)
 
 
-def test_errors_say_what_was_wanted() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="224 x 224"):
         crop_boxes("centre", 200, 300, (224, 224), 1)
     with pytest.raises(ValueError, match="0 frames"):

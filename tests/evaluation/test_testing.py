@@ -1,4 +1,4 @@
-"""Whole tests on small real files: scores are the model's own; broken videos only move the bounds."""
+"""Complete tests on small real files: scores are the model's own, broken videos only move the bounds."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from video_swinv2.report.scores import load_scores, read_arrays
 
 
 def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -> None:
-    """Each logit against one view at a time through the model, outside of the machinery."""
+    """Every logit equals that of the model called by hand, one view at a time."""
     scores = load_scores(tested / "scores.npz")
     model, card = vs.load_model(model_path), vs.read_card(model_path)
     assert scores.logits.shape == (N_VIDEOS, 12, 3)
     assert scores.classes == CLASSES
     for row, entry in enumerate(read_manifest(data, "test", CLASSES).entries):
         assert scores.paths[row] == entry.name
-        assert CLASSES[scores.labels[row]] == entry.name.split("/")[0], "labels follow the model's order"
+        assert CLASSES[scores.labels[row]] == entry.name.split("/")[0], "labels index the model's classes"
         pixels, views = read_views(entry.path, PROTOCOLS["videoswin-4x3"], card.preprocessing)
         with torch.no_grad():
             expected = torch.cat(
@@ -49,10 +49,10 @@ def test_scores_are_the_models_own(tested: Path, model_path: Path, data: Path) -
             )
         np.testing.assert_allclose(scores.logits[row], expected.numpy(), rtol=2e-3, atol=2e-3)
         assert scores.views[row].tolist() == [[view.start, *view.box] for view in views]
-    assert np.ptp(scores.logits.astype(float), axis=0).max() > 0.1, "the model answers everything alike"
+    assert np.ptp(scores.logits.astype(float), axis=0).max() > 0.1, "the model gives all videos the same answer"
 
 
-def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Path) -> None:
+def test_the_result_describes_the_test(tested: Path, model_path: Path, data: Path) -> None:
     result = json.loads((tested / "results.json").read_text())
     metrics = metrics_of(load_scores(tested / "scores.npz"))
     assert result["top1"] == metrics.top1
@@ -88,11 +88,11 @@ def test_result_holds_what_it_promises(tested: Path, model_path: Path, data: Pat
     assert f"{100 * result['top1']:.2f}" in summarize_tests({"videoswin-4x3": result}, tested)
 
 
-def test_strips_are_of_the_surest_mistakes(tested: Path) -> None:
+def test_film_strips_show_the_most_confident_mistakes(tested: Path) -> None:
     scores = load_scores(tested / "scores.npz")
     strips = read_arrays(tested / "strips.npz", "")
     expected = surest_mistakes(scores, video_probabilities(scores, "prob"))
-    assert expected, "the model makes mistakes"
+    assert expected, "without mistakes this test shows nothing"
     assert strips["positions"].tolist() == [mistake.position for mistake in expected]
     assert all(strips[f"jpeg_{row:03d}"].tobytes().startswith(b"\xff\xd8\xff") for row in range(len(expected)))
 
@@ -104,7 +104,7 @@ THREE = "videoswin-4x3,center-1x1,videomae-5x3"
 def test_one_open_and_one_pass_for_each_video(
     protocols: str, model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the whole test, its report and film strips included."""
+    """During the complete test, report and film strips included."""
     opened: list[Path] = []
     frames: Counter[tuple[Path, int]] = Counter()
 
@@ -122,12 +122,12 @@ def test_one_open_and_one_pass_for_each_video(
     run_tests(model_path, data, protocols=protocols, split="test", out=tmp_path, overrides=quick())
     assert sorted(opened) == sorted(entry.path for entry in read_manifest(data, "test").entries)
     assert max(times for (_, index), times in frames.items() if index) == 1
-    assert max(times for (_, index), times in frames.items() if not index) <= 2, "the first frame tells the size"
+    assert max(times for (_, index), times in frames.items() if not index) <= 2, (
+        "the first frame is also decoded for its size"
+    )
 
 
-def test_several_protocols_at_once_are_what_each_is_alone(
-    model_path: Path, data: Path, tested: Path, tmp_path: Path
-) -> None:
+def test_several_protocols_at_once_equal_each_alone(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
     results = run_tests(model_path, data, protocols=THREE, split="test", out=tmp_path, overrides=quick())
     assert list(results) == THREE.split(",")
     for name, result in results.items():
@@ -139,14 +139,14 @@ def test_several_protocols_at_once_are_what_each_is_alone(
     together, alone = load_scores(tmp_path / "videoswin-4x3" / "scores.npz"), load_scores(tested / "scores.npz")
     np.testing.assert_array_equal(together.views, alone.views)
     np.testing.assert_array_equal(together.labels, alone.labels)
-    # Other views are in the model's batch, which may round other bits.
+    # The batches hold other views, so sums may be rounded differently.
     np.testing.assert_allclose(together.logits.astype(float), alone.logits.astype(float), rtol=2e-3, atol=2e-3)
-    told = summarize_tests(results, tmp_path)
-    assert all(str(tmp_path / name / "report.html") in told for name in results)
+    text = summarize_tests(results, tmp_path)
+    assert all(str(tmp_path / name / "report.html") in text for name in results)
 
 
 @pytest.mark.parametrize("protocol", ["center-1x1", "videoswin-4x3"])
-def test_a_broken_video_moves_the_bounds_and_nothing_else(
+def test_a_broken_video_moves_only_the_bounds(
     protocol: str, model_path: Path, data: Path, with_broken: Path, tmp_path: Path
 ) -> None:
     whole = run_test(model_path, data, protocol=protocol, split="test", out=tmp_path / "a", overrides=quick())
@@ -156,7 +156,7 @@ def test_a_broken_video_moves_the_bounds_and_nothing_else(
     first, second = load_scores(tmp_path / "a" / "scores.npz"), load_scores(tmp_path / "b" / "scores.npz")
     assert [bool(reason) for reason in second.reasons] == [i in (3, 8) for i in range(9)]
     assert "no such file" in second.reasons[8]
-    if protocol == "videoswin-4x3":  # one video is one batch; in center-1x1 the batch itself is another one
+    if protocol == "videoswin-4x3":  # here one video is one batch; in center-1x1 the batches differ
         np.testing.assert_array_equal(first.logits, second.logits[second.scored])
     for key in ("top1", "top5", "mean_class_accuracy", "top1_interval", "per_class"):
         assert whole[key] == broken[key]
@@ -168,7 +168,7 @@ def test_a_broken_video_moves_the_bounds_and_nothing_else(
     assert "no such file" in page
 
 
-def test_overrides_change_what_they_name(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
+def test_overrides_take_effect(model_path: Path, data: Path, tested: Path, tmp_path: Path) -> None:
     overrides = parse_overrides(
         ["data.frames=2", "data.image_size=64", "data.frame_stride=3", "model.window=[1, 8, 8]", "data.workers=0"]
     )
@@ -194,12 +194,12 @@ def test_overrides_change_what_they_name(model_path: Path, data: Path, tested: P
         ("data.frames", "key.sub=value"),
     ],
 )
-def test_overrides_that_cannot_be(text: str, fault: str) -> None:
+def test_invalid_overrides_are_refused(text: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         parse_overrides([text])
 
 
-def test_wrong_usage_is_said_before_any_work(model_path: Path, data: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tmp_path: Path) -> None:
     def test(**changes: object) -> None:
         arguments = {"protocol": "center-1x1", "split": "test", "out": tmp_path / "out", "overrides": quick()}
         run_test(model_path, changes.pop("data", data), **(arguments | changes))  # type: ignore[arg-type]  # as above
@@ -221,14 +221,14 @@ def test_wrong_usage_is_said_before_any_work(model_path: Path, data: Path, tmp_p
         test()
 
 
-def test_no_video_that_can_be_scored_is_a_failure(model_path: Path, tmp_path: Path) -> None:
+def test_it_fails_if_no_video_can_be_scored(model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("a.mp4 0\nb.mp4 1\n")
     (tmp_path / "classes.txt").write_text("left\nright\n")
     with pytest.raises(UserError, match=r"none of the 2 listed videos .*a\.mp4: no such file"):
         run_test(model_path, tmp_path, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
 
 
-def test_scores_that_are_not_finite_name_the_video(data: Path, model_path: Path, tmp_path: Path) -> None:
+def test_non_finite_scores_name_the_video(data: Path, model_path: Path, tmp_path: Path) -> None:
     model = vs.load_model(model_path)
     with torch.no_grad():
         model.head.bias.fill_(float("nan"))
@@ -240,14 +240,14 @@ def test_scores_that_are_not_finite_name_the_video(data: Path, model_path: Path,
 
 
 @pytest.mark.parametrize(("views", "batch"), [(1, 12), (12, 12), (12, 32), (15, 12), (17, 32), (28, 12), (30, 64)])
-def test_batches_are_full_whatever_the_number_of_views(views: int, batch: int) -> None:
+def test_batches_are_full_for_any_number_of_views(views: int, batch: int) -> None:
     group = reading.videos_per_group(views, batch) * views
     assert group >= 0.9 * batch * -(-group // batch)
     assert group <= 10 * batch + views
 
 
-def test_shares_must_hold_each_video_once() -> None:
-    def share(*videos: int, views: int = 2) -> ScoredVideos:
+def test_parts_must_contain_each_video_exactly_once() -> None:
+    def part(*videos: int, views: int = 2) -> ScoredVideos:
         n = len(videos)
         return ScoredVideos(
             videos=np.array(videos),
@@ -261,17 +261,17 @@ def test_shares_must_hold_each_video_once() -> None:
             strips=np.full(len(videos), videos[0], np.uint8),
         )
 
-    merged = join_scored_videos([share(0, 3), share(1, 2)], 4)
+    merged = join_scored_videos([part(0, 3), part(1, 2)], 4)
     assert merged.videos.tolist() == [0, 1, 2, 3]
     assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
     assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
     assert merged.seconds.tolist() == [2.0, 1.0]
     assert {place: jpeg.tolist() for place, jpeg in merged.film_strips().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
     with pytest.raises(UserError, match="1 were not scored and 0 were scored more than once"):
-        join_scored_videos([share(0, 3), share(1)], 4)
+        join_scored_videos([part(0, 3), part(1)], 4)
     with pytest.raises(UserError, match="0 were not scored and 1 were scored more than once"):
-        join_scored_videos([share(0, 3), share(1, 2, 3)], 4)
+        join_scored_videos([part(0, 3), part(1, 2, 3)], 4)
     with pytest.raises(UserError, match="of 3 videos"):
-        join_scored_videos([share(0, 3), share(1, 2)], 3)
+        join_scored_videos([part(0, 3), part(1, 2)], 3)
     with pytest.raises(UserError, match="different numbers of views"):
-        join_scored_videos([share(0, 3), share(1, 2, views=3)], 4)
+        join_scored_videos([part(0, 3), part(1, 2, views=3)], 4)

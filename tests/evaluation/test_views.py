@@ -1,4 +1,4 @@
-"""Views of real files: the right pixels of the right frames, from one open and one pass."""
+"""Views of real files: the right pixels of the right frames, from one open and one decoding pass."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CLIP = Preprocessing(frames=4, frame_stride=2, image_size=(32, 32))
 
 
 def moving(n: int, height: int, width: int) -> np.ndarray:
-    """Frames (n, H, W, 3) that tell their index by brightness and their columns by a ramp."""
+    """Frames (n, H, W, 3) whose brightness encodes their index, with a ramp over columns and rows."""
     ramp = np.linspace(0, 100, width)[None, :, None]
     rows = np.linspace(0, 40, height)[:, None, None]
     return np.stack([np.broadcast_to(ramp + rows + 4 * i, (height, width, 3)) for i in range(n)]).astype(np.uint8)
 
 
 def all_frames(path: Path) -> torch.Tensor:
-    """(n, 3, H, W) by the plainest way there is."""
+    """(n, 3, H, W), decoded by PyAV alone."""
     with av.open(str(path)) as container:
         images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -56,7 +56,7 @@ def test_every_view_is_the_crop_of_its_frames(
     assert lefts == ({0, 12, 24} if width == 56 else {0})
 
 
-def test_a_short_video_wraps(write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_short_video_wraps_around(write_video: Callable[..., Path], tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving(3, 32, 32), lossless=True)
     pixels, views = read_views(path, VIDEOSWIN, CLIP)
     assert {view.indices for view in views} == {(0, 2, 1, 0)}
@@ -71,12 +71,12 @@ def test_resize_and_centre_crop(write_video: Callable[..., Path], tmp_path: Path
     assert views[0].box == (2, 21, 32, 32)  # short side round(32 * 256 / 224) = 37, long side 74
     middle = all_frames(path)[views[0].indices[0], 0].float()
     shown = pixels[0, 0, 0].float()
-    scale = 64 / 37  # the ramp is linear, so a place in the crop tells its place in the frame
+    scale = 64 / 37  # the ramp is linear, so brightness in the crop gives the column in the frame
     for x in (3, 16, 28):
         assert shown[16, x] == pytest.approx(float(middle[int(18.5 * scale), int((21.5 + x) * scale)]), abs=2.5)
 
 
-def test_a_size_that_is_not_square(write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_crop_that_is_not_square(write_video: Callable[..., Path], tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving(9, 48, 64), lossless=True)
     for size in ((32, 64), (64, 32)):
         pixels, views = read_views(path, VIDEOSWIN, Preprocessing(frames=4, frame_stride=1, image_size=size))
@@ -93,7 +93,7 @@ def test_an_image_model_gets_single_frames(write_video: Callable[..., Path], tmp
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[Any]]:
-    """Counts of what decoding does from now on: files opened, and frames decoded by (file, index)."""
+    """Counters from here on: files opened, and frames decoded by (file, index)."""
     counts: dict[str, Counter[Any]] = {"opened": Counter(), "frames": Counter()}
     really_open, really_decode = av.open, VideoReader._decode
 
@@ -125,7 +125,7 @@ def test_one_open_and_one_pass(
     assert stand_ins == 0
     assert decoded["opened"][str(path)] == 1
     first, *others = (decoded["frames"][str(path), index] for index in range(90))
-    assert first <= 2, "the first frame tells the size"
+    assert first <= 2, "the first frame is also decoded for its size"
     assert max(others) == 1
     wanted = {index for view in views for index in view.indices}
     assert all(decoded["frames"][str(path), index] for index in wanted)
@@ -143,10 +143,10 @@ def test_far_frames_are_reached_by_their_key_frames(
     assert list(found) == [3, 12, 100, 101, 190]
     pictures = torch.from_numpy(np.stack(list(found.values()))).permute(0, 3, 1, 2)
     assert torch.equal(pictures, expected)
-    assert decoded["frames"].total() == 13 + 6 + 7, "the groups of pictures in between are left out"
+    assert decoded["frames"].total() == 13 + 6 + 7, "the groups of pictures in between are skipped"
 
 
-def test_several_protocols_see_what_each_sees_alone(write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_several_protocols_see_the_same_as_each_alone(write_video: Callable[..., Path], tmp_path: Path) -> None:
     for size in ((48, 90), (48, 48)):
         path = write_video(tmp_path / "a.mp4", moving(40, *size), lossless=True)
         with VideoReader(path) as reader:
@@ -188,7 +188,7 @@ def test_orders_of_frames(write_video: Callable[..., Path], tmp_path: Path) -> N
     assert not torch.equal(mixed, plain)
     for before, after in zip(views, first, strict=True):
         assert sorted(before.indices) == sorted(after.indices)
-    assert len({tuple(np.argsort(view.indices)) for view in first}) == 12, "each view has an order of its own"
+    assert len({tuple(np.argsort(view.indices)) for view in first}) == 12, "each view has its own order"
     for other in ({"seed": 4, "name": "x"}, {"seed": 3, "name": "y"}):
         _, changed = read_views(path, VIDEOSWIN, clip, frame_order="shuffled", **other)  # type: ignore[arg-type]
         assert changed != first

@@ -132,7 +132,7 @@ def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Rich fits a table to the width of its console; a wide one keeps rows whole, whatever this terminal's width.
+    # Rich fits a table to the width of its console; a wide one keeps rows whole, even on a narrow terminal.
     text = io.StringIO()
     Console(file=text, width=1000, color_system=None, markup=False).print(table)
     return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip())

@@ -97,7 +97,7 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
         )
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
-    # The most that this device does per second; the share of it that a step reaches tells how well it is used.
+    # The most that this device does per second; a step's share of it says how well the device is used.
     speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     chosen = training_setups(work.processes) if setups is None else setups

@@ -1,6 +1,6 @@
 """What a test will do, decided before the first video is opened, and the record of it that goes into the results.
 
-How every video is scored exactly once, whatever the number of processes: the list of videos is cut into groups
+How every video is scored exactly once, on any number of processes: the list of videos is cut into groups
 (`TestPlan.groups`; a few full batches each), groups into parts (`parts.PartFolder`), and rank r of w takes parts r,
 r + w, r + 2w, ... of those not yet on disk (`testing.py`). Both cuts depend only on the plan, so any number of
 processes, before and after a kill, works on the same parts; joining them checks that each video occurs once.
@@ -95,7 +95,7 @@ def plan_test(
 ) -> TestPlan:
     """Read the model card and the list of videos, and check that they fit; opens no video.
 
-    `protocols` are names joined by commas. Raises UsageError for whatever would make the test meaningless.
+    `protocols` are names joined by commas. Raises UsageError for labels, splits, protocols and settings that do not fit.
     """
     chosen = find_protocols(protocols)
     card = read_card(model_path)

@@ -54,7 +54,7 @@ class TrainTestIndices:
 class ProbeData:
     """The samples of all splits in use, as one list, and their division into training and test samples.
 
-    Two manifests are a training and a test split. One manifest is divided anew for each seed.
+    Two manifests are a training and a test split. One manifest is divided differently for each seed.
     """
 
     manifests: tuple[Manifest, ...]
@@ -99,7 +99,7 @@ def run_probe(
 ) -> dict[str, Any]:
     """Probe the frozen features of any checkpoint; `random_weights` adds the untrained architecture, once per seed.
 
-    The default splits are the data set's own train and val; a data set without splits is divided anew for each seed.
+    The default splits are the data set's own train and val; a data set without splits is divided differently for each seed.
     The seed also draws the folds that choose C, and the random weights. With `out`, features are cached there and
     probe.json is written. Returns the content of probe.json. Raises UsageError for invalid labels, splits and numbers,
     and UserError if no file could be read.

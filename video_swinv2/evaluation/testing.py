@@ -143,8 +143,8 @@ def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
 
 def _run(plan: TestPlan, world: World) -> None:
     """Score the parts that are missing, shared among all processes; then rank 0 writes the results."""
-    # Rank 0 looks at files and disk and tells the others, so that all processes work from the same record and the same
-    # list of missing parts even on a slow network file system.
+    # Only rank 0 looks at the disk, and the others receive what it found: on a network file system, processes may see
+    # different states, and all must work from the same list of missing parts.
     record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
     parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
