@@ -95,7 +95,7 @@ def plan_test(
 ) -> TestPlan:
     """Read the model card and the list of videos, and check that they fit; opens no video.
 
-    `protocols` are names joined by commas. Raises UsageError for labels, splits, protocols and settings that do not fit.
+    `protocols` are names joined by commas. Raises UsageError for a label, split, protocol or setting that does not fit.
     """
     chosen = find_protocols(protocols)
     card = read_card(model_path)

@@ -99,8 +99,8 @@ def run_probe(
 ) -> dict[str, Any]:
     """Probe the frozen features of any checkpoint; `random_weights` adds the untrained architecture, once per seed.
 
-    The default splits are the data set's own train and val; a data set without splits is divided differently for each seed.
-    The seed also draws the folds that choose C, and the random weights. With `out`, features are cached there and
+    The default splits are the data set's own train and val; without splits, each seed divides the data differently. The
+    seed also draws the folds that choose C, and the random weights. With `out`, features are cached there and
     probe.json is written. Returns the content of probe.json. Raises UsageError for invalid labels, splits and numbers,
     and UserError if no file could be read.
     """
