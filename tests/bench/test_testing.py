@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
-from video_swinv2.bench.testing import bench_test, testing_table
+from video_swinv2.bench.testing import bench_test, bench_test_table
 from video_swinv2.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_all_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: py
     assert (result["videos"], result["views"], result["rounds"]) == (2, 13, 2)
     assert result["difference"] < 1e-4
     assert min(result["decode_times_as_fast"].values()) > 1, "13 openings and decodes take longer than one"
-    text = testing_table(result)
+    text = bench_test_table(result)
     for rival in ("seek per view", "full decode per view"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {rival}"))
         assert f" {result['times_as_fast'][rival]:.2f} |" in row

@@ -172,7 +172,7 @@ def _figures(results: dict[str, list[Round]], *, n: int, views: int) -> dict[str
     }
 
 
-def testing_table(result: dict[str, Any]) -> str:
+def bench_test_table(result: dict[str, Any]) -> str:
     """The result of `bench_test` for people."""
     heading = (
         f"{result['videos']} videos, {result['views']} views each ({', '.join(result['protocols'])}), "

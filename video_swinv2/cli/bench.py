@@ -131,7 +131,7 @@ def _bench_loader(options: argparse.Namespace) -> None:
 
 
 def _bench_test(options: argparse.Namespace) -> None:
-    from video_swinv2.bench.testing import bench_test, testing_table
+    from video_swinv2.bench.testing import bench_test, bench_test_table
 
     if options.model is None or options.data is None:
         raise UsageError("bench test: --model FILE and --data DIR are required")
@@ -145,4 +145,4 @@ def _bench_test(options: argparse.Namespace) -> None:
         rounds=options.rounds,
         device=options.device,
     )
-    print(json.dumps(result, indent=1) if options.json else testing_table(result))
+    print(json.dumps(result, indent=1) if options.json else bench_test_table(result))

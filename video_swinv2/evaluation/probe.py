@@ -43,11 +43,11 @@ MAX_NAMED_FILES = 20
 
 @dataclass(frozen=True)
 class TrainTestIndices:
-    """Indices of the training and the test samples; `lost` counts test videos that already failed in preparation."""
+    """Indices of the training and test samples, and the number of test videos that `data_prep` could not prepare."""
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
-    lost: int
+    failed_in_preparation: int
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _probe_rows(
             probabilities = knn_probabilities(x, y, features.vectors[test], len(classes), k)
         else:
             probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
-        listed = len(indices.test) + indices.lost
+        listed = len(indices.test) + indices.failed_in_preparation
         metrics = metrics_of_ranking(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
         yield {"weights": weights, "method": method, "seed": seed, "train": len(train)} | _figures(metrics) | chosen
 
