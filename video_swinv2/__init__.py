@@ -26,7 +26,8 @@ __all__ = [
     "save_model",
 ]
 
-_HOME = {
+# Where each public name is defined.
+_MODULE_OF = {
     "SimMIM": "models.simmim",
     "SwinV2": "models.swinv2",
     "create_model": "models.variants",
@@ -40,7 +41,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Public names are imported at their first use: preparing data must not wait for torch."""
-    if name in _HOME:
-        return getattr(importlib.import_module(f"video_swinv2.{_HOME[name]}"), name)
+    """Import public names on first use: preparing data and `--help` must not wait for torch."""
+    if name in _MODULE_OF:
+        # Gives SwinV2 its from_pretrained and save_pretrained, which models/ cannot import.
+        importlib.import_module("video_swinv2.weights.pretrained")
+        return getattr(importlib.import_module(f"video_swinv2.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'video_swinv2' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from tests.models.reference import randomise
 from video_swinv2.models import swinv2
 from video_swinv2.models.attention import Backend
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import Layout, Size, layout, padded, shrink
+from video_swinv2.models.windows import PerAxis, WindowLayout, padded_grid, shrink_window, window_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ def padding_attended() -> Iterator[None]:
     Each layout is made for the padded grid, as if all of it were real, and still crops to the true one.
     """
 
-    def careless(grid: Size, window: Sequence[int], shifted: bool, device: torch.device) -> Layout:
-        whole = layout(padded(grid, shrink(window, grid)[0]), window, shifted, device)
+    def careless(grid: PerAxis, window: Sequence[int], shifted: bool, device: torch.device) -> WindowLayout:
+        whole = window_layout(padded_grid(grid, shrink_window(window, grid)[0]), window, shifted, device)
         return dataclasses.replace(whole, grid=grid)
 
-    with mock.patch.object(swinv2, "layout", careless):
+    with mock.patch.object(swinv2, "window_layout", careless):
         yield
 
 

@@ -11,7 +11,7 @@ from tests.closeness import assert_close
 from tests.models.equivalence import answers, can_differentiate
 from tests.models.parity import KINDS
 from tests.models.reference import GRIDS, Grid, features, randomise, reference_answers
-from video_swinv2.models.windows import Layout, layout
+from video_swinv2.models.windows import WindowLayout, window_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -68,8 +68,8 @@ def test_backends_have_the_same_gradients(backend, frames, size):
 def test_sequential_makes_weights_again_or_keeps_them(monkeypatch, piece, frames):
     """A window and head at a time, several, and all at once; small problems keep their weights, others do not."""
     kept = answers("sequential", frames, (70, 57), torch.float64)  # as above
-    monkeypatch.setattr(pieces, "KEPT", 0)
-    monkeypatch.setattr(pieces, "CACHED", piece)
+    monkeypatch.setattr(pieces, "CPU_KEPT", 0)
+    monkeypatch.setattr(pieces, "CPU_PIECE", piece)
     again = answers("sequential", frames, (70, 57), torch.float64)
     for name, expected in kept.items():
         assert_close(again[name], expected, 1e-9, name=name)
@@ -82,10 +82,10 @@ def test_padding_is_never_attended_to():
     norm = model.cpb_norm[0]
     x = torch.randn(1, 3, 6, 7, 32)
     with torch.no_grad():
-        out = block(x, layout((3, 6, 7), (4, 4, 4), False, x.device), norm)
+        out = block(x, window_layout((3, 6, 7), (4, 4, 4), False, x.device), norm)
         # The last window of the last two axes holds rows 4-5 and columns 4-6 alone: a window of its own.
         alone = x[:, :, 4:6, 4:7]
-        expected = block(alone, Layout((3, 2, 3), (3, 2, 3), (3, 2, 3), (0, 0, 0), None), norm)
+        expected = block(alone, WindowLayout((3, 2, 3), (3, 2, 3), (3, 2, 3), (0, 0, 0), None), norm)
     assert_close(out[:, :, 4:6, 4:7], expected)
 
 

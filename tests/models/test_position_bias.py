@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from tests.closeness import assert_close
-from video_swinv2.models.position_bias import bias_table, expand, log_coordinates, offsets, token_codes
+from video_swinv2.models.position_bias import bias_table, expand_table, log_coordinates, token_codes, window_offsets
 
 
 def pair_bias(mlp, window, norm):
-    return expand(bias_table(mlp, window, norm, torch.device("cpu")), window)
+    return expand_table(bias_table(mlp, window, norm, torch.device("cpu")), window)
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,14 @@ def pair_bias(mlp, window, norm):
     [(12, 12, 1.0566), (14, 12, 1.1287), (16, 12, 1.1913), (24, 12, 1.3826), (7, 6, 1.1353), (16, 8, 1.3938)],
 )
 def test_coordinates_of_the_released_weights(window, norm, corner):
-    table = log_coordinates(offsets((window, window)), (norm, norm))
+    table = log_coordinates(window_offsets((window, window)), (norm, norm))
     assert table.shape == ((2 * window - 1) ** 2, 2)
     assert table.max().item() == pytest.approx(corner, abs=1e-4)
     assert_close(table, -table.flip(0), 1e-6)  # the end of a vectorised loop may take another logarithm
 
 
 def test_one_token_windows_do_not_divide_by_zero():
-    assert torch.equal(log_coordinates(offsets((1, 3)), (1, 3))[:, 0], torch.zeros(5))
+    assert torch.equal(log_coordinates(window_offsets((1, 3)), (1, 3))[:, 0], torch.zeros(5))
 
 
 @pytest.mark.parametrize("window", [(3, 4), (2, 3, 5), (1, 7, 7), (5,), (2, 1, 3)])
@@ -35,10 +35,10 @@ def test_pairs_find_query_minus_key(window):
     """Both ways from a table of offsets to pairs: the codes that index it, and the copies that spread it out."""
     positions = torch.tensor(list(itertools.product(*map(range, window))))
     expected = (positions[:, None] - positions[None, :]).float()
-    table = offsets(window)
+    table = window_offsets(window)
     code, constant = token_codes(window)
     assert torch.equal(table[code[:, None] - code[None, :] + constant], expected)
-    assert torch.equal(expand(table.t(), window), expected.movedim(-1, 0))
+    assert torch.equal(expand_table(table.t(), window), expected.movedim(-1, 0))
 
 
 def test_larger_window_keeps_the_bias_of_common_offsets():
@@ -46,10 +46,10 @@ def test_larger_window_keeps_the_bias_of_common_offsets():
     mlp = nn.Sequential(nn.Linear(3, 512), nn.ReLU(), nn.Linear(512, 4, bias=False))
     nn.init.normal_(mlp[2].weight, std=0.3)
     norm, small_window, large_window = (4, 6, 6), (4, 6, 6), (8, 9, 12)
-    large_offsets = offsets(large_window)
+    large_offsets = window_offsets(large_window)
     common = (large_offsets.abs() < torch.tensor(small_window)).all(dim=1)
     coordinates = log_coordinates(large_offsets, norm)[common]
-    assert_close(coordinates, log_coordinates(offsets(small_window), norm), 1e-6)
+    assert_close(coordinates, log_coordinates(window_offsets(small_window), norm), 1e-6)
     assert not torch.allclose(coordinates, log_coordinates(large_offsets, large_window)[common], atol=1e-2)
     small, large = pair_bias(mlp, small_window, norm), pair_bias(mlp, large_window, norm)
     positions = itertools.product(*map(range, large_window))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import video_swinv2 as vs
 from tests.closeness import assert_close
 from video_swinv2.models.simmim import (
-    grow,
     hidden_cells,
     mask_cells,
     masked_l1,
@@ -20,6 +19,7 @@ from video_swinv2.models.simmim import (
     random_mask,
     restore_target,
     tube_unit,
+    upsample_mask,
 )
 
 
@@ -41,7 +41,7 @@ def test_mask_of_the_published_recipe():
 
 def test_mask_grows_in_blocks():
     mask = torch.tensor([[[True, False], [False, False]]])
-    grown = grow(mask, (8, 8), (16, 12))
+    grown = upsample_mask(mask, (8, 8), (16, 12))
     assert grown.shape == (1, 16, 12)
     assert grown[0, :8, :8].all()
     assert grown.sum() == 64
@@ -136,17 +136,17 @@ def test_any_patch_and_unit(frames, patch, unit):
     model = vs.SimMIM(encoder, unit)
     pixels = (32, 48) if frames is None else (frames, 32, 48)
     mask = random_mask(mask_cells(pixels, unit, len(pixels)), 0.5, torch.Generator())[None]
-    hidden = grow(mask, model.mask_unit, pixels)
+    hidden = upsample_mask(mask, model.mask_unit, pixels)
     factors = [u // p for u, p in zip(model.mask_unit, encoder.patch_size, strict=True)]
-    tokens = grow(mask, factors, tuple(-(-n // p) for n, p in zip(pixels, encoder.patch_size, strict=True)))
-    assert torch.equal(grow(tokens, encoder.patch_size, pixels), hidden)
+    tokens = upsample_mask(mask, factors, tuple(-(-n // p) for n, p in zip(pixels, encoder.patch_size, strict=True)))
+    assert torch.equal(upsample_mask(tokens, encoder.patch_size, pixels), hidden)
     assert model(torch.randn(1, 3, *pixels), mask).shape == (1, 3, *pixels)
 
 
 def test_a_tube_hides_the_same_in_all_frames():
     assert tube_unit((4, 8, 8), 7, 2) == (8, 8, 8)
     mask = random_mask(mask_cells((7, 16, 16), tube_unit(8, 7, 2), 3), 0.5, torch.Generator())[None]
-    hidden = grow(mask, tube_unit(8, 7, 2), (7, 16, 16))
+    hidden = upsample_mask(mask, tube_unit(8, 7, 2), (7, 16, 16))
     assert hidden[0, 0].sum() == 128
     assert all(torch.equal(hidden[0, 0], frame) for frame in hidden[0, 1:])
 

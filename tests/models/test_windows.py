@@ -8,21 +8,35 @@ import torch.nn.functional as F
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from tests.closeness import assert_close
-from video_swinv2.models.position_bias import expand
-from video_swinv2.models.windows import crop_to, layout, merge, pad_to, padded, partition, roll, shrink
+from video_swinv2.models.position_bias import expand_table
+from video_swinv2.models.windows import (
+    crop_to,
+    pad_to,
+    padded_grid,
+    roll,
+    shrink_window,
+    window_layout,
+    window_partition,
+    window_reverse,
+)
 
 
 @pytest.mark.parametrize(("grid", "window"), [((8, 12), (4, 3)), ((4, 6, 8), (2, 3, 4)), ((5, 5, 5), (5, 5, 5))])
 def test_partition_and_merge_are_inverse(grid, window):
     x = torch.arange(2 * torch.Size(grid).numel() * 3.0).view(2, *grid, 3)
-    windows = partition(x, window)
+    windows = window_partition(x, window)
     assert windows.shape == (2, torch.Size(grid).numel() // torch.Size(window).numel(), torch.Size(window).numel(), 3)
-    assert torch.equal(merge(windows, window, grid), x)
+    assert torch.equal(window_reverse(windows, window, grid), x)
 
 
 def test_partition_order_is_row_major():
     x = torch.arange(16).view(1, 4, 4, 1)
-    assert partition(x, (2, 2))[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert window_partition(x, (2, 2))[0, :, :, 0].tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
+    ]
 
 
 def test_pad_crop_and_roll():
@@ -35,9 +49,9 @@ def test_pad_crop_and_roll():
 
 
 def test_shrink_works_axis_by_axis():
-    assert shrink((8, 7, 7), (4, 14, 7)) == ((4, 7, 7), (0, 3, 0))
-    assert shrink((8, 7, 7), (9, 8, 6)) == ((8, 7, 6), (4, 3, 0))
-    assert padded((9, 8, 6), (8, 7, 6)) == (16, 14, 6)
+    assert shrink_window((8, 7, 7), (4, 14, 7)) == ((4, 7, 7), (0, 3, 0))
+    assert shrink_window((8, 7, 7), (9, 8, 6)) == ((8, 7, 6), (4, 3, 0))
+    assert padded_grid((9, 8, 6), (8, 7, 6)) == (16, 14, 6)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -58,9 +72,9 @@ def test_mask_is_the_definition(grid, window, shifted):
     The tiling is written down with coordinates: on a shifted axis the cut points are s, s + w, s + 2w, ... and the two
     ends, so the pieces at both ends stay apart although the roll brings them into one window.
     """
-    plan = layout(grid, window, shifted, torch.device("cpu"))
+    plan = window_layout(grid, window, shifted, torch.device("cpu"))
     index = torch.arange(1, 1 + torch.Size(grid).numel()).view(1, *grid, 1)
-    tokens = partition(roll(pad_to(index, plan.padded), [-s for s in plan.shift]), plan.window)[0, :, :, 0]
+    tokens = window_partition(roll(pad_to(index, plan.padded), [-s for s in plan.shift]), plan.window)[0, :, :, 0]
     cell = {}
     for flat, position in enumerate(itertools.product(*map(range, grid)), start=1):
         cell[flat] = tuple((p - s) // w for p, s, w in zip(position, plan.shift, plan.window, strict=True))
@@ -90,7 +104,7 @@ def test_mask_is_the_definition(grid, window, shifted):
     ],
 )
 def test_shifted_windows_have_so_many_masks(grid, window, patterns):
-    plan = layout(grid, window, True, torch.device("cpu"))
+    plan = window_layout(grid, window, True, torch.device("cpu"))
     assert len(plan.allowed.flatten(1).unique(dim=0)) == patterns
     assert torch.equal(plan.allowed, plan.allowed.transpose(1, 2))
     assert plan.allowed.diagonal(dim1=1, dim2=2).all()
@@ -99,15 +113,15 @@ def test_shifted_windows_have_so_many_masks(grid, window, patterns):
 @pytest.mark.parametrize(("grid", "window"), [((9, 6), (4, 4)), ((5, 6, 7), (2, 3, 3)), ((3, 9, 5), (8, 4, 3))])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_padding_sees_itself_so_that_no_softmax_is_empty(grid, window, shifted):
-    plan = layout(grid, window, shifted, torch.device("cpu"))
+    plan = window_layout(grid, window, shifted, torch.device("cpu"))
     assert torch.equal(plan.allowed, plan.allowed.transpose(1, 2))
     assert plan.allowed.diagonal(dim1=1, dim2=2).all()
     assert plan.divided == tuple(len(set(labels)) > 1 for labels in plan.label.tolist())
 
 
 def test_whole_unshifted_windows_need_no_mask():
-    assert layout((4, 8, 8), (2, 4, 4), False, torch.device("cpu")).allowed is None
-    assert layout((4, 8, 8), (8, 8, 8), True, torch.device("cpu")).allowed is None
+    assert window_layout((4, 8, 8), (2, 4, 4), False, torch.device("cpu")).allowed is None
+    assert window_layout((4, 8, 8), (8, 8, 8), True, torch.device("cpu")).allowed is None
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -121,16 +135,16 @@ def test_windows_are_those_of_torchvisions_video_swin(grid, shifted):
     theirs = ShiftedWindowAttention3d(16, list(window), [w // 2 if shifted else 0 for w in window], heads).eval()
     torch.nn.init.normal_(theirs.relative_position_bias_table)
     x = torch.randn(2, *grid, 16)
-    plan = layout(grid, window, shifted, x.device)
-    tokens = partition(roll(x, [-s for s in plan.shift]), plan.window)
+    plan = window_layout(grid, window, shifted, x.device)
+    tokens = window_partition(roll(x, [-s for s in plan.shift]), plan.window)
     qkv = F.linear(tokens, theirs.qkv.weight, theirs.qkv.bias)
     q, k, v = qkv.view(*tokens.shape[:3], 3, heads, 8).permute(3, 0, 1, 4, 2, 5)
     offsets_in_time = 2 * plan.window[0] - 1
     table = theirs.relative_position_bias_table.view(3, -1, heads)
     table = table.narrow(0, (3 - offsets_in_time) // 2, offsets_in_time).reshape(-1, heads)
-    logits = q @ k.transpose(-2, -1) / 8**0.5 + expand(table.t(), plan.window)
+    logits = q @ k.transpose(-2, -1) / 8**0.5 + expand_table(table.t(), plan.window)
     if plan.allowed is not None:
         logits = logits.masked_fill(~plan.allowed[:, None], -torch.inf)
     out = theirs.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
     with torch.no_grad():
-        assert_close(roll(merge(out, plan.window, grid), plan.shift), theirs(x))
+        assert_close(roll(window_reverse(out, plan.window, grid), plan.shift), theirs(x))

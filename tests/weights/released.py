@@ -76,12 +76,12 @@ def torchvision_model() -> nn.Module:
 
 def microsoft_state(model: vs.SwinV2, window: int) -> dict[str, Tensor]:
     """Microsoft's state dict: our names, and the buffers of a model built with `window` at 64 pixels."""
-    from video_swinv2.models.position_bias import log_coordinates, offsets
+    from video_swinv2.models.position_bias import log_coordinates, window_offsets
 
     state = dict(model.state_dict())
     for stage, norm in enumerate(model.cpb_norm):
         own = min(window, 16 // 2**stage)
-        table = log_coordinates(offsets((own, own)), norm).view(1, 2 * own - 1, 2 * own - 1, 2)
+        table = log_coordinates(window_offsets((own, own)), norm).view(1, 2 * own - 1, 2 * own - 1, 2)
         for block in range(DEPTHS[stage]):
             prefix = f"layers.{stage}.blocks.{block}"
             state[f"{prefix}.attn.relative_coords_table"] = table

@@ -9,7 +9,7 @@ import video_swinv2 as vs
 from tests.closeness import assert_close, assert_same
 from tests.weights.released import randomise
 from video_swinv2.errors import UserError
-from video_swinv2.models.position_bias import log_coordinates, offsets
+from video_swinv2.models.position_bias import log_coordinates, window_offsets
 
 PREPROCESSING = vs.Preprocessing(frames=None, frame_stride=1, image_size=(64, 64))
 
@@ -124,7 +124,9 @@ def test_microsoft_files_bring_their_normaliser(tmp_path):
         f"module.encoder.{k.replace('cpb_mlp', 'rpe_mlp')}": v for k, v in image.state_dict().items() if "head" not in k
     }
     for i, (window, norm) in enumerate([(16, 12), (16, 12), (16, 12), (8, 6)]):
-        table = log_coordinates(offsets((window, window)), (norm, norm)).view(1, 2 * window - 1, 2 * window - 1, 2)
+        table = log_coordinates(window_offsets((window, window)), (norm, norm)).view(
+            1, 2 * window - 1, 2 * window - 1, 2
+        )
         state[f"module.encoder.layers.{i}.blocks.0.attn.relative_coords_table"] = table
         state[f"module.encoder.layers.{i}.blocks.0.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
     state["module.encoder.mask_token"] = torch.zeros(1, 1, 32)

@@ -1,4 +1,4 @@
-"""What an optimizer needs to know of a parameter, by its name: how deep it sits, and whether it decays."""
+"""What an optimizer needs to know about a parameter, from its name: its depth, and whether weight decay applies."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _UNDECAYED_PARTS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
-    """Depth of a parameter, 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
+    """Depth of a parameter, from 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
 
-    As ``get_swin_layer`` of Microsoft's SimMIM: the k-th block of the network is k + 1, and the patch merging after
-    a stage shares the number of the stage's last block. Raises ValueError for a block that ``depths`` does not have.
+    As ``get_swin_layer`` in Microsoft's SimMIM: block k of the network, counted from 0, has depth k + 1, and the patch
+    merging after a stage has the depth of the stage's last block. ValueError for a block that ``depths`` lacks.
     """
     name = name.removeprefix("encoder.")
     if name.startswith("patch_embed.") or name == "mask_token":
@@ -41,10 +41,10 @@ def stage_id(name: str, depths: Sequence[int]) -> int:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the position-bias MLP.
+    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the log-CPB networks.
 
-    As SwinV2's ``no_weight_decay`` lists mean it. Microsoft's SimMIM pre-training misses its own keywords (it looks
-    for ``encoder.cpb_mlp``, which no name contains) and so decays logit scales and position-bias MLPs; this does not.
+    This is what SwinV2's ``no_weight_decay`` lists intend. Microsoft's SimMIM pre-training looks for
+    ``encoder.cpb_mlp``, which no parameter name contains, and therefore decays logit scales and log-CPB networks.
     """
     name = name.removeprefix("encoder.")
     axes = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in a parameter's place

@@ -1,6 +1,15 @@
-"""SimMIM (arXiv 2111.09886): predict the pixels under a random mask, through a one-layer head.
+"""SimMIM (arXiv 2111.09886): predict the pixels under a random mask, through a one-layer decoder.
 
 Letters: B batch, C channels, *S token grid, *U mask cells per axis, *P pixels (and frames) per axis.
+
+The mask is drawn in cells, which are larger than patches (32 pixels, published). A hidden cell hides all its patches:
+their tokens are replaced by one learned mask token before the encoder. The decoder predicts, from each of the encoder's
+last tokens, all pixels that this token stands for. For an image of 192 x 192 with patches of 4 and cells of 32:
+
+    mask      (B, 6, 6) cells -> (B, 48, 48) tokens                 `upsample_mask`
+    encoder   (B, 48, 48, C) -> (B, 6, 6, 8C)                       three mergings
+    decoder   (B, 8C, 6, 6) -> (B, 3 * 32 * 32, 6, 6) -> (B, 3, 192, 192)
+    loss      L1 over hidden pixels                                 `masked_l1`
 """
 
 from __future__ import annotations
@@ -11,21 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from video_swinv2.models.swinv2 import Axes, SwinV2, per_axis
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2, per_axis
 
 
 class SimMIM(nn.Module):
     """A SwinV2 encoder with a mask token and a pixel decoder; state-dict names are the official ones.
 
-    mask_unit: the side of a mask cell in pixels, an int for every axis or one value per axis; a multiple of the patch.
+    mask_unit: the side of a mask cell in pixels (and frames), an int for every axis or one value per axis; it has to be
+    a multiple of the patch, otherwise ValueError is raised.
     """
 
-    def __init__(self, encoder: SwinV2, mask_unit: Axes = 32) -> None:
+    def __init__(self, encoder: SwinV2, mask_unit: IntOrPerAxis = 32) -> None:
         super().__init__()
         patch = encoder.patch_size
         self.mask_unit = per_axis("mask_unit", mask_unit, len(patch))
         if any(unit % p for unit, p in zip(self.mask_unit, patch, strict=True)):
             raise ValueError(f"mask_unit: {self.mask_unit} is not a multiple of the patch {patch}")
+        # What one of the encoder's last tokens stands for, in pixels and frames: height and width are merged after every
+        # stage but the last, time never.
         merged = 2 ** (len(encoder.depths) - 1)
         self.stride = (*patch[:-2], patch[-2] * merged, patch[-1] * merged)
         encoder.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, encoder.embed_dim), std=0.02))
@@ -34,44 +46,45 @@ class SimMIM(nn.Module):
         self.decoder = nn.Sequential(convolution(encoder.num_features, 3 * math.prod(self.stride), kernel_size=1))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, 3, *P) and the mask (B, *U) bool, True = hidden -> predicted pixels (B, 3, *P)."""
+        """(B, 3, *P) and the mask (B, *U) bool, True where hidden -> predicted pixels (B, 3, *P)."""
         tokens = self.encoder.embed(x)
         per_cell = [unit // p for unit, p in zip(self.mask_unit, self.encoder.patch_size, strict=True)]
-        hidden = grow(mask, per_cell, tokens.shape[1:-1])[..., None]
+        hidden = upsample_mask(mask, per_cell, tokens.shape[1:-1])[..., None]  # (B, *S, 1)
         mask_token = self.encoder.get_parameter("mask_token").to(tokens.dtype)
         features = self.encoder.encode(torch.where(hidden, mask_token, tokens))
         pixels = pixel_shuffle(self.decoder(features.movedim(-1, 1)), self.stride)
+        # Grids were padded to whole patches and mergings; what lies outside the input is cut off.
         for axis, size in enumerate(x.shape[2:], start=2):
             pixels = pixels.narrow(axis, 0, size)
         return pixels
 
 
-def mask_cells(size: Axes, mask_unit: Axes, axes: int) -> tuple[int, ...]:
-    """Mask cells per axis for an input of `size` pixels; the last cell may be cut by the border."""
+def mask_cells(size: IntOrPerAxis, mask_unit: IntOrPerAxis, axes: int) -> tuple[int, ...]:
+    """Mask cells per axis for an input of `size` pixels; the border may cut the last cell."""
     pairs = zip(per_axis("size", size, axes), per_axis("mask_unit", mask_unit, axes), strict=True)
     return tuple(math.ceil(pixels / unit) for pixels, unit in pairs)
 
 
-def tube_unit(mask_unit: Axes, frames: int, patch_frames: int) -> tuple[int, ...]:
-    """The cell (T, H, W) as long as a clip of `frames`: whole patches in time, in space as `mask_unit` says."""
+def tube_unit(mask_unit: IntOrPerAxis, frames: int, patch_frames: int) -> tuple[int, ...]:
+    """A cell (T, H, W) as long as a clip of `frames`: whole patches in time, in space as in `mask_unit`."""
     return (math.ceil(frames / patch_frames) * patch_frames, *per_axis("mask_unit", mask_unit, 3)[1:])
 
 
 def hidden_cells(cells: tuple[int, ...], ratio: float) -> int:
-    """ceil(ratio * cells), where 0.55 of 20 is 11: as floats multiply it would be a little more."""
+    """ceil(ratio * number of cells), rounded first: 0.55 * 20 is slightly above 11 in floating point."""
     return math.ceil(round(ratio * math.prod(cells), 6))
 
 
 def random_mask(cells: tuple[int, ...], ratio: float, generator: torch.Generator) -> Tensor:
-    """A mask (*cells) bool with exactly `hidden_cells` True, every choice of them equally likely."""
+    """A mask (*cells) bool with exactly `hidden_cells` True cells, drawn uniformly."""
     count = math.prod(cells)
     mask = torch.zeros(count, dtype=torch.bool)
     mask[torch.randperm(count, generator=generator)[: hidden_cells(cells, ratio)]] = True
     return mask.view(cells)
 
 
-def grow(mask: Tensor, factors: list[int] | tuple[int, ...], size: torch.Size | tuple[int, ...]) -> Tensor:
-    """(B, *U) -> (B, *size): every cell repeated `factors` times along its axis, cut to `size`."""
+def upsample_mask(mask: Tensor, factors: list[int] | tuple[int, ...], size: torch.Size | tuple[int, ...]) -> Tensor:
+    """(B, *U) -> (B, *size): repeat every cell `factors` times along each axis, then cut to `size`."""
     for axis, (factor, length) in enumerate(zip(factors, size, strict=True), start=1):
         mask = mask.repeat_interleave(factor, dim=axis).narrow(axis, 0, length)
     return mask
@@ -81,14 +94,18 @@ def pixel_shuffle(x: Tensor, factors: tuple[int, ...]) -> Tensor:
     """(B, C * prod(factors), *S) -> (B, C, *(S * factors)); torch's PixelShuffle for any number of axes."""
     batch, channels, *grid = x.shape
     axes = len(factors)
+    # 2-D: (B, C * f * g, H, W) -> (B, C, f, g, H, W) -> (B, C, H, f, W, g) -> (B, C, H * f, W * g)
     x = x.view(batch, channels // math.prod(factors), *factors, *grid)
     order = [axis for pair in zip(range(2 + axes, 2 + 2 * axes), range(2, 2 + axes), strict=True) for axis in pair]
     return x.permute(0, 1, *order).reshape(batch, -1, *[g * f for g, f in zip(grid, factors, strict=True)])
 
 
 def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, mask_unit: tuple[int, ...]) -> Tensor:
-    """Mean absolute error over hidden pixels and channels: (B, 3, *P) twice and the mask (B, *U) -> scalar."""
-    hidden = grow(mask, mask_unit, target.shape[2:])[:, None].to(target.dtype)
+    """Mean absolute error over hidden pixels and channels: (B, 3, *P) twice and the mask (B, *U) -> scalar.
+
+    The 1e-5 is SimMIM's own.
+    """
+    hidden = upsample_mask(mask, mask_unit, target.shape[2:])[:, None].to(target.dtype)
     error = (prediction.to(target.dtype) - target).abs() * hidden
     return error.sum() / (hidden.sum() + 1e-5) / target.shape[1]
 
@@ -96,40 +113,44 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, mask_unit: tuple
 def masked_mean(target: Tensor, mask: Tensor, mask_unit: tuple[int, ...]) -> Tensor:
     """The mean of each sample's hidden pixels, per channel, as a prediction: (B, 3, *P) and (B, *U) -> (B, 3, 1, ...).
 
-    What a model has to beat: it knows the colours of what is hidden, and nothing of where they are.
+    The baseline that a model has to beat: the right average colours without any structure.
     """
-    hidden = grow(mask, mask_unit, target.shape[2:])[:, None].to(target.dtype)
+    hidden = upsample_mask(mask, mask_unit, target.shape[2:])[:, None].to(target.dtype)
     axes = tuple(range(2, target.ndim))
     return (target * hidden).sum(axes, keepdim=True) / hidden.sum(axes, keepdim=True)
 
 
 def normalise_target(x: Tensor, patch: int = 47) -> Tensor:
-    """Each pixel by mean and deviation of its `patch` x `patch` surroundings, per channel: (B, 3, ..., H, W).
+    """Normalise each pixel by the mean and deviation of the `patch` x `patch` square around it, per channel.
 
-    The window (odd) is cut at the border, the variance is unbiased, as in the official SwinV2 recipes. Frames of a clip
-    are normalised one by one.
+    Takes and returns (B, 3, ..., H, W). `patch` is odd; the square is cut at the border, and the variance is unbiased,
+    as in the official SwinV2 recipes. Frames of a clip are normalised one by one.
     """
-    mean, deviation = _surroundings(x, patch)
+    mean, deviation = _local_statistics(x, patch)
     return (x - mean) / deviation
 
 
 def restore_target(prediction: Tensor, x: Tensor, patch: int) -> Tensor:
-    """The inverse of `normalise_target`: what was predicted for the target of `x` as pixels, by x's own statistics."""
-    mean, deviation = _surroundings(x, patch)
+    """The inverse of `normalise_target`: turn a prediction of x's target into pixels, with x's own statistics."""
+    mean, deviation = _local_statistics(x, patch)
     return prediction * deviation + mean
 
 
-def _surroundings(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the window around each pixel, both in the shape of `x`."""
-    images = x.reshape(-1, 1, *x.shape[-2:])
-    count = _window_mean(torch.ones_like(images[:1]), patch, count_padding=True) * patch**2
-    mean, square = _window_mean(images, patch), _window_mean(images**2, patch)
+def _local_statistics(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the square around each pixel, both in the shape of `x`."""
+    images = x.reshape(-1, 1, *x.shape[-2:])  # (B * 3 * ..., 1, H, W)
+    # How many pixels of the square lie inside the image.
+    count = _square_mean(torch.ones_like(images[:1]), patch, count_padding=True) * patch**2
+    mean, square = _square_mean(images, patch), _square_mean(images**2, patch)
     variance = ((square - mean**2) * count / (count - 1)).clamp(min=0)
     return mean.view_as(x), (variance + 1e-6).sqrt().view_as(x)
 
 
-def _window_mean(images: Tensor, patch: int, count_padding: bool = False) -> Tensor:
-    """Mean over the window around each pixel of (B, 1, H, W): over rows, then columns, since the work of a CPU grows
-    with the size of the window (at 47 x 47 this is 20 times as fast)."""
+def _square_mean(images: Tensor, patch: int, count_padding: bool = False) -> Tensor:
+    """Mean over the square around each pixel of (B, 1, H, W).
+
+    First along rows, then along columns: on CPUs the work grows with the size of the pooling window, and this is 20
+    times as fast at 47 x 47.
+    """
     rows = F.avg_pool2d(images, (1, patch), 1, (0, patch // 2), count_include_pad=count_padding)
     return F.avg_pool2d(rows, (patch, 1), 1, (patch // 2, 0), count_include_pad=count_padding)

@@ -1,6 +1,10 @@
-"""Swin Transformer V2 (arXiv 2111.09883) over any axes: (H, W) makes the image model, (T, H, W) the clip model.
+"""Swin Transformer V2 (arXiv 2111.09883) for any number of axes: (H, W) is the image model, (T, H, W) the clip model.
 
 Letters: B batch, C channels, *S the grid (tokens per axis), *P pixels (and frames) per axis.
+
+    (B, 3, *P) -> PatchEmbed -> (B, *S, C)
+    for each stage: blocks at (B, *S, C), then PatchMerging to half of H and W and twice C; T is never merged
+    -> LayerNorm -> mean over all tokens -> head -> (B, num_classes)
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +21,27 @@ from torch.utils.checkpoint import checkpoint
 
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.parameters import decays, layer_id, stage_id
-from video_swinv2.models.windows import Layout, Size, crop_to, layout, merge, pad_to, partition, roll, shrink
+from video_swinv2.models.windows import (
+    PerAxis,
+    WindowLayout,
+    crop_to,
+    pad_to,
+    roll,
+    shrink_window,
+    window_layout,
+    window_partition,
+    window_reverse,
+)
 
-Axes = int | Sequence[int]
+IntOrPerAxis = int | Sequence[int]
+"""An int for every axis, or one number per axis: (H, W) or (T, H, W)."""
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample, kept paths scaled by 1 / (1 - rate).
+    """Stochastic depth per sample; surviving branches are scaled by 1 / (1 - rate).
 
-    The branch is always computed and multiplied by 0 or not: a rank that skipped it would hang its peers in ZeRO.
+    A dropped branch is computed all the same and multiplied by 0: under ZeRO, a rank that skipped the branch would
+    leave the others waiting in its collectives.
     """
 
     def __init__(self, rate: float) -> None:
@@ -35,9 +51,9 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = 1 - self.rate
-        mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < keep
-        return x * mask.to(x.dtype) / keep
+        survival = 1 - self.rate
+        mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < survival
+        return x * mask.to(x.dtype) / survival
 
 
 class Mlp(nn.Module):
@@ -53,7 +69,7 @@ class Mlp(nn.Module):
 
 
 class BranchNorm(nn.LayerNorm):
-    """LayerNorm at the end of a residual branch. It starts at zero, so that a fresh network is the identity there."""
+    """LayerNorm at the end of a residual branch, initialised to zero: a fresh block is the identity."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -63,7 +79,7 @@ class BranchNorm(nn.LayerNorm):
 class Block(nn.Module):
     """x + DropPath(norm1(attention(x))), then x + DropPath(norm2(mlp(x))): residual post-norm, equation 2 of the paper.
 
-    `extra_norm` adds the LayerNorm on the main branch that huge and giant models carry (section 3.2).
+    `extra_norm` adds the LayerNorm on the main branch that the huge and giant models have (section 3.2).
     """
 
     def __init__(
@@ -78,22 +94,23 @@ class Block(nn.Module):
         if extra_norm:
             self.enorm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, layout: Layout, norm: Size) -> Tensor:
+    def forward(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
         """(B, *S, C) -> (B, *S, C)."""
         x = x + self.drop_path(self.norm1(self._attend(x, layout, norm)))
         x = x + self.drop_path(self.norm2(self.mlp(x)))
         return self.enorm(x) if hasattr(self, "enorm") else x
 
-    def _attend(self, x: Tensor, layout: Layout, norm: Size) -> Tensor:
+    def _attend(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
+        # (B, *S, C) -> (B, *padded, C) -> (B, W, N, C), and back; windows.py shows an example
         x = roll(pad_to(x, layout.padded), [-s for s in layout.shift])
-        x = self.attn(partition(x, layout.window), layout, norm)
-        return crop_to(roll(merge(x, layout.window, layout.padded), layout.shift), layout.grid)
+        x = self.attn(window_partition(x, layout.window), layout, norm)
+        return crop_to(roll(window_reverse(x, layout.window, layout.padded), layout.shift), layout.grid)
 
 
 class PatchMerging(nn.Module):
-    """2 x 2 neighbours in space to one token of twice the width: Linear, then LayerNorm. Time is kept.
+    """Merges 2 x 2 neighbours in space into one token of twice the width: Linear, then LayerNorm. T stays as it is.
 
-    Odd heights and widths are padded with zero tokens, as timm and Hugging Face do.
+    Odd heights and widths are padded with zero tokens, as in timm and Hugging Face.
     """
 
     def __init__(self, dim: int) -> None:
@@ -103,25 +120,26 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., H, W, C) -> (B, ..., ceil(H / 2), ceil(W / 2), 2C)."""
-        if x.shape[-2] % 2 or x.shape[-3] % 2:  # F.pad copies even where there is nothing to pad
+        if x.shape[-2] % 2 or x.shape[-3] % 2:  # F.pad would copy even when there is nothing to pad
             x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
+        # Microsoft's order: the row varies first, then the column. (B, ..., H/2, W/2, C) four times -> 4C
         corners = [x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)]
         return self.norm(self.reduction(torch.cat(corners, dim=-1)))
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, shifted windows in every second one, and the merging that follows them."""
+    """The blocks of one resolution, every second one with shifted windows, and the merging that follows them."""
 
-    def __init__(self, blocks: Sequence[Block], dim: int, window: Size, norm: Size, merging: bool) -> None:
+    def __init__(self, blocks: Sequence[Block], dim: int, window: PerAxis, norm: PerAxis, merging: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = PatchMerging(dim) if merging else None
         self.window = window
         self.norm_window = norm
-        self._kept_layouts: tuple[object, tuple[Layout, Layout]] | None = None
+        self._kept_layouts: tuple[object, tuple[WindowLayout, WindowLayout]] | None = None
 
     def forward(self, x: Tensor, recomputed: int) -> Tensor:
-        """(B, *S, C) -> (B, *S, C), before merging; the first `recomputed` blocks keep no activations."""
+        """(B, *S, C) -> (B, *S, C), before merging; the first `recomputed` blocks recompute their activations."""
         layouts = self._layouts(tuple(x.shape[1:-1]), x.device)
         for index, block in enumerate(self.blocks):
             arguments = (x, layouts[index % 2], self.norm_window)
@@ -131,28 +149,28 @@ class Stage(nn.Module):
                 x = block(*arguments)
         return x
 
-    def _layouts(self, grid: Size, device: torch.device) -> tuple[Layout, Layout]:
-        """Both layouts of this grid, shared by all blocks and kept until another size comes."""
+    def _layouts(self, grid: PerAxis, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
+        """The layouts without and with shift, shared by all blocks and kept until grid, window or device change."""
         key = (grid, self.window, device)
         if torch.compiler.is_compiling():  # a graph that writes to its module is compiled again at the second call
-            return layout(grid, self.window, False, device), layout(grid, self.window, True, device)
+            return window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device)
         if self._kept_layouts is None or self._kept_layouts[0] != key:
-            pair = (layout(grid, self.window, False, device), layout(grid, self.window, True, device))
+            pair = (window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device))
             self._kept_layouts = (key, pair)
         return self._kept_layouts[1]
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens: convolution, then LayerNorm.
+    """Turns non-overlapping patches into tokens: convolution, then LayerNorm.
 
-    An input that is not whole patches is continued with its last row, column or frame, so that one frame given to a
-    model with patches of two frames counts as a still clip.
+    An input that does not divide into whole patches is extended by repeating its last row, column or frame. A single
+    frame given to a model with patches of two frames is therefore a still clip.
     """
 
-    def __init__(self, dim: int, patch_size: Size) -> None:
+    def __init__(self, dim: int, patch_size: PerAxis) -> None:
         super().__init__()
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
-        self.proj: nn.Module = convolution(3, dim, kernel_size=patch_size, stride=patch_size)  # type: ignore[arg-type]  # a union of kinds
+        self.proj: nn.Module = convolution(3, dim, kernel_size=patch_size, stride=patch_size)  # type: ignore[arg-type]  # mypy sees the union of both classes
         self.norm = nn.LayerNorm(dim)
         self.patch_size = patch_size
 
@@ -167,9 +185,17 @@ class PatchEmbed(nn.Module):
 class SwinV2(nn.Module):
     """Swin Transformer V2 with residual post-norm, scaled cosine attention and log-CPB.
 
-    State-dict names are Microsoft's; an image model's state dict is Microsoft's exactly, without its derived buffers.
-    Sizes are an int, (H, W) or (T, H, W). Raises ValueError for sizes that do not fit together.
+    State-dict names are Microsoft's; an image model's state dict equals Microsoft's, without the derived buffers. Sizes
+    are an int, (H, W) or (T, H, W). `create_model` builds the known variants. Raises ValueError for sizes that do not
+    fit together.
     """
+
+    # timm and Hugging Face users look for these two on the class. Reading and writing files is the task of weights/,
+    # which must not be imported here: weights/pretrained.py attaches both when it is imported.
+    from_pretrained: ClassVar[Callable[..., SwinV2]]
+    """Build a model from a file or Hub folder of any known layout; see `weights.pretrained.from_pretrained`."""
+    save_pretrained: ClassVar[Callable[..., None]]
+    """Write `model.safetensors` and `config.json` to a folder; see `weights.pretrained.save_pretrained`."""
 
     def __init__(
         self,
@@ -179,9 +205,9 @@ class SwinV2(nn.Module):
         num_heads: Sequence[int],
         num_classes: int,
         frames: int | None = None,
-        image_size: Axes = 224,
-        patch_size: Axes | None = None,
-        window: Axes | None = None,
+        image_size: IntOrPerAxis = 224,
+        patch_size: IntOrPerAxis | None = None,
+        window: IntOrPerAxis | None = None,
         cpb_norm: Sequence[Sequence[int]] | None = None,
         drop_path: float = 0.0,
         head_dropout: float = 0.0,
@@ -214,6 +240,7 @@ class SwinV2(nn.Module):
             raise ValueError(f"cpb_norm: {len(norms)} normalisers for {len(self.depths)} stages")
 
         self.patch_embed = PatchEmbed(embed_dim, self.patch_size)
+        # Drop path grows linearly from 0 at the first block to `drop_path` at the last.
         rates = torch.linspace(0, drop_path, sum(self.depths), device="cpu").tolist()
         stages = []
         for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
@@ -239,8 +266,8 @@ class SwinV2(nn.Module):
         self.apply(_initialise)
 
     @property
-    def cpb_norm(self) -> list[Size]:
-        """The log-CPB normaliser of every stage, per axis: part of the weights, whatever the window in use."""
+    def cpb_norm(self) -> list[PerAxis]:
+        """The log-CPB normaliser of every stage, per axis. It belongs to the weights, whatever the window in use."""
         return [stage.norm_window for stage in self.stages()]
 
     @cpb_norm.setter
@@ -257,7 +284,7 @@ class SwinV2(nn.Module):
         return [stage for stage in self.layers if isinstance(stage, Stage)]
 
     def architecture(self) -> dict[str, object]:
-        """The constructor arguments as plain data, the log-CPB normaliser among them."""
+        """The constructor arguments as plain data, including the log-CPB normaliser."""
         return {
             "name": self.name,
             "embed_dim": self.embed_dim,
@@ -289,11 +316,11 @@ class SwinV2(nn.Module):
         return self.head(self.head_drop(features.flatten(1, -2).mean(dim=1)))
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, *P) -> what each stage gives before merging, as (B, C_i, *S_i); the final norm is not applied."""
+        """(B, 3, *P) -> the output of each stage before merging, (B, C_i, *S_i); the final norm is not applied."""
         return [tokens.movedim(-1, 1) for tokens in self._run_stages(self.embed(x))]
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, *P) -> patch tokens (B, *S, C), where SimMIM puts its mask token."""
+        """(B, 3, *P) -> patch tokens (B, *S, C), where SimMIM puts its mask token; ValueError for other shapes."""
         if x.ndim != 2 + len(self.window) or x.shape[1] != 3:
             wanted = "(B, 3, H, W)" if len(self.window) == 2 else "(B, 3, T, H, W)"
             raise ValueError(f"{self.name} takes {wanted}, not {tuple(x.shape)}")
@@ -311,66 +338,37 @@ class SwinV2(nn.Module):
             x = stage.downsample(outputs[-1]) if stage.downsample is not None else outputs[-1]
         return outputs
 
-    def _native_windows(self) -> list[Size]:
-        """The window of every stage at the size the model is built for, shrunk to the grid."""
+    def _native_windows(self) -> list[PerAxis]:
+        """The window of every stage at the input size the model is built for, shrunk to the stage's grid."""
         pixels = self.image_size if self.frames is None else (self.frames, *self.image_size)
         grid = tuple(math.ceil(size / patch) for size, patch in zip(pixels, self.patch_size, strict=True))
         windows = []
         for _ in self.depths:
-            windows.append(shrink(self.window, grid)[0])
+            windows.append(shrink_window(self.window, grid)[0])
             grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
         return windows
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: Path | str,
-        *,
-        frames: int | None = None,
-        image_size: Axes | None = None,
-        patch_size: Axes | None = None,
-        window: Axes | None = None,
-        cpb_norm: Sequence[Sequence[int]] | None = None,
-    ) -> SwinV2:
-        """A model with the weights of a file or Hub folder of any known layout, in eval mode, fp32, on the CPU.
-
-        Sizes not given are those the weights were trained with; `frames` makes a clip model of image weights. cpb_norm:
-        as in `load_weights`. UserError for weights that cannot be read or explained, UsageError for sizes.
-        """
-        # Here, not above: models know nothing of files, but people look for this name on the class.
-        from video_swinv2.weights.formats import read_checkpoint
-        from video_swinv2.weights.pretrained import Sizes, open_model
-
-        sizes = Sizes(frames, image_size, patch_size, window)
-        return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
-
-    def save_pretrained(self, folder: Path | str, *, classes: Sequence[str] = ()) -> None:
-        """Write `model.safetensors` and a readable `config.json`; `save_model` can say more."""
-        from video_swinv2.weights.pretrained import save_pretrained  # see from_pretrained
-
-        save_pretrained(self, folder, classes=classes)
-
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for other classes, on the same device and in the same dtype; 0 leaves the head away."""
+        """Replace the head by a fresh one for other classes, on the same device and in the same dtype; 0 removes it."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(self.norm.weight).apply(_initialise)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """All blocks recompute their activations in the backward pass, or none does."""
+        """Make all blocks recompute their activations in the backward pass, or none."""
         self.checkpoint_blocks = sum(self.depths) if enable else 0
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay, one-dimensional ones among them."""
+        """Names of the parameters without weight decay, including one-dimensional ones."""
         return {name for name, parameter in self.named_parameters() if not decays(name, parameter)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """A function from a parameter's name to its depth, by block or (coarse) by stage: timm's optimizers take it."""
+        """A function from a parameter's name to its depth, by block or (coarse) by stage, for timm's optimizers."""
         return partial(stage_id if coarse else layer_id, depths=self.depths)
 
 
-def per_axis(key: str, value: Axes, axes: int) -> Size:
-    """An int for every axis, or one value per axis as a tuple of positive ints; ValueError naming `key` otherwise."""
+def per_axis(key: str, value: IntOrPerAxis, axes: int) -> PerAxis:
+    """One positive int per axis, from an int for all axes or a sequence; ValueError naming `key` otherwise."""
     sizes = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(sizes) != axes or any(not isinstance(n, int) or n < 1 for n in sizes):
         order = "(H, W)" if axes == 2 else "(T, H, W)"
@@ -379,9 +377,10 @@ def per_axis(key: str, value: Axes, axes: int) -> Size:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear weights normal with 0.02 (Microsoft truncates at 2, which is 100 deviations), biases zero.
+    """Initialise Linear weights from a normal distribution of deviation 0.02 and their biases to zero.
 
-    Convolutions and LayerNorms keep torch's own start.
+    Microsoft truncates at +-2, which is 100 deviations and has no effect. Convolutions and LayerNorms keep torch's own
+    initialisation.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""The sizes of SwinV2 and `create_model`."""
+"""The named variants of SwinV2, and `create_model`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from video_swinv2.models.attention import Backend
-from video_swinv2.models.swinv2 import Axes, SwinV2
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells one size from another; every head is 32 channels wide."""
+    """The numbers that distinguish the variants; every head has 32 channels."""
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -37,22 +37,23 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows, smallest first."""
+    """The names that `create_model` accepts, smallest first."""
     return list(VARIANTS)
 
 
 def find_variant(name: str) -> Variant:
-    """The size called `name`; ValueError with the nearest name if there is none."""
+    """The variant called `name`; ValueError with the closest name if there is none."""
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
         raise ValueError(
-            f"no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list_models()}")
+            f"no model {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(list_models())}")
         )
     return VARIANTS[name]
 
 
 def variant_name(embed_dim: int, depths: Sequence[int]) -> str:
-    """The name of the size with these numbers; `swinv2_custom` if it is none of ours."""
+    """The name of the variant with these numbers, `swinv2_custom` if there is none."""
     sizes = {(variant.embed_dim, variant.depths): name for name, variant in VARIANTS.items()}
     return sizes.get((embed_dim, tuple(depths)), "swinv2_custom")
 
@@ -62,21 +63,32 @@ def create_model(
     *,
     num_classes: int,
     frames: int | None = None,
-    image_size: Axes = 224,
-    patch_size: Axes | None = None,
-    window: Axes | None = None,
+    image_size: IntOrPerAxis = 224,
+    patch_size: IntOrPerAxis | None = None,
+    window: IntOrPerAxis | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
     drop_path: float = 0.0,
     head_dropout: float = 0.0,
     attention: Backend = "auto",
     checkpoint_blocks: int = 0,
 ) -> SwinV2:
-    """A freshly initialised SwinV2: a clip model when `frames` is given, an image model without.
+    """Create a freshly initialised SwinV2: a clip model if `frames` is given, otherwise an image model.
 
-    image_size: pixels, an int or (H, W). patch_size and window: an int for every axis, (H, W) or (T, H, W); by default
-    4 and 7 in space, 2 and 8 in time. cpb_norm: the log-CPB normaliser per stage; by default the windows the model is
-    built with, shrunk to each stage's grid. checkpoint_blocks: how many blocks, from the first on, recompute their
-    activations in the backward pass. num_classes 0 leaves the head away. ValueError for an unknown name or sizes.
+    Args:
+        name: one of `list_models()`.
+        num_classes: rows of the head; 0 omits the head.
+        frames: frames per clip; omit for an image model.
+        image_size: pixels, an int or (H, W).
+        patch_size: an int for every axis, (H, W) or (T, H, W); by default 4 in space and 2 in time.
+        window: the same in tokens; by default 7 in space and 8 in time.
+        cpb_norm: the log-CPB normaliser per stage; by default the windows the model is built with, shrunk to the grid
+            of each stage.
+        drop_path: stochastic depth of the last block; earlier blocks have less, linearly.
+        head_dropout: dropout before the head.
+        attention: the backend: auto, eager, sdpa, flex or sequential.
+        checkpoint_blocks: how many blocks, from the first on, recompute their activations in the backward pass.
+
+    Raises ValueError for an unknown name or sizes that do not fit.
     """
     variant = find_variant(name)
     return SwinV2(

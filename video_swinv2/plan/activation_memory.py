@@ -24,10 +24,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from video_swinv2.config import Config
 from video_swinv2.models import sequential
-from video_swinv2.models.attention import choose
+from video_swinv2.models.attention import auto_backend
 from video_swinv2.models.simmim import SimMIM, mask_cells
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import shrink
+from video_swinv2.models.windows import shrink_window
 from video_swinv2.training.flops import count_forward_flops
 
 MEASURED_SAMPLES = 4  # the largest batch that is run; beyond it, each further sample takes the same number of bytes
@@ -118,12 +118,12 @@ def _fuse_attention(encoder: SwinV2) -> None:
 @contextmanager
 def _sequential_as_on_gpus() -> Iterator[None]:
     """Inside, the sequential backend takes as many windows at once as on GPUs, and keeps no attention weights."""
-    before = sequential.CACHED, sequential.KEPT
-    sequential.CACHED, sequential.KEPT = sequential.BOUNDED, 0
+    before = sequential.CPU_PIECE, sequential.CPU_KEPT
+    sequential.CPU_PIECE, sequential.CPU_KEPT = sequential.PIECE_LIMIT, 0
     try:
         yield
     finally:
-        sequential.CACHED, sequential.KEPT = before
+        sequential.CPU_PIECE, sequential.CPU_KEPT = before
 
 
 def pass_memory(
@@ -242,9 +242,9 @@ def choose_backends(encoder: SwinV2, device: str) -> tuple[str, ...]:
     for stage, grid in zip(encoder.stages(), _stage_grids(encoder), strict=True):
         backend = encoder.attention
         if backend == "auto":
-            window_tokens = math.prod(shrink(encoder.window, grid)[0])
+            window_tokens = math.prod(shrink_window(encoder.window, grid)[0])
             with torch.enable_grad():  # the choice differs between training and inference
-                backend = choose(torch.device(device), window_tokens)  # type: ignore[assignment]  # one of the literals
+                backend = auto_backend(torch.device(device), window_tokens)  # type: ignore[assignment]  # one of the literals
         for block in stage.blocks:
             block.attn.attention = backend  # type: ignore[union-attr]  # torch types members as Module
         chosen.append(str(backend))

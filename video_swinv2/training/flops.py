@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.models.attention import WindowAttention
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import shrink
+from video_swinv2.models.windows import shrink_window
 
 
 def count_forward_flops(module: nn.Module, *inputs: Tensor) -> int:
@@ -68,7 +68,7 @@ def forward_macs(encoder: SwinV2, pretraining: bool = False) -> list[float]:
     grid = tuple(math.ceil(size / side) for size, side in zip(pixels, patch, strict=True))
     macs_of_parts = [math.prod(grid) * 3.0 * math.prod(patch) * encoder.embed_dim]
     for stage, depth in enumerate(encoder.depths):
-        dim, window = encoder.embed_dim * 2**stage, shrink(encoder.window, grid)[0]
+        dim, window = encoder.embed_dim * 2**stage, shrink_window(encoder.window, grid)[0]
         tokens, in_window = math.prod(grid), math.prod(window)
         # Attention works on a grid padded to whole windows, the MLP on the tokens alone.
         padded = math.prod(math.ceil(size / side) * side for size, side in zip(grid, window, strict=True))

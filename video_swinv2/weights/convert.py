@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import sha256
+from video_swinv2.files import read_class_list, sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
@@ -42,7 +42,9 @@ def convert(
     target = out if file else out / "model.safetensors"
     if target.resolve() in [read.resolve() for read in checkpoint.source.files]:
         raise UsageError(f"{out}: is the checkpoint itself; give another name")
-    names = read_classes(classes) if classes is not None else None
+    names = read_class_list(classes) if classes is not None else None
+    if names == ():
+        raise UsageError(f"{classes}: contains no class names; one name per line")
     rows = read_class_map(class_map) if class_map is not None else None
     if names is not None and rows is not None and len(names) != len(rows):
         raise UsageError(f"{classes}: {len(names)} names for the {len(rows)} rows of {class_map}; one name per row")
@@ -62,19 +64,6 @@ def convert(
     else:
         save_pretrained(model, out, classes=known, preprocessing=preprocessing, provenance=provenance)
     return account
-
-
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, one per line, in the order of the head's rows; UserError for an unreadable or empty file."""
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: class names cannot be read ({error}); give a text file, one name per line") from error
-    if not names or len(set(names)) != len(names):
-        raise UserError(
-            f"{path}: {'a class name stands twice' if names else 'no class names'}; one per line, no two alike"
-        )
-    return names
 
 
 def read_class_map(path: Path) -> tuple[int, ...]:

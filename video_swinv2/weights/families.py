@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from video_swinv2.models.windows import Size
+from video_swinv2.models.windows import PerAxis
 
 SUPERVISED = "Microsoft's model zoo"
 SIMMIM = "the zoo of SimMIM, all pre-trained with 192 pixels and window 12"
@@ -24,17 +24,17 @@ STAGES = 4
 class Training:
     """How the weights' owner built the model last."""
 
-    image_size: Size
+    image_size: PerAxis
     """(H, W) in pixels."""
     window: int
     """As configured: in tokens, before stages with smaller grids shrink it."""
-    pretrained: Size
+    pretrained: PerAxis
     """Windows of an earlier training per stage, which log-CPB is normalised with; 0 where there was none."""
     source: str
     """Where this is known from, for people."""
 
     @property
-    def cpb_norm(self) -> list[Size] | None:
+    def cpb_norm(self) -> list[PerAxis] | None:
         """The normaliser (h, w) per stage; None where an oblong image leaves the shrinking to the library."""
         if all(self.pretrained):
             return [(norm, norm) for norm in self.pretrained]
@@ -64,7 +64,7 @@ def _released() -> dict[str, Training]:
     swin_transformer_v2.py, microsoft's repositories on the Hub. SimMIM: huggingface.co/zdaxie/SimMIM.
     """
     small, big = ("tiny", "small", "base"), ("base", "large")
-    rows: list[tuple[tuple[str, ...], str, str, str, int, int, Size]] = [
+    rows: list[tuple[tuple[str, ...], str, str, str, int, int, PerAxis]] = [
         (small, "window8_256", "", "ms_in1k", 256, 8, (0, 0, 0, 0)),
         (small, "window16_256", "", "ms_in1k", 256, 16, (0, 0, 0, 0)),
         (big, "window12_192", "_22k", "ms_in22k", 192, 12, (0, 0, 0, 0)),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from video_swinv2.errors import UserError
-from video_swinv2.models.windows import Size
+from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights import families
 from video_swinv2.weights.families import Training
 from video_swinv2.weights.folders import Source, locate
@@ -50,7 +50,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def cpb_norm(self) -> tuple[list[Size] | None, str]:
+    def cpb_norm(self) -> tuple[list[PerAxis] | None, str]:
         """The normaliser of every stage and where it is known from; None where nothing tells it."""
         if self.card is not None:
             return [tuple(norm) for norm in self.card.architecture["cpb_norm"]], "the file's card"  # type: ignore[attr-defined]  # plain data
@@ -177,13 +177,13 @@ def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     return state, notes
 
 
-def norm_from_tables(derived: Mapping[str, Tensor]) -> list[Size] | None:
+def norm_from_tables(derived: Mapping[str, Tensor]) -> list[PerAxis] | None:
     """Read the normaliser back from coordinate tables (1, 2Wh - 1, 2Ww - 1, 2), one stage after the other.
 
     The last entry of an axis is log2(1 + 8 (W - 1) / (norm - 1)) / 3 with W known from the shape. None without tables,
     or if a window of 1 hides it.
     """
-    stages: dict[int, Size] = {}
+    stages: dict[int, PerAxis] = {}
     for name, table in derived.items():
         stage = re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_coords_table$", name)
         if stage is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.models.windows import Size
+from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 
@@ -106,7 +106,7 @@ def time_noise_of(kernel: Tensor, strength: float, seed: int) -> Tensor:
 
 def _normaliser(
     model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
-) -> list[Size]:
+) -> list[PerAxis]:
     """The normaliser that comes with the weights; with an image's weights a clip model keeps its own in time."""
     norms, origin = checkpoint.cpb_norm
     if given is not None:

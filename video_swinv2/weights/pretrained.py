@@ -12,11 +12,11 @@ from typing import Any
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import write_json
-from video_swinv2.models.swinv2 import Axes, SwinV2
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.models.variants import find_variant, variant_name
-from video_swinv2.models.windows import Size
+from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights.account import Account
-from video_swinv2.weights.formats import Checkpoint
+from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill
 from video_swinv2.weights.store import Preprocessing, save_model
 
@@ -29,9 +29,9 @@ class Sizes:
     """What a user wants other than in the checkpoint; None keeps it."""
 
     frames: int | None = None
-    image_size: Axes | None = None
-    patch_size: Axes | None = None
-    window: Axes | None = None
+    image_size: IntOrPerAxis | None = None
+    patch_size: IntOrPerAxis | None = None
+    window: IntOrPerAxis | None = None
 
 
 def open_model(
@@ -81,7 +81,7 @@ def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
     return found
 
 
-def _count(checkpoint: Checkpoint) -> tuple[Size, Size, int]:
+def _count(checkpoint: Checkpoint) -> tuple[PerAxis, PerAxis, int]:
     """Depths, heads per stage, and the distance of extra norms (0 without), all from names and shapes."""
     blocks: dict[int, dict[int, int]] = {}
     extra = set()
@@ -104,7 +104,7 @@ def _sizes(checkpoint: Checkpoint, wanted: Sizes) -> dict[str, Any]:
     """Frames, pixels, patches and windows of the model: as wanted, else as the weights were trained."""
     card, training = checkpoint.card, checkpoint.training
     frames: Any = card.architecture["frames"] if card is not None else None
-    kernel: Size = tuple(checkpoint.tensors[PATCH_KERNEL].shape[2:])
+    kernel: PerAxis = tuple(checkpoint.tensors[PATCH_KERNEL].shape[2:])
     window: Any = card.architecture["window"] if card is not None else _table_window(checkpoint)
     image_size: Any = card.architecture["image_size"] if card is not None else None
     if window is None and training is not None:
@@ -130,19 +130,37 @@ def _sizes(checkpoint: Checkpoint, wanted: Sizes) -> dict[str, Any]:
     return sizes | {"cpb_norm": None} if inflated else sizes
 
 
-def _table_window(checkpoint: Checkpoint) -> Size | None:
+def _table_window(checkpoint: Checkpoint) -> PerAxis | None:
     """The window of Microsoft's coordinate table (1, 2Wh - 1, 2Ww - 1, 2) in the first block."""
     table = checkpoint.derived.get("layers.0.blocks.0.attn.relative_coords_table")
     return None if table is None else tuple((n + 1) // 2 for n in table.shape[1:-1])
 
 
-def _masked_size(checkpoint: Checkpoint) -> Size | None:
+def _masked_size(checkpoint: Checkpoint) -> PerAxis | None:
     """(H, W) that Microsoft's mask (windows, N, N) of the first shifted block was made for; its images are square."""
     mask = checkpoint.derived.get("layers.0.blocks.1.attn_mask")
     if mask is None or mask.ndim != 3:
         return None
     side = math.isqrt(mask.shape[0]) * math.isqrt(mask.shape[1]) * checkpoint.tensors[PATCH_KERNEL].shape[-1]
     return (side, side)
+
+
+def from_pretrained(
+    path: Path | str,
+    *,
+    frames: int | None = None,
+    image_size: IntOrPerAxis | None = None,
+    patch_size: IntOrPerAxis | None = None,
+    window: IntOrPerAxis | None = None,
+    cpb_norm: Sequence[Sequence[int]] | None = None,
+) -> SwinV2:
+    """Build a model from a file or Hub folder of any known layout: weights loaded, in eval mode, fp32, on the CPU.
+
+    Sizes that are not given are those the weights were trained with; `frames` makes a clip model of image weights.
+    cpb_norm: as in `load_weights`. UserError for weights that cannot be read or explained, UsageError for sizes.
+    """
+    sizes = Sizes(frames, image_size, patch_size, window)
+    return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
 
 
 def save_pretrained(
@@ -176,3 +194,8 @@ def save_pretrained(
         "provenance": dict(provenance or {}),
     }
     write_json(folder / "config.json", config)
+
+
+# The class is where users of timm and Hugging Face look for these two; see the note in SwinV2.
+SwinV2.from_pretrained = staticmethod(from_pretrained)
+SwinV2.save_pretrained = save_pretrained

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
-from video_swinv2.models.swinv2 import Axes, SwinV2
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 KEY = "video_swinv2"  # of the metadata entry in the safetensors header
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -141,9 +141,9 @@ def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
 def load_model(
     path: Path | str,
     *,
-    window: Axes | None = None,
+    window: IntOrPerAxis | None = None,
     frames: int | None = None,
-    image_size: Axes | None = None,
+    image_size: IntOrPerAxis | None = None,
     attention: str | None = None,
 ) -> SwinV2:
     """The model of one file (or of a folder's `model.safetensors`), in eval mode, fp32, on the CPU.

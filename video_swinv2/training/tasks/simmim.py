@@ -22,7 +22,7 @@ from video_swinv2.data.transforms import GREY, denormalise
 from video_swinv2.errors import UsageError
 from video_swinv2.models.simmim import (
     SimMIM,
-    grow,
+    upsample_mask,
     hidden_cells,
     mask_cells,
     masked_l1,
@@ -103,7 +103,7 @@ class Pretraining:
             # The model predicts each pixel relative to the mean and deviation of its surroundings, which it never
             # sees. They are taken from the original here, so contrast and colour in the picture are the original's.
             prediction = restore_target(prediction, inputs, self.config.mask.normalise_target)
-        hidden = grow(masks, self.mask_unit, inputs.shape[2:])
+        hidden = upsample_mask(masks, self.mask_unit, inputs.shape[2:])
         original, reconstructed = (denormalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in (inputs, prediction))
         return draw_reconstruction(original, reconstructed, hidden).cpu()
 
