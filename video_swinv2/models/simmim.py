@@ -36,7 +36,7 @@ class SimMIM(nn.Module):
         self.mask_unit = per_axis("mask_unit", mask_unit, len(patch))
         if any(unit % p for unit, p in zip(self.mask_unit, patch, strict=True)):
             raise ValueError(f"mask_unit: {self.mask_unit} is not a multiple of the patch {patch}")
-        # What one of the encoder's last tokens stands for, in pixels and frames: height and width are merged after every
+        # Pixels and frames that one of the encoder's last tokens stands for: height and width are merged after every
         # stage but the last, time never.
         merged = 2 ** (len(encoder.depths) - 1)
         self.stride = (*patch[:-2], patch[-2] * merged, patch[-1] * merged)
