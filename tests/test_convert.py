@@ -1,4 +1,4 @@
-"""`video-swinv2 convert`: any checkpoint to a model file that gives the same outputs, or one line that says why not."""
+"""`video-swinv2 convert`: a model file with the same outputs as the checkpoint, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def microsoft(tmp_path):
     return tmp_path / "a.pth", reference
 
 
-def test_an_image_model_of_the_size_in_the_tensors(microsoft, tmp_path, capsys):
+def test_an_image_model_whose_size_is_found_from_the_tensors(microsoft, tmp_path, capsys):
     source, reference = microsoft
     code, printed = run(capsys, source, tmp_path / "out.safetensors")
     assert code == 0
@@ -44,7 +44,7 @@ def test_an_image_model_of_the_size_in_the_tensors(microsoft, tmp_path, capsys):
     assert card.provenance["layout"] == "Microsoft SwinV2"
 
 
-def test_a_clip_model_of_image_weights_and_of_that_another_window(microsoft, tmp_path, capsys):
+def test_a_clip_model_from_image_weights_and_another_window_from_that(microsoft, tmp_path, capsys):
     source, reference = microsoft
     options = ["--frames", 8, "--window", "2,4,4", "--patch-size", "1,4,4", "--frame-stride", 4]
     assert run(capsys, source, tmp_path / "clip.safetensors", *options)[0] == 0
@@ -71,7 +71,7 @@ def test_a_clip_model_of_image_weights_and_of_that_another_window(microsoft, tmp
 
 
 def test_sharded_timm_folder_with_class_names(tmp_path, capsys):
-    """A subset of the folder's classes, in another order, by name."""
+    """A subset of the folder's classes, matched by name, in another order."""
     reference = timm_model()
     config = {
         "architecture": "swinv2_tiny_window8_256",
@@ -95,7 +95,7 @@ def test_sharded_timm_folder_with_class_names(tmp_path, capsys):
     assert vs.load_model(tmp_path / "other.safetensors").num_classes == 2
 
 
-def test_names_for_rows_that_have_none(microsoft, tmp_path, capsys):
+def test_class_names_for_a_checkpoint_without_any(microsoft, tmp_path, capsys):
     source, reference = microsoft
     (tmp_path / "names.txt").write_text("\n".join("abcdef"))
     assert run(capsys, source, tmp_path / "o.safetensors", "--classes", tmp_path / "names.txt")[0] == 0
@@ -103,7 +103,7 @@ def test_names_for_rows_that_have_none(microsoft, tmp_path, capsys):
     assert torch.equal(vs.load_model(tmp_path / "o.safetensors").head.weight, reference.head.weight)
 
 
-def test_simmim_of_ours_becomes_a_backbone(tmp_path, capsys):
+def test_our_simmim_file_becomes_a_backbone(tmp_path, capsys):
     pretrained = vs.SimMIM(ours(num_classes=0), 32)
     vs.save_model(
         pretrained, tmp_path / "simmim.safetensors", classes=[], preprocessing=vs.Preprocessing(None, 1, (64, 64))
@@ -116,7 +116,7 @@ def test_simmim_of_ours_becomes_a_backbone(tmp_path, capsys):
         assert_close(model.forward_features(x), expected)
 
 
-def test_a_size_of_no_name_and_a_size_asked_for(tmp_path, capsys):
+def test_an_architecture_without_a_name_and_a_wrong_name(tmp_path, capsys):
     reference = randomise(
         vs.SwinV2(embed_dim=32, depths=(1, 1), num_heads=(1, 2), num_classes=2, image_size=64, window=4)
     )
@@ -139,7 +139,7 @@ def test_a_size_of_no_name_and_a_size_asked_for(tmp_path, capsys):
         (["--window", "4,4,4"], 2, "window"),
         (["--cpb-norm", "4,4"], 1, "a model of 2 stages"),
         (["--cpb-norm", "4,4,0,4"], 1, "positive"),
-        (["--classes", "absent.txt"], 1, "absent.txt: class names cannot be read"),
+        (["--classes", "absent.txt"], 2, "absent.txt: cannot be read as UTF-8 text"),
         (["--patch-size", "8"], 1, "patch_embed.proj.weight"),
     ],
 )
@@ -151,7 +151,7 @@ def test_refusals_are_one_line_and_write_nothing(microsoft, tmp_path, capsys, op
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_outputs_that_are_refused(microsoft, tmp_path, capsys):
+def test_outputs_that_cannot_be_written(microsoft, tmp_path, capsys):
     source, _ = microsoft
     assert "ends in .safetensors, or a folder" in run(capsys, source, tmp_path / "out.pth")[1].err
     assert run(capsys, source, tmp_path / "hub")[0] == 0

@@ -1,4 +1,4 @@
-"""A real Chromium, driven over its DevTools protocol: pages opened, files dropped, everything noted that went wrong."""
+"""A real Chromium, driven over its DevTools protocol: opens pages, drops files, records everything that goes wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 60.0
 
 
 class Browser:
-    """A context manager. `complaints`: console errors and uncaught exceptions; `requests`: every URL asked for."""
+    """A context manager. `complaints`: console errors, dialogs, uncaught exceptions; `requests`: every URL requested."""
 
     def __init__(self, profile: Path) -> None:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
@@ -31,8 +31,8 @@ class Browser:
         self._count = 0
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        told = profile / "DevToolsActivePort"
-        port = self._until(lambda: told.is_file() and told.read_text().split("\n")[0])
+        port_file = profile / "DevToolsActivePort"
+        port = self._until(lambda: port_file.is_file() and port_file.read_text().split("\n")[0])
         self._socket = self._loop.run_until_complete(self._connect(port))
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self.call(f"{domain}.enable")
@@ -49,19 +49,19 @@ class Browser:
         self._loop.close()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol and its result; what the page reports meanwhile is noted."""
+        """Run one command of the protocol and return its result; record what the page reports meanwhile."""
         self._count += 1
-        self._wait(self._say({"id": self._count, "method": method, "params": parameters}))
+        self._wait(self._send({"id": self._count, "method": method, "params": parameters}))
         while True:
-            message = self._wait(self._hear())
+            message = self._wait(self._receive())
             if message.get("id") == self._count:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
-            self._note(message)
+            self._record(message)
 
     def open(self, url: str, width: int, height: int, dark: bool = False) -> None:
-        """Go to a page, in a window of that size, and wait until it is loaded."""
+        """Open a page in a viewport of `width` x `height` pixels and wait until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -69,21 +69,21 @@ class Browser:
         self.until("document.readyState === 'complete'")
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Evaluate an expression in the page and return its value."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
     def until(self, script: str) -> Any:
-        """Wait until an expression in the page is true; its value."""
+        """Wait until an expression in the page is true, and return its value."""
         return self._until(lambda: self.evaluate(script))
 
     def drop(self, file: Path, x: float, y: float) -> None:
-        """Drag a file from the desktop to a place on the page and let go of it."""
+        """Drag a file from the desktop and drop it at a point of the page."""
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Save the whole page as a PNG file."""
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(picture))
 
@@ -94,15 +94,15 @@ class Browser:
         page = next(target for target in json.loads(answer.body) if target["type"] == "page")
         return await websocket_connect(page["webSocketDebuggerUrl"], max_message_size=2**28)
 
-    # Made inside the loop, as asyncio wants it: tornado's own futures belong to whichever loop runs when they are made.
-    async def _say(self, message: dict[str, Any]) -> None:
+    # Coroutines of our own, because tornado's futures belong to the event loop that runs when they are created.
+    async def _send(self, message: dict[str, Any]) -> None:
         await self._socket.write_message(json.dumps(message))
 
-    async def _hear(self) -> dict[str, Any]:
+    async def _receive(self) -> dict[str, Any]:
         message: dict[str, Any] = json.loads(await self._socket.read_message() or "")
         return message
 
-    def _note(self, message: dict[str, Any]) -> None:
+    def _record(self, message: dict[str, Any]) -> None:
         method, about = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.complaints.append(str(about["exceptionDetails"]))
@@ -118,9 +118,9 @@ class Browser:
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(asyncio.wait_for(work, SECONDS))
 
-    def _until(self, happened: Callable[[], Any]) -> Any:
+    def _until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
-        while not (value := happened()):
-            assert time.monotonic() < deadline, "nothing happened"
+        while not (value := condition()):
+            assert time.monotonic() < deadline, "timed out"
             time.sleep(0.1)
         return value

@@ -1,4 +1,4 @@
-"""Small models with random weights, and a video whose every part looks different."""
+"""Small models with random weights, and a video in which no two parts look alike."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ import video_swinv2 as vs
 from tests.models.reference import randomise
 
 EVIL = "<script>alert(1)</script>"
-CLASSES = ("walk", EVIL, 'jump & "quote"', "run", "clap", "a class whose name goes on and on")
+CLASSES = ("walk", EVIL, 'jump & "quote"', "run", "clap", "a class with a rather long name")
 
 
 def save_model(path: Path, frames: int | None) -> Path:
-    """Weights random everywhere, or the blocks of a fresh model would do nothing; logits of noise differ by about 1."""
+    """A model whose predictions depend on every block, and differ from clip to clip.
+
+    All weights are random, because the blocks of a freshly initialised model compute nothing. The head is scaled so
+    that the logits of noise have a standard deviation of 1.
+    """
     torch.manual_seed(0)
     window = (4, 4) if frames is None else (2, 4, 4)
     model = vs.create_model("swinv2_nano", num_classes=len(CLASSES), frames=frames, image_size=32, window=window)
@@ -34,18 +38,18 @@ def save_model(path: Path, frames: int | None) -> Path:
 
 @pytest.fixture(scope="session")
 def evil_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip model, one of whose classes is a script."""
+    """A clip model with a class name that is a script."""
     return save_model(tmp_path_factory.mktemp("models") / "clip.safetensors", 4)
 
 
 @pytest.fixture(scope="session")
 def evil_image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for images."""
+    """An image model with the same classes."""
     return save_model(tmp_path_factory.mktemp("models") / "image.safetensors", None)
 
 
 @pytest.fixture(scope="session")
 def changing(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
-    """40 frames of 64 x 48 pixels, 25 a second, no two alike."""
+    """40 frames of noise, 64 x 48 pixels, at 25 frames per second."""
     noise = np.random.default_rng(1).integers(0, 256, (40, 6, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     return write_video(tmp_path_factory.mktemp("videos") / "changing.mp4", noise)

@@ -1,4 +1,4 @@
-"""Exported programs: they run without this package on a real clip, for any number of samples, and say what they are."""
+"""Exported programs: run without this package, on a real clip, for any number of samples, and describe themselves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = "video_swinv2"
 
 
 def save(path: Path, frames: int | None, depths: tuple[int, ...] = (2, 1), classes: tuple[str, ...] = CLASSES) -> Path:
-    """Shifted windows, padding and a merging, with random weights everywhere; export takes seconds per block."""
+    """Shifted windows, padding and patch merging with random weights. Few blocks: exporting one takes seconds."""
     model = SwinV2(
         embed_dim=32,
         depths=depths,
@@ -56,11 +56,11 @@ def video(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., P
     return write_video(tmp_path_factory.mktemp("files") / "clip.mp4", noise)
 
 
-def pixels_as_told(description: dict[str, object], video: Path) -> torch.Tensor:
-    """What a user without this package would make from the file's own words: (V, 3, T, H, W)."""
-    told = description["preprocessing"]
-    assert isinstance(told, dict)
-    preprocessing = vs.Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+def views_as_described(description: dict[str, object], video: Path) -> torch.Tensor:
+    """The input that a user without this package would make by the description in the file: (V, 3, T, H, W)."""
+    values = description["preprocessing"]
+    assert isinstance(values, dict)
+    preprocessing = vs.Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     views, _ = read_views(video, PROTOCOLS["videoswin-4x3"], preprocessing)
     return normalise(views, preprocessing.mean, preprocessing.std)
 
@@ -78,14 +78,14 @@ def test_onnx_of_a_clip_model(
     description = json.loads({entry.key: entry.value for entry in proto.metadata_props}[KEY])
     assert description["classes"] == list(CLASSES)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-    pixels = pixels_as_told(description, video)
+    pixels = views_as_described(description, video)
     model = vs.load_model(clip_model)
     for count in (1, 2, 5):
         (got,) = session.run(None, {"pixels": pixels[:count].numpy()})
         with torch.no_grad():
             expected = model(pixels[:count])
         assert_close(got, expected)
-    assert np.abs(got[0] - got[-1]).max() > 1e-3, "equal answers prove nothing"
+    assert np.abs(got[0] - got[-1]).max() > 1e-3, "equal outputs would prove nothing"
 
 
 def test_torch_export_of_a_clip_model_at_another_size(video: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_torch_export_of_a_clip_model_at_another_size(video: Path, tmp_path: Pat
     extra = {f"{KEY}.json": ""}
     program = torch.export.load(out, extra_files=extra).module()
     description = json.loads(extra[f"{KEY}.json"])
-    pixels = pixels_as_told(description, video)
+    pixels = views_as_described(description, video)
     assert pixels.shape[1:] == (3, 3, 32, 32)
     model = vs.load_model(clip_model, frames=3, image_size=(32, 32))
     for count in (1, 4):
@@ -105,7 +105,7 @@ def test_torch_export_of_a_clip_model_at_another_size(video: Path, tmp_path: Pat
 
 
 def test_an_image_model(tmp_path: Path) -> None:
-    """On noise, in the oldest operator set offered."""
+    """Compared on noise, in the oldest opset supported."""
     model = save(tmp_path / "image.safetensors", None, (2,))
     export(model, tmp_path / "image.onnx", opset=18)
     session = onnxruntime.InferenceSession(tmp_path / "image.onnx")
@@ -120,7 +120,7 @@ def test_an_image_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 @pytest.mark.parametrize("frames", [4, None])
 def test_ten_real_clips(frames: int | None, suffix: str, outside_data: Path, tmp_path: Path) -> None:
-    """Programs of a clip and of an image model agree with it on real clips, first five classes and all."""
+    """Exported clip and image models agree with the originals on real clips, also in the order of the top classes."""
     clips = sorted((outside_data / "ut_interaction").rglob("*.avi"))[::12][:10]
     assert len(clips) == 10
     model = save(tmp_path / "model.safetensors", frames, (2,), tuple("abcdefghijkl"))
@@ -134,7 +134,7 @@ def test_ten_real_clips(frames: int | None, suffix: str, outside_data: Path, tmp
         views, _ = read_views(clip, PROTOCOLS["center-1x1"], card.preprocessing)
         with torch.no_grad():
             answers.append(vs.load_model(model)(normalise(views, card.preprocessing.mean, card.preprocessing.std)))
-    assert torch.cat(answers).std(0).min() > 1e-3, "equal answers prove nothing"
+    assert torch.cat(answers).std(0).min() > 1e-3, "equal outputs would prove nothing"
 
 
 def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

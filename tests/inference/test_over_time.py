@@ -1,4 +1,4 @@
-"""Watching over time: one answer by every road, nothing that hangs or dies takes us along, videos are written on."""
+"""Prediction over time: equal results from every kind of source, hangs and crashes contained, videos annotated."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import OverTime, Prediction, predict
 from video_swinv2.inference.streams import centre_crop
-from video_swinv2.inference.watching import WatchRequest, Watcher
+from video_swinv2.inference.watching import Watcher, WatchRequest
 
-EVERY = OverTime(every_seconds=0.2)  # 5 of 25 pictures
-STARTS = (0, 5, 10, 15, 20, 25, 30, 33)  # of 40 pictures, 7 to a window
+EVERY = OverTime(every_seconds=0.2)  # every 5 frames at 25 frames per second
+STARTS = (0, 5, 10, 15, 20, 25, 30, 33)  # first frames of the segments: 40 frames, 7 per segment
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def transport_stream(video: Path, path: Path) -> bytes:
-    """The pictures of a video as MPEG-TS, which can be read from anywhere on."""
+    """The frames of a video as MPEG-TS, which a reader can join anywhere."""
     with av.open(str(video)) as source, av.open(str(path), "w", format="mpegts") as target:
         stream = target.add_stream("mpeg2video", rate=25, options={"g": "1"})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 10**6
@@ -63,15 +63,15 @@ def transport_stream(video: Path, path: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def over_time(evil_model: Path, changing: Path) -> Prediction:
-    told: list[tuple[str, SegmentPrediction]] = []
+    seen: list[tuple[str, SegmentPrediction]] = []
     (prediction,) = predict(
-        evil_model, [changing], device="cpu", top=6, over_time=EVERY, on_segment=lambda *one: told.append(one)
+        evil_model, [changing], device="cpu", top=6, over_time=EVERY, on_segment=lambda *one: seen.append(one)
     )
-    assert told == [(str(changing), moment) for moment in prediction.segments]
+    assert seen == [(str(changing), moment) for moment in prediction.segments]
     return prediction
 
 
-def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model: Path, changing: Path) -> None:
+def test_segments_and_their_mean_equal_the_models(over_time: Prediction, evil_model: Path, changing: Path) -> None:
     card = vs.read_card(evil_model)
     with VideoReader(changing) as reader:
         side, (rows, columns) = centre_crop(reader.size, (32, 32))
@@ -80,7 +80,7 @@ def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model
     with torch.no_grad():
         expected = vs.load_model(evil_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
     shares = expected.softmax(-1)
-    assert shares.std(0).max() > 0.01, "equal windows prove nothing"
+    assert shares.std(0).max() > 0.01, "equal segments would prove nothing"
     assert len(over_time.segments) == len(STARTS)
     for start, moment, row in zip(STARTS, over_time.segments, shares, strict=True):
         assert (moment.start_seconds, moment.end_seconds) == pytest.approx((start / 25, (start + 6) / 25), abs=1e-6)
@@ -94,9 +94,11 @@ def test_windows_and_their_mean_are_the_models(over_time: Prediction, evil_model
     )
 
 
-def test_one_answer_by_every_road(over_time: Prediction, evil_model: Path, changing: Path, tmp_path: Path) -> None:
-    """A file, the same from a server and through a pipe; a sender that ends and one that waits for a reader."""
-    moving = tmp_path / "moving.mkv"  # can be read without going back, as MP4 cannot
+def test_every_kind_of_source_gives_the_same(
+    over_time: Prediction, evil_model: Path, changing: Path, tmp_path: Path
+) -> None:
+    """A file, the same file from a server, and through a named pipe."""
+    moving = tmp_path / "moving.mkv"  # unlike MP4, it can be read without seeking
     with av.open(str(changing)) as source, av.open(str(moving), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -119,7 +121,7 @@ def test_one_answer_by_every_road(over_time: Prediction, evil_model: Path, chang
 
 
 def test_a_growing_file_through_standard_input(evil_model: Path, changing: Path, tmp_path: Path) -> None:
-    """What has come is answered before the rest is there; the end of the input is the end."""
+    """What has arrived is classified before the rest exists; the stream ends with the input."""
     content, growing = transport_stream(changing, tmp_path / "whole.ts"), tmp_path / "growing.ts"
     growing.write_bytes(content[: len(content) * 3 // 4])
     tail = subprocess.Popen(["tail", "-c", "+1", "-f", str(growing)], stdout=subprocess.PIPE)
@@ -138,7 +140,7 @@ def test_a_growing_file_through_standard_input(evil_model: Path, changing: Path,
     ]
     reading = subprocess.Popen(command, stdin=tail.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert reading.stdout is not None
-    first = [reading.stdout.readline() for _ in range(7)]  # the header and the first windows
+    first = [reading.stdout.readline() for _ in range(7)]  # the header and the first segments
     with growing.open("ab") as file:
         file.write(content[len(content) * 3 // 4 :])
     time.sleep(1.5)  # tail looks once a second
@@ -147,12 +149,12 @@ def test_a_growing_file_through_standard_input(evil_model: Path, changing: Path,
     rows = list(csv.DictReader([*first, *out.splitlines()]))
     assert reading.returncode == 0, err
     starts = {row["start_seconds"] for row in rows}
-    assert len(starts) == len(STARTS) + 1, "the windows and the whole"
+    assert len(starts) == len(STARTS) + 1, "the segments and the whole"
     assert starts >= {"0.00", "0.20", "1.00"}
     assert sum(float(row["probability"]) for row in rows if not row["start_seconds"]) == pytest.approx(1.0, abs=0.01)
 
 
-def test_a_live_stream_ends_when_told(evil_model: Path, changing: Path) -> None:
+def test_a_live_stream_ends_after_the_seconds_asked_for(evil_model: Path, changing: Path) -> None:
     """UDP, as an IP camera sends; the sender never ends."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
@@ -181,7 +183,7 @@ def test_a_live_stream_ends_when_told(evil_model: Path, changing: Path) -> None:
     assert max(moment.end_seconds for moment in prediction.segments) <= 1.0
 
 
-def test_a_live_source_goes_on_without_what_is_not_answered(changing: Path) -> None:
+def test_a_live_stream_skips_segments_that_the_model_is_too_slow_for(changing: Path) -> None:
     seen = {}
     for live in (True, False):
         with Watcher(WatchRequest(str(changing), 4, 2, (32, 32), every_seconds=0.2, live=live, ahead=1)) as watcher:
@@ -195,10 +197,10 @@ def test_a_live_source_goes_on_without_what_is_not_answered(changing: Path) -> N
     assert seen[False] == (list(STARTS), 0)
     starts, skipped = seen[True]
     assert 0 < skipped == len(STARTS) - len(starts)
-    assert starts[-1] == STARTS[-1], "the end is always seen"
+    assert starts[-1] == STARTS[-1], "the end is never skipped"
 
 
-def test_a_source_that_hangs_or_dies_is_given_up(evil_model: Path, changing: Path, tmp_path: Path) -> None:
+def test_a_source_that_hangs_or_crashes_is_given_up(evil_model: Path, changing: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "silent")  # nobody writes: opening it never returns
     started = time.monotonic()
     silent, file = predict(
@@ -218,7 +220,7 @@ def test_a_source_that_hangs_or_dies_is_given_up(evil_model: Path, changing: Pat
         next(iter(watcher))
 
 
-def test_what_cannot_be_watched_is_one_line(evil_model: Path, tmp_path: Path) -> None:
+def test_unreadable_sources_are_reported_in_one_line(evil_model: Path, tmp_path: Path) -> None:
     (tmp_path / "page.mp4").write_text("<html>not found</html>")
     names = [str(tmp_path / "page.mp4"), "http://127.0.0.1:1/x.mp4", "/dev/null"]
     found = predict(evil_model, names, device="cpu", over_time=EVERY)
@@ -235,10 +237,10 @@ def test_what_cannot_be_watched_is_one_line(evil_model: Path, tmp_path: Path) ->
         predict(evil_model, ["-"], device="cpu", over_time=OverTime(every_seconds=0.0))
 
 
-def test_a_video_with_the_answers_on_it(
+def test_an_annotated_video(
     evil_model: Path, changing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As long as the video, its pictures at their times, each with a panel at the bottom; answers as without it."""
+    """As many frames as the source, at the same times, each with a panel at the bottom; the same answers."""
     out = tmp_path / "out"
     twice = [str(changing), str(changing)]
     assert main(["predict", str(evil_model), *twice, "--every", "0.2", "--video", str(out), "--json"]) == 0
@@ -251,7 +253,7 @@ def test_a_video_with_the_answers_on_it(
         np.testing.assert_allclose(after.times - after.times[0], before.times - before.times[0], atol=1e-3)
         for i in (0, 20, 39):
             difference = (after.frames([i]).float() - before.frames([i]).float()).abs().mean((0, 1, 3))
-            assert difference[:8].mean() < 12, "the top is as it was"
+            assert difference[:8].mean() < 12, "the top is unchanged"
             assert difference[-8:].mean() > 30, "the panel covers the bottom"
 
 
@@ -262,7 +264,7 @@ def test_a_failure_leaves_no_video(evil_model: Path, outside_data: Path, tmp_pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_image_model_watches_single_frames(evil_image_model: Path, changing: Path) -> None:
+def test_segments_of_an_image_model_are_single_frames(evil_image_model: Path, changing: Path) -> None:
     (prediction,) = predict(evil_image_model, [changing], device="cpu", over_time=OverTime(every_seconds=0.4))
     assert [moment.start_seconds for moment in prediction.segments] == pytest.approx([0, 0.4, 0.8, 1.2, 1.56])
 
@@ -283,7 +285,7 @@ def test_no_process_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     parent.wait()
     deadline = time.monotonic() + 20
     while alive(child):
-        assert time.monotonic() < deadline, "the process lives on"
+        assert time.monotonic() < deadline, "the process is still alive"
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""Predictions for real files: the right numbers, and every kind of wrong file reported without stopping the others."""
+"""Predictions for real files: correct numbers, and every kind of bad file reported without stopping the others."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
+from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files, media_type_of, media_type_of_bytes
 from video_swinv2.inference.predictor import predict, read_image_views
-from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -75,7 +75,7 @@ def test_probabilities_are_the_models(clip_model: Path, files: Path) -> None:
     assert predict(clip_model, [files / "one.mp4"], device="cpu", top=2)[0].answers == prediction.answers[:2]
 
 
-def test_a_folder_is_searched_by_suffix_and_content(clip_model: Path, files: Path) -> None:
+def test_files_in_a_folder_are_found_by_suffix_and_content(clip_model: Path, files: Path) -> None:
     predictions = predict(clip_model, [files], device="cpu", protocol="center-1x1")
     found = {Path(prediction.path).name: prediction for prediction in predictions}
     assert sorted(found) == ["broken.mp4", "empty.avi", "no_suffix", "one.mp4", "two 'quoted'.mkv"]
@@ -85,10 +85,10 @@ def test_a_folder_is_searched_by_suffix_and_content(clip_model: Path, files: Pat
     assert "0 bytes" in found["empty.avi"].error
     assert found["broken.mp4"].error
     assert not found["broken.mp4"].answers
-    assert str(files) not in found["broken.mp4"].error, "the path is said once"
+    assert str(files) not in found["broken.mp4"].error, "the path is given once"
 
 
-def test_files_given_by_name_keep_their_order_and_their_errors(clip_model: Path, files: Path) -> None:
+def test_predictions_and_errors_keep_the_order_of_the_files(clip_model: Path, files: Path) -> None:
     names = ["gone.mp4", "still.png", "one.mp4", "notes.txt", "one.mp4"]
     predictions = predict(clip_model, [files / name for name in names], device="cpu", protocol="center-1x1")
     assert [Path(prediction.path).name for prediction in predictions] == names
@@ -111,10 +111,10 @@ def test_files_given_by_name_keep_their_order_and_their_errors(clip_model: Path,
     assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
 
 
-def test_an_image_model_takes_images_as_they_are_shown(image_model: Path, files: Path, tmp_path: Path) -> None:
+def test_an_image_model_reads_images_as_they_are_shown(image_model: Path, files: Path, tmp_path: Path) -> None:
     picture = Image.open(files / "still.png")
     turned = Image.Exif()
-    turned[0x0112] = 6  # shown a quarter turn clockwise
+    turned[0x0112] = 6  # EXIF orientation: rotated clockwise by 90 degrees when shown
     picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=turned, quality=100, subsampling=0)
     (tmp_path / "cut.png").write_bytes((files / "still.png").read_bytes()[:80])
     picture.save(tmp_path / "plain.png")
@@ -128,21 +128,26 @@ def test_an_image_model_takes_images_as_they_are_shown(image_model: Path, files:
     assert len(video.answers) == 4
 
 
-def test_views_of_a_still_are_its_crops_once(files: Path) -> None:
+def test_an_image_has_each_spatial_crop_once(files: Path) -> None:
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
     assert read_image_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
     assert read_image_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
 
 
-def test_kinds(files: Path) -> None:
-    assert media_type_of(files / "one.mp4") == media_type_of(files / "no_suffix") == media_type_of(files / "empty.avi") == VIDEO
+def test_media_types(files: Path) -> None:
+    assert (
+        media_type_of(files / "one.mp4")
+        == media_type_of(files / "no_suffix")
+        == media_type_of(files / "empty.avi")
+        == VIDEO
+    )
     assert media_type_of(files / "still.png") == IMAGE
     assert media_type_of(files / "notes.txt") is None
     assert find_media_files([files], IMAGE) == [(files / "still.png", IMAGE)]
 
 
-def test_real_containers_are_known_by_their_content(outside_data: Path) -> None:
-    """Real files with their names taken away."""
+def test_real_containers_are_recognised_by_their_content(outside_data: Path) -> None:
+    """Real files, of which only the first bytes are seen."""
     videos = [*(outside_data / "ut_interaction").rglob("*.avi"), *(outside_data / "raw_clips").rglob("*.mp4")]
     assert videos
     for path in videos[:200:10]:

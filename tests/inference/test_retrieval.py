@@ -1,4 +1,4 @@
-"""Vectors for retrieval: those of the model, found again by cosine, and refused where they cannot be compared."""
+"""Search by example: vectors equal the model's, neighbours those of largest cosine, incomparable galleries refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from video_swinv2.inference.retrieval import Gallery, load_gallery, make_gallery
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
-    """Two kinds of clips, red and blue, three of each, one of them broken."""
+    """Three red and three blue clips in folders named after them, and one broken file."""
     top = tmp_path_factory.mktemp("gallery")
     for kind, channel in (("red", 0), ("blue", 2)):
         for i in range(3):
@@ -38,7 +38,7 @@ def gallery(folder: Path, evil_model: Path) -> Gallery:
     return make_gallery(evil_model, [folder], device="cpu", workers=0)
 
 
-def test_vectors_are_the_models(gallery: Gallery, folder: Path, evil_model: Path, tmp_path: Path) -> None:
+def test_vectors_equal_the_models_features(gallery: Gallery, folder: Path, evil_model: Path, tmp_path: Path) -> None:
     assert gallery.labels == ("blue",) * 3 + ("red",) * 4
     assert [bool(reason) for reason in gallery.reasons] == [Path(name).stem == "broken" for name in gallery.names]
     card = vs.read_card(evil_model)
@@ -57,7 +57,7 @@ def test_vectors_are_the_models(gallery: Gallery, folder: Path, evil_model: Path
     np.testing.assert_array_equal(again.vectors, gallery.vectors)
 
 
-def test_the_nearest_are_those_of_largest_cosine(gallery: Gallery) -> None:
+def test_neighbours_have_the_largest_cosine(gallery: Gallery) -> None:
     found = search(gallery, gallery, 4)
     vectors = gallery.vectors.astype(np.float64)
     for i, one in enumerate(found):
@@ -79,7 +79,7 @@ def test_the_nearest_are_those_of_largest_cosine(gallery: Gallery) -> None:
             votes[near.label] += np.exp(near.similarity / 0.07)
         shares = {answer.name: answer.probability for answer in one.answers}
         assert shares == pytest.approx({k: v / sum(votes.values()) for k, v in votes.items() if v}, rel=1e-4)
-        assert one.answers[0].name == gallery.labels[i], "its own kind is nearest"
+        assert one.answers[0].name == gallery.labels[i], "its own colour is nearest"
 
 
 def test_from_the_command_line(
@@ -96,16 +96,16 @@ def test_from_the_command_line(
         str(tmp_path / "g.npz"),
     ]
     assert main([*arguments, "--k", "2", "--json", "--features", str(tmp_path / "q.npz")]) == 1
-    told = capsys.readouterr()
-    first, gone = json.loads(told.out)
+    printed = capsys.readouterr()
+    first, gone = json.loads(printed.out)
     assert first["neighbours"][0] == {"path": str(query), "label": "blue", "likeness": pytest.approx(1.0, abs=1e-5)}
     assert len(first["neighbours"]) == 2
     assert gone["error"] == "no such file"
-    assert "1 of 2 files" in told.err
+    assert "1 of 2 files" in printed.err
     assert load_gallery(tmp_path / "q.npz").names == (str(query), str(tmp_path / "gone.mp4"))
 
 
-def test_what_cannot_be_compared(gallery: Gallery, folder: Path, evil_image_model: Path, tmp_path: Path) -> None:
+def test_what_is_refused(gallery: Gallery, folder: Path, evil_image_model: Path, tmp_path: Path) -> None:
     clip = folder / "red" / "0.mp4"
     with pytest.raises(UsageError, match="another model"):
         search(gallery, make_gallery(evil_image_model, [clip], device="cpu", workers=0), 1)

@@ -1,4 +1,4 @@
-"""Sliding windows against indices counted by hand, and their pixels against those of a test's reader."""
+"""Segments against indices counted by hand, and the frames of a stream against those of the reader of a test."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import pytest
 import torch
 
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.inference.streams import Frame, FrameStream, centre_crop, is_live, is_stream
 from video_swinv2.inference.segments import SegmentCutter
+from video_swinv2.inference.streams import Frame, FrameStream, centre_crop, is_live, is_stream
 
 
-def windows_of(n: int, frames: int, stride: int, hop: int) -> list[tuple[int, ...]]:
-    slider = SegmentCutter(frames, stride, hop)
+def segment_indices(n: int, frames: int, stride: int, hop: int) -> list[tuple[int, ...]]:
+    cutter = SegmentCutter(frames, stride, hop)
     image = np.zeros((1, 1, 3), np.uint8)
-    found = [slider.add(Frame(i, i / 10, image)) for i in range(n)]
-    return [window.indices for window in [*found, slider.finish()] if window is not None]
+    found = [cutter.add(Frame(i, i / 10, image)) for i in range(n)]
+    return [segment.indices for segment in [*found, cutter.finish()] if segment is not None]
 
 
 @pytest.mark.parametrize(
     ("n", "frames", "stride", "hop", "expected"),
     [
-        (10, 3, 2, 2, [(0, 2, 4), (2, 4, 6), (4, 6, 8), (5, 7, 9)]),  # the last ends with the last picture
+        (10, 3, 2, 2, [(0, 2, 4), (2, 4, 6), (4, 6, 8), (5, 7, 9)]),  # the last segment ends with the last frame
         (9, 3, 2, 2, [(0, 2, 4), (2, 4, 6), (4, 6, 8)]),
         (5, 3, 2, 1, [(0, 2, 4)]),
-        (3, 3, 2, 1, [(0, 2, 1)]),  # shorter than a window: looped
+        (3, 3, 2, 1, [(0, 2, 1)]),  # shorter than a segment: looped
         (1, 2, 4, 9, [(0, 0)]),
-        (8, 2, 1, 5, [(0, 1), (5, 6), (6, 7)]),  # a hop over pictures that are not looked at
+        (8, 2, 1, 5, [(0, 1), (5, 6), (6, 7)]),  # the hop leaves frames out
         (4, 1, 7, 2, [(0,), (2,), (3,)]),  # an image model
         (0, 2, 1, 1, []),
     ],
 )
-def test_windows(n: int, frames: int, stride: int, hop: int, expected: list[tuple[int, ...]]) -> None:
-    assert windows_of(n, frames, stride, hop) == expected
+def test_indices_counted_by_hand(n: int, frames: int, stride: int, hop: int, expected: list[tuple[int, ...]]) -> None:
+    assert segment_indices(n, frames, stride, hop) == expected
 
 
-def test_pictures_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
-    """Times and pixels as VideoReader has them, also where the picture is turned."""
+def test_frames_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
+    """Times and pixels equal VideoReader's, also in a rotated video."""
     for path in (changing, outside_data / "odd_clips" / "decord__video_90.mov"):
         with VideoReader(path) as reader, FrameStream(str(path)) as source:
             for i, (seconds, frame) in enumerate(source):
@@ -53,7 +53,7 @@ def test_pictures_are_those_of_a_test(changing: Path, outside_data: Path) -> Non
             assert i + 1 == len(reader)
 
 
-def test_what_is_a_stream(tmp_path: Path) -> None:
+def test_streams_and_live_streams_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "file.mp4").write_bytes(b"x")
     assert not is_stream(str(tmp_path / "file.mp4"))
     assert not is_stream(str(tmp_path / "gone.mp4"))
@@ -61,6 +61,6 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
     for name in ("http://h/x", "https://h/x", "-", "tcp://h:1"):
         assert is_stream(name)
         assert not is_live(name)
-    for name in ("rtsp://h/x", "udp://h:1", "/dev/null"):  # a device is what a camera is
+    for name in ("rtsp://h/x", "udp://h:1", "/dev/null"):  # a character device, as a camera is
         assert is_stream(name)
         assert is_live(name)

@@ -93,10 +93,12 @@ def page(evil_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     assert [path for path in folder.rglob("*") if path.is_file()] == [], "nothing is kept"
 
 
-def test_a_clip_is_answered_as_predict_does(page: Running, evil_model: Path, changing: Path) -> None:
+def test_a_clip_gets_the_same_answer_as_from_predict(page: Running, evil_model: Path, changing: Path) -> None:
     status, answer = page.post(changing.read_bytes())
     assert status == 200
-    assert len(answer["windows"]) == 18  # a hop of 2 pictures: 34 pictures in 23 steps are 1.5 each
+    assert (
+        len(answer["windows"]) == 18
+    )  # 33 frames after the first segment, shared by 23 more, are 1.4 each: a hop of 2
     (expected,) = predict(evil_model, [changing], device="cpu", top=6, over_time=OverTime(every_seconds=0.08))
     assert [one["name"] for one in answer["answers"]] == [one.name for one in expected.answers]
     for ours, theirs in zip(answer["answers"], expected.answers, strict=True):
@@ -111,7 +113,7 @@ def test_a_clip_is_answered_as_predict_does(page: Running, evil_model: Path, cha
 
 
 def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
-    """Whether the sender asks first, waits, or just sends."""
+    """Whether the client asks first, sends without reading the response, or sends and then reads it."""
     started = time.monotonic()
     with page.begin(10**10, "Expect: 100-continue") as asking:
         assert asking.recv(1000).startswith(b"HTTP/1.1 413 ")
@@ -127,9 +129,11 @@ def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
     assert page.is_serving()
 
 
-def test_what_is_no_clip_is_refused(page: Running, outside_data: Path) -> None:
+def test_other_files_than_clips_are_refused(page: Running, outside_data: Path) -> None:
     assert page.post(b"hello\n" * 1000) == (415, {"error": "This is neither a video nor an image."})
-    assert page.post(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")[0] == 415, "a playlist would read other files"
+    assert page.post(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")[0] == 415, (
+        "a playlist could make FFmpeg read other files"
+    )
     assert page.post(b"\x89PNG\r\n\x1a\n" + bytes(1000))[0] == 415
     assert page.post(b"")[0] == 400
     for file in sorted((outside_data / "odd_clips" / "broken").iterdir()):
@@ -139,14 +143,14 @@ def test_what_is_no_clip_is_refused(page: Running, outside_data: Path) -> None:
     assert page.is_serving()
 
 
-def test_the_file_that_hangs_decord_is_answered(page: Running, outside_data: Path) -> None:
+def test_a_file_that_hangs_decord_is_classified(page: Running, outside_data: Path) -> None:
     status, answer = page.post((outside_data / "odd_clips" / "ft__fixture2.mpg").read_bytes())
     assert status == 200
     assert answer["pictures"] > 400
     assert page.is_serving()
 
 
-def test_a_decoder_past_its_time_is_killed(evil_model: Path, outside_data: Path) -> None:
+def test_a_decoder_beyond_its_limits_is_killed(evil_model: Path, outside_data: Path) -> None:
     clip = (outside_data / "odd_clips" / "ft__fixture2.mpg").read_bytes()
     limits = Limits(seconds=0.05)
     with open_server(evil_model, port=0, device="cpu", limits=limits) as server, Running(server) as running:
@@ -159,14 +163,14 @@ def test_a_decoder_past_its_time_is_killed(evil_model: Path, outside_data: Path)
         assert running.is_serving()
 
 
-def test_a_sender_that_is_slow_or_goes_away_hinders_nobody(page: Running, changing: Path) -> None:
+def test_slow_and_broken_uploads_do_not_block_others(page: Running, changing: Path) -> None:
     content = changing.read_bytes()
     with page.begin(len(content)) as slow, page.begin(len(content)) as gone:
         slow.sendall(content[:600])
         gone.sendall(content[:600])
         gone.shutdown(socket.SHUT_WR)
         assert page.is_serving()
-        assert page.post(content)[0] == 200, "the third one"
+        assert page.post(content)[0] == 200, "the third upload"
         assert gone.recv(1000).startswith(b"HTTP/1.1 400 ")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
     with page.begin(len(content)), page.begin(len(content)), page.begin(len(content)):
@@ -179,7 +183,7 @@ def test_a_sender_that_is_slow_or_goes_away_hinders_nobody(page: Running, changi
 
 def test_other_sites_and_other_files_are_not_served(page: Running, changing: Path) -> None:
     content = changing.read_bytes()
-    assert page.ask("GET", "/", Host="evil.example")[0] == 421, "a name that was made to point here"
+    assert page.ask("GET", "/", Host="evil.example")[0] == 421, "DNS rebinding"
     assert page.ask("GET", "/", Host=f"evil.example:{page.port}")[0] == 421
     assert page.ask("GET", "/", Host="127.0.0.1.evil.example")[0] == 421
     assert page.ask("GET", "/", Host=f"localhost:{page.port}")[0] == 200
@@ -255,7 +259,7 @@ def test_a_defect_is_answered_and_reported_in_one_line(
     assert page.is_serving()
 
 
-def test_what_the_page_says_of_itself(page: Running) -> None:
+def test_headers_and_policy_of_the_page(page: Running) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", page.port)
     connection.request("GET", "/")
     answer = connection.getresponse()
@@ -300,7 +304,7 @@ def test_ctrl_c_ends_it(evil_model: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
-    """A clip of an evil name dropped, for a class of an evil name: shown as text, nothing runs, nothing leaves."""
+    """Hostile names of a clip and of a class are shown as text; none of it runs, and nothing leaves the page."""
     clip = (
         tmp_path
         / """<img src=x onerror="alert(1)">'
@@ -322,14 +326,14 @@ def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
             assert browser.evaluate("document.querySelectorAll('#films img').length") == 18
             assert browser.evaluate("[...document.querySelectorAll('#films img')].every((i) => i.naturalWidth > 100)")
             assert browser.evaluate("document.querySelectorAll('#chart polyline').length") == 6
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
+            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no horizontal scrolling"
             browser.evaluate("document.querySelectorAll('#films button')[3].click()")
             assert browser.evaluate("document.getElementById('moment').innerText").startswith("0.2 s to 0.5 s: ")
             browser.drop(text, 150, 100)
             browser.until("!document.getElementById('fault').hidden")
             assert "neither a video nor an image" in browser.evaluate("document.getElementById('fault').innerText")
         refused = [one for one in browser.complaints if "415" in one]
-        assert len(refused) == 2, "the browser's own note of each refused text file"
+        assert len(refused) == 2, "the browser's own message about each refused text file"
         assert browser.complaints == refused
         outside = [url for url in browser.requests if not url.startswith((home, "data:", f"blob:{home}"))]
         assert outside == []
