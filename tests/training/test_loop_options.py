@@ -85,7 +85,7 @@ def test_drop_path_is_off_in_frozen_stages_and_there_are_only_so_many():
     first = model.depths[0]
     assert left == [0.0] * first + rates[first:]
     assert all(rate > 0 for rate in left[first:])
-    with pytest.raises(UsageError, match=r"optim\.frozen_stages: 5, and the model has 4 stages"):
+    with pytest.raises(UsageError, match=r"optim\.frozen_stages: 5 is more than the model.s 4 stages"):
         freeze_stages(model, 5)
 
 

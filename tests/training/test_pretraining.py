@@ -1,9 +1,10 @@
-"""SimMIM on real files: what is measured and drawn, exact resume with averages, clips, the chain to a clip model."""
+"""SimMIM on real files: metrics and pictures, exact resumption with averaged weights, clips, the way to clip models."""
 
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -59,25 +60,32 @@ def videos(tmp_path_factory, write_video):
     return folder
 
 
+def simmim_recipe(folder, images, **changes):
+    """Write the recipe of a SimMIM run on images, four steps long, with averaged weights."""
+    values = {
+        "out": str(folder / "run"),
+        "init": "scratch",
+        "model": {"name": "swinv2_nano", "window": 4, "drop_path": 0.1},
+        "data": {"source": str(images), "image_size": 32, "workers": 0},
+        "mask": {"unit": 8, "normalise_target": 7},
+        "optim": {"epochs": 2, "lr": 1e-3, "batch": 2, "micro_batch": 2, "clip_norm": 5, "ema": 0.5},
+        "engine": {"engine": "plain", "precision": "fp32", "device": "cpu"},
+        "log_every": 1,
+        "checkpoint_minutes": 60,
+    }
+    return write_recipe(folder, values, changes)
+
+
 @pytest.fixture
 def recipe(images, tmp_path):
-    """A SimMIM run of four steps on images, with averages; a function that writes it with changes."""
+    """A function that writes `simmim_recipe` with changes."""
+    return partial(simmim_recipe, tmp_path, images)
 
-    def write(**changes):
-        values = {
-            "out": str(tmp_path / "run"),
-            "init": "scratch",
-            "model": {"name": "swinv2_nano", "window": 4, "drop_path": 0.1},
-            "data": {"source": str(images), "image_size": 32, "workers": 0},
-            "mask": {"unit": 8, "normalise_target": 7},
-            "optim": {"epochs": 2, "lr": 1e-3, "batch": 2, "micro_batch": 2, "clip_norm": 5, "ema": 0.5},
-            "engine": {"engine": "plain", "precision": "fp32", "device": "cpu"},
-            "log_every": 1,
-            "checkpoint_minutes": 60,
-        }
-        return write_recipe(tmp_path, values, changes)
 
-    return write
+@pytest.fixture(scope="module")
+def finished_run(images, tmp_path_factory):
+    """The folder of an undisturbed run of the recipe without changes."""
+    return run(load_config(simmim_recipe(tmp_path_factory.mktemp("finished"), images)), Pretraining)
 
 
 def clip_settings(videos, **mask):
@@ -93,7 +101,7 @@ class Killed(Exception):
 
 
 def stopped_after(steps):
-    """SimMIM that dies in the step after `steps`, as a power cut would have it."""
+    """SimMIM that dies in the step after `steps`, as in a power cut."""
 
     def make(config):
         task = Pretraining(config)
@@ -112,10 +120,13 @@ def stopped_after(steps):
 
 
 @pytest.mark.parametrize("kind", ["images", "block", "tube"])
-def test_interrupted_pretraining_equals_the_uninterrupted_to_the_bit(recipe, videos, tmp_path, kind):
-    """Losses, measures, trained and averaged weights, and pictures; killed in the middle of each epoch."""
+def test_interrupted_pretraining_equals_the_uninterrupted_to_the_bit(recipe, videos, tmp_path, kind, request):
+    """Losses, metrics, trained and averaged weights, and pictures; killed in the middle of each epoch."""
     changes = {"checkpoint_minutes": 0} | ({} if kind == "images" else clip_settings(videos, shape=kind))
-    straight = run(load_config(recipe(out=str(tmp_path / "straight"), **changes)), Pretraining)
+    if kind == "images":
+        straight = request.getfixturevalue("finished_run")
+    else:
+        straight = run(load_config(recipe(out=str(tmp_path / "straight"), **changes)), Pretraining)
     config = load_config(recipe(out=str(tmp_path / "killed"), **changes))
     for steps in (1, 2):
         with pytest.raises(Killed):
@@ -134,8 +145,8 @@ def test_interrupted_pretraining_equals_the_uninterrupted_to_the_bit(recipe, vid
         assert (straight / "pictures" / name).read_bytes() == (killed / "pictures" / name).read_bytes()
 
 
-def test_averaged_weights_are_what_is_saved_and_measured(recipe, tmp_path):
-    folder = run(load_config(recipe()), Pretraining)
+def test_averaged_weights_are_what_is_saved_and_measured(recipe, finished_run):
+    folder = finished_run
     saved = read_tensors(folder / "last.safetensors")[0]
     average = read_tensors(folder / "checkpoints" / "step-000004" / "ema.safetensors")[0]
     trained = read_tensors(folder / "checkpoints" / "step-000004" / "weights.safetensors")[0]
@@ -162,8 +173,8 @@ def test_validation_masks_are_functions_of_seed_and_place_alone(recipe):
     assert not all(torch.equal(mask, other[(0, index)].mask) for index, mask in enumerate(masks))
 
 
-def test_measures_do_not_depend_on_the_batch(recipe):
-    """Cells that the border cuts make samples hide unlike numbers of pixels; each sample still counts the same."""
+def test_metrics_do_not_depend_on_the_batch(recipe):
+    """Where the border cuts cells, samples hide different numbers of pixels; each sample still counts the same."""
     config = load_config(recipe(data={"image_size": 28}, mask={"unit": 16, "ratio": 0.3}))
     task = Pretraining(config)
     samples = [task.val_samples[(0, index)] for index in range(3)]
@@ -175,7 +186,7 @@ def test_measures_do_not_depend_on_the_batch(recipe):
         assert whole[key] == pytest.approx(sum(part[key] for part in parts), rel=1e-5)
 
 
-def test_a_picture_shows_what_it_says():
+def test_the_rows_of_a_picture():
     original = torch.full((1, 3, 2, 4, 4), 10, dtype=torch.uint8)
     hidden = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     hidden[:, 0, :2] = True
@@ -191,8 +202,8 @@ def test_a_picture_shows_what_it_says():
     assert contact_sheet([row])[0, 0].tolist() == [0, 0, 255, 255, 1, 1, 255, 255, 2, 2]
 
 
-def test_a_normalised_target_is_drawn_as_the_pixels_it_means(recipe):
-    """A model that predicted the target perfectly would show the original in all three rows' places but the second."""
+def test_a_normalised_target_is_drawn_as_pixels(recipe):
+    """A perfect prediction of the normalised target is drawn as the original pixels."""
     task = Pretraining(load_config(recipe()))
 
     def perfect(inputs, masks):
@@ -205,11 +216,12 @@ def test_a_normalised_target_is_drawn_as_the_pixels_it_means(recipe):
     assert (original - masked).abs().max() > 20
 
 
-@pytest.mark.parametrize("every", [None, 2])
-def test_pictures_come_as_often_as_asked(recipe, every):
-    folder = run(load_config(recipe(optim={"epochs": 3}, pictures_epochs=every)), Pretraining)
-    steps = {None: (0, 2, 4, 6), 2: (0, 4, 6)}[every]
-    assert sorted(path.name for path in (folder / "pictures").iterdir()) == [f"step-{step:06d}.png" for step in steps]
+def test_pictures_come_as_often_as_asked(recipe, finished_run):
+    """At every validation, here each epoch of two steps; every second epoch if asked; and always at the end."""
+    seldom = run(load_config(recipe(optim={"epochs": 3}, pictures_epochs=2)), Pretraining)
+    for folder, steps in ((finished_run, (0, 2, 4)), (seldom, (0, 4, 6))):
+        names = sorted(path.name for path in (folder / "pictures").iterdir())
+        assert names == [f"step-{step:06d}.png" for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +235,7 @@ def test_pictures_come_as_often_as_asked(recipe, every):
         (False, {"mask": {"normalise_target": 46}}, "mask.normalise_target: 46 has no middle"),
     ],
 )
-def test_masks_that_fit_nothing_are_one_line(recipe, videos, capfd, clips, changes, words):
+def test_a_mask_that_does_not_fit_is_one_line(recipe, videos, capfd, clips, changes, words):
     settings = clip_settings(videos) if clips else {}
     settings["mask"] = settings.get("mask", {}) | changes["mask"]
     assert main(["pretrain", str(recipe(**settings))]) == 2
@@ -291,19 +303,18 @@ def test_the_chain_carries_normaliser_and_ancestors(recipe, images, videos, tmp_
     assert record["task"] == "classification of clips"
 
 
-def test_ancestors_reach_through_a_conversion(recipe, images, tmp_path):
-    simmim = run(load_config(recipe()), Pretraining)
-    assert main(["convert", str(simmim / "model.safetensors"), str(tmp_path / "backbone.safetensors")]) == 0
+def test_ancestors_reach_through_a_conversion(recipe, finished_run, tmp_path):
+    assert main(["convert", str(finished_run / "model.safetensors"), str(tmp_path / "backbone.safetensors")]) == 0
     task = {"init": str(tmp_path / "backbone.safetensors"), "out": str(tmp_path / "after")}
     after = run(load_config(recipe(**task)), Classification)
     ancestors = vs.read_card(after).provenance["ancestors"]
     assert [ancestor["task"] for ancestor in ancestors] == ["conversion", "SimMIM on images"]
-    assert ancestors[1]["sha256"] == sha256(simmim / "model.safetensors")
+    assert ancestors[1]["sha256"] == sha256(finished_run / "model.safetensors")
 
 
 @pytest.mark.slow
-def test_sharded_processes_validate_and_draw_what_one_does(recipe, tmp_path):
-    """ZeRO-3, two processes, three validation samples: every forward pass is a collective, and none waits in vain."""
+def test_partitioned_processes_validate_and_draw_what_one_does(recipe, tmp_path):
+    """ZeRO-3, two processes, three validation samples: every forward pass is a collective, so none may be left out."""
     alone = {"model": {"drop_path": 0}, "optim": {"micro_batch": 1}}
     plain = run(load_config(recipe(out=str(tmp_path / "plain"), **alone)), Pretraining)
     config = recipe(out=str(tmp_path / "two"), **alone, engine={"engine": "deepspeed", "zero_stage": 3})

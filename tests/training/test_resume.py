@@ -204,7 +204,7 @@ def test_told_to_stop_it_says_start_me_again_and_a_damaged_newest_is_passed_over
     weights.write_bytes(weights.read_bytes()[:-100])
     finish(config)
     said = config.with_suffix(".log").read_text()
-    assert f"passed over a damaged checkpoint: {weights}" in said
+    assert f"skipped a damaged checkpoint: {weights}" in said
     assert f"own checkpoint, step {stopped - 1} of 12" in said
     assert [step for step, *_ in curve(folder)] == list(range(1, 13))
     assert not (folder / RESTART_MARKER).exists()

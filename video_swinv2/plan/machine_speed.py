@@ -15,7 +15,7 @@ from video_swinv2.bench.measuring import matmul_flops_per_second, wall_seconds
 from video_swinv2.bench.sample_clip import write_clip
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import SampleDataset
-from video_swinv2.data.index import Member
+from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.distributed.devices import product_dtype
@@ -35,7 +35,7 @@ class ReadingSpeed:
     read: str
 
 
-def measure_reading(config: Config, entries: Sequence[Entry | Member] | Mixture | None) -> ReadingSpeed | None:
+def measure_reading(config: Config, entries: Sequence[AnyEntry] | Mixture | None) -> ReadingSpeed | None:
     """Read some of the run's own samples, or a generated clip if the data is not here; None for images that are not."""
     if entries is not None:
         dataset = SampleDataset(entries, config.data, config.augment, config.seed, None)  # type: ignore[arg-type]

@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from video_swinv2.config import Config
-from video_swinv2.data.datasets import labelled, unlabelled
-from video_swinv2.data.index import Member
+from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.loading import BatchPlan, plan_batch
-from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
-from video_swinv2.engine.optimizer import freeze, linear_rule, parameter_groups
+from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
+from video_swinv2.engine.optimizer import freeze_stages, linear_scaling, parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.simmim import SimMIM
@@ -35,7 +34,7 @@ from video_swinv2.training.tasks.base import build_model
 from video_swinv2.training.tasks.simmim import resolved_mask
 from video_swinv2.training.throughput import usable_cores
 
-Samples = Sequence[Entry | Member] | Mixture
+Samples = Sequence[AnyEntry] | Mixture
 KINETICS_CLASSES = 400  # assumed if the data is not here and no number of classes was given
 
 
@@ -191,10 +190,10 @@ def _data(
     repeats = config.augment.repeats
     entries: Samples | None = None
     if here and pretraining:
-        entries = unlabelled(config.data, validation=False, repeats=repeats)
+        entries = unlabelled_mixture(config.data, validation=False, repeats=repeats)
         samples = len(entries) if samples is None else samples * repeats  # a mixture counts its repeats itself
     elif here:
-        manifest = labelled(config.data, config.data.train_split)
+        manifest = labelled_manifest(config.data, config.data.train_split)
         entries = manifest.entries
         samples = repeats * (len(entries) if samples is None else samples)
         classes = len(manifest.classes) if classes is None else classes
@@ -210,7 +209,7 @@ def _model_without_memory(config: Config, classes: int, pretraining: bool) -> tu
         if pretraining:
             config = dataclasses.replace(config, mask=resolved_mask(config, encoder))
         module: nn.Module = SimMIM(encoder, config.mask.unit) if pretraining else encoder
-    freeze(encoder, config.optim.frozen_stages)
+    freeze_stages(encoder, config.optim.frozen_stages)
     return config, encoder, module
 
 
@@ -232,7 +231,7 @@ def _rate_groups(
     for group, numbers in zip(groups, sizes, strict=True):
         decayed = not group["name"].endswith("_no_decay")
         name = group["name"].removesuffix("_decay").removesuffix("_no")
-        before = found.get(name, RateGroup(name, 0, 0, optim.lr * linear_rule(optim) * group["lr_scale"]))
+        before = found.get(name, RateGroup(name, 0, 0, optim.lr * linear_scaling(optim) * group["lr_scale"]))
         total = sum(numbers)
         found[name] = dataclasses.replace(
             before, parameters=before.parameters + total, decayed=before.decayed + decayed * total

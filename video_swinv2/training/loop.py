@@ -368,13 +368,13 @@ class TrainingRun:
             layer_decay=optim.layer_decay,
             backbone_lr=optim.backbone_lr,
         )
-        step_settings = StepSettings(
+        settings = StepSettings(
             accumulation=self.plan.accumulation, clip_norm=optim.clip_norm, micro_batch=self.plan.micro, ema=optim.ema
         )
         self._print(f"{describe_batch(self.config, self.plan)}; {self.samples} samples, {self.steps} steps")
         self._print(f"{len(groups)} parameter groups; {describe_learning_rate(optim)}")
         betas, lr = optim.betas, self.schedule.lr_at(0)
-        return make_engine(self.task.module, groups, engine, step_settings, self.world, lr=lr, betas=betas, eps=optim.eps)
+        return make_engine(self.task.module, groups, engine, settings, self.world, lr=lr, betas=betas, eps=optim.eps)
 
     def _write_record(self) -> None:
         if self.world.rank == 0:

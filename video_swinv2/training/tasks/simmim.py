@@ -22,7 +22,6 @@ from video_swinv2.data.transforms import GREY, denormalise
 from video_swinv2.errors import UsageError
 from video_swinv2.models.simmim import (
     SimMIM,
-    upsample_mask,
     hidden_cells,
     mask_cells,
     masked_l1,
@@ -30,6 +29,7 @@ from video_swinv2.models.simmim import (
     normalise_target,
     restore_target,
     tube_unit,
+    upsample_mask,
 )
 from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.training.flops import training_flops
