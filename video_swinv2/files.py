@@ -11,10 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UsageError, UserError
 
 PARTIAL_SUFFIX = ".part"
 _HASH_BLOCK_BYTES = 1 << 20
@@ -95,3 +96,28 @@ def sha256(path: Path) -> str:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without a byte order mark; UsageError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """UsageError, beginning with `where`, if a class name occurs twice."""
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise UsageError(f"{where}: class {repeated[0]!r} is listed twice; every class needs its own name")
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """The class names of a text file, one per line, in order; blank lines are skipped.
+
+    UsageError if the file cannot be read or names a class twice.
+    """
+    names = tuple(line.strip() for line in read_text_lines(path) if line.strip())
+    check_class_names(names, str(path))
+    return names

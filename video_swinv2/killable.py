@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import DefaultContext
 from typing import Any, Literal
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -60,7 +61,7 @@ class KillableProcess:
         limits: Mapping[int, int] | None = None,
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
-        context = multiprocessing.get_context(method)
+        context: DefaultContext = multiprocessing.get_context(method)  # type: ignore[assignment]  # all have Process
         self._lock = lock or nullcontext()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(work, theirs, args, method, dict(limits or {})), daemon=True)

@@ -7,9 +7,10 @@ from PIL import Image
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data import datasets
-from video_swinv2.data.datasets import BROKEN, SampleDataset, labelled, unlabelled
+from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
+from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
 from video_swinv2.errors import UsageError, UserError
 
 AUGMENT = AugmentConfig(crop_area=(0.3, 1.0), rand_augment=1)
@@ -104,7 +105,7 @@ def test_broken_files_are_replaced_and_named(clips):
     assert "clip 2.mp4" in sample.broken[0]
     assert sample.label == 1  # of clip 3
     plain = dataset(clips, augment=None)[(0, 2)]
-    assert (plain.label, len(plain.broken)) == (BROKEN, 1)
+    assert (plain.label, len(plain.broken)) == (UNREADABLE_LABEL, 1)
     assert plain.pixels.shape == sample.pixels.shape
     for i in range(6):
         (clips / f"clip {i}.mp4").write_bytes(b"")
@@ -114,10 +115,10 @@ def test_broken_files_are_replaced_and_named(clips):
 
 def test_missing_files_are_known_before_the_first_epoch(clips):
     (clips / "clip 5.mp4").unlink()
-    with pytest.raises(UserError, match=r"clip 5\.mp4: listed but not there, one of 1 of 6"):
-        labelled(config(clips), "train")
+    with pytest.raises(UserError, match=r"clip 5\.mp4: listed but does not exist, one of 1 of 6"):
+        labelled_manifest(config(clips), "train")
     with pytest.raises(UsageError, match="takes one data set"):
-        labelled(config(clips, source=[str(clips), str(clips)]), "train")
+        labelled_manifest(config(clips, source=[str(clips), str(clips)]), "train")
 
 
 def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
@@ -126,7 +127,7 @@ def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
         (photos / f"{i % 3}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (i, 0, 0)).save(photos / f"{i % 3}" / f"{i}.png")
     data = config(clips, source=[str(clips), str(photos)], frames=None, frames_per_video=2)
-    train, val = unlabelled(data, validation=False), unlabelled(data, validation=True)
+    train, val = unlabelled_mixture(data, validation=False), unlabelled_mixture(data, validation=True)
     paths = [train[i].entry.path for i in range(len(train))]
     images = {path for path in paths if path.suffix == ".png"}
     held = {path for path in (val[i].entry.path for i in range(len(val))) if path.suffix == ".png"}
@@ -134,20 +135,20 @@ def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
     assert not images & held
     samples = SampleDataset(train, data, AUGMENT, 0, None)
     assert {samples[(0, i)].pixels.shape for i in (0, 1, 68)} == {(3, 32, 32)}
-    with pytest.raises(UsageError, match=r"photos: holds images, and data\.frames asks for clips"):
-        unlabelled(config(photos), validation=False)
+    with pytest.raises(UsageError, match=r"photos: holds images, but data\.frames asks for clips"):
+        unlabelled_mixture(config(photos), validation=False)
     (photos / "clip.mp4").write_bytes((clips / "clip 1.mp4").read_bytes())
     with pytest.raises(UsageError, match="both images and videos"):
-        unlabelled(data, validation=False)
+        unlabelled_mixture(data, validation=False)
     with pytest.raises(UserError, match="no such data set"):
-        unlabelled(config(tmp_path / "absent"), validation=False)
+        unlabelled_mixture(config(tmp_path / "absent"), validation=False)
 
 
 def test_test_clips_are_never_for_training(clips):
     (clips / "test.txt").write_text("clip 0.mp4 0\n")
     for changes in ({"train_split": "test"}, {"val_split": "test"}):
         with pytest.raises(UsageError, match="neither for training nor for choosing"):
-            unlabelled(config(clips, **changes), validation="val_split" in changes)
+            unlabelled_mixture(config(clips, **changes), validation="val_split" in changes)
 
 
 def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
@@ -157,7 +158,7 @@ def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
     monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
     data = config(clips, frames=None, frames_per_video=3, frame_stride=1, image_size=[48, 64])
     plain = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0)
-    samples = SampleDataset(unlabelled(data, validation=False), data, plain, 0, None)
+    samples = SampleDataset(unlabelled_mixture(data, validation=False), data, plain, 0, None)
     plan = plan_batch(6, 3, 1)
     batches = list(training_loader(samples, plan, seed=0, rank=0, first=0, last=3, pin=False))
     assert len(opened) == len(set(opened)) == 6
@@ -165,17 +166,17 @@ def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
         rows = [int(frame[0].float().mean(1).argmax()) // 4 for frame in batch.pixels]
         assert rows[0] < rows[1] < rows[2]  # one of each third of the twelve frames
         assert [row // 4 for row in rows] == [0, 1, 2]
-    alone = SampleDataset(unlabelled(data, validation=False), data, plain, 0, None)
+    alone = SampleDataset(unlabelled_mixture(data, validation=False), data, plain, 0, None)
     number = int(samples.mixture.order(0, 0)[4])
     assert torch.equal(alone[(0, number)].pixels, batches[1].pixels[1])  # addressable without its neighbours
     assert len({alone[(epoch, number)].pixels.numpy().tobytes() for epoch in range(12)}) == 4  # all of its third
-    assert len(unlabelled(data, validation=True)) == 6
+    assert len(unlabelled_mixture(data, validation=True)) == 6
 
 
 def test_a_broken_video_is_opened_once_for_all_its_frames(clips, monkeypatch):
     (clips / "clip 2.mp4").write_bytes(b"not a video")
     data = config(clips, frames=None, frames_per_video=3)
-    samples = SampleDataset(unlabelled(data, validation=False), data, AUGMENT, 0, None)
+    samples = SampleDataset(unlabelled_mixture(data, validation=False), data, AUGMENT, 0, None)
     opened = []
     reader = datasets.VideoReader
     monkeypatch.setattr(

@@ -62,7 +62,7 @@ def assert_reads_like_plain_decode(path: Path) -> None:
         indices = [*np.random.default_rng(0).integers(0, len(truth), 6).tolist(), len(truth) - 1, 0]
         for chosen in (indices, [len(truth) - 1]):
             assert np.array_equal(reader.frames(chosen).permute(0, 2, 3, 1).numpy(), truth[chosen])
-        assert reader.missing == 0
+        assert reader.stand_ins == 0
 
 
 @pytest.mark.parametrize("b_frames", ["0", "3"])
@@ -127,11 +127,11 @@ def test_each_frame_is_decoded_from_its_own_key_packet_once(tmp_path: Path, monk
         assert starts == [0]
 
 
-@pytest.mark.parametrize("limit", [decode.RETAINED_BYTES, 2000])
+@pytest.mark.parametrize("limit", [decode.MAX_RETAINED_BYTES, 2000])
 def test_a_file_too_big_to_keep_in_memory_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    monkeypatch.setattr(decode, "RETAINED_BYTES", limit)
+    monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", limit)
     noise = np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8)
     assert_reads_like_plain_decode(write_timed(tmp_path / "v.mp4", noise, list(range(0, 960, 40)), g="6"))
 
@@ -234,7 +234,7 @@ def test_an_undecodable_frame_is_stood_in_for_and_counted(outside_data: Path) ->
     with VideoReader(path) as reader:
         images = reader.frames(range(len(reader)))
         assert len(reader) == 50
-        assert reader.missing == 1
+        assert reader.stand_ins == 1
     doubled = [i for i in range(1, 50) if torch.equal(images[i], images[i - 1])]
     assert len(doubled) >= 1
     with VideoReader(path) as reader:

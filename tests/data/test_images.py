@@ -11,9 +11,9 @@ from PIL import Image, ImageCms
 
 from video_swinv2.config import DataConfig
 from video_swinv2.data import collection, images, index
-from video_swinv2.data.datasets import labelled, labelled_splits, unlabelled
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.images import image_tree, read_image
+from video_swinv2.data.sources import labelled_manifest, labelled_splits, unlabelled_mixture
 from video_swinv2.errors import UsageError, UserError
 
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)  # all greys, of which 8 bits are value / 257
@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch, recwarn
     words = {
         "cut.jpg": "not a readable image",
         "empty.jpg": r"is empty \(0 bytes\)",
-        "text.jpg": "not an image of a kind",
+        "text.jpg": "not an image in a format",
         "folder.jpg": "not a readable image",
         "float.tif": "no agreed range",
         "absent.jpg": "no such file",
@@ -187,7 +187,7 @@ def test_a_folder_that_changed_just_now_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "SETTLED_SECONDS", 2.0)
     root = tree(tmp_path / "tree", ["a/1.png"])
     image_tree(root)
-    times = index.stamp_of(root / "a")
+    times = index.change_stamp(root / "a")
     tree(root, ["a/2.png"])
     assert times == index.UNSETTLED
     assert names(image_tree(root).entries("all")) == ["a/1.png", "a/2.png"]
@@ -198,7 +198,7 @@ def test_an_index_that_cannot_be_kept_is_made_each_time(tmp_path, monkeypatch, c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert names(image_tree(root).entries("all")) == ["a/1.png"]
-    assert f"{root} is listed at every start" in capsys.readouterr().err
+    assert f"{root} is listed again at every start" in capsys.readouterr().err
 
 
 def test_a_link_to_a_folder_above_ends(tmp_path):
@@ -214,7 +214,7 @@ def test_imagenets_layout(tmp_path):
     root = tree(
         tmp_path / "in", [f"{s}/{c}/{i}.JPEG" for s in ("train", "val") for c in ("n02", "n01") for i in range(2)]
     )
-    train, val = labelled(data(root), "train"), labelled(data(root), "val")
+    train, val = labelled_manifest(data(root), "train"), labelled_manifest(data(root), "val")
     assert train.classes == val.classes == ("n01", "n02")
     assert [(e.name, e.label) for e in val.entries] == [
         ("val/n01/0.JPEG", 0),
@@ -224,55 +224,55 @@ def test_imagenets_layout(tmp_path):
     ]
     assert train.entries[0].path == root / "train" / "n01" / "0.JPEG"
     assert labelled_splits(data(root)) == ("train", "val", "all")
-    assert [e.label for e in labelled(data(root), "val", ["n02", "n03", "n01"]).entries] == [2, 2, 0, 0]
+    assert [e.label for e in labelled_manifest(data(root), "val", ["n02", "n03", "n01"]).entries] == [2, 2, 0, 0]
     with pytest.raises(UsageError, match="label 'n02' is not one of the 1 classes"):
-        labelled(data(root), "val", ["n01"])
+        labelled_manifest(data(root), "val", ["n01"])
     (root / "classes.txt").write_text("n02\nn01\n")
-    assert labelled(data(root), "val").classes == ("n02", "n01")
-    assert [e.label for e in labelled(data(root), "val").entries] == [1, 1, 0, 0]
-    assert len({train.fingerprint, val.fingerprint, labelled(data(root), "train").fingerprint}) == 3
+    assert labelled_manifest(data(root), "val").classes == ("n02", "n01")
+    assert [e.label for e in labelled_manifest(data(root), "val").entries] == [1, 1, 0, 0]
+    assert len({train.fingerprint, val.fingerprint, labelled_manifest(data(root), "train").fingerprint}) == 3
     (root / "val" / "n03").mkdir()
     with pytest.raises(UsageError, match="val/n03: a class folder without images"):
-        labelled(data(root), "val")
+        labelled_manifest(data(root), "val")
 
 
 def test_a_test_folder_of_images_is_for_no_training(tmp_path):
     root = tree(tmp_path / "in", ["train/a/1.png", "train/a/2.png", "test/3.png", "val/a/4.png"])
     for validation, want in ((False, ["train/a/1.png", "train/a/2.png"]), (True, ["val/a/4.png"])):
-        mixture = unlabelled(data(root), validation)
+        mixture = unlabelled_mixture(data(root), validation)
         assert [mixture[i].entry.name for i in range(len(mixture))] == want
     with pytest.raises(UsageError, match="neither for training nor for choosing"):
-        unlabelled(DataConfig(source=str(root), image_size=32, train_split="all"), validation=False)
+        unlabelled_mixture(DataConfig(source=str(root), image_size=32, train_split="all"), validation=False)
     with pytest.raises(UsageError, match=r"3\.png: has no label"):
-        labelled(data(root), "test")
+        labelled_manifest(data(root), "test")
     tree(root, ["more/5.png"])
     with pytest.raises(UsageError, match="more: images beside the splits"):
-        unlabelled(data(root), validation=False)
+        unlabelled_mixture(data(root), validation=False)
 
 
 def test_folders_named_by_number_are_places_in_the_classes(tmp_path):
     """As ImageNet-V2's folders are, whose order by name is another: 0 1 10 2."""
     root = tree(tmp_path / "v2", [f"{number}/x.jpeg" for number in (0, 1, 2, 10)])
     classes = [f"n{number:02}" for number in range(11)]
-    assert [e.label for e in labelled(data(root), "all", classes).entries] == [0, 1, 10, 2]
-    assert [e.label for e in labelled(data(root), "all").entries] == [0, 1, 2, 3]
+    assert [e.label for e in labelled_manifest(data(root), "all", classes).entries] == [0, 1, 10, 2]
+    assert [e.label for e in labelled_manifest(data(root), "all").entries] == [0, 1, 2, 3]
     with pytest.raises(UsageError, match="label 10, but there are 10 classes"):
-        labelled(data(root), "all", classes[:10])
+        labelled_manifest(data(root), "all", classes[:10])
 
 
 def test_the_held_out_share_is_the_same_for_both_doors_and_per_class(tmp_path):
     sizes = {"a": 40, "b": 26, "c": 2, "d": 1}
     root = tree(tmp_path / "tree", [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)])
-    val = labelled(data(root), "val")
-    train = labelled(data(root), "train")
+    val = labelled_manifest(data(root), "val")
+    train = labelled_manifest(data(root), "train")
     assert [sum(e.label == label for e in val.entries) for label in range(4)] == [2, 1, 1, 0]
     assert not set(names(val.entries)) & set(names(train.entries))
     assert len(val.entries) + len(train.entries) == 69
-    held = unlabelled(data(root), validation=True)
+    held = unlabelled_mixture(data(root), validation=True)
     assert [held[i].entry.name for i in range(len(held))] == names(val.entries)
     kept = set(names(val.entries))
     tree(root, ["b/new.png", "a/new.png"])  # a new image changes who is held out by one at most
-    assert len(kept - set(names(labelled(data(root), "val").entries))) <= 1
+    assert len(kept - set(names(labelled_manifest(data(root), "val").entries))) <= 1
 
 
 def test_held_out_is_a_fair_draw():
@@ -285,11 +285,14 @@ def test_held_out_is_a_fair_draw():
 
 def test_flat_folders_have_no_labels(tmp_path):
     root = tree(tmp_path / "flat", [f"{i}.png" for i in range(40)])
-    assert (len(unlabelled(data(root), validation=False)), len(unlabelled(data(root), validation=True))) == (38, 2)
+    assert (
+        len(unlabelled_mixture(data(root), validation=False)),
+        len(unlabelled_mixture(data(root), validation=True)),
+    ) == (38, 2)
     with pytest.raises(UsageError, match=r"\.png: has no label; move it into a class folder"):
-        labelled(data(root), "train")
+        labelled_manifest(data(root), "train")
     with pytest.raises(UsageError, match="no split 'test', there is train, val, all"):
-        labelled(data(root), "test")
+        labelled_manifest(data(root), "test")
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -308,7 +311,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 def test_real_photographs(outside_data):
     photos = outside_data / "images"
-    train, val = labelled(data(photos), "train"), labelled(data(photos), "val")
+    train, val = labelled_manifest(data(photos), "train"), labelled_manifest(data(photos), "val")
     assert (len(train.classes), len(train.entries), len(val.entries)) == (102, 2550, 102)
     for entry in itertools.islice(val.entries, 0, None, 10):
         assert read_image(entry.path).shape[0] == 3

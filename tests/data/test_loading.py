@@ -11,9 +11,10 @@ import torch
 
 from video_swinv2.config import AugmentConfig, DataConfig
 from video_swinv2.data import datasets
-from video_swinv2.data.datasets import SampleDataset, unlabelled
+from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
+from video_swinv2.data.sources import unlabelled_mixture
 from video_swinv2.errors import UsageError, UserError
 
 CLIPS = 8
@@ -101,7 +102,7 @@ def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch):
     disturb(monkeypatch, "5.mp4", hang)
     dataset = samples(clips, 1, augmented=False, decode_seconds=0.1)
     labels = torch.cat([batch.labels for batch in validation_loader(dataset, 2, rank=0, world=1, pin=False)])
-    assert labels.tolist() == [0, 1, 0, 1, 0, datasets.BROKEN, 0, 1]
+    assert labels.tolist() == [0, 1, 0, 1, 0, datasets.UNREADABLE_LABEL, 0, 1]
 
 
 def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch):
@@ -135,13 +136,13 @@ def test_repeats_are_decoded_once_and_augmented_anew(clips, monkeypatch):
 
 def test_repeats_of_pretraining_are_repeats_of_each_clip(clips):
     data = DataConfig(source=str(clips), image_size=32, frames=2, frames_per_video=2, workers=0)
-    dataset = SampleDataset(unlabelled(data, False, 3), data, AugmentConfig(repeats=3), 0, None)
+    dataset = SampleDataset(unlabelled_mixture(data, False, 3), data, AugmentConfig(repeats=3), 0, None)
     assert len(dataset) == 6 * CLIPS
     dataset.transform = lambda clip: clip
     found = [dataset[(0, number)].pixels for number in range(6)]
     same = [torch.equal(found[0], other) for other in found]
     assert same == [True, True, True, False, False, False]
-    assert len(unlabelled(data, True, 3)) == CLIPS
+    assert len(unlabelled_mixture(data, True, 3)) == CLIPS
 
 
 def test_all_repeats_of_a_clip_are_in_one_piece_whatever_the_processes():
@@ -152,9 +153,9 @@ def test_all_repeats_of_a_clip_are_in_one_piece_whatever_the_processes():
             sampler = StepSampler(24, lambda epoch: np.arange(24), plan, rank=rank, first=0, last=4)
             for piece in sampler:
                 assert [number % 3 for _, number in piece] == [0, 1, 2] * (plan.micro // 3)
-    with pytest.raises(UsageError, match="shared by 2 processes in 3 repeats of a clip; take a multiple of 6"):
+    with pytest.raises(UsageError, match="shared by 2 processes in 3 repeats of a clip; use a multiple of 6"):
         plan_batch(8, 4, 2, 3)
-    with pytest.raises(UsageError, match=r"cannot hold the 3 of augment\.repeats; take 3"):
+    with pytest.raises(UsageError, match=r"cannot hold the 3 of augment\.repeats; use at least 3"):
         plan_batch(6, 2, 1, 3)
 
 

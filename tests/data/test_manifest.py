@@ -169,7 +169,7 @@ def test_of_two_copies_the_one_in_the_folder_of_the_split_is_taken(tmp_path: Pat
 
 def test_a_column_of_splits_has_no_gaps(tmp_path: Path) -> None:
     touch(tmp_path / "k.csv", b"path,label,split\na.mp4,run,train\nb.mp4,run,\n")
-    with pytest.raises(UsageError, match="some lines have no split, others have"):
+    with pytest.raises(UsageError, match="some lines have a split and some do not"):
         find_splits(tmp_path / "k.csv")
 
 
@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: bytes, w
 def test_repeated_class_names_are_refused(tmp_path: Path) -> None:
     touch(tmp_path / "val.txt", b"a.mp4 0\n")
     touch(tmp_path / "classes.txt", b"run\nrun\n")
-    with pytest.raises(UsageError, match="class 'run' is there twice"):
+    with pytest.raises(UsageError, match="class 'run' is listed twice"):
         read_manifest(tmp_path, "val")
 
 
@@ -262,6 +262,6 @@ def test_a_prepared_split_says_how_many_videos_it_lost(tmp_path: Path) -> None:
     split = {"listed": 4, "ok": 1, "failed": 3, "fingerprint": "f" * 64, "list_sha256": digest}
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["one"], "splits": {"test": split}}))
     manifest = read_manifest(tmp_path, "test")
-    assert (manifest.lost, manifest.fingerprint) == (3, "f" * 64)
+    assert (manifest.failed_in_preparation, manifest.fingerprint) == (3, "f" * 64)
     (tmp_path / "test.csv").write_text(listing + "videos/b.mp4,one\n")
-    assert read_manifest(tmp_path, "test").lost == 0, "an edited list is the user's own"
+    assert read_manifest(tmp_path, "test").failed_in_preparation == 0, "an edited list is the user's own"

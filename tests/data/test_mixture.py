@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from video_swinv2.config import WeightedSource, check, load_config, to_yaml
-from video_swinv2.data.datasets import spread_clip, unlabelled
-from video_swinv2.data.index import Listed
+from video_swinv2.config import WeightedSource, load_config, to_yaml, validate_config
+from video_swinv2.data.index import CompactEntries
 from video_swinv2.data.manifest import Entry
-from video_swinv2.data.mixture import Mixture, Part
-from video_swinv2.data.sampling import random_clip, seeded
+from video_swinv2.data.mixture import Mixture, MixtureSource
+from video_swinv2.data.sampling import random_clip, seeded, spread_clip
+from video_swinv2.data.sources import unlabelled_mixture
 from video_swinv2.errors import UsageError
 
 
@@ -26,8 +26,8 @@ def drawn(mixture, epoch, seed=0):
 
 
 def test_without_weights_everything_comes_once():
-    mixture = Mixture([Part(source("a", 5)), Part(source("b", 3))])
-    assert len(mixture) == mixture.total == 8
+    mixture = Mixture([MixtureSource(source("a", 5)), MixtureSource(source("b", 3))])
+    assert len(mixture) == mixture.distinct_samples == 8
     assert sorted(drawn(mixture, 0)) == sorted(drawn(mixture, 1)) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
     assert drawn(mixture, 0) != drawn(mixture, 1)
     assert drawn(mixture, 0) == drawn(mixture, 0)
@@ -35,7 +35,13 @@ def test_without_weights_everything_comes_once():
 
 
 def test_samples_of_one_entry_stay_together():
-    mixture = Mixture([Part(source("a", 4)), Part(source("v", 3), repeats=4), Part(source("w", 2), repeats=2)])
+    mixture = Mixture(
+        [
+            MixtureSource(source("a", 4)),
+            MixtureSource(source("v", 3), repeats=4),
+            MixtureSource(source("w", 2), repeats=2),
+        ]
+    )
     assert len(mixture) == 4 + 12 + 4
     order = mixture.order(0, 5)
     assert sorted(order.tolist()) == list(range(20))
@@ -43,14 +49,18 @@ def test_samples_of_one_entry_stay_together():
     for at, place in enumerate(places):
         assert int(order[at]) - place.first == place.nth
         if place.nth:
-            assert places[at - 1] == type(place)(place.entry, place.first, place.nth - 1, place.of)
-    assert [place.of for place in places].count(4) == 12
+            assert places[at - 1] == type(place)(place.entry, place.first, place.nth - 1, place.count)
+    assert [place.count for place in places].count(4) == 12
 
 
 def test_weights_are_shares_of_an_epoch():
-    parts = [Part(source("a", 90), weight=1.0), Part(source("b", 6), weight=1.0), Part(source("v", 4), 4, weight=2.0)]
+    parts = [
+        MixtureSource(source("a", 90), weight=1.0),
+        MixtureSource(source("b", 6), weight=1.0),
+        MixtureSource(source("v", 4), 4, weight=2.0),
+    ]
     mixture = Mixture(parts)
-    assert mixture.total == 90 + 6 + 16
+    assert mixture.distinct_samples == 90 + 6 + 16
     kinds = [name[0] for name in drawn(mixture, 0)]
     assert [kinds.count(kind) for kind in "abv"] == [28, 28, 56]
     assert len(mixture) == 112
@@ -62,7 +72,7 @@ def test_weights_are_shares_of_an_epoch():
 
 def test_a_weighted_source_is_gone_through_evenly():
     """Over epochs every entry of a large source comes once before any comes twice."""
-    mixture = Mixture([Part(source("a", 50), weight=1.0), Part(source("b", 10), weight=5.0)])
+    mixture = Mixture([MixtureSource(source("a", 50), weight=1.0), MixtureSource(source("b", 10), weight=5.0)])
     seen = [name for epoch in range(10) for name in drawn(mixture, epoch) if name[0] == "a"]
     assert len(seen) == 100
     assert len(set(seen[:50])) == len(set(seen[50:])) == 50
@@ -70,8 +80,8 @@ def test_a_weighted_source_is_gone_through_evenly():
 
 
 def test_weights_are_for_all_or_none():
-    with pytest.raises(UsageError, match="some sources have a weight and some have none"):
-        Mixture([Part(source("a", 5), weight=1.0), Part(source("b", 3))])
+    with pytest.raises(UsageError, match="some sources have a weight and some do not"):
+        Mixture([MixtureSource(source("a", 5), weight=1.0), MixtureSource(source("b", 3))])
 
 
 def test_clips_of_a_video_are_spread_over_it():
@@ -99,28 +109,28 @@ def settings(source):
 
 
 def test_sources_in_a_configuration(tmp_path):
-    config = check(settings(["a", {"path": "b", "weight": 2}]), "x.yaml")
+    config = validate_config(settings(["a", {"path": "b", "weight": 2}]), "x.yaml")
     assert config.data.source == ("a", WeightedSource("b", 2.0))
     assert [Path(source) for source in config.data.source] == [Path("a"), Path("b")]
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
-    assert check(settings({"path": "b", "weight": 2}), "x.yaml").data.source == (WeightedSource("b", 2.0),)
-    assert check(settings("a"), "x.yaml").data.source == ("a",)
+    assert validate_config(settings({"path": "b", "weight": 2}), "x.yaml").data.source == (WeightedSource("b", 2.0),)
+    assert validate_config(settings("a"), "x.yaml").data.source == ("a",)
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ([], r"data\.source: \[\] does not do"),
-        ([{"path": "b", "weight": 0}], r"data\.source\.weight: 0 does not do"),
+        ([], r"data\.source: invalid value \[\]"),
+        ([{"path": "b", "weight": 0}], r"data\.source\.weight: invalid value 0"),
         ([{"path": "b"}], r"data\.source\.weight is missing"),
         ([{"path": "b", "weight": 1, "wieght": 1}], r"unknown key data\.source\.0\.wieght; did you mean data\.source"),
-        ([3], r"data\.source: 3 does not do"),
+        ([3], r"data\.source: invalid value 3"),
     ],
 )
 def test_wrong_sources_are_named(source, words):
     with pytest.raises(UsageError, match=rf"^x\.yaml: {words}") as caught:
-        check(settings(source), "x.yaml")
+        validate_config(settings(source), "x.yaml")
     assert "\n" not in str(caught.value)
 
 
@@ -130,17 +140,17 @@ def test_mixed_sources_are_drawn_by_weight(tmp_path):
         for i in range(size):
             (tmp_path / name / f"{i}.png").write_bytes(b"")
     weighted = [{"path": str(tmp_path / name), "weight": weight} for name, weight in (("many", 1), ("few", 3))]
-    data = check(settings(weighted), "x.yaml").data
-    train, val = unlabelled(data, validation=False), unlabelled(data, validation=True)
+    data = validate_config(settings(weighted), "x.yaml").data
+    train, val = unlabelled_mixture(data, validation=False), unlabelled_mixture(data, validation=True)
     folders = [train[number].entry.path.parent.name for number in train.order(0, 0).tolist()]
     assert len(folders) == 180 + 18
     assert folders.count("few") / len(folders) == pytest.approx(0.75, abs=0.01)
-    assert (len(val), val.parts[0].weight) == (10 + 1, None)
+    assert (len(val), val.sources[0].weight) == (10 + 1, None)
 
 
 def test_entries_reach_spawned_workers_in_shared_memory():
     """As tensors, whose bytes are not in what is sent: 20,000 entries are a few kilobytes."""
-    listed = Listed([*source("v", 20_000)])
+    listed = CompactEntries([*source("v", 20_000)])
     sent = ForkingPickler.dumps(listed)
     assert len(sent) < 5_000 < len(pickle.dumps(source("v", 20_000)))
     assert list(pickle.loads(pickle.dumps(listed)))[5:7] == source("v", 20_000)[5:7]
@@ -156,8 +166,10 @@ def test_workers_that_are_not_forked_get_them_too(tmp_path, method):
     (tmp_path / "images").mkdir()
     for i in range(3):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
-    (images,) = unlabelled(check(settings(str(tmp_path / "images")), "x.yaml").data, validation=False).parts
-    samples = Mixture([images, Part(Listed(source("v", 50)))])
+    (images,) = unlabelled_mixture(
+        validate_config(settings(str(tmp_path / "images")), "x.yaml").data, validation=False
+    ).sources
+    samples = Mixture([images, MixtureSource(CompactEntries(source("v", 50)))])
     context = torch.multiprocessing.get_context(method)
     answers = context.Queue()
     process = context.Process(target=tell_last, args=(samples, answers))

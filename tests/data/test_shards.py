@@ -13,11 +13,12 @@ from PIL import Image
 
 from video_swinv2.config import AugmentConfig, DataConfig
 from video_swinv2.data import shards
-from video_swinv2.data.datasets import SampleDataset, labelled, labelled_splits, unlabelled
+from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.decode import DecodeError
-from video_swinv2.data.images import read_member
+from video_swinv2.data.images import read_tar_member
 from video_swinv2.data.loading import plan_batch, training_loader
 from video_swinv2.data.shards import shard_collection
+from video_swinv2.data.sources import labelled_manifest, labelled_splits, unlabelled_mixture
 from video_swinv2.errors import UsageError, UserError
 
 
@@ -54,37 +55,37 @@ def data(source, **changes):
 
 
 def reds(entries):
-    return [int(read_member(entry)[0, 0, 0]) for entry in entries]
+    return [int(read_tar_member(entry)[0, 0, 0]) for entry in entries]
 
 
 def test_samples_are_those_of_the_library(folder):
     urls = sorted(str(path) for path in folder.glob("set-train-*.tar"))
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
-    train = labelled(data(folder), "train")
+    train = labelled_manifest(data(folder), "train")
     assert [entry.label for entry in train.entries] == [sample["cls"] for sample in theirs]
     for entry, sample in zip(train.entries, theirs, strict=True):
-        assert (read_member(entry).permute(1, 2, 0).numpy() == sample["png"]).all()
+        assert (read_tar_member(entry).permute(1, 2, 0).numpy() == sample["png"]).all()
     assert train.entries[0].name == "set-train-000.tar/dir/0000.png"
     assert train.classes == ("0", "1", "2")
     assert labelled_splits(data(folder)) == ("train", "val", "all")
-    assert reds(labelled(data(folder), "val").entries) == list(range(20, 30))
+    assert reds(labelled_manifest(data(folder), "val").entries) == list(range(20, 30))
 
 
 def test_a_pattern_names_shards(folder):
     pattern = str(folder / "set-train-{000..001}.tar")
-    assert len(labelled(data(pattern), "all").entries) == 20
+    assert len(labelled_manifest(data(pattern), "all").entries) == 20
     assert labelled_splits(data(pattern)) == ("train", "val", "all")  # the second held out of the first
-    val = labelled(data(pattern), "val")
+    val = labelled_manifest(data(pattern), "val")
     assert sorted(entry.label for entry in val.entries) == [0, 1, 2]
-    both = labelled(data(str(folder / "set-{train-{000..001},validation-000}.tar")), "val")
+    both = labelled_manifest(data(str(folder / "set-{train-{000..001},validation-000}.tar")), "val")
     assert reds(both.entries) == list(range(20, 30))
     with pytest.raises(UserError, match=r"set-train-002\.tar: no such shard, one of 1 of 3"):
-        labelled(data(folder / "set-train-{000..002}.tar"), "all")
+        labelled_manifest(data(folder / "set-train-{000..002}.tar"), "all")
     for source in ("pipe:cat x.tar", "https://host/x-{00..10}.tar"):
-        with pytest.raises(UsageError, match="read from the disk"):
-            unlabelled(data(source), validation=False)
+        with pytest.raises(UsageError, match="read at random, from a disk"):
+            unlabelled_mixture(data(source), validation=False)
     with pytest.raises(UsageError, match="only plain"):
-        unlabelled(data(folder / "a-{0..3}.tar.gz"), validation=False)
+        unlabelled_mixture(data(folder / "a-{0..3}.tar.gz"), validation=False)
 
 
 def test_labels_by_name_json_or_none(tmp_path):
@@ -94,23 +95,27 @@ def test_labels_by_name_json_or_none(tmp_path):
         [item for i, body in enumerate(bodies) for item in ((f"{i}.JSON", body), (f"{i}.jpg", png(i)))],
     )
     write(tmp_path / "b.tar", [("7.png", png(7)), ("7.cls", b"cow\n"), ("7.txt", b"a caption"), ("__note__", b"")])
-    manifest = labelled(data(tmp_path), "all")
+    manifest = labelled_manifest(data(tmp_path), "all")
     assert manifest.classes == ("cat", "cow", "dog")
     assert [entry.label for entry in manifest.entries] == [2, 0, 2, 1]
-    assert [e.label for e in labelled(data(tmp_path), "all", ["dog", "cow", "cat"]).entries] == [0, 2, 0, 1]
+    assert [e.label for e in labelled_manifest(data(tmp_path), "all", ["dog", "cow", "cat"]).entries] == [0, 2, 0, 1]
     with pytest.raises(UsageError, match="label 'cow' is not one of the 2 classes"):
-        labelled(data(tmp_path), "all", ["dog", "cat"])
+        labelled_manifest(data(tmp_path), "all", ["dog", "cat"])
     write(tmp_path / "c.tar", [("8.png", png(8))])
-    assert len(unlabelled(data(tmp_path), validation=False)) + len(unlabelled(data(tmp_path), validation=True)) == 5
+    assert (
+        len(unlabelled_mixture(data(tmp_path), validation=False))
+        + len(unlabelled_mixture(data(tmp_path), validation=True))
+        == 5
+    )
     with pytest.raises(UsageError, match=r"c\.tar/8\.png: has no label"):
-        labelled(data(tmp_path), "all")
+        labelled_manifest(data(tmp_path), "all")
 
 
 def test_numbers_count_the_classes(folder):
-    assert [e.label for e in labelled(data(folder), "val", ["zero", "one", "two"]).entries[:3]] == [2, 0, 1]
+    assert [e.label for e in labelled_manifest(data(folder), "val", ["zero", "one", "two"]).entries[:3]] == [2, 0, 1]
     (folder / "classes.txt").write_text("zero\none\ntwo\n")
-    assert labelled(data(folder), "val").classes == ("zero", "one", "two")
-    assert [e.label for e in labelled(data(folder), "val", ["two", "one", "zero"]).entries[:3]] == [0, 2, 1]
+    assert labelled_manifest(data(folder), "val").classes == ("zero", "one", "two")
+    assert [e.label for e in labelled_manifest(data(folder), "val", ["two", "one", "zero"]).entries[:3]] == [0, 2, 1]
 
 
 def test_a_damaged_shard_gives_what_comes_before(folder, capsys):
@@ -128,20 +133,20 @@ def test_a_damaged_shard_gives_what_comes_before(folder, capsys):
         "empty": (b"", 0),
         "no tar": (b"\xff" * 5000, 0),
     }
-    assert len(labelled(data(folder), "train").entries) == 20
+    assert len(labelled_manifest(data(folder), "train").entries) == 20
     for name, (body, left) in cuts.items():
         path.write_bytes(body)
-        entries = unlabelled(data(folder), validation=False).parts[0].entries
+        entries = unlabelled_mixture(data(folder), validation=False).sources[0].entries
         assert reds(entries) == list(range(10 + left)), name
         said = capsys.readouterr().err
-        assert f"broken: {path}: is cut off or" in said, name
+        assert f"broken: {path}: is truncated or" in said, name
         assert f"the {left} images before are used" in said, name
     path.write_bytes(good)
-    assert len(labelled(data(folder), "train").entries) == 20
+    assert len(labelled_manifest(data(folder), "train").entries) == 20
     assert not capsys.readouterr().err
     path.write_bytes(good[:5000])
-    labelled(data(folder), "train")
-    labelled(data(folder), "train")
+    labelled_manifest(data(folder), "train")
+    labelled_manifest(data(folder), "train")
     assert capsys.readouterr().err.count("broken:") == 2  # at every start, not only when it was listed
 
 
@@ -156,22 +161,22 @@ def test_only_changed_shards_are_listed_again(folder, monkeypatch):
     write(folder / "set-train-000.tar", [("1.png", png(1)), ("1.cls", b"9")])
     found = shard_collection(str(folder))
     assert set(listed[3:]) == {"set-train-000.tar"}
-    assert (found.words, len(found.index)) == (("0", "1", "2", "9"), 21)
+    assert (found.label_names, len(found.index)) == (("0", "1", "2", "9"), 21)
 
 
 def test_faults_of_packing_are_named(tmp_path):
     write(tmp_path / "a.tar", [("1.png", png(1)), ("1.png", png(2))])
     with pytest.raises(UserError, match=r"a\.tar: 1\.png: duplicate file name"):
-        unlabelled(data(tmp_path), validation=False)
+        unlabelled_mixture(data(tmp_path), validation=False)
     write(tmp_path / "a.tar", [("1.png", png(1)), ("1.json", b"{")])
     with pytest.raises(UserError, match=r"a\.tar: 1\.json holds no label"):
-        unlabelled(data(tmp_path), validation=False)
+        unlabelled_mixture(data(tmp_path), validation=False)
 
 
 def test_images_beside_shards_are_refused(folder):
     (folder / "x.png").write_bytes(png(1))
     with pytest.raises(UsageError, match=r"holds images and other data \(set-train-000\.tar\)"):
-        unlabelled(data(folder), validation=False)
+        unlabelled_mixture(data(folder), validation=False)
 
 
 def test_workers_read_shards_alike_and_hold_no_files(folder):
@@ -181,7 +186,7 @@ def test_workers_read_shards_alike_and_hold_no_files(folder):
     batches = []
     for workers in (0, 2):
         config = data(folder, workers=workers)
-        samples = SampleDataset(unlabelled(config, validation=False), config, AugmentConfig(), 0, None)
+        samples = SampleDataset(unlabelled_mixture(config, validation=False), config, AugmentConfig(), 0, None)
         before = len(os.listdir("/proc/self/fd"))
         loader = training_loader(samples, plan_batch(10, 5, 1), seed=0, rank=0, first=0, last=2, pin=False)
         batches.append(list(loader))
@@ -191,21 +196,21 @@ def test_workers_read_shards_alike_and_hold_no_files(folder):
         assert torch.equal(a.pixels, b.pixels)
         assert a.broken == b.broken
     broken = {line for batch in batches[0] for line in batch.broken}
-    assert broken == {f"{folder}/set-train-000.tar: 3.png: is not an image of a kind that Pillow reads"}
+    assert broken == {f"{folder}/set-train-000.tar: 3.png: is not an image in a format that Pillow reads"}
 
 
 def test_a_shard_that_is_gone_is_a_broken_file(folder):
-    entry = labelled(data(folder), "train").entries[0]
+    entry = labelled_manifest(data(folder), "train").entries[0]
     entry.path.unlink()
     with pytest.raises(DecodeError, match=r"set-train-000\.tar: cannot be read \(No such file"):
-        read_member(entry)
+        read_tar_member(entry)
 
 
 def test_real_size_offsets(tmp_path):
     """Long names come as several headers in a tar; offsets are still those of the bytes."""
     bodies = {f"{'long' * 40}/{i}.png": png(i) for i in range(5)}
     path = write(tmp_path / "a.tar", list(bodies.items()))
-    entries = unlabelled(data(tmp_path), validation=False).parts[0].entries
+    entries = unlabelled_mixture(data(tmp_path), validation=False).sources[0].entries
     raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     for entry in entries:
         inside = entry.name.removeprefix("a.tar/")

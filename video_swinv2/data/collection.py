@@ -1,4 +1,4 @@
-"""Images of one source in splits and classes, and the choice of a split: millions of them, without an object each."""
+"""The images of one source in splits and classes, possibly millions of them, and the choice of a split."""
 
 from __future__ import annotations
 
@@ -12,97 +12,105 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from video_swinv2.data.index import Index, Indexed
-from video_swinv2.data.lists import SPLIT_WORDS, SPLITS
-from video_swinv2.data.manifest import Manifest, label_index, read_class_list
+from video_swinv2.data.index import FileIndex, IndexedEntries
+from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS
+from video_swinv2.data.manifest import Manifest, label_index
 from video_swinv2.errors import UsageError
+from video_swinv2.files import read_class_list
 
-HELD_OUT = 20  # one image in this many validates, where a source has no val split
-EVERYTHING = "all"
+HELD_OUT = 20  # one image in this many validates, if a source has no val split
+ALL_IMAGES = "all"
 
 
 @dataclass(frozen=True)
-class Collection:
-    """All images of a source, as its folders or tars tell."""
+class ImageCollection:
+    """All images of a source, as its folders or tars record them."""
 
     root: Path
-    index: Index
+    index: FileIndex
     splits: tuple[str, ...]
     """The split of each container."""
-    words: tuple[str, ...]
-    """The labels as found, each once: class names, or numbers where `numbered`."""
+    label_names: tuple[str, ...]
+    """The labels as found, each once: class names, or numbers if `labels_are_numbers`."""
     labels: Tensor
-    """int32, for each entry the place of its label in `words`, -1 for none."""
-    numbered: bool
-    empty: str = ""
-    """A class folder without images, if there is one: half an unpacked data set, or a class never to be learned."""
+    """int32 (entries,): the position of the label of each entry in `label_names`, -1 for none."""
+    labels_are_numbers: bool
+    empty_class_folder: str = ""
+    """A class folder without images, if there is one: half an unpacked data set, or a class that is never learned."""
 
     @property
-    def filled(self) -> set[str]:
+    def splits_with_images(self) -> set[str]:
         """The splits that hold images."""
         return {split for split, count in zip(self.splits, self.index.counts, strict=True) if count}
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """The splits there are, val among them if it has to be held out of train; and `all`, which is every image."""
-        found = self.filled | ({"val"} if "train" in self.filled else set())
-        return (*(split for split in SPLITS if split in found), EVERYTHING)
+        """The splits there are, val among them if it has to be held out of train, and `all`, which is every image."""
+        found = self.splits_with_images | ({"val"} if "train" in self.splits_with_images else set())
+        return (*(split for split in SPLITS if split in found), ALL_IMAGES)
 
-    def entries(self, split: str) -> Indexed:
+    def entries(self, split: str) -> IndexedEntries:
         """The images of a split without their labels; UsageError if there is no such split."""
         rows = self._rows(split)
-        return Indexed(self.root, self.index, rows, torch.full((len(rows),), -1, dtype=torch.int32))
+        return IndexedEntries(self.root, self.index, rows, torch.full((len(rows),), -1, dtype=torch.int32))
 
     def manifest(self, split: str, classes: Sequence[str] | None = None) -> Manifest:
         """The images of a split with labels into `classes`, or into the source's own.
 
-        Those are in classes.txt, else all names in order. Numbers count the lines of classes.txt, else the classes
-        asked for, as the folders of ImageNet-V2 do. The fingerprint covers names, labels and classes, not the bytes.
+        The source's own classes are those of its classes.txt, else all label names in order. Labels that are numbers
+        count the lines of classes.txt, else the classes asked for, as the folders of ImageNet-V2 do. The fingerprint
+        covers names, labels and classes, not the bytes of the images. Raises UsageError.
         """
         rows = self._rows(split)
         found = self.labels[rows].numpy()
         if len(rows) and found.min() < 0:
-            name = Indexed(self.root, self.index, rows[int(found.argmin())][None], torch.tensor([-1]))[0].name
-            raise UsageError(f"{self.root / name}: has no label; move it into a class folder or leave it out")
-        if self.empty:
-            raise UsageError(f"{self.root / self.empty}: a class folder without images; fill it or remove it")
+            first = IndexedEntries(self.root, self.index, rows[int(found.argmin())][None], torch.tensor([-1]))[0]
+            raise UsageError(f"{self.root / first.name}: has no label; move it into a class folder or remove it")
+        if self.empty_class_folder:
+            raise UsageError(
+                f"{self.root / self.empty_class_folder}: a class folder without images; fill it or remove it"
+            )
         wanted, own, labels_found = self._classes(classes)
-        place = {name: number for number, name in enumerate(wanted)}
-        table = np.full(len(self.words), -1, dtype=np.int32)
-        for word in np.unique(found):  # a class of another split need not be known
-            table[word] = label_index(labels_found[word], str(self.root), own, place)
+        position = {name: number for number, name in enumerate(wanted)}
+        # From positions in `label_names` to positions in `wanted`. Only labels of this split are looked up: a class
+        # that occurs in another split alone need not be known.
+        table = np.full(len(self.label_names), -1, dtype=np.int32)
+        for label in np.unique(found):
+            table[label] = label_index(labels_found[label], str(self.root), own, position)
         labels = torch.from_numpy(table[found])
-        entries = Indexed(self.root, self.index, rows, labels)
+        entries = IndexedEntries(self.root, self.index, rows, labels)
         fingerprint = self._fingerprint(rows, labels, wanted)
-        return Manifest(self.root, split, wanted, entries, fingerprint)  # type: ignore[arg-type]  # a member of a tar has all that an entry has
+        return Manifest(self.root, split, wanted, entries, fingerprint)  # type: ignore[arg-type]  # a TarMember has all that an Entry has
 
     def _rows(self, split: str) -> Tensor:
         """The entries of a split, int64 ascending."""
-        split = SPLIT_WORDS.get(split, split)
+        split = SPLIT_SYNONYMS.get(split, split)
         if split not in self.split_names:
             raise UsageError(f"{self.root}: no split {split!r}, there is {', '.join(self.split_names)}")
-        if split == EVERYTHING:
+        if split == ALL_IMAGES:
             return torch.arange(len(self.index))
-        held = "val" not in self.filled and split in ("train", "val")
-        of_split = np.array([word == ("train" if held else split) for word in self.splits])
+        # Without a val split of its own, a source's val is a part of train, and train is the rest.
+        divide = "val" not in self.splits_with_images and split in ("train", "val")
+        of_split = np.array([name == ("train" if divide else split) for name in self.splits])
         rows = np.flatnonzero(np.repeat(of_split, self.index.counts))
-        if held:
+        if divide:
             chosen = held_out(self.labels.numpy()[rows], self.index.columns["hash"][rows])
             rows = rows[chosen == (split == "val")]
         return torch.from_numpy(rows)
 
     def _classes(self, classes: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...], Sequence[str | int]]:
-        """The classes to use, the source's own, and `words` as names or as places in the source's own."""
+        """The classes to use, the source's own, and `label_names` as names or as positions in the source's own."""
         file = self.root / "classes.txt"
         listed = read_class_list(file) if file.is_file() else None
         known = listed or (None if classes is None else tuple(classes))
-        digits = all(word.isascii() and word.isdigit() for word in self.words)
-        if digits and (self.numbered or (known and not set(known) & set(self.words))):
-            numbers = [int(word) for word in self.words]
+        digits = all(name.isascii() and name.isdigit() for name in self.label_names)
+        # Class folders called 0, 1, 2, ... are names only if a class list says so.
+        if digits and (self.labels_are_numbers or (known and not set(known) & set(self.label_names))):
+            numbers = [int(name) for name in self.label_names]
             own = known or tuple(str(number) for number in range(1 + max(numbers, default=-1)))
             return (own if classes is None else tuple(classes)), own, numbers
-        own = listed or self.words
-        return (own if classes is None else tuple(classes)), own, self.words
+        own = listed or self.label_names
+        return (own if classes is None else tuple(classes)), own, self.label_names
 
     def _fingerprint(self, rows: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
         digest = hashlib.sha256()
@@ -114,11 +122,16 @@ class Collection:
 
 
 def held_out(groups: NDArray[np.int32], hashes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True for one entry in twenty of each group (class), at least one of two or more: those of the smallest hashes."""
+    """bool (n,): True for one entry in twenty of each group (class), at least one of two or more.
+
+    The entries with the smallest hashes are held out, so adding images to a class moves hardly any from train to val.
+    """
+    # Sorted by group, and by hash within a group: hashes have 32 bits, so one int64 holds both.
     order = np.argsort((groups.astype(np.int64) << 32) + hashes, kind="stable")
-    counts = np.bincount(groups + 1)  # -1 is a group too
-    held = np.maximum((counts + HELD_OUT // 2) // HELD_OUT, counts > 1)
+    counts = np.bincount(groups + 1)  # -1, no label, is a group too
+    held = np.maximum((counts + HELD_OUT // 2) // HELD_OUT, counts > 1)  # rounded
     sorted_groups = groups[order] + 1
+    rank_in_group = np.arange(len(groups)) - (np.cumsum(counts) - counts)[sorted_groups]
     chosen = np.empty(len(groups), dtype=bool)
-    chosen[order] = np.arange(len(groups)) - (np.cumsum(counts) - counts)[sorted_groups] < held[sorted_groups]
+    chosen[order] = rank_in_group < held[sorted_groups]
     return chosen

@@ -1,8 +1,17 @@
 """Frames of one video file by their real presentation time, through PyAV.
 
+Letters: n frames of the video; H W pixels as shown, that is with rotation applied and square pixels.
+
 Nothing here seeks and nothing believes a header. The packets of a file are demuxed once and kept, and a frame is
 reached by decoding forward from the key packet before it: container seeks land on the wrong frame in several formats,
-and frame counts in headers lie. H W are pixels as shown: rotation applied, pixels square.
+and frame counts in headers lie.
+
+How a frame gets its index. A packet is a compressed picture; it carries `pts`, the time at which the picture is shown,
+and packets come in decoding order, which differs from the order shown if there are B-frames. The index of a frame is
+the rank of its pts among the packets that are shown. An edit list (MP4's way to trim without encoding again) makes
+FFmpeg mark packets before the start as "discard": they are decoded, since later pictures refer to them, but they are
+not shown and have no index. In formats whose packets mislead, the whole file is decoded once and its frames are
+counted.
 """
 
 from __future__ import annotations
@@ -29,11 +38,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from numpy.typing import NDArray
 
-# Containers that store a presentation time per picture, and codecs whose every packet is one shown picture. Elsewhere
-# packets mislead: AVI carries decoding times, MPEG-TS may carry one packet per field, VP8 packets may show nothing.
+# Containers that store a presentation time per picture, and codecs in which every packet is one shown picture. In
+# others packets mislead: AVI carries decoding times, MPEG-TS may have one packet per field, VP8 packets may show
+# nothing.
 TIMED_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 ONE_PICTURE_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
-RETAINED_BYTES = 256 * 2**20
+MAX_RETAINED_BYTES = 256 * 2**20  # of packets kept in memory; those of a larger file are read again when needed
 
 
 class DecodeError(UserError):
@@ -47,15 +57,15 @@ class DecodeError(UserError):
 class VideoReader:
     """One open video file; a context manager.
 
-    `times`: (n,) float64 seconds, ascending, one per frame that exists. `fps`: the average rate. `codec`: FFmpeg's name
-    for it. `missing`: how many of the frames asked for so far could not be decoded and were stood in for by their
-    neighbours. `time_limit_seconds` holds for each call by itself. Raises DecodeError, whose message begins with the
-    path, for what cannot be read.
+    `times`: float64 (n,), seconds, strictly ascending, one per frame that exists. `fps`: the average frame rate.
+    `codec`: FFmpeg's name of it. `stand_ins`: how many of the frames asked for so far could not be decoded, so that a
+    neighbour stood in for them. `time_limit_seconds` applies to each call separately. Raises DecodeError, whose message
+    begins with the path, for what cannot be read.
     """
 
     def __init__(self, path: Path, *, time_limit_seconds: float = 60.0) -> None:
         self.path = Path(path)
-        self.missing = 0
+        self.stand_ins = 0
         self._limit = time_limit_seconds
         self._deadline = time.monotonic() + time_limit_seconds
         self._packets: list[Packet[VideoStream]] | None = []
@@ -63,7 +73,7 @@ class VideoReader:
         self._display = Display(self._stream)
         self.codec = self._stream.codec_context.name
         try:
-            self._index()
+            self._index_frames()
         except BaseException:
             self.close()
             raise
@@ -81,7 +91,7 @@ class VideoReader:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) as shown: turned, square pixels. Decodes the first frame if none was decoded yet."""
+        """(height, width) in pixels as shown. Decodes the first frame if none has been decoded yet."""
         if self._display.size is None:
             self._start_clock()
             for _ in self._decode(0):
@@ -91,42 +101,53 @@ class VideoReader:
         return self._display.size
 
     def close(self) -> None:
-        """Give the file back; PyAV leaks what is not closed."""
+        """Close the file; PyAV leaks memory otherwise."""
         self._packets = []
         self._container.close()
 
     def frames(self, indices: Sequence[int], short_side: int | None = None) -> torch.Tensor:
         """Frames by index, in any order, repeats allowed -> uint8 (len(indices), 3, H, W) RGB.
 
-        With `short_side` the pictures are resized, up as well as down, so that their short side is exactly that. Raises
-        IndexError for an index outside 0..n-1 and DecodeError where nothing can be decoded.
+        With `short_side`, frames are resized, up as well as down, so that their short side has exactly that many
+        pixels. A frame that cannot be decoded is replaced, see `decode_damaged`. Raises IndexError for an index outside
+        0..n-1 and DecodeError if nothing can be decoded.
         """
-        import torch  # not at the top: the preparation tool reads with this file and starts without torch
+        import torch  # not at the top: data_prep uses this file and starts without torch
 
         wanted = sorted(set(indices))
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
         self._start_clock()
         images = self._collect(wanted, short_side)
-        if len(images) < len(wanted):
-            images |= self._collect_stand_ins([index for index in wanted if index not in images], short_side)
-        unique = np.stack([images[index] for index in wanted])
-        rows = np.searchsorted(wanted, np.asarray(indices))
+        damaged = [index for index in wanted if index not in images]
+        images |= {index: self.picture(frame, short_side) for index, frame in self._decode_damaged(damaged)}
+        unique = np.stack([images[index] for index in wanted])  # (distinct frames, H, W, 3)
+        rows = np.searchsorted(wanted, np.asarray(indices))  # `wanted` is sorted: the row of each index asked for
         return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
 
     def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Every frame that can be decoded from the key frame before `first` on, with its index, in the order shown.
+        """Every frame that can be decoded, from the key frame before `first` on, with its index, in the order shown.
 
-        As decoded: not turned, not resized.
+        Frames are as decoded, neither turned nor resized; `picture` does both.
         """
         self._start_clock()
-        # Frames before the first key frame decode in part at best, but what there is belongs to the sequence.
+        # From the first packet, not the first key packet: frames before that decode partly, but they do exist.
         packet = next(self._runs([first]))[0] if first else 0
         return self._decode(packet)
 
+    def decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames, ascending, that could not be decoded when started from the key frame before them, with their indices.
+
+        A frame that is lost when decoding starts at a key frame may be there when it starts at the first. If it is not,
+        the nearest earlier frame that can be decoded stands in for it, or the next one at the start of the file;
+        `stand_ins` counts these. Raises DecodeError if no frame at all can be decoded.
+        """
+        self._start_clock()
+        return self._decode_damaged(damaged)
+
     @property
     def orientation(self) -> Orientation:
-        """How a frame of `sequence` has to be turned to be seen as shown."""
+        """How a frame of `sequence` has to be turned for display."""
         return self._display.orientation if self.size else Orientation()
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
@@ -141,7 +162,7 @@ class VideoReader:
 
     def _check_clock(self) -> None:
         if time.monotonic() > self._deadline:
-            raise self._error(f"not read within {self._limit:g} s; leave it out or raise the time limit", "timeout")
+            raise self._error(f"not read within {self._limit:g} s; remove it or raise the time limit", "timeout")
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         if not self.path.exists():
@@ -154,62 +175,64 @@ class VideoReader:
             # absolute: FFmpeg reads a bare `name:rest` as a protocol and `-name` as an option
             container = av.open(str(self.path.absolute()), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as fault:
-            raise self._error(f"is not a video FFmpeg can open ({_words(fault)})", "not_video") from fault
+            raise self._error(f"is not a video FFmpeg can open ({_one_line(fault)})", "not_video") from fault
         for stream in container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
-                # Decoder threads dead-lock in loader workers (PyAV#1849, #1962): parallelise over videos instead.
+                # Decoder threads deadlock in loader workers (PyAV#1849, #1962): parallelise over videos instead.
                 stream.codec_context.thread_type = "NONE"
                 stream.codec_context.thread_count = 1
                 return container, stream
         container.close()
-        raise self._error("holds no video stream", "not_video")
+        raise self._error("has no video stream", "not_video")
 
-    def _index(self) -> None:
-        """Demux once: keep the packets; number the frames by time or, where packets mislead, by decoding them all."""
+    def _index_frames(self) -> None:
+        """Demux the file once, keep its packets and number its frames; see the head of this file."""
         packets, size = [], 0
         for packet in self._demuxed(self._container, self._stream):
             size += packet.size
             packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
             if self._packets is not None:
                 self._packets.append(packet)
-            if size > RETAINED_BYTES:
-                self._packets = None  # read from the file again, from its start, each time frames are asked for
+            if size > MAX_RETAINED_BYTES:
+                self._packets = None  # read again from the start of the file whenever frames are asked for
         shown = [pts for pts, _, discard in packets if not discard and pts is not None]
-        kinds = set(self._container.format.name.split(","))
+        formats = set(self._container.format.name.split(","))  # FFmpeg gives "mov,mp4,m4a,3gp,3g2,mj2" for all of them
+        # Packets are trusted if every one that is shown has a time and no two have the same.
         by_packet = (
-            bool(kinds & TIMED_CONTAINERS)
+            bool(formats & TIMED_CONTAINERS)
             and self._stream.codec_context.name in ONE_PICTURE_CODECS
             and len(set(shown)) == len(shown) == sum(not discard for _, _, discard in packets)
         )
-        self._ordinal: dict[int, int] | None = None
-        self._keys = [0]
+        self._index_of_pts: dict[int, int] | None = None  # None: frames are counted as they are decoded
+        # Key packets, by position in the file and by pts, both ascending. Decoding may start at any of them. The first
+        # packet counts as one, shown before everything, so that every frame has a key packet before it.
+        self._key_packets = [0]
         self._key_pts = [-(2**63)]
         if by_packet:
             shown.sort()
-            self._ordinal = {pts: index for index, pts in enumerate(shown)}
-            self._note_keys([(pts, place) for place, (pts, key, _) in enumerate(packets) if key and pts is not None])
+            self._index_of_pts = {pts: index for index, pts in enumerate(shown)}
+            for place, (pts, is_key, _) in enumerate(packets):
+                if is_key and place and pts is not None and pts > self._key_pts[-1]:
+                    self._key_packets.append(place)
+                    self._key_pts.append(pts)
             self._pts = shown
         else:
             decoded = [frame.pts for _, frame in self._decode(0)]
-            # AVI frames come in the order shown but bear decoding times: sorted, those are the times shown.
+            # AVI frames come in the order shown but carry decoding times: once sorted, those are the times shown.
+            # Frames without a time go to the end, where `_set_times` spreads them.
             self._pts = sorted(pts for pts in decoded if pts is not None)
             self._pts += [self._pts[-1] if self._pts else 0] * (len(decoded) - len(self._pts))
-        self._time_frames()
+        self._set_times()
 
-    def _note_keys(self, keys: list[tuple[int, int]]) -> None:
-        for pts, place in keys:
-            if place and pts > self._key_pts[-1]:
-                self._keys.append(place)
-                self._key_pts.append(pts)
-
-    def _time_frames(self) -> None:
+    def _set_times(self) -> None:
+        """From pts to `times` in seconds, strictly ascending, and `fps`."""
         if not self._pts:
             raise self._error("no frame can be decoded", "no_frames")
         base = float(self._stream.time_base or Fraction(1, 90000))
         rate = float(self._stream.average_rate or 0) or 25.0
         times = np.array(self._pts, dtype=np.float64) * base
         for i in np.flatnonzero(np.diff(times) <= 0) + 1:
-            # A time missing or given twice: one frame on, but never past the next one that is known.
+            # A time that is missing or occurs twice: one frame period later, but never past the next known time.
             later = times[i + 1 :][times[i + 1 :] > times[i - 1]]
             times[i] = times[i - 1] + min(1 / rate, (later[0] - times[i - 1]) / 2 if len(later) else np.inf)
         self.times: NDArray[np.float64] = times
@@ -222,9 +245,10 @@ class VideoReader:
                 if packet.size:
                     yield packet
         except (av.FFmpegError, OSError, ValueError):
-            return  # a file cut short: what comes before the cut is the video
+            return  # a truncated file: what comes before the damage is the video
 
     def _packets_from(self, start: int) -> Iterator[Packet[VideoStream]]:
+        """The packets of the file from position `start` on."""
         if self._packets is not None:
             yield from islice(self._packets, start, None)
             return
@@ -235,11 +259,11 @@ class VideoReader:
         return [stream.index for stream in self._container.streams.video].index(self._stream.index)
 
     def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) in the order shown, decoding forward from packet `start`; damaged packets are passed over."""
+        """(index, frame) in the order shown, decoding forward from packet `start`; damaged packets are skipped."""
         codec = self._stream.codec_context
-        codec.flush_buffers()
+        codec.flush_buffers()  # of what an earlier call left in the decoder
         count = 0
-        for packet in chain(self._packets_from(start), (None,)):  # None draws out the frames the decoder still holds
+        for packet in chain(self._packets_from(start), (None,)):  # None flushes the frames that the decoder holds back
             self._check_clock()
             try:
                 decoded = codec.decode(packet)
@@ -247,13 +271,14 @@ class VideoReader:
                 continue
             for frame in decoded:
                 self._display.note(frame)
-                index = count if self._ordinal is None else self._ordinal.get(frame.pts or 0)
+                # A frame whose pts has no index is one that the edit list discards.
+                index = count if self._index_of_pts is None else self._index_of_pts.get(frame.pts or 0)
                 count += 1
                 if index is not None:
                     yield index, frame
 
     def _collect(self, wanted: list[int], short_side: int | None) -> dict[int, NDArray[np.uint8]]:
-        """The wanted frames that decode, each once: one forward pass per run of neighbouring groups of pictures."""
+        """Those wanted frames that can be decoded, uint8 (H, W, 3) each, in one forward pass per run (see `_runs`)."""
         images: dict[int, NDArray[np.uint8]] = {}
         for start, run in self._runs(wanted):
             left = set(run)
@@ -266,40 +291,44 @@ class VideoReader:
         return images
 
     def _runs(self, wanted: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """Wanted frames by the key packet to start from; a run goes on into the next group of pictures undisturbed."""
+        """Wanted frames, ascending, in runs: (key packet to start decoding from, the frames to reach from there).
+
+        A group of pictures is what lies between two key frames. A run ends where whole groups hold no wanted frame: it
+        is cheaper to start again at a later key packet then, while the next group follows without starting again.
+        """
         run: list[int] = []
         first = last = -1
         for index in wanted:
             group = int(np.searchsorted(self._key_pts, self._pts[index], side="right")) - 1
             if run and group > last + 1:
-                yield self._keys[first], run
+                yield self._key_packets[first], run
                 run = []
             first, last = (first if run else group), group
             run.append(index)
-        yield self._keys[first], run
+        yield self._key_packets[first], run
 
-    def _collect_stand_ins(self, lost: list[int], short_side: int | None) -> dict[int, NDArray[np.uint8]]:
-        """Frames lost when started from their key packet: decoded from the start, else the nearest earlier good one."""
-        images: dict[int, NDArray[np.uint8]] = {}
-        waiting = list(lost)
+    def _decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """`decode_damaged` within the time limit of the call that is running."""
+        if not damaged:
+            return
+        waiting = list(damaged)
         before: av.VideoFrame | None = None
         for index, frame in self._decode(0):
-            while waiting and waiting[0] < index:
-                images[waiting.pop(0)] = self.picture(before or frame, short_side)
-                self.missing += 1
+            while waiting and waiting[0] < index:  # passed without having been decoded
+                self.stand_ins += 1
+                yield waiting.pop(0), before or frame
             if waiting and waiting[0] == index:
-                images[waiting.pop(0)] = self.picture(frame, short_side)
+                yield waiting.pop(0), frame
             if not waiting:
-                break
+                return
             before = frame
-        if waiting:
-            if before is None:
-                raise self._error("no frame can be decoded", "no_frames")
-            images |= dict.fromkeys(waiting, self.picture(before, short_side))
-            self.missing += len(waiting)
-        return images
+        if before is None:
+            raise self._error("no frame can be decoded", "no_frames")
+        for index in waiting:  # after the last frame that can be decoded
+            self.stand_ins += 1
+            yield index, before
 
 
-def _words(fault: BaseException) -> str:
-    """What the library said, in one line and without the path."""
+def _one_line(fault: BaseException) -> str:
+    """The message of a library's error, in one line and without the path."""
     return (getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Image files: read as shown, whatever their kind, and found in folders of any size."""
+"""Image files: decoded as they should be shown, whatever their format, and found in folders of any size."""
 
 from __future__ import annotations
 
@@ -16,22 +16,39 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from video_swinv2.data.collection import Collection
+from video_swinv2.data.collection import ImageCollection
 from video_swinv2.data.decode import DecodeError
-from video_swinv2.data.index import UNSETTLED, Index, Listing, Member, Stamp, name_hashes, open_index, stamp_of
-from video_swinv2.data.lists import SPLIT_WORDS, SPLITS, VIDEO_SUFFIXES
+from video_swinv2.data.index import (
+    UNSETTLED,
+    ChangeStamp,
+    ContainerContents,
+    FileIndex,
+    TarMember,
+    change_stamp,
+    name_hashes,
+    open_index,
+)
+from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS, VIDEO_SUFFIXES
 from video_swinv2.errors import UsageError, UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether the name of a file is that of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def read_image(path: Path) -> Tensor:
-    """An image file as shown, (3, H, W) uint8 RGB; DecodeError if it is missing, cut off or no image."""
+    """An image file as it should be shown, uint8 (3, H, W) RGB; DecodeError if it is missing, truncated or no image."""
     return _decode(path, str(path))
 
 
-def read_member(member: Member) -> Tensor:
-    """An image in a tar, as `read_image`. The tar is opened each time: 20 us, and a worker holds no handles."""
+def read_tar_member(member: TarMember) -> Tensor:
+    """An image in a tar, as `read_image`.
+
+    The tar is opened each time, which takes 20 us, so that a worker keeps no handles.
+    """
     try:
         with member.path.open("rb") as file:
             file.seek(member.offset)
@@ -42,31 +59,32 @@ def read_member(member: Member) -> Tensor:
 
 def _decode(file: Path | BinaryIO, name: str) -> Tensor:
     try:
-        # Pillow warns of odd EXIF, odd palettes and large pictures: a flood where there are millions of files.
+        # Pillow warns of odd EXIF data, odd palettes and large pictures: a flood with millions of files.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
-                return torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
     except FileNotFoundError as error:
         raise DecodeError(f"{name}: no such file", "missing") from error
     except UnidentifiedImageError as error:
         empty = not (file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END))
-        what = "is empty (0 bytes)" if empty else "is not an image of a kind that Pillow reads"
+        what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
         raise DecodeError(f"{name}: {what}", "empty" if empty else "not_image") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise whatever struct, zlib or indexing raise
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise DecodeError(f"{name}: not a readable image ({fault})") from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8. Of an animation the first picture; colour profiles are not applied.
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3); of an animation, the first picture.
 
-    What is transparent lies on white, as a page shows it: dropping alpha would bring out colours that nobody sees.
-    Profiles are left alone as in torchvision and timm, whose numbers released weights are made of and tested with.
+    Transparent pixels are composited on white, as a page shows them: dropping alpha would reveal colours that nobody
+    sees. Colour profiles are not applied, as in torchvision and timm, with whose numbers released weights were trained
+    and tested.
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow's own conversion cuts everything above 255 to white; 65535 / 255 = 257.
+        # Pillow's own conversion clips everything above 255 to white; 65535 / 255 = 257.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
@@ -77,37 +95,100 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def walk(root: Path, previous: Index | None) -> Iterator[Listing | int]:
-    """Every folder below `root`, itself first, with its image files; hidden ones are passed over.
+def image_tree(root: Path) -> ImageCollection | None:
+    """The images below a folder, in splits and classes; None if there is none.
 
-    `about` names a video or tar that lies in the folder too. Raises UserError for a folder that may not be read.
+    The layout is ROOT/CLASS/..., or ROOT/train|val|test/CLASS/... as ImageNet is kept, or images without class folders.
+    Raises UsageError where the meaning is unclear: images beside videos or tars, or splits beside other folders.
+    """
+    index = open_index("images", root, "", partial(scan_folders, root))
+    if not len(index):
+        return None
+    for folder, other in zip(index.containers, index.about, strict=True):
+        if other:
+            raise UsageError(
+                f"{root}: holds images and other data ({os.path.join(folder, other)}): both images and videos or tars; "
+                "move one kind elsewhere, or add a train.txt"
+            )
+    folders = [tuple(name.split("/")) if name else () for name in index.containers]
+    has_splits = _top_folders_are_splits(root, folders, index)
+    splits: list[str] = []
+    classes: list[str] = []
+    for parts in folders:
+        top = SPLIT_SYNONYMS.get(parts[0], parts[0]) if has_splits and parts else ""
+        splits.append(top if top in SPLITS else "train")
+        below = parts[1:] if top in SPLITS else parts
+        classes.append(below[0] if below else "")
+    names = tuple(sorted({name for name, count in zip(classes, index.counts, strict=True) if name and count}))
+    position = {name: place for place, name in enumerate(names)}
+    labels = np.array([position.get(name, -1) for name in classes], dtype=np.int32)  # of each folder
+    tree = ImageCollection(
+        root,
+        index,
+        tuple(splits),
+        names,
+        torch.from_numpy(np.repeat(labels, index.counts)),
+        labels_are_numbers=False,
+        empty_class_folder=_empty_class_folder(list(zip(splits, classes, strict=True)), index),
+    )
+    if has_splits and (bare := set(splits) - tree.splits_with_images - {"train"}):
+        raise UsageError(f"{root}: its {min(bare)} folder holds no images; fill it or remove it")
+    return tree
+
+
+def _top_folders_are_splits(root: Path, folders: list[tuple[str, ...]], index: FileIndex) -> bool:
+    """Whether the folders just below the root are splits, not classes; UsageError if some are and some are not."""
+    tops = {parts[0] if parts else "" for parts, count in zip(folders, index.counts, strict=True) if count}
+    found = {SPLIT_SYNONYMS.get(top, top) for top in tops}
+    # A class may well be called "train"; a root with nothing but splits, or with a val, has splits.
+    has_splits = "val" in found or found <= set(SPLITS)
+    beside = sorted(top for top in tops if SPLIT_SYNONYMS.get(top, top) not in SPLITS)
+    if has_splits and "train" in found and beside:
+        raise UsageError(f"{root / beside[0]}: images beside the splits, in none of them; move it into one")
+    return has_splits
+
+
+def _empty_class_folder(kinds: list[tuple[str, str]], index: FileIndex) -> str:
+    """A folder whose (split, class) has no image in any folder of that kind; '' if there is none."""
+    filled = {kind for kind, count in zip(kinds, index.counts, strict=True) if count}
+    bare = (name for name, kind in zip(index.containers, kinds, strict=True) if kind[1] and kind not in filled)
+    return next(bare, "")
+
+
+def scan_folders(root: Path, previous: FileIndex | None) -> Iterator[ContainerContents | int]:
+    """Every folder below `root`, itself first, with its image files; hidden ones are skipped.
+
+    A folder that has not changed since `previous` is given as its number there and is not listed: one `stat` per
+    folder. `about` names a video or tar that lies in the folder too. Raises UserError for a folder that cannot be read.
     """
     known = {} if previous is None else {name: place for place, name in enumerate(previous.containers)}
     stamps = [] if previous is None else [tuple(stamp) for stamp in previous.stamps.tolist()]
-    inside: dict[str, list[str]] = defaultdict(list)
+    # The folders in a folder that has not changed are those it had: its own stamp covers them, but not their contents.
+    known_subfolders: dict[str, list[str]] = defaultdict(list)
     for name in known:
         if name:
-            inside[os.path.dirname(name)].append(name)
+            known_subfolders[os.path.dirname(name)].append(name)
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         folder, above = waiting.pop()
         path = root / folder
         state = path.stat()
-        if (state.st_dev, state.st_ino) in above:  # a link to a folder that it lies in: all in it is listed already
+        identity = (state.st_dev, state.st_ino)
+        if identity in above:  # a link to a folder that it lies in: all of it is listed already
             continue
-        stamp, place = stamp_of(path), known.get(folder)
+        stamp, place = change_stamp(path), known.get(folder)
         if place is not None and stamp == stamps[place] != UNSETTLED:
-            below = inside[folder]
+            below = known_subfolders[folder]
             yield place
         else:
-            listing, below = _list_folder(path, folder, stamp)
-            yield listing
-        above |= {(state.st_dev, state.st_ino)}
-        waiting += [(name, above) for name in sorted(below, reverse=True)]
+            contents, below = _list_folder(path, folder, stamp)
+            yield contents
+        # The last one pushed is visited first, so this walks depth first in the order of the names.
+        waiting += [(name, above | {identity}) for name in sorted(below, reverse=True)]
 
 
-def _list_folder(path: Path, folder: str, stamp: Stamp) -> tuple[Listing, list[str]]:
-    """What one folder holds, and the folders in it."""
+def _list_folder(path: Path, folder: str, stamp: ChangeStamp) -> tuple[ContainerContents, list[str]]:
+    """The contents of one folder, and the folders in it."""
     images, below, other = [], [], ""
     top = f"{folder}/" if folder else ""
     try:
@@ -123,61 +204,8 @@ def _list_folder(path: Path, folder: str, stamp: Stamp) -> tuple[Listing, list[s
                 elif suffix in VIDEO_SUFFIXES or suffix == ".tar":
                     other = item.name if not other else min(other, item.name)
     except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror}); mend that first") from fault
+        raise UserError(f"{path}: cannot be read ({fault.strerror}); fix its permissions first") from fault
     images.sort()
     hashes = name_hashes(os.fsencode(top) + name for name in images)
-    return Listing(folder, stamp, b"".join(name + b"\0" for name in images), {"hash": hashes}, other), below
-
-
-def image_tree(root: Path) -> Collection | None:
-    """The images below a folder, in splits and classes; None if there is none.
-
-    ROOT/CLASS/..., ROOT/train|val|test/CLASS/... as ImageNet is kept, or images without class folders. UsageError for
-    folders in which images lie beside videos or tars, or splits beside other folders: what is meant cannot be known.
-    """
-    index = open_index("images", root, "", partial(walk, root))
-    if not len(index):
-        return None
-    for folder, other in zip(index.containers, index.about, strict=True):
-        if other:
-            raise UsageError(
-                f"{root}: holds images and other data ({os.path.join(folder, other)}): both images and videos or tars; "
-                "move one kind away, or add a train.txt"
-            )
-    folders = [tuple(name.split("/")) if name else () for name in index.containers]
-    tops = {parts[0] if parts else "" for parts, count in zip(folders, index.counts, strict=True) if count}
-    words = {SPLIT_WORDS.get(top, top) for top in tops}
-    # A class may well be called "train"; a folder with nothing but splits, or with a val, has splits.
-    divided = "val" in words or words <= set(SPLITS)
-    beside = sorted(top for top in tops if SPLIT_WORDS.get(top, top) not in SPLITS)
-    if divided and "train" in words and beside:
-        raise UsageError(f"{root / beside[0]}: images beside the splits, in none of them; move it into one")
-    splits: list[str] = []
-    classes: list[str] = []
-    for parts in folders:
-        word = SPLIT_WORDS.get(parts[0], parts[0]) if divided and parts else ""
-        splits.append(word if word in SPLITS else "train")
-        rest = parts[1:] if word in SPLITS else parts
-        classes.append(rest[0] if rest else "")
-    names = tuple(sorted({name for name, count in zip(classes, index.counts, strict=True) if name and count}))
-    number = {name: place for place, name in enumerate(names)}
-    labels = np.array([number.get(name, -1) for name in classes], dtype=np.int32)
-    tree = Collection(
-        root,
-        index,
-        tuple(splits),
-        names,
-        torch.from_numpy(np.repeat(labels, index.counts)),
-        numbered=False,
-        empty=_empty(list(zip(splits, classes, strict=True)), index),
-    )
-    if divided and (bare := set(splits) - tree.filled - {"train"}):
-        raise UsageError(f"{root}: its {min(bare)} folder holds no images; fill it or remove it")
-    return tree
-
-
-def _empty(kinds: list[tuple[str, str]], index: Index) -> str:
-    """A folder whose split and class have no image, itself and all below it taken together; '' if there is none."""
-    filled = {kind for kind, count in zip(kinds, index.counts, strict=True) if count}
-    bare = (name for name, kind in zip(index.containers, kinds, strict=True) if kind[1] and kind not in filled)
-    return next(bare, "")
+    names = b"".join(name + b"\0" for name in images)
+    return ContainerContents(folder, stamp, names, {"hash": hashes}, other), below

@@ -1,10 +1,14 @@
-"""The saved index of a source of images: what its folders or tar shards hold, listed once and memory-mapped since.
+"""The saved index of a source of images: what its folders or tar shards hold, listed once and memory-mapped after that.
 
-An index lies in the user's cache folder, never among the data: a folder of ours in a tree of class folders would be a
-class to other tools, and a file of ours would change the time by which a changed folder is known. Every folder (every
-tar) is listed with a stamp: its times of change and its size. Opening an index compares all stamps and lists anew what
-differs, so it costs one `stat` a folder and is never out of date in silence. A folder changed within two seconds of
-being listed gets no stamp and is listed again next time, since a second change may bear the same time.
+A *container* is a folder or a tar. An index lists the containers of a source, and the images in each, as a handful of
+arrays: millions of entries are a few objects, which loader workers share.
+
+An index is kept in the user's cache folder, never among the data: a folder of ours in a tree of class folders would be
+a class to other tools, and a file of ours would change the times by which a changed folder is recognised. Every
+container is listed together with a stamp: its times of change and its size. Opening an index compares all stamps and
+lists again what differs, so it costs one `stat` per container and is never silently out of date. A container that
+changed within two seconds before it was listed gets no stamp and is listed again next time, since a second change could
+bear the same time.
 """
 
 from __future__ import annotations
@@ -33,18 +37,18 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
 
 FORMAT = "1"
-SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT)
-SAY_EVERY_SECONDS = 15.0
-UNSETTLED = (0, 0, 0)
-Stamp = tuple[int, ...]
+SETTLED_SECONDS = 2.0  # the coarsest clock of any file system in use (FAT)
+REPORT_EVERY_SECONDS = 15.0
+UNSETTLED = (0, 0, 0)  # the stamp of what changed just now; equal to no other, not even to itself (see `scan_folders`)
+ChangeStamp = tuple[int, ...]
 T = TypeVar("T")
 
 
-class OnDemand(Sequence[T]):
-    """A sequence whose items are made when they are asked for."""
+class LazySequence(Sequence[T]):
+    """A sequence whose items are made when they are asked for; a subclass gives `__len__` and `item`."""
 
     def item(self, place: int) -> T:
-        """The item at a place from 0."""
+        """The item at position `place`, from 0 to len - 1."""
         raise NotImplementedError
 
     @overload
@@ -58,28 +62,32 @@ class OnDemand(Sequence[T]):
 
 
 def as_tensors(*arrays: NDArray[Any]) -> tuple[Tensor, ...]:
-    """The arrays for a pickle: torch hands tensors to spawned workers in shared memory, and copies nothing.
+    """The arrays as they go into a pickle: torch passes tensors to spawned workers in shared memory, without a copy.
 
-    The sender has to keep them until the worker runs: with the last one that is freed its file handle is closed, which
-    is passed on only after pickling.
+    The sender has to keep them until the worker runs. Freeing the last one closes its file handle, and the handle is
+    passed on only after pickling.
     """
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
-class Names(OnDemand[str]):
-    """Many names as two arrays: their bytes, each ended by NUL, and where they end. A million are two objects."""
+class NameTable(LazySequence[str]):
+    """Many names as two arrays, of their bytes and of where they end: a million names are two objects.
+
+    `text` uint8 (bytes,), each name followed by NUL; `ends` int64 (names,), the position of each NUL. A NUL cannot
+    occur in a file name.
+    """
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
         self.text: NDArray[np.uint8] = text.numpy()
         self.ends: NDArray[np.int64] = ends.numpy()
 
-    def __reduce__(self) -> tuple[type[Names], tuple[Tensor, ...]]:
+    def __reduce__(self) -> tuple[type[NameTable], tuple[Tensor, ...]]:
         self._sent = as_tensors(self.text, self.ends)
-        return Names, self._sent
+        return NameTable, self._sent
 
     @classmethod
-    def of(cls, text: bytes | Iterable[str]) -> Names:
-        """From names, or from their bytes with a NUL after each."""
+    def of(cls, text: bytes | Iterable[str]) -> NameTable:
+        """From names, or from their bytes with a NUL after each name."""
         if not isinstance(text, bytes):
             text = b"".join(os.fsencode(name) + b"\0" for name in text)
         array = np.frombuffer(bytearray(text), dtype=np.uint8)
@@ -89,44 +97,47 @@ class Names(OnDemand[str]):
         return len(self.ends)
 
     def item(self, place: int) -> str:
-        """The name at a place."""
+        """The name at position `place`."""
         return os.fsdecode(self.bytes(place, place + 1)[:-1])
 
     def __iter__(self) -> Iterator[str]:
         return map(os.fsdecode, self.text.tobytes().split(b"\0")[:-1])
 
     def bytes(self, first: int, last: int) -> bytes:
-        """The names `first` to `last` (exclusive), a NUL after each."""
+        """The bytes of the names from `first` to `last` (exclusive), a NUL after each."""
         start = self.ends[first - 1] + 1 if first else 0
         stop = self.ends[last - 1] + 1 if last else 0
         return self.text[start:stop].tobytes()
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What one container, a folder or a tar, holds: NUL-ended `names`, `columns` of a number each; `about` is free."""
+class ContainerContents:
+    """One folder or tar as it was listed: the names in it, each followed by NUL, and `columns` of one number per name.
+
+    `about` is one string per container, whose meaning is that of the kind of source.
+    """
 
     container: str
-    stamp: Stamp
+    stamp: ChangeStamp
     names: bytes
     columns: Mapping[str, NDArray[np.int64]]
     about: str = ""
 
 
-class Index:
-    """All containers of a source and their entries, entry after entry in the order of the containers.
+class FileIndex:
+    """All containers of a source and their entries, in the order of the containers.
 
-    `stamps` (containers, 3) int64; `starts` (containers + 1) int64, the first entry of each and the number of all;
-    `about`, a word on each container; `names` and `columns`, a name and int64 numbers per entry.
+    Per container: its name, `stamps` int64 (containers, 3) and a string `about`. Per entry: its name and `columns` of
+    int64 numbers. `starts` int64 (containers + 1,): entries starts[i] to starts[i + 1] are those of container i.
     """
 
     def __init__(
         self,
-        containers: Names,
+        containers: NameTable,
         stamps: Tensor,
         starts: Tensor,
-        about: Names,
-        names: Names,
+        about: NameTable,
+        names: NameTable,
         columns: Mapping[str, Tensor],
     ) -> None:
         self.containers = containers
@@ -136,141 +147,152 @@ class Index:
         self.names = names
         self.columns: dict[str, NDArray[np.int64]] = {key: column.numpy() for key, column in columns.items()}
 
-    def __reduce__(self) -> tuple[type[Index], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type[FileIndex], tuple[object, ...]]:
         stamps, starts, *columns = self._sent = as_tensors(self.stamps, self.starts, *self.columns.values())
         named = dict(zip(self.columns, columns, strict=True))
-        return Index, (self.containers, stamps, starts, self.about, self.names, named)
+        return FileIndex, (self.containers, stamps, starts, self.about, self.names, named)
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Entries per container."""
+        """Entries per container, int64 (containers,)."""
         return np.diff(self.starts)
 
     def container_of(self, entry: int) -> int:
-        """The container that an entry lies in."""
+        """The number of the container that holds an entry."""
         return int(self.starts.searchsorted(entry, side="right")) - 1
 
-    def listing(self, container: int) -> Listing:
+    def contents(self, container: int) -> ContainerContents:
         """One container as it was listed."""
         first, last = self.starts[container : container + 2].tolist()
         columns = {key: column[first:last] for key, column in self.columns.items()}
         stamp, about = tuple(self.stamps[container].tolist()), self.about[container]
-        return Listing(self.containers[container], stamp, self.names.bytes(first, last), columns, about)
+        return ContainerContents(self.containers[container], stamp, self.names.bytes(first, last), columns, about)
 
 
-Find = Callable[[Index | None], Iterator[Listing | int]]
-"""Lists a source, given the index there was: new listings, and the numbers of the containers that have not changed."""
+ScanSource = Callable[[FileIndex | None], Iterator[ContainerContents | int]]
+"""Lists a source: given the previous index, yields the contents of each container that is new or changed, and for every
+other one its number in that index."""
 
 
-def stamp_of(path: Path) -> Stamp:
-    """Times of change and size of a folder or file; UNSETTLED if it changed just now. Ask before listing it."""
+def change_stamp(path: Path) -> ChangeStamp:
+    """Times of change and size of a folder or file; UNSETTLED if it changed just now.
+
+    Has to be taken before the container is listed: a change in between is then noticed next time.
+    """
     state = path.stat()
     latest = max(state.st_mtime_ns, state.st_ctime_ns)
-    # The time of the inode too: contents can be changed and the other time set back, as copying tools do.
+    # Both times: tools that copy files set the modification time back, but nothing sets that of the inode.
     settled = latest < time.time_ns() - int(SETTLED_SECONDS * 1e9)
     return (state.st_mtime_ns, state.st_ctime_ns, state.st_size) if settled else UNSETTLED
 
 
 def name_hashes(names: Iterable[bytes]) -> NDArray[np.int64]:
-    """32 bits of sha256 per name: a random order that is the same everywhere and for ever."""
+    """32 bits of sha256 per name, int64 (names,): a random order that is the same on every machine."""
     return np.fromiter((int.from_bytes(hashlib.sha256(name).digest()[:4], "big") for name in names), np.int64)
 
 
-def open_index(kind: str, root: Path, key: str, find: Find) -> Index:
-    """The up-to-date index of a source, made or mended if need be; processes that start together make it once.
+def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
+    """The up-to-date index of a source, created or updated if necessary; processes that start together do it once.
 
-    `kind` and `key` tell sources apart. Where the cache folder cannot be written, the index is made in memory.
+    `kind` and `key` tell sources with the same root apart. If the cache folder cannot be written, the index is made in
+    memory.
     """
-    identity = f"{kind}\n{root.absolute()}\n{root.stat().st_ino}\n{key}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user without a home, as containers have them
-        cache = tempfile.gettempdir()
-    path = Path(cache, "video-swinv2", "index", hashlib.sha256(os.fsencode(identity)).hexdigest()[:32])
+    path = _index_path(kind, root, key)
     previous = _load(path)
-    if previous is not None and _unchanged(find(previous), previous):
+    # Without a lock: reading is safe, since an index is replaced as a whole, and most often nothing has changed.
+    if previous is not None and _unchanged(scan(previous), previous):
         return previous
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_locked(path))
         except OSError as fault:
-            print(f"{path}: cannot be written ({fault}), so {root} is listed at every start", file=sys.stderr)
-            return _assemble(list(_said(find(None), root)), None)
+            print(f"{path}: cannot be written ({fault}), so {root} is listed again at every start", file=sys.stderr)
+            return _assemble(list(_with_progress(scan(None), root)), None)
+        # Another process may have updated the index while this one waited for the lock.
         previous = _load(path)
-        found = list(_said(find(previous), root))
+        found = list(_with_progress(scan(previous), root))
         if previous is not None and _unchanged(found, previous):
             return previous
         index = _assemble(found, previous)
         try:
             _save(index, path)
         except UserError as fault:
-            print(f"{fault}; {root} is listed at every start", file=sys.stderr)
+            print(f"{fault}; {root} is listed again at every start", file=sys.stderr)
             return index
-        return _load(path) or index
+        return _load(path) or index  # memory-mapped, so that processes share it
 
 
-def _unchanged(found: Iterable[Listing | int], previous: Index) -> bool:
-    """Whether the containers are those there were; looks no further than the first that is not."""
-    seen = -1
-    for seen, item in enumerate(found):
-        if item != seen:
+def _index_path(kind: str, root: Path, key: str) -> Path:
+    # The inode too: another folder mounted or moved to the same path is another source.
+    identity = f"{kind}\n{root.absolute()}\n{root.stat().st_ino}\n{key}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home directory, as in containers
+        cache = tempfile.gettempdir()
+    return Path(cache, "video-swinv2", "index", hashlib.sha256(os.fsencode(identity)).hexdigest()[:32])
+
+
+def _unchanged(found: Iterable[ContainerContents | int], previous: FileIndex) -> bool:
+    """Whether the containers are exactly those of `previous`; stops at the first that is not."""
+    number = -1
+    for number, item in enumerate(found):
+        if item != number:
             return False
-    return seen + 1 == len(previous.containers)
+    return number + 1 == len(previous.containers)
 
 
-def _said(found: Iterator[Listing | int], root: Path) -> Iterator[Listing | int]:
-    """The listings themselves; a line now and then while they take long."""
-    said, entries = time.monotonic(), 0
+def _with_progress(found: Iterator[ContainerContents | int], root: Path) -> Iterator[ContainerContents | int]:
+    """The same items; prints a line now and then if they take long."""
+    reported, entries = time.monotonic(), 0
     for item in found:
         yield item
-        entries += item.names.count(0) if isinstance(item, Listing) else 0
-        if time.monotonic() - said > SAY_EVERY_SECONDS:
-            said = time.monotonic()
+        entries += item.names.count(0) if isinstance(item, ContainerContents) else 0
+        if time.monotonic() - reported > REPORT_EVERY_SECONDS:
+            reported = time.monotonic()
             print(f"{root}: {entries} files indexed so far", file=sys.stderr, flush=True)
 
 
-def _assemble(found: Sequence[Listing | int], previous: Index | None) -> Index:
-    listings = [item if isinstance(item, Listing) else _kept(previous, item) for item in found]
-    names = Names.of(b"".join(listing.names for listing in listings))
-    counts = [listing.names.count(0) for listing in listings]
-    keys = listings[0].columns if listings else ()
-    return Index(
-        Names.of(listing.container for listing in listings),
-        torch.tensor([listing.stamp for listing in listings], dtype=torch.int64).reshape(-1, 3),
+def _assemble(found: Sequence[ContainerContents | int], previous: FileIndex | None) -> FileIndex:
+    contents = [item if isinstance(item, ContainerContents) else _unchanged_contents(previous, item) for item in found]
+    counts = [one.names.count(0) for one in contents]
+    keys = contents[0].columns if contents else ()
+    return FileIndex(
+        NameTable.of(one.container for one in contents),
+        torch.tensor([one.stamp for one in contents], dtype=torch.int64).reshape(-1, 3),
         torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64)),
-        Names.of(listing.about for listing in listings),
-        names,
-        {key: torch.from_numpy(np.concatenate([listing.columns[key] for listing in listings])) for key in keys},
+        NameTable.of(one.about for one in contents),
+        NameTable.of(b"".join(one.names for one in contents)),
+        {key: torch.from_numpy(np.concatenate([one.columns[key] for one in contents])) for key in keys},
     )
 
 
-def _kept(previous: Index | None, container: int) -> Listing:
+def _unchanged_contents(previous: FileIndex | None, container: int) -> ContainerContents:
     if previous is None:
-        raise ValueError("a container cannot be unchanged where there was no index")
-    return previous.listing(container)
+        raise ValueError("a container cannot be unchanged if there was no index")
+    return previous.contents(container)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         yield
 
 
-def _save(index: Index, path: Path) -> None:
+def _save(index: FileIndex, path: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {"stamps": index.stamps, "starts": index.starts}
-    for word, names in (("containers", index.containers), ("about", index.about), ("names", index.names)):
-        arrays |= {f"{word}.text": names.text, f"{word}.ends": names.ends}
+    for key, names in (("containers", index.containers), ("about", index.about), ("names", index.names)):
+        arrays |= {f"{key}.text": names.text, f"{key}.ends": names.ends}
     arrays |= {f"column.{key}": column for key, column in index.columns.items()}
-    with atomic_write(path) as part:
-        save_file(arrays, part, metadata={"format": FORMAT})
+    with atomic_write(path) as partial:
+        save_file(arrays, partial, metadata={"format": FORMAT})
 
 
-def _load(path: Path) -> Index | None:
-    """The index of a file, its tensors mapped and not read; None where there is none, or it is of another format."""
+def _load(path: Path) -> FileIndex | None:
+    """The index in a file, its tensors mapped and not read; None if there is none, or one of another format."""
     try:
         with safe_open(path, "pt") as file:
             if file.metadata() != {"format": FORMAT}:
@@ -279,15 +301,15 @@ def _load(path: Path) -> Index | None:
     except (OSError, SafetensorError):
         return None
     containers, about, names = (
-        Names(tensors[f"{word}.text"], tensors[f"{word}.ends"]) for word in ("containers", "about", "names")
+        NameTable(tensors[f"{key}.text"], tensors[f"{key}.ends"]) for key in ("containers", "about", "names")
     )
     columns = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith("column.")}
-    return Index(containers, tensors["stamps"], tensors["starts"], about, names, columns)
+    return FileIndex(containers, tensors["stamps"], tensors["starts"], about, names, columns)
 
 
 @dataclass(frozen=True)
-class Member:
-    """One image inside a tar: `size` bytes of `path` from `offset` on; the rest as in Entry."""
+class TarMember:
+    """One image inside a tar: `size` bytes of the file `path`, starting at `offset`; the rest as in Entry."""
 
     name: str
     path: Path
@@ -296,48 +318,56 @@ class Member:
     size: int
 
 
-Item = Entry | Member
+AnyEntry = Entry | TarMember
 
 
-class Indexed(OnDemand[Item]):
-    """Entries of an index: those of `rows`, with a label each, -1 for none. Made into objects when asked for."""
+class IndexedEntries(LazySequence[AnyEntry]):
+    """Some entries of an index, made into objects when asked for.
 
-    def __init__(self, root: Path, index: Index, rows: Tensor, labels: Tensor) -> None:
+    rows: which ones, int64 (n,). labels: int32 (n,), -1 for none.
+    """
+
+    def __init__(self, root: Path, index: FileIndex, rows: Tensor, labels: Tensor) -> None:
         self.root = root
-        self.among = index
+        self.file_index = index
         self.rows: NDArray[np.int64] = rows.numpy()
         self.labels: NDArray[np.int32] = labels.numpy()
 
-    def __reduce__(self) -> tuple[type[Indexed], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type[IndexedEntries], tuple[object, ...]]:
         self._sent = as_tensors(self.rows, self.labels)
-        return Indexed, (self.root, self.among, *self._sent)
+        return IndexedEntries, (self.root, self.file_index, *self._sent)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def item(self, place: int) -> Item:
-        """The entry at a place."""
+    def item(self, place: int) -> AnyEntry:
+        """The entry at position `place`."""
         row, label = int(self.rows[place]), int(self.labels[place])
-        container = self.among.containers[self.among.container_of(row)]
-        name = self.among.names[row]
+        container = self.file_index.containers[self.file_index.container_of(row)]
+        name = self.file_index.names[row]
         shown = f"{container}/{name}" if container else name
-        if "offset" not in self.among.columns:
+        if "offset" not in self.file_index.columns:
             return Entry(shown, self.root / shown, label)
-        offset, size = int(self.among.columns["offset"][row]), int(self.among.columns["size"][row])
-        return Member(shown, self.root / container, label, offset, size)
+        offset, size = int(self.file_index.columns["offset"][row]), int(self.file_index.columns["size"][row])
+        return TarMember(shown, self.root / container, label, offset, size)
 
 
-class Listed(OnDemand[Item]):
-    """The entries of a list, kept as `Indexed` ones are: loader workers share the bytes and copy no objects."""
+class CompactEntries(LazySequence[AnyEntry]):
+    """The entries of a list in a few arrays, as `IndexedEntries` are: loader workers share them and copy no objects."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.names = Names.of(entry.name for entry in entries)
-        self.paths = Names.of(str(entry.path) for entry in entries)
+        self.names = NameTable.of(entry.name for entry in entries)
+        self.paths = NameTable.of(str(entry.path) for entry in entries)
         self.labels = torch.tensor([entry.label for entry in entries], dtype=torch.int32)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def item(self, place: int) -> Item:
-        """The entry at a place."""
+    def item(self, place: int) -> AnyEntry:
+        """The entry at position `place`."""
         return Entry(self.names[place], Path(self.paths[place]), int(self.labels[place]))
+
+
+def compact_entries(entries: Sequence[Entry]) -> Sequence[AnyEntry]:
+    """The same entries in a form that loader workers share; their own objects would be copied into each worker."""
+    return entries if isinstance(entries, (IndexedEntries, CompactEntries)) else CompactEntries(entries)

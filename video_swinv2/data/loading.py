@@ -1,43 +1,46 @@
 """The order of samples, and loaders that keep it: a function of (seed, step), whatever the processes and workers.
 
-Workers get the data set by fork on Linux, through torch's shared memory elsewhere; what it knows of its entries is a
-handful of tensors (`index.py`), so a worker copies nothing of it however many there are.
+How the stream of samples is cut, for a global batch of 8, 2 processes and micro-batches of 2:
 
-A worker that dies or hangs costs time and at most the file it had in hand: the others are started again and what was
-not yet delivered is read again, so the order stays what it was.
+    position of a sample in the stream   0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15 | 16 ...
+    step                                 0               | 1                     | 2
+    rank                                 0       1       | 0         1           | 0
+    micro-batch                          0   1   0   1   | 0   1     0     1     | 0
+
+    position p -> epoch p // n, the (p % n)-th number of that epoch's permutation of n samples
+
+Nothing here depends on what was read before, so a run resumes from the number of its step alone, and a run on another
+number of processes sees the same global batches. An epoch ends within a step when n is not a multiple of the batch.
+
+Workers get the data set by fork on Linux, through torch's shared memory elsewhere; what it knows of its entries is a
+handful of tensors (`index.py`), so a worker copies none of it however many there are.
+
+A worker that dies or hangs costs time and at most the file it was reading: all workers are started again, and what was
+not yet delivered is read again, so the order stays what it was (`Loader`).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import re
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from video_swinv2.data.datasets import Address, Batch, SampleDataset, collate
+from video_swinv2.data.workers import FilesInHand, is_worker_death, start_loader
 from video_swinv2.errors import UsageError, UserError
 
-PREFETCH = 4  # micro-batches that a worker may be ahead: with their size, all the memory that loading takes
-WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
-DYING_SECONDS = 2.0  # in which the end of a worker shows
-DEATHS = 5  # of workers without one batch in between, then the machine is at fault and not a file
+PREFETCH = 4  # micro-batches that a worker may be ahead; times their size, all the memory that loading takes
+MAX_DEATHS = 5  # of workers without a single batch in between; beyond that the machine is at fault, not a file
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch of a step is cut: rank after rank, each in `accumulation` pieces of `micro`."""
+    """How the global batch of a step is divided: `world` equal shares, each read in `accumulation` micro-batches."""
 
     batch: int
     world: int
@@ -50,18 +53,20 @@ class BatchPlan:
 
 
 def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> BatchPlan:
-    """The largest pieces up to `micro_batch` that divide the share of a process; UsageError if `batch` does not.
+    """Divide a global batch into the largest micro-batches of at most `micro_batch` samples that divide a share evenly.
 
-    All `repeats` of a clip are in one piece, so that it is decoded once.
+    All `repeats` of a clip go into one micro-batch, so that the clip is decoded once. Raises UsageError if `batch`
+    cannot be divided among `world` processes, or if a micro-batch cannot hold the repeats of one clip.
     """
     if batch % (world * repeats):
         shared = f"{world} processes" + (f" in {repeats} repeats of a clip" if repeats > 1 else "")
         raise UsageError(
-            f"optim.batch: {batch} samples cannot be shared by {shared}; take a multiple of {world * repeats}"
+            f"optim.batch: {batch} samples cannot be shared by {shared}; use a multiple of {world * repeats}"
         )
     if micro_batch < repeats:
         raise UsageError(
-            f"optim.micro_batch: {micro_batch} samples cannot hold the {repeats} of augment.repeats; take {repeats}"
+            f"optim.micro_batch: {micro_batch} samples cannot hold the {repeats} of augment.repeats; "
+            f"use at least {repeats}"
         )
     clips = batch // world // repeats
     most = min(micro_batch // repeats, clips)
@@ -71,8 +76,8 @@ def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> Ba
 class StepSampler(Sampler[list[Address]]):
     """The micro-batches of one process from step `first` to step `last` (exclusive), as addresses (epoch, number).
 
-    All epochs, each `samples` long and in its `order`, form one stream; step s takes positions s * batch to
-    (s + 1) * batch. So no batch is short, and a resumed run needs to know nothing but its step.
+    samples: the length of an epoch. order: epoch -> its permutation, int64 (samples,). All epochs form one endless
+    stream, of which step s takes positions s * batch to (s + 1) * batch; the head of this file has an example.
     """
 
     def __init__(
@@ -99,10 +104,11 @@ class StepSampler(Sampler[list[Address]]):
         epoch, order = -1, np.empty(0, dtype=np.int64)
         share = self.plan.batch // self.plan.world
         for step in range(self.first, self.last):
-            start = step * self.plan.batch + self.rank * share
-            for piece in range(start, start + share, self.plan.micro):
+            share_start = step * self.plan.batch + self.rank * share
+            for micro_start in range(share_start, share_start + share, self.plan.micro):
                 addresses = []
-                for position in range(piece, piece + self.plan.micro):
+                for position in range(micro_start, micro_start + self.plan.micro):
+                    # Positions ascend, so each permutation is made once; the epoch may change within a micro-batch.
                     if position // self.samples != epoch:
                         epoch = position // self.samples
                         order = self.order(epoch)
@@ -111,11 +117,11 @@ class StepSampler(Sampler[list[Address]]):
 
 
 class Loader:
-    """Batches of the addresses given, in their order, whatever becomes of the workers that read them.
+    """The batches of the given addresses, in their order, whatever happens to the workers that read them.
 
-    A worker that dies is replaced and what was not delivered yet is read again. The file it had in hand is given up,
-    named and replaced like any broken one if it was the second worker to die of it, or hung (the worker's own alarm
-    ends it). UserError if workers die one after the other.
+    When a worker dies, all are started again from the first batch that was not delivered. The file that it was reading
+    is given up if it was the second worker to die of it, or if it hung (the worker's own alarm ends it); a file given
+    up is named and replaced like any unreadable one. Raises UserError when workers die one after the other.
     """
 
     def __init__(self, dataset: SampleDataset, addresses: Sequence[list[Address]] | StepSampler, pin: bool) -> None:
@@ -123,7 +129,7 @@ class Loader:
         self.addresses = addresses
         self.pin = pin
         self.restarts = 0
-        self._died_of: set[int] = set()
+        self._died_once: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -137,75 +143,48 @@ class Loader:
                     delivered, deaths = delivered + 1, 0
                     yield batch
             except (RuntimeError, EOFError, OSError) as error:
-                if not self._tells_of_a_death(error):
+                if not is_worker_death(error, self.dataset.in_hand):
                     raise
                 deaths += 1
                 self.restarts += 1
-                if deaths >= DEATHS:
+                if deaths >= MAX_DEATHS:
                     raise UserError(
                         f"data.workers: {deaths} loader workers died one after the other; if memory or /dev/shm is "
-                        f"short lower data.workers ({self.dataset.data.workers}) or optim.micro_batch"
+                        f"short, lower data.workers ({self.dataset.data.workers}) or optim.micro_batch"
                     ) from error
-                self._judge()  # while the other workers live
-            del batches  # ends them
+                self._judge_abandoned_files()  # before the other workers are ended too
+            del batches  # ends the workers
 
     def _start(self, delivered: int) -> Iterator[Batch]:
-        """Workers that go on after so many batches."""
+        """Start workers that continue after the first `delivered` batches."""
         workers = self.dataset.data.workers
-        if workers:
-            self.dataset.at_work = torch.full((workers, 3), -1.0, dtype=torch.float64).share_memory_()
-        loader = DataLoader(
+        # A new table each time, set before the workers are forked: the old one still names the dead.
+        self.dataset.in_hand = FilesInHand(workers) if workers else None
+        return start_loader(
             self.dataset,
-            batch_sampler=Rest(self.addresses, delivered),
-            num_workers=workers,
-            collate_fn=partial(collate, repeats=self.dataset.repeats),
-            pin_memory=self.pin,
-            prefetch_factor=PREFETCH if workers else None,
-            # What Linux did by default before Python 3.14: a forked worker starts at once, another in seconds.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            RemainingAddresses(self.addresses, delivered),
+            partial(collate, repeats=self.dataset.repeats),
+            workers=workers,
+            prefetch=PREFETCH,
+            pin=self.pin,
         )
-        if not workers or threading.current_thread() is not threading.main_thread():
-            return iter(loader)
-        # PyTorch would have a dying worker raise inside whatever the main thread does then, a collective for example;
-        # without its handler the death is found when the next batch is waited for.
-        before = signal.getsignal(signal.SIGCHLD)
-        try:
-            return iter(loader)
-        finally:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
-    def _tells_of_a_death(self, error: Exception) -> bool:
-        """PyTorch says so, or a batch could not be fetched from the memory of a worker that is no more."""
-        if isinstance(error, RuntimeError):
-            return WORKER_DIED.search(str(error)) is not None
-        if self.dataset.at_work is None:
-            return False
-        until = time.monotonic() + DYING_SECONDS
-        while time.monotonic() < until:
-            multiprocessing.active_children()  # takes notice of those that ended
-            if any(pid >= 0 and not _is_alive(int(pid)) for pid in self.dataset.at_work[:, 0].tolist()):
-                return True
-            time.sleep(0.05)
-        return False
-
-    def _judge(self) -> None:
-        """Give up the file in the dead worker's hand if it hung, or if it is not the first worker to die of it."""
-        if self.dataset.at_work is None:
+    def _judge_abandoned_files(self) -> None:
+        """Give up the files that hung, and those that a second worker died of; the others get another chance."""
+        if self.dataset.in_hand is None:
             return
-        now = time.monotonic()
-        for pid, first, since in self.dataset.at_work.tolist():
-            if first < 0 or _is_alive(int(pid)):
-                continue
-            file = int(first)
-            if now - since >= self.dataset.patience_seconds:
-                seconds = self.dataset.patience_seconds
-                self.dataset.lost[file] = f"the decoder did not answer within {seconds:g} s; leave the file out"
-            elif file in self._died_of:
-                self.dataset.lost[file] = "the decoder crashed twice; leave the file out"
-            self._died_of.add(file)
+        patience = self.dataset.patience_seconds
+        for file in self.dataset.in_hand.abandoned():
+            if file.seconds >= patience:
+                self.dataset.given_up[file.number] = (
+                    f"the decoder did not answer within {patience:g} s; remove the file from the list"
+                )
+            elif file.number in self._died_once:
+                self.dataset.given_up[file.number] = "the decoder crashed twice; remove the file from the list"
+            self._died_once.add(file.number)
 
 
-class Rest(Sampler[list[Address]]):
+class RemainingAddresses(Sampler[list[Address]]):
     """The addresses without the first `skip`."""
 
     def __init__(self, addresses: Sequence[list[Address]] | StepSampler, skip: int) -> None:
@@ -219,23 +198,15 @@ class Rest(Sampler[list[Address]]):
         return islice(iter(self.addresses), self.skip, None)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def training_loader(
     dataset: SampleDataset, plan: BatchPlan, *, seed: int, rank: int, first: int, last: int, pin: bool
 ) -> Loader:
-    """All micro-batches of this process from step `first` on; its workers live as long as the loop over it."""
+    """The micro-batches of this process from step `first` to `last` (exclusive); workers live as long as the loop."""
     order = partial(dataset.mixture.order, seed)
     return Loader(dataset, StepSampler(len(dataset), order, plan, rank=rank, first=first, last=last), pin)
 
 
 def validation_loader(dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool) -> Loader:
-    """This process's share of the validation samples, each exactly once: rank, rank + world, ... without padding."""
+    """This process's share of the validation samples: rank, rank + world, ..., each exactly once, without padding."""
     mine = [(0, index) for index in range(rank, len(dataset), world)]
     return Loader(dataset, [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)], pin)

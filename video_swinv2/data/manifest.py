@@ -5,17 +5,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The first two are words of other files, which know lists through this one.
-from video_swinv2.data.lists import SPLITS as SPLITS
-from video_swinv2.data.lists import VIDEO_SUFFIXES as VIDEO_SUFFIXES
-from video_swinv2.data.lists import Row, labels_of, read_lines, read_rows, root_of, split_column, split_sources
+from video_swinv2.data.lists import (
+    ListedVideo,
+    labels_in,
+    read_listed_videos,
+    root_folder,
+    split_column,
+    split_sources,
+)
 from video_swinv2.errors import UsageError
+from video_swinv2.files import check_class_names, read_class_list
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Entry:
 class Manifest:
     """One split of a data set; the `fingerprint` changes when its videos, their order, labels or bytes do.
 
-    `lost` is how many videos of the split failed in preparation and so are not among the entries.
+    `failed_in_preparation` videos of the split could not be prepared and so are not among the entries.
     """
 
     root: Path
@@ -39,11 +43,11 @@ class Manifest:
     classes: tuple[str, ...]
     entries: Sequence[Entry]
     fingerprint: str
-    lost: int = 0
+    failed_in_preparation: int = 0
 
 
 def class_list_hash(classes: Sequence[str]) -> str:
-    """sha256 of the ordered class names, one a line."""
+    """sha256 of the ordered class names, one per line."""
     return hashlib.sha256("\n".join(classes).encode()).hexdigest()
 
 
@@ -55,46 +59,42 @@ def find_splits(source: Path, annotations: Sequence[Path] = ()) -> tuple[str, ..
 def read_manifest(
     source: Path, split: str, classes: Sequence[str] | None = None, *, annotations: Sequence[Path] = ()
 ) -> Manifest:
-    """One split of a data set, in whichever of these layouts `source` is.
+    """One split of a data set in any of these layouts of `source`:
 
-    A prepared folder (dataset.json); a folder with train/val/test lists as .txt or .csv, at its top or in its folder
-    `annotations`; a list file (`path label_index`, or a CSV with a header `path,label` or Kinetics'
-    `label,youtube_id,time_start,time_end,split`); class folders, with or without split folders on top (without, all is
-    train); a flat folder of videos (unlabelled). `annotations` are lists, CSVs or folders of them whose paths are
-    relative to the folder `source`. `classes` is the order wanted, a model's for instance: labels are mapped by name.
-    Raises UsageError naming file and line.
+    - a prepared folder (with dataset.json);
+    - a folder with lists train, val and test as .txt or .csv, at its top or in its folder `annotations`;
+    - a list file: lines `path label_index`, or a CSV with the header `path,label` or Kinetics'
+      `label,youtube_id,time_start,time_end,split`;
+    - class folders, with split folders above them or without (then all is train);
+    - a flat folder of videos (unlabelled).
+
+    annotations: lists, CSVs or folders of them whose paths are relative to the folder `source`. classes: the order of
+    classes wanted, a model's for example; labels are mapped to it by name. Raises UsageError naming file and line.
     """
     if classes is not None:
-        _refuse_repeated(classes, "the class list asked for")
+        check_class_names(classes, "the class list asked for")
     sources = split_sources(source, annotations)
     source = Path(source).absolute()
     single = source.is_file() and not split_column(source)
     if split not in sources and not single:
         asked = ", ".join(map(str, annotations)) or source
         raise UsageError(f"{asked}: no split {split!r}, there is {', '.join(sources) or 'none'}")
-    root = root_of(source)
+    root = root_folder(source)
     chosen = next(iter(sources.values())) if single else sources[split]
-    rows = [row for path in chosen for row in read_rows(root, path, split)]
+    rows = [row for path in chosen for row in read_listed_videos(root, path, split)]
     if not rows:
         raise UsageError(f"{chosen[0]}: no videos for split {split!r}")
-    # Over every split, or train and val would number their classes differently.
+    # The classes come from every split: from one alone, train and val would number them differently.
     paths = dict.fromkeys(path for found in sources.values() for path in found)
-    listed = (label for path in paths for label in labels_of(root, path))
-    own = own_classes(root, annotations, listed, classes)
+    listed = (label for path in paths for label in labels_in(root, path))
+    own = classes_of_source(root, annotations, listed, classes)
     wanted = tuple(classes) if classes is not None else own
-    index = {name: place for place, name in enumerate(wanted)}
+    index = {name: position for position, name in enumerate(wanted)}
     entries = tuple(Entry(row.name, Path(row.path), label_index(row.label, row.where, own, index)) for row in rows)
-    _refuse_twice(rows)
+    _refuse_duplicates(rows)
     recorded = {} if annotations else _recorded_split(root, split)
     fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
     return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)))
-
-
-def read_class_list(path: Path) -> tuple[str, ...]:
-    """The class names of a text file, one a line, in order."""
-    names = tuple(line.strip() for line in read_lines(path) if line.strip())
-    _refuse_repeated(names, str(path))
-    return names
 
 
 def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
@@ -102,10 +102,13 @@ def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
     return hashlib.sha256("\n".join("\t".join(row) for row in rows).encode()).hexdigest()
 
 
-def own_classes(
+def classes_of_source(
     root: Path, annotations: Sequence[Path], labels: Iterable[str | int], wanted: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The source's own ordered class names: recorded ones, else the sorted names among its labels, else numbers."""
+    """The source's own ordered class names.
+
+    Those of dataset.json or classes.txt, else the sorted names among its labels, else numbers up to the largest label.
+    """
     if not annotations and (root / "dataset.json").is_file():
         return tuple(_recorded(root)["classes"])
     for folder in (root, *(path if path.is_dir() else path.parent for path in annotations)):
@@ -121,7 +124,7 @@ def own_classes(
 
 
 def label_index(label: str | int | None, where: str, own: Sequence[str], index: Mapping[str, int]) -> int:
-    """The place in `index` of a label, itself a name or a place in `own`; -1 for none. Raises UsageError."""
+    """The class index of a label, which is a name or a position in `own`; -1 for none. Raises UsageError."""
     if label is None or label == -1:
         return -1
     if isinstance(label, int):
@@ -135,7 +138,7 @@ def label_index(label: str | int | None, where: str, own: Sequence[str], index: 
     return index[label]
 
 
-def _refuse_twice(rows: Sequence[Row]) -> None:
+def _refuse_duplicates(rows: Sequence[ListedVideo]) -> None:
     first: dict[str, str] = {}
     for row in rows:
         if row.name in first:
@@ -143,25 +146,19 @@ def _refuse_twice(rows: Sequence[Row]) -> None:
         first[row.name] = row.where
 
 
-def _refuse_repeated(names: Sequence[str], where: str) -> None:
-    repeated = [name for name, times in Counter(names).items() if times > 1]
-    if repeated:
-        raise UsageError(f"{where}: class {repeated[0]!r} is there twice; every class needs its own name")
-
-
 def _recorded(root: Path) -> dict[str, Any]:
     path = root / "dataset.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise UsageError(f"{path}: not readable as JSON ({fault}); prepare the data set again") from fault
+        raise UsageError(f"{path}: cannot be read as JSON ({fault}); prepare the data set again") from fault
     if not isinstance(record, dict) or not isinstance(record.get("classes"), list):
-        raise UsageError(f"{path}: no list 'classes'; prepare the data set again")
+        raise UsageError(f"{path}: has no list 'classes'; prepare the data set again")
     return record
 
 
 def _recorded_split(root: Path, split: str) -> dict[str, Any]:
-    """What dataset.json says of a prepared split; empty if its list was edited since, or if there is no record."""
+    """What dataset.json records of a prepared split; empty if its list was edited since, or if there is no record."""
     path = root / f"{split}.csv"
     if not (root / "dataset.json").is_file() or not path.is_file():
         return {}
@@ -171,7 +168,7 @@ def _recorded_split(root: Path, split: str) -> dict[str, Any]:
 
 
 def _fingerprint(entries: Sequence[Entry], classes: Sequence[str]) -> str:
-    """sha256 over the ordered (name, class name, file size); -1 is the size of a file that is not there."""
+    """sha256 over the ordered (name, class name, file size); a file that does not exist has size -1."""
     digest = hashlib.sha256()
     for entry in entries:
         size = entry.path.stat().st_size if entry.path.is_file() else -1

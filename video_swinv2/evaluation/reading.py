@@ -1,46 +1,53 @@
-"""Videos read in worker processes, in groups that are always the same, and a bad video that costs only itself.
+"""Videos read in worker processes, in groups that are always the same, so that a bad video costs only itself.
 
-G videos of a group, V views of each. A group is one batch for the model. It holds the same videos whatever the number
-of processes, and a video that fails leaves its rows black: what the model computes for the others does not change by a
-bit.
+Letters: G videos in a group, V views of each video, T frames, H W pixels of the crop.
+
+A group is one batch for the model. It holds the same videos whatever the number of processes, and a video that fails
+leaves its rows black, so what the model computes for the others does not change by a bit.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
-import torch.multiprocessing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.data.images import read_image, read_member
-from video_swinv2.data.index import Item, Member
+from video_swinv2.data.images import read_image, read_tar_member
+from video_swinv2.data.index import AnyEntry, TarMember
+from video_swinv2.data.workers import (
+    FilesInHand,
+    is_worker_death,
+    killing_alarm,
+    patience_seconds,
+    start_loader,
+)
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.protocols import Protocol, View
 from video_swinv2.evaluation.splits import is_image
 from video_swinv2.evaluation.views import cut_image, cut_views, view_shape
+from video_swinv2.killable import KillableProcess, ProcessDiedError
 from video_swinv2.weights.store import Preprocessing
 
 _PREFETCH_GROUPS = 2
-# Opening, the size and the frames of a video each run against the reader's own clock.
-_CLOCKS_PER_VIDEO = 3
 _GRACE_SECONDS = 30.0
-_WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """What became of one video or image: its views, or why it failed. `stand_ins` frames were damaged and replaced."""
+    """The outcome of reading one video or image: its views, or the reason why it failed.
+
+    `position` is its place among the entries of the test; `stand_ins` frames were damaged and replaced by neighbours.
+    """
 
     position: int
     views: tuple[View, ...] = ()
@@ -65,7 +72,7 @@ class VideoGroups(Dataset[Group]):
 
     def __init__(
         self,
-        entries: Sequence[Item],
+        entries: Sequence[AnyEntry],
         protocol: Protocol | Sequence[Protocol],
         preprocessing: Preprocessing,
         *,
@@ -81,18 +88,20 @@ class VideoGroups(Dataset[Group]):
         self.frame_order = frame_order
         self.seed = seed
         self.time_limit_seconds = time_limit_seconds
+        self.in_hand: FilesInHand | None = None
+        """Set by `deliver_groups` for its workers: the position of the video that each of them is reading."""
 
     def __len__(self) -> int:
         return math.ceil(len(self.entries) / self.group_videos)
 
     def __getitem__(self, number: int) -> Group:
-        read = self.read if get_worker_info() is None else self.read_or_die
+        read = self.read if get_worker_info() is None else self._read_in_worker
         return self.assemble(number, [read(position) for position in self.positions(number)])
 
     @property
     def patience_seconds(self) -> float:
-        """How long reading one video may take before its process is taken for hung."""
-        return _CLOCKS_PER_VIDEO * self.time_limit_seconds + _GRACE_SECONDS
+        """How long reading one video may take before its process counts as hung."""
+        return patience_seconds(self.time_limit_seconds, _GRACE_SECONDS)
 
     @property
     def views(self) -> int:
@@ -100,19 +109,19 @@ class VideoGroups(Dataset[Group]):
         return sum(protocol.views for protocol in self.protocols)
 
     def positions(self, number: int) -> range:
-        """Places in `entries` of the videos of a group."""
+        """Positions in `entries` of the videos of a group."""
         first = number * self.group_videos
         return range(first, min(first + self.group_videos, len(self.entries)))
 
     def read(self, position: int) -> tuple[VideoRecord, Tensor | None]:
-        """One video; whatever goes wrong with it becomes its reason."""
+        """Read one video: its record and pixels uint8 (V, 3, [T,] H, W). Any failure becomes the record's reason."""
         entry = self.entries[position]
         try:
             if is_image(entry):
-                picture = read_member(entry) if isinstance(entry, Member) else read_image(entry.path)
-                seen = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
-                views = tuple(view for _, views in seen for view in views)
-                return VideoRecord(position, views), torch.cat([pixels for pixels, _ in seen])
+                picture = read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
+                cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
+                views = tuple(view for _, views in cut for view in views)
+                return VideoRecord(position, views), torch.cat([pixels for pixels, _ in cut])
             with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
                 pixels, views, stand_ins = cut_views(
                     reader,
@@ -128,17 +137,8 @@ class VideoGroups(Dataset[Group]):
         except Exception as error:  # a test of hours must not end at one file, whatever a decoder throws
             return VideoRecord(position, reason=f"{type(error).__name__}: {error}"), None
 
-    def read_or_die(self, position: int) -> tuple[VideoRecord, Tensor | None]:
-        """`read` for a process that may be lost: a decoder that hangs inside a library call is ended by an alarm."""
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, self.patience_seconds)
-        try:
-            return self.read(position)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
-        """One tensor for the whole group."""
+        """Stack the videos of a group: (V, 3, [T,] H, W) each -> (G * V, 3, [T,] H, W)."""
         shape = (len(videos), self.views, *view_shape(self.preprocessing))
         pixels = torch.zeros(shape, dtype=torch.uint8)
         for row, (_, part) in zip(pixels, videos, strict=True):
@@ -146,20 +146,30 @@ class VideoGroups(Dataset[Group]):
                 row.copy_(part)
         return Group(number, pixels.flatten(0, 1), tuple(record for record, _ in videos))
 
+    def _read_in_worker(self, position: int) -> tuple[VideoRecord, Tensor | None]:
+        if self.in_hand is None:
+            raise RuntimeError("VideoGroups are read in workers by `deliver_groups`")
+        with self.in_hand.reading(position, self.patience_seconds):
+            return self.read(position)
+
 
 def deliver_groups(
     groups: VideoGroups, numbers: Sequence[int], workers: int, deliver: Callable[[Group, float], None]
 ) -> float:
-    """Read groups in worker processes (in this one for 0) and hand each over once, with the seconds waited until then.
+    """Read groups in `workers` processes (0: in this one) and call `deliver(group, seconds waited so far)` for each.
 
-    A worker that dies or hangs costs one video: those it may have had in hand are read again, each in a process of its
-    own, and the one that kills its process too is handed over as failed. Returns the seconds spent waiting for reading.
+    A worker that dies or hangs costs at most one video. Each video of its group is read again in a process of its own,
+    and the one that kills that process too is delivered as failed. Returns the seconds spent waiting for reading.
     """
     done: set[int] = set()
     waited = 0.0
     while left := [number for number in numbers if number not in done]:
         at_once = min(workers, len(left))
-        source = _in_workers(groups, left, at_once)
+        groups.in_hand = FilesInHand(at_once) if at_once else None
+        source = start_loader(
+            groups, [[number] for number in left], _only_group, workers=at_once, prefetch=_PREFETCH_GROUPS
+        )
+        suspects: list[int] = []
         try:
             while True:
                 started = time.perf_counter()
@@ -169,19 +179,21 @@ def deliver_groups(
                     break
                 deliver(group, waited)
                 done.add(group.number)
-        except RuntimeError as error:
-            # PyTorch raises it from a signal handler, so it may also come out of whatever `deliver` is doing.
-            if not _WORKER_DIED.search(str(error)):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A death may also come out of `deliver`: if a loader elsewhere in this process has left PyTorch's signal
+            # handler in place, it raises whatever the main thread is doing. That group is then delivered again.
+            if not is_worker_death(error, groups.in_hand):
                 raise
-        del source  # ends the other workers now: while the loader lives its handler would raise again
-        # Workers hold so many groups at most, and one more was handed out for the group that was being delivered.
-        for number in [number for number in left if number not in done][: at_once * _PREFETCH_GROUPS + 1]:
-            deliver(_read_apart(groups, number), waited)
+            undelivered = [number for number in left if number not in done]
+            suspects = _suspect_groups(groups, undelivered, at_once)
+        del source  # ends the other workers
+        for number in suspects:
+            deliver(_read_group_apart(groups, number), waited)
             done.add(number)
     return waited
 
 
-def videos_of_a_group(views: int, batch: int) -> int:
+def videos_per_group(views: int, batch: int) -> int:
     """The fewest videos of `views` views each that fill nine tenths of their batches of `batch` views."""
     videos = 1
     while 10 * videos * views < 9 * batch * math.ceil(videos * views / batch):
@@ -195,55 +207,46 @@ def default_workers() -> int:
     return min(8, cores)
 
 
-def _in_workers(groups: VideoGroups, numbers: Sequence[int], workers: int) -> Iterator[Group]:
-    return iter(
-        DataLoader(
-            groups,
-            batch_size=None,
-            sampler=list(numbers),
-            num_workers=workers,
-            collate_fn=_as_read,  # type: ignore[arg-type]  # with batch_size None it is given one item, no list
-            prefetch_factor=_PREFETCH_GROUPS if workers else None,
-        )
-    )
+def _suspect_groups(groups: VideoGroups, undelivered: Sequence[int], workers: int) -> list[int]:
+    """The groups that dead workers were reading; there is at least one, so every restart makes progress."""
+    in_hand = [] if groups.in_hand is None else groups.in_hand.abandoned()
+    read = {file.number // groups.group_videos for file in in_hand}
+    # A worker that dies between two videos, of a full /dev/shm for example, leaves no trace. Then every group that a
+    # worker may hold is suspect: the prefetched ones, and one more that was handed out while another was delivered.
+    return [number for number in undelivered if number in read] or list(undelivered[: workers * _PREFETCH_GROUPS + 1])
 
 
-def _read_apart(groups: VideoGroups, number: int) -> Group:
+def _read_group_apart(groups: VideoGroups, number: int) -> Group:
     """A group whose every video is read in a process of its own, so that the one that kills its process is known."""
-    return groups.assemble(number, [_read_in_own_process(groups, position) for position in groups.positions(number)])
+    return groups.assemble(number, [_read_apart(groups, position) for position in groups.positions(number)])
 
 
-def _read_in_own_process(groups: VideoGroups, position: int) -> tuple[VideoRecord, Tensor | None]:
-    context = torch.multiprocessing.get_context()
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_read_and_send, args=(sending, groups, position), daemon=True)
-    process.start()
-    sending.close()
+def _read_apart(groups: VideoGroups, position: int) -> tuple[VideoRecord, Tensor | None]:
+    """`VideoGroups.read` in a process of its own; its death is the video's failure."""
+    process = KillableProcess(_read_and_send, groups, position, method="fork" if sys.platform == "linux" else "spawn")
     try:
-        record = receiving.recv()
-        return record, None if record.reason else torch.from_numpy(receiving.recv())
-    except EOFError:
-        process.join()
-        if process.exitcode == -signal.SIGALRM:
+        record: VideoRecord = process.receive()
+        return record, None if record.reason else torch.from_numpy(process.receive())
+    except ProcessDiedError as death:
+        if death.exit_code == -signal.SIGALRM:
             reason = f"the decoder did not answer within {groups.patience_seconds:g} seconds"
         else:
-            reason = f"the decoder crashed (exit code {process.exitcode})"
+            reason = f"the decoder crashed ({death})"
         return VideoRecord(position, reason=reason), None
     finally:
-        process.kill()
-        process.join()
-        receiving.close()
+        process.end()
 
 
-def _read_and_send(sending: Connection, groups: VideoGroups, position: int) -> None:
+def _read_and_send(pipe: Connection, groups: VideoGroups, position: int) -> None:
+    """The process of `_read_apart`. Pixels go through the pipe as an array: a tensor would take shared memory."""
     torch.set_num_threads(1)
-    record, pixels = groups.read_or_die(position)
-    with suppress(BrokenPipeError):
-        sending.send(record)
-        if pixels is not None:
-            sending.send(pixels.numpy())
+    with killing_alarm(groups.patience_seconds):
+        record, pixels = groups.read(position)
+    pipe.send(record)
+    if pixels is not None:
+        pipe.send(pixels.numpy())
 
 
-def _as_read(group: Group) -> Group:
-    """No collation: a group is a batch already."""
-    return group
+def _only_group(groups: list[Group]) -> Group:
+    """Collation of a list of one group, which is a batch already."""
+    return groups[0]

@@ -99,7 +99,7 @@ class ForwardDecoder:
         self._longest_gop = 0  # frames from one key frame to the next: the longest group of pictures met so far
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame as decoded) of `wanted`: ascending, then those that `VideoReader.decode_damaged` had to replace.
+        """(index, frame as decoded) of `wanted`, ascending; at the end, those from `VideoReader.decode_damaged`.
 
         Raises DecodeError if nothing can be decoded.
         """

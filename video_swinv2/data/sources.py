@@ -1,0 +1,108 @@
+"""Which entries a run reads: `data.source` of its configuration as a manifest with labels, or as a mixture without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from video_swinv2.config import DataConfig, WeightedSource
+from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
+from video_swinv2.data.images import image_tree
+from video_swinv2.data.index import AnyEntry, compact_entries
+from video_swinv2.data.manifest import Entry, Manifest, find_splits, read_manifest
+from video_swinv2.data.mixture import Mixture, MixtureSource
+from video_swinv2.data.shards import shard_collection
+from video_swinv2.errors import UsageError, UserError
+
+# A folder with one of these is a data set of videos, whatever else it holds.
+VIDEO_LISTS = ("dataset.json", "train.csv", "train.txt")
+
+
+def labelled_manifest(data: DataConfig, split: str, classes: Sequence[str] | None = None) -> Manifest:
+    """The one data set of a supervised run; UsageError if there are several sources or a sample without a label.
+
+    Images in folders or in tar shards have a split `val` even if only train is there (one image in twenty of each class
+    is held out), and a split `all`.
+    """
+    source = _single_source(data)
+    if images := image_collection(source):
+        return images.manifest(split, classes)
+    manifest = read_manifest(Path(source), split, classes)
+    unlabelled = next((entry for entry in manifest.entries if entry.label < 0), None)
+    if unlabelled:
+        raise UsageError(f"{unlabelled.path}: has no label in split {split}; add one, or remove the file from the list")
+    check_files_exist(manifest.entries)
+    return manifest
+
+
+def labelled_splits(data: DataConfig) -> tuple[str, ...]:
+    """The splits that `labelled_manifest` can read."""
+    source = _single_source(data)
+    images = image_collection(source)
+    return images.split_names if images else find_splits(Path(source))
+
+
+def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> Mixture:
+    """All samples of a self-supervised run: images, frames or clips of all sources, never of a test split.
+
+    In training each source has its weight, a video gives `data.frames_per_video` samples, and each of those comes
+    `repeats` times (`augment.repeats`); in validation every held-out sample comes once.
+    """
+    repeats = 1 if validation else repeats
+    split = data.val_split if validation else data.train_split
+    refusal = "data.train_split, data.val_split: test samples are neither for training nor for choosing"
+    if split == "test":
+        raise UsageError(refusal)
+    mixed = []
+    for source in data.source:
+        path = os.fspath(source)
+        if images := image_collection(path):
+            if data.frames is not None:
+                raise UsageError(f"{path}: holds images, but data.frames asks for clips; omit one of the two")
+            if split == ALL_IMAGES and "test" in images.splits_with_images:
+                raise UsageError(refusal)
+            entries: Sequence[AnyEntry] = images.entries(split)
+            per_entry = repeats
+        else:
+            videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
+            check_files_exist(videos)
+            entries, per_entry = compact_entries(videos), 1 if validation else data.frames_per_video * repeats
+        weight = source.weight if isinstance(source, WeightedSource) and not validation else None
+        if len(entries):
+            mixed.append(MixtureSource(entries, per_entry, weight))
+        elif weight is not None:
+            raise UserError(f"{path}: nothing to train on, but it has a weight; remove it from data.source")
+    if not mixed:
+        asked = ", ".join(map(str, data.source))
+        raise UserError(f"{asked}: nothing to {'validate' if validation else 'train'} on")
+    return Mixture(mixed)
+
+
+def image_collection(source: str) -> ImageCollection | None:
+    """The images of a folder or of tar shards; None for a data set of videos (it has lists, or holds videos only)."""
+    path = Path(source)
+    if any((path / name).is_file() for name in VIDEO_LISTS) or (path.is_file() and path.suffix != ".tar"):
+        return None
+    if path.is_dir():
+        return image_tree(path.absolute()) or shard_collection(source)
+    shards = shard_collection(source)
+    if shards is None:
+        raise UserError(f"{source}: no such data set or folder (data.source)")
+    return shards
+
+
+def check_files_exist(entries: Sequence[Entry]) -> None:
+    """UserError naming the first listed file that does not exist: known now, not at the end of the first epoch."""
+    missing = [entry.path for entry in entries if not entry.path.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: listed but does not exist, one of {len(missing)} of {len(entries)} files; "
+            "prepare the data set again or remove them from the list"
+        )
+
+
+def _single_source(data: DataConfig) -> str:
+    if len(data.source) != 1:
+        raise UsageError(f"data.source: training with labels takes one data set, not {len(data.source)}")
+    return os.fspath(data.source[0])
