@@ -1,4 +1,4 @@
-"""The plan of a run: allocations counted without memory are those of the real pass, states those of the engines."""
+"""The plan of a run: fake allocations equal real ones, states are those of the engines, peaks are near measured ones."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def clips(batch: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(
     ("attention", "recomputed", "bf16"), [("eager", 3, False), ("eager", 3, True), ("sequential", 0, False)]
 )
-def test_counting_without_memory_is_counting_with_it(attention: str, recomputed: int, bf16: bool) -> None:
+def test_fake_allocations_equal_real_ones(attention: str, recomputed: int, bf16: bool) -> None:
     """To the byte in fp32, with masks, padding, drop path and checkpointing.
 
-    Under autocast the CPU's LayerNorm keeps its statistics in bf16, and torch's account of it says fp32.
+    Under autocast the CPU's LayerNorm saves its statistics in bf16, while torch's fake kernel declares them fp32.
     """
     real = small(attention, recomputed)
     measured = [pass_memory(real, clips, batch, bf16=bf16) for batch in (1, 3)]
@@ -84,12 +84,12 @@ def test_counting_without_memory_is_counting_with_it(attention: str, recomputed:
         assert ours == (pytest.approx(real, rel=0.005) if bf16 else real)
     small_pass, large_pass = measured
     assert large_pass.activations > 2 * small_pass.activations > 0
-    # Gradients come while activations go.
+    # Gradients arrive while activations are freed.
     gradients = 4 * sum(parameter.numel() for parameter in real_parameters(attention))
     assert large_pass.activations < large_pass.together < large_pass.activations + gradients
 
 
-def test_allocations_are_those_alive() -> None:
+def test_allocations_count_what_is_alive() -> None:
     given = torch.zeros(1000)
     with Allocations([given]) as allocations:
         doubled = given * 2
@@ -98,25 +98,25 @@ def test_allocations_are_those_alive() -> None:
         assert allocations.now == 4000
         tripled = torch.cat([doubled, doubled, doubled])
         del doubled
-        assert allocations.now == 16_000  # the view keeps it
+        assert allocations.now == 16_000  # the view keeps the storage alive
         del view
         assert (allocations.now, allocations.peak) == (12_000, 16_000)
     assert tripled.numel() == 3000
 
 
-def test_memory_beyond_what_is_measured_is_linear() -> None:
+def test_memory_grows_linearly_beyond_the_measured_batch() -> None:
     model = small("eager")
     three, four, seven = (pass_memory(model, clips, batch, bf16=False).activations for batch in (3, 4, 7))
     assert seven == pytest.approx(four + 3 * (four - three), rel=0.01)
 
 
-def test_recomputed_blocks_take_less() -> None:
+def test_recomputed_blocks_take_less_memory() -> None:
     recomputed, kept = (pass_memory(small("eager", blocks), clips, 3, bf16=False).activations for blocks in (4, 0))
     assert recomputed < 0.5 * kept
 
 
-def test_a_gpu_gets_the_fused_kernel() -> None:
-    """`auto` on a GPU, recomputed blocks included: less than with logits kept for the backward pass."""
+def test_a_gpu_is_planned_with_the_fused_kernel() -> None:
+    """`auto` on a GPU, recomputed blocks included, takes less than keeping the logits for the backward pass."""
     values: dict[str, Any] = {"data": {"frames": None}, "window": 4, "checkpoint_blocks": 1}
     gpu = make_plan(config(engine={"device": "auto"}, **values))
     eager = make_plan(config(engine={"device": "auto"}, attention="eager", **values))
@@ -143,7 +143,7 @@ def test_figures_of_a_run(plain: Plan) -> None:
     assert (plan.batch, plan.micro_batch, plan.accumulation) == (16, 2, 8)
     assert plan.steps == 12  # 2 epochs of 100 samples in batches of 16
     assert plan.steps_per_epoch == pytest.approx(6.25)
-    # Eight micro-batches are accumulated, so all gradients are there while one more passes.
+    # Eight micro-batches are accumulated, so all gradients exist while the next one passes.
     assert plan.peak == states.weights + states.optimizer + states.gradients + plan.activations
     assert plan.checkpoint == 3 * 4 * parameters
     assert plan.files == 3 * plan.checkpoint + 2 * 4 * parameters  # two are kept, one is being written, best and last
@@ -154,13 +154,13 @@ def test_figures_of_a_run(plain: Plan) -> None:
 
 
 def states(engine: dict[str, Any], processes: int, *, ema: bool = False, accumulation: int = 1) -> StateMemory:
-    """Of a model of 3.0 B parameters on a GPU, a third of them in one group."""
+    """The states of 3.0 B parameters on a GPU, in two optimizer groups of 1 B and 2 B."""
     counts = count_parameters([[1_000_000_000], [2_000_000_000]], 3_000_000_000, processes, accumulation)
     return state_memory(config(engine={"device": "auto", **engine}).engine, counts, ema=ema, device="cuda")
 
 
-def test_giant_fits_where_zero_3_shares_it() -> None:
-    """The paper's 3.0 B: alone its states need 60 GB; 8 devices hold an eighth each, and what is gathered."""
+def test_zero_3_partitions_the_states_of_the_giant() -> None:
+    """The paper's 3.0 B: its states need 60 GB on one device; 8 devices hold an eighth each."""
     alone, shared = states({"zero_stage": 1}, 1), states({"zero_stage": 3}, 8)
     assert alone.weights + alone.gradients + alone.optimizer == 60e9
     assert shared.weights + shared.gradients + shared.optimizer == 7.5e9
@@ -170,21 +170,21 @@ def test_giant_fits_where_zero_3_shares_it() -> None:
     ("engine", "expected"),
     [({"engine": "plain"}, 12e9), ({"zero_stage": 0}, 12e9), ({"zero_stage": 1}, 1.5e9), ({"zero_stage": 3}, 1.5e9)],
 )
-def test_averaged_weights_are_counted_where_they_are_kept(engine: dict[str, Any], expected: float) -> None:
-    """Whole in the plain engine and ZeRO-0, from ZeRO-1 on the piece that a process updates."""
+def test_the_size_of_averaged_weights(engine: dict[str, Any], expected: float) -> None:
+    """Whole in the plain engine and ZeRO-0; from ZeRO-1 on the partition that a process updates."""
     processes = 1 if "engine" in engine else 8
     assert states(engine, processes).averages == 0
     assert states(engine, processes, ema=True).averages == expected
 
 
-def test_what_is_offloaded_is_on_the_host() -> None:
+def test_offloaded_states_are_counted_on_the_host() -> None:
     counts = count_parameters([[3_000_000_000]], 3_000_000_000, 8, 1)
     peaks = {}
     for where in ("none", "cpu"):
         engine = config(engine={"device": "auto", "zero_stage": 1, "offload_optimizer": where}).engine
         found = state_memory(engine, counts, ema=False, device="cuda")
         peaks[where] = step_peaks(found, PassMemory(0, 0), engine, counts, "cuda")["passes"]
-        # The fp32 piece, both moments and its gradients: 16 bytes for each parameter of the share.
+        # Weights, both moments and gradients of the partition in fp32: 16 bytes for each of its parameters.
         assert found.host == (16 * 375_000_000 if where == "cpu" else 0)
     assert peaks["none"] - peaks["cpu"] == 16 * 375_000_000
 
@@ -219,11 +219,11 @@ def test_time_follows_from_the_speed_of_a_device(plain: Plan) -> None:
     pace = plan.pace
     assert pace.step_seconds == pytest.approx(16 * pace.flops_per_sample / 1e9)
     assert pace.hours == pytest.approx(12 * (pace.step_seconds or 0) / 3600)
-    # Three times the forward pass, by another count of its products, and without the log-CPB networks.
+    # Three forward passes, by the formula instead of the counter, hence without the log-CPB networks.
     assert 0.6 < pace.flops_per_sample / (3 * 2e9 * plan.giga_macs) <= 1
 
 
-def test_what_does_not_fit_comes_with_a_mend(plain: Plan, tmp_path: Path) -> None:
+def test_what_does_not_fit_comes_with_a_fix(plain: Plan, tmp_path: Path) -> None:
     settings = config(engine={"engine": "plain"}, attention="eager")
     assert shortfalls(plain, settings, plain.peak) == []
     (line,) = shortfalls(plain, settings, plain.peak - 1)
@@ -231,8 +231,8 @@ def test_what_does_not_fit_comes_with_a_mend(plain: Plan, tmp_path: Path) -> Non
     assert "optim.micro_batch" in line or "engine.zero_stage=3" in line
 
 
-def test_reading_is_measured_against_what_is_needed(write_video: Any, tmp_path: Path) -> None:
-    """A data set of one video, a device that is too fast for one worker."""
+def test_the_workers_needed_follow_from_measured_reading(write_video: Any, tmp_path: Path) -> None:
+    """A data set of one video, and a device too fast for one worker."""
     import numpy as np
 
     write_video(tmp_path / "videos" / "a.mp4", np.zeros((30, 64, 64, 3), np.uint8))
@@ -281,8 +281,8 @@ from video_swinv2.plan.activation_memory import pass_memory
 
 
 def run(script: str) -> list[float]:
-    """The numbers that a fresh process prints: only there is the most resident memory that of the script."""
-    # Freed memory goes back to the system at once, so that resident memory is what is held.
+    """The numbers that the script prints in a fresh process, whose peak memory is therefore the script's own."""
+    # With this threshold freed memory returns to the system at once, so resident memory is memory in use.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", GROWTH + script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -291,7 +291,7 @@ def run(script: str) -> list[float]:
 
 @pytest.mark.slow
 def test_peak_of_a_process_is_near_the_plan() -> None:
-    """The resident memory that a forward and backward pass adds on a CPU."""
+    """The resident memory that a forward and backward pass adds on a CPU, within 10 %."""
     counted, grown = run(
         "m = vs.create_model('swinv2_tiny', num_classes=5, frames=8, image_size=112, attention='eager').train()\n"
         "clips = lambda n: (torch.zeros(n, 3, 8, 112, 112),)\n"
@@ -304,7 +304,7 @@ def test_peak_of_a_process_is_near_the_plan() -> None:
 
 
 @pytest.mark.slow
-def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
+def test_a_giant_with_few_blocks_steps_in_the_planned_memory() -> None:
     """The paper's 3.0 B at its true widths, 512 to 4096, one block per stage: 5 GB of states."""
     parameters, grown, counted, first, second = run(
         "from video_swinv2.config import EngineConfig\n"
@@ -343,8 +343,8 @@ def test_giant_with_few_blocks_takes_a_step_in_the_memory_planned() -> None:
 def test_the_plan_is_near_the_measured_peak(
     name: str, zero_stage: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps of the engine that `train` uses, in processes of their own: the most resident memory, within 10 %."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back to the system at once
+    """Three steps with the engines that `train` uses, in fresh processes: peak resident memory within 10 %."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory returns to the system at once
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     engine = {"engine": "plain"} if zero_stage is None else {"zero_stage": zero_stage}
     settings = config(

@@ -1,6 +1,6 @@
-"""Processes of a run for the tests of resuming: forked from one that has imported everything, so they start at once.
+"""Processes for the tests of resumption, forked from a server that has imported everything, so that they start at once.
 
-Each is a real process with a group over gloo and runs what the command line runs.
+Each is a real process in a gloo group and runs what the command line runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import deepspeed  # noqa: F401 - importing takes longer than the runs do, and is done once for all of them
+import deepspeed  # noqa: F401 - importing it takes longer than a run here, so the server does it once for all
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ LR = 1e-3
 
 
 class Ranks:
-    """The processes of one start of a run."""
+    """The processes of one start of a run, one per rank."""
 
     def __init__(self, size: int, target: Callable[..., None], *arguments: Any, log: Path) -> None:
         with socket.socket() as found:
@@ -50,25 +50,25 @@ class Ranks:
             process.start()
 
     def kill(self, order: Sequence[int]) -> None:
-        """SIGKILL to each, in this order."""
+        """Send SIGKILL to each of these ranks, in this order."""
         for rank in order:
             self.processes[rank].kill()
         self.wait()
 
     def wait(self, seconds: float = 600) -> list[int | None]:
-        """Their exit codes."""
+        """Wait for all; returns their exit codes."""
         for process in self.processes:
             process.join(seconds)
         return [process.exitcode for process in self.processes]
 
     @property
     def running(self) -> bool:
-        """Whether all are."""
+        """Whether all processes are alive."""
         return all(process.is_alive() for process in self.processes)
 
 
 def _as_rank(rank: int, size: int, port: int, log: Path, target: Callable[..., None], arguments: tuple[Any]) -> None:
-    """Become what torchrun would have started."""
+    """Set up what torchrun would have set up, then run the target."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -79,12 +79,12 @@ def _as_rank(rank: int, size: int, port: int, log: Path, target: Callable[..., N
 
 
 def train_run(config: Path) -> None:
-    """The command `video-swinv2 train CONFIG`, its exit code that of the process."""
+    """Run `video-swinv2 train CONFIG` and exit with its code."""
     sys.exit(main(["train", str(config)]))
 
 
 def network() -> nn.Module:
-    """A real SwinV2 for clips with every block under activation checkpointing; drop path belongs to a rank, so none."""
+    """A small SwinV2 for clips, every block under activation checkpointing; no drop path, which depends on the rank."""
     torch.manual_seed(0)
     return vs.create_model(
         "swinv2_nano", num_classes=5, frames=4, image_size=32, window=(2, 4, 4), checkpoint_blocks=100, drop_path=0.0
@@ -98,7 +98,7 @@ def clips(step: int) -> tuple[Tensor, Tensor]:
 
 
 def curves(folder: Path, steps: int) -> None:
-    """Loss and gradient norm of each step at every ZeRO stage: two processes, two micro-batches of one clip."""
+    """Save loss and gradient norm of each step at every ZeRO stage: two processes, two micro-batches of one clip."""
     world = join_world("cpu")
     try:
         for stage in range(4):

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: data sets of noise, and recipes with changes."""
+"""Shared by tests of whole runs: data sets of noise, and recipes with changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 
 def write_recipe(folder: Path, values: Mapping[str, Any], changes: Mapping[str, Any], name: str | None = None) -> Path:
-    """`values` with what `changes` has, sections merged key by key, in a new file of `folder`."""
+    """Write `values` with `changes`, sections merged key by key, to a new YAML file in `folder`."""
     merged = dict(values)
     for key, value in changes.items():
         merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
@@ -23,7 +23,7 @@ def write_recipe(folder: Path, values: Mapping[str, Any], changes: Mapping[str, 
 def write_noise_clips(
     folder: Path, write_video: Callable[..., Path], labels: Sequence[int], classes: Sequence[str]
 ) -> Path:
-    """A clip of six noisy frames of 32 x 32 for each label; the same ones to train and to validate."""
+    """Write a clip of six noisy 32 x 32 frames for each label; the same clips are for training and validation."""
     rng = np.random.default_rng(0)
     for number in range(len(labels)):
         write_video(folder / f"{number}.mp4", rng.integers(0, 255, (6, 32, 32, 3), dtype=np.uint8))

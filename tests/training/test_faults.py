@@ -1,6 +1,7 @@
-"""Every fault provoked for real: killed and failing processes, a full disk, NaN, exhausted memory.
+"""Faults provoked for real: killed and failing processes, a full disk, NaN, exhausted memory.
 
-Loader workers and decoders have theirs in tests/data/test_loading.py, checkpoints in test_checkpoint.py.
+Those of loader workers and decoders are in tests/data/test_loading.py, of checkpoints in
+tests/engine/test_checkpoint.py.
 """
 
 import json
@@ -25,7 +26,7 @@ from video_swinv2.training.loop import StoppedError, run
 from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.tasks.classification import Classification
 
-SECONDS = 60  # in which all processes have to end
+SECONDS = 60  # within which all processes have to end
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def recipe(clips, tmp_path):
 
 
 def start_two(config, *overrides_of_the_second):
-    """Two processes of one run as a launcher would start them, but nobody to end one when the other dies."""
+    """Two processes of one run, as a launcher would start them, but without one to end the other if one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,7 +117,7 @@ def test_a_process_that_fails_alone_ends_all_with_its_line(recipe):
 
 @contextmanager
 def small_disk(folder):
-    """A file system in memory with room for one checkpoint of three; gives a function that makes room."""
+    """A file system in memory with room for one checkpoint of three; yields a function that makes room."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
@@ -131,7 +132,7 @@ def small_disk(folder):
 
 @contextmanager
 def small_files(folder):
-    """No file may be larger than a quota."""
+    """A quota on the size of each file; yields a function that lifts it."""
     folder.mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -146,7 +147,7 @@ def small_files(folder):
 
 
 @pytest.mark.parametrize("limit", [small_disk, small_files])
-def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(recipe, tmp_path, limit):
+def test_a_full_disk_is_one_line_and_with_room_the_run_resumes(recipe, tmp_path, limit):
     with limit(tmp_path / "disk") as make_room:
         config = load_config(recipe(out=str(tmp_path / "disk" / "run")))
         with pytest.raises(UserError, match=r"disk/run.*(free space|another folder)") as caught:
@@ -168,12 +169,12 @@ def test_broken_clips_are_counted_and_named_across_a_resumption(recipe, clips, t
         folder = run(load_config(recipe(optim={"epochs": epochs}, **changes)), Classification)
     counted = [line["train/broken_samples"] for line in read_metrics(folder) if "train/broken_samples" in line]
     assert (counted[1], counted[-1]) == (1, 2)
-    assert capsys.readouterr().out.count("broken: ") == 1, "said once, not again after resuming"
+    assert capsys.readouterr().out.count("broken: ") == 1, "reported once, not again after resuming"
     assert len(json.loads((folder / "run.json").read_text())["broken_files"]) == 1
 
 
 class Poisoned(Classification):
-    """One clip makes the loss NaN, as a broken normalisation or an overflow does."""
+    """One clip makes the loss NaN, as a broken normalisation or an overflow would."""
 
     number = 5
 
@@ -182,7 +183,7 @@ class Poisoned(Classification):
         return loss * torch.nan if self.number in batch.numbers else loss
 
 
-def test_a_step_that_is_not_finite_is_dropped_counted_and_its_inputs_are_named(recipe, capsys):
+def test_a_non_finite_step_is_skipped_counted_and_its_inputs_are_listed(recipe, capsys):
     folder = run(load_config(recipe()), Poisoned)
     record = json.loads((folder / "run.json").read_text())
     assert (record["step"], record["skipped_steps"]) == (4, 2)  # once an epoch
@@ -200,15 +201,15 @@ def test_a_step_that_is_not_finite_is_dropped_counted_and_its_inputs_are_named(r
 
 
 class Joined(Classification):
-    """Tells where the process group is missing in the middle of a run."""
+    """Fails if there is no process group in the middle of a run."""
 
     def loss(self, forward, batch):
         assert torch.distributed.is_initialized()
         return super().loss(forward, batch)
 
 
-class Told(Joined):
-    """Gets SIGTERM in the middle of its first step."""
+class Stopped(Joined):
+    """Receives SIGTERM in the middle of its first step."""
 
     def loss(self, forward, batch):
         signal.raise_signal(signal.SIGTERM)
@@ -216,7 +217,7 @@ class Told(Joined):
 
 
 class Unforeseen(Joined):
-    """Meets an error that nobody has thought of."""
+    """Raises an error that the code does not expect."""
 
     def loss(self, forward, batch):
         super().loss(forward, batch)
@@ -227,20 +228,20 @@ class Unforeseen(Joined):
     ("task", "changes", "error"),
     [
         (Joined, {}, None),
-        (Told, {}, StoppedError),
+        (Stopped, {}, StoppedError),
         (Unforeseen, {}, ZeroDivisionError),
         (Joined, {"data": {"source": "nowhere"}}, UserError),
     ],
 )
 def test_no_way_out_of_a_run_leaves_the_process_group_behind(recipe, task, changes, error):
-    """With DeepSpeed, gloo's threads abort about every second process that ends with its group alive."""
+    """With DeepSpeed, gloo's threads abort about every second process that exits with its group still open."""
     config = load_config(recipe(optim={"epochs": 1}, **changes))
     with pytest.raises(error) if error else nullcontext():
         run(config, task)
     assert not torch.distributed.is_initialized()
 
 
-def test_exhausted_memory_names_the_knob(recipe):
+def test_exhausted_memory_names_the_setting_to_change(recipe):
     config = load_config(recipe(data={"image_size": 448}, optim={"batch": 8, "micro_batch": 8, "epochs": 1}))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

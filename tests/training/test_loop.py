@@ -1,4 +1,4 @@
-"""The loop on real clips: it learns, goes on exactly where it stopped, names broken files, refuses what is wrong."""
+"""The loop on real clips: it learns, resumes exactly, names broken files and refuses wrong input."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from video_swinv2.weights.store import read_tensors
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, write_video):
-    """A bar that goes down or up: 16 clips to train, 5 to validate (an odd number, for uneven shares)."""
+    """A bar that moves down or up: 16 clips to train, 5 to validate (an odd number, so that shares are uneven)."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):
@@ -45,7 +45,7 @@ def clips(tmp_path_factory, write_video):
 
 @pytest.fixture
 def recipe(clips, tmp_path):
-    """A small recipe with everything random switched on; returns a function that writes it with changes."""
+    """A function that writes a small recipe, everything random switched on, with changes."""
 
     def write(**changes):
         values = {
@@ -68,7 +68,7 @@ def losses(folder):
     return [line["train/loss"] for line in read_metrics(folder) if "train/loss" in line]
 
 
-def test_a_run_leaves_everything_behind_that_a_user_needs(recipe, tmp_path):
+def test_the_files_that_a_run_leaves_behind(recipe, tmp_path):
     folder = run(load_config(recipe()), Classification)
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "model.safetensors", "last.safetensors"} <= names
@@ -87,8 +87,8 @@ def test_a_run_leaves_everything_behind_that_a_user_needs(recipe, tmp_path):
     assert load_config(folder / "config.yaml") == load_config(tmp_path / "0.yaml")
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
-    """Each time by the same command: in this process, other tests may have changed how sums are split and rounded."""
+def test_a_killed_run_resumes_bit_for_bit(recipe, tmp_path):
+    """Always in a fresh process: earlier tests in this one may have changed threads, and so how sums are rounded."""
     command = [sys.executable, "-m", "video_swinv2", "train"]
     subprocess.run([*command, str(recipe(out=str(tmp_path / "straight")))], check=True)
     command.append(str(recipe(out=str(tmp_path / "killed"))))
@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipe, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_told_run_stops_with_a_checkpoint_and_says_how_to_go_on(recipe, tmp_path):
+def test_a_signal_stops_the_run_with_a_checkpoint_and_says_how_to_resume(recipe, tmp_path):
     config = recipe(optim={"epochs": 500}, checkpoint_minutes=60, val_epochs=1000)
     command = [sys.executable, "-m", "video_swinv2", "train", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -125,7 +125,7 @@ def test_a_told_run_stops_with_a_checkpoint_and_says_how_to_go_on(recipe, tmp_pa
 
 
 def test_two_deepspeed_processes_equal_one_plain_one(recipe, tmp_path):
-    """Same global batch, ZeRO-1: the same losses to rounding (no drop path and mixing, which belong to a rank)."""
+    """Same global batch, ZeRO-1: the same losses to rounding (no drop path and mixing, which depend on the rank)."""
     same = {"model": {"drop_path": 0.0}, "augment": {"mixup": 0.0}}
     plain = run(load_config(recipe(out=str(tmp_path / "plain"), **same)), Classification)
     config = recipe(out=str(tmp_path / "two"), engine={"engine": "deepspeed", "zero_stage": 1}, **same)
@@ -167,14 +167,14 @@ def test_it_learns(recipe):
     assert read_metrics(folder)[-1]["val/top1"] == 1.0
 
 
-def test_a_run_does_not_go_on_with_other_data(recipe, tmp_path):
+def test_a_run_does_not_resume_with_another_batch(recipe, tmp_path):
     run(load_config(recipe(optim={"epochs": 1})), Classification)
     with pytest.raises(UserError, match="batch 4 then, 8 now"):
         run(load_config(recipe(optim={"epochs": 2, "batch": 8})), Classification)
 
 
 @pytest.mark.parametrize("planted", ["inputs", "weights"])
-def test_steps_that_are_not_finite_stop_the_run(recipe, tmp_path, monkeypatch, planted):
+def test_non_finite_steps_stop_the_run(recipe, tmp_path, monkeypatch, planted):
     config = load_config(recipe())
     task = Classification(config)
     if planted == "inputs":

@@ -1,4 +1,4 @@
-"""What a recipe may ask of the loop: frozen stages, rates, class weights, repeats, early stop, and what a run says."""
+"""Options of the loop: frozen stages, rates, class weights, repeats, early stop; and what a run prints about them."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def clips(tmp_path_factory, write_video):
 
 @pytest.fixture
 def config(clips, tmp_path):
-    """A function that gives a small configuration with changes."""
+    """A function that makes a small configuration with overrides."""
 
     def make(*overrides):
         values = {
@@ -50,7 +50,7 @@ def config(clips, tmp_path):
 
 
 def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys):
-    """One run for both, and for what it says at its end."""
+    """One run for both, and for what it prints at its end."""
     settings = config("optim.frozen_stages=2", "augment.repeats=2", "optim.lr_batch=8")
     task = Classification(settings)
     before = {name: tensor.clone() for name, tensor in task.module.state_dict().items()}
@@ -59,7 +59,7 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
     frozen = {name for name in after if name.startswith(("patch_embed.", "layers.0.", "layers.1."))}
     assert frozen <= same
-    # Zero gradients leave zero biases as they are, so not every other tensor has moved.
+    # Biases that start at zero and get zero gradients stay zero, so only weights are sure to have moved.
     assert not {name for name in same - frozen if name.endswith((".qkv.weight", ".fc1.weight", "head.weight"))}
     record = json.loads((folder / "run.json").read_text())
     assert (record["repeats"], record["steps"], record["config"]["augment"]["repeats"]) == (2, 8, 2)
@@ -77,7 +77,7 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     assert {"speed/tflops_per_device", "speed/memory_gb", "speed/data_wait"} <= logged[-1].keys()
 
 
-def test_drop_path_is_off_in_frozen_stages_and_there_are_only_so_many():
+def test_drop_path_is_off_in_frozen_stages_and_too_many_are_refused():
     model = vs.create_model("swinv2_nano", num_classes=2, drop_path=0.3)
     rates = [part.rate for part in model.modules() if isinstance(part, DropPath)]
     freeze_stages(model, 1)
@@ -105,7 +105,7 @@ def test_the_backbone_has_a_rate_of_its_own():
     assert scales["patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5 ** (sum(model.depths) + 1))
 
 
-def test_the_linear_rule_scales_every_rate():
+def test_the_linear_scaling_rule_applies_to_every_rate():
     optim = OptimConfig(
         epochs=4, lr=1e-3, lr_batch=64, batch=16, micro_batch=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5
     )
@@ -136,8 +136,8 @@ def test_a_class_without_samples_has_no_balanced_weight(config, clips, tmp_path)
         Classification(config("optim.class_weights=balanced", f"data.source={tmp_path}"))
 
 
-def test_a_run_that_does_not_get_better_stops_early(config, capsys):
-    """Two steps an epoch; with no rate to speak of the first validation stays the best."""
+def test_a_run_that_does_not_improve_stops_early(config, capsys):
+    """Two steps an epoch; at a learning rate of nearly zero the first validation stays the best."""
     settings = config("optim.epochs=20", "optim.lr=1e-12", "early_stop_epochs=1.5")
     folder = run(settings, Classification)
     record = json.loads((folder / "run.json").read_text())
@@ -147,7 +147,7 @@ def test_a_run_that_does_not_get_better_stops_early(config, capsys):
     assert "finished at step 6" in capsys.readouterr().out
 
 
-def test_a_loader_that_starves_the_device_is_blamed_and_the_slowest_file_named(config, monkeypatch, capsys):
+def test_a_loader_that_starves_the_device_is_reported_with_the_slowest_file(config, monkeypatch, capsys):
     reader = datasets.VideoReader
 
     def slow(path, **limits):
@@ -165,7 +165,7 @@ def test_a_loader_that_starves_the_device_is_blamed_and_the_slowest_file_named(c
 
 
 def test_weights_and_biases_where_it_is_installed(config, tmp_path, monkeypatch):
-    """A stand-in that writes down its calls: the package itself needs an account."""
+    """With a stand-in that records its calls: the package itself needs an account."""
     with pytest.raises(UsageError, match="wandb: 'clips' needs the package wandb"):
         run(config("wandb=clips"), Classification)
     (tmp_path / "wandb.py").write_text(
