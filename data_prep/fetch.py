@@ -1,11 +1,20 @@
-"""One file from a server or a folder: resumed where it stopped, checked against what was promised, whole or absent."""
+"""One file from a server or a folder: resumed by byte range, checked against what the server said, whole or absent.
+
+While a file NAME is incomplete it is `.NAME.part`, and `.NAME.part.json` beside it holds what the server said of the
+whole file (size, ETag, date). Half a file is only worth something together with the other half of the same file, so a
+request for the rest carries `If-Range`: if the file has changed, the server sends all of it, and we start over.
+
+urllib3's Retry counts the attempts and computes the pauses, but the loop around them is ours, because a Retry inside an
+HTTPAdapter cannot resume. It repeats a request only until the response headers have arrived, while most failures of a
+large download come in the body; it would repeat the same `Range` header, although more bytes are on disk by then; and
+it would count attempts that made progress, so that a connection that drops after every 100 MB would never finish.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import random
 import re
 import shutil
 import sys
@@ -22,28 +31,28 @@ from video_swinv2.files import commit_file, partial_path, write_json
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # without a byte; also the longest that Ctrl-C may have to wait
-TRIES = 8  # without progress in between, a minute or two in all
-FIRST_WAIT_SECONDS = 1.0
-LONGEST_WAIT_SECONDS = 60.0
-PROGRESS_BYTES = 1 << 20  # a try that brought less of what was not there before counts as vain
-BLOCK = 1 << 16  # what a connection that is reset can lose
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_ATTEMPTS = 8  # in a row without progress: a minute or two in all
+FIRST_PAUSE_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 60.0
+PROGRESS_BYTES = 1 << 20  # an attempt that adds less than this made no progress
+BLOCK = 1 << 16  # bytes; what can be lost when a connection is reset
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class AbsentError(UserError):
-    """The source does not have the file, or does not give it."""
+    """The source does not have the file, or refuses to send it."""
 
 
 class DiskError(UserError):
-    """The disk refuses: every other file would fail too."""
+    """The disk cannot be written; every other file would fail too."""
 
 
 class StopError(Exception):
     """The work was told to stop."""
 
 
-class _NetworkError(Exception):
-    """What may pass by itself; the server may have said how long to wait."""
+class _TransientError(Exception):
+    """A failure that may go away by itself; `wait_seconds` is how long the server asks us to wait."""
 
     def __init__(self, text: str, wait_seconds: float = 0.0) -> None:
         super().__init__(text)
@@ -52,7 +61,7 @@ class _NetworkError(Exception):
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """What a file turned out to be."""
+    """A complete file; the fields are stored in archives.json."""
 
     address: str
     size: int
@@ -63,7 +72,7 @@ class FetchedFile:
 
 @dataclass(frozen=True)
 class _RemoteFile:
-    """What the server says of a file: kept beside the half of it, since half a file is only worth its other half."""
+    """What the server says of the whole file; stored beside the partial file."""
 
     address: str
     size: int | None
@@ -72,7 +81,10 @@ class _RemoteFile:
     md5: str
 
     def validator(self) -> str:
-        """What If-Range takes: a strong ETag, else the date; '' where the file cannot be known again."""
+        """The value for If-Range: a strong ETag, otherwise the date; '' if the file cannot be recognised again.
+
+        A weak ETag (`W/"..."`) does not promise equal bytes, so RFC 9110 forbids it here.
+        """
         return self.etag if self.etag.startswith('"') else self.last_modified
 
 
@@ -83,194 +95,218 @@ def fetch_file(
     find_fault: Callable[[Path], str],
     sha256: str = "",
     stop: threading.Event | None = None,
-    moved: Callable[[int], None] = lambda size: None,
+    on_bytes: Callable[[int], None] = lambda size: None,
 ) -> FetchedFile:
-    """Bring a URL, or a file by its path, to `target`; one that is there already is only checked.
+    """Bring a file, by URL or path, to `target`. If it is already there it is only checked.
 
-    `find_fault` looks at the whole file before it gets its name and says what is wrong with it, or ''; `moved` is told
-    the size of every block; setting `stop` ends the work with StopError, and the next call goes on from there.
-    UserError naming the address; AbsentError where the source has no such file; DiskError naming the target.
+    `find_fault` inspects the complete file before it gets its name, and says what is wrong with it ('' if nothing);
+    `sha256`, if given, must match; `on_bytes` is called with the size of every block received. Setting `stop` ends the
+    work with StopError, and the next call resumes.
+
+    Raises UserError naming the address; AbsentError if the source has no such file; DiskError naming the target.
     """
     stop = stop or threading.Event()
-    part, promise = partial_path(target), _RemoteFile(address, None, "", "", "")
+    partial, remote = partial_path(target), _RemoteFile(address, None, "", "", "")
     with as_disk_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file():
-            part = target
+            partial = target
         elif is_url(address):
-            promise = _download(address, part, stop, moved)
+            remote = _download(address, partial, stop, on_bytes)
         else:
-            _copy(Path(address), part, stop, moved)
-        hashes = _hashes(part, stop)
-        wrong = _difference(hashes, sha256, promise.md5) or find_fault(part)
-        if wrong and part == target:
-            raise UserError(f"{target}: {wrong}; remove it to fetch it again")
-        if wrong:
-            _forget(part)
-            raise UserError(f"{address}: {wrong}; run again or try another source")
-        if part != target:
-            commit_file(part, target)
-            _note(part).unlink(missing_ok=True)
-        return FetchedFile(address, target.stat().st_size, hashes[0], promise.etag, promise.last_modified)
+            _copy(Path(address), partial, stop, on_bytes)
+        hashes = _hash_file(partial, stop)
+        fault = _hash_difference(hashes, sha256, remote.md5) or find_fault(partial)
+        if fault and partial == target:
+            raise UserError(f"{target}: {fault}; remove it to fetch it again")
+        if fault:
+            _discard(partial)
+            raise UserError(f"{address}: {fault}; run again or try another source")
+        if partial != target:
+            commit_file(partial, target)
+            _note_path(partial).unlink(missing_ok=True)
+        return FetchedFile(address, target.stat().st_size, hashes[0], remote.etag, remote.last_modified)
 
 
 def is_url(address: str) -> bool:
-    """True for what a server has to be asked for."""
+    """Whether the address is that of a server rather than a path."""
     return address.startswith(("http://", "https://"))
 
 
 @contextlib.contextmanager
 def as_disk_error(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a DiskError that names `path`."""
+    """Turn an OSError inside the block into a DiskError that names `path`."""
     try:
         yield
-    except OSError as fault:
-        text = fault.strerror or str(fault)
-        raise DiskError(f"{path}: cannot be written ({text}); free space or mend it, then run again") from fault
+    except OSError as error:
+        message = error.strerror or str(error)
+        raise DiskError(
+            f"{path}: cannot be written ({message}); free disk space or fix that, then run again"
+        ) from error
 
 
 def require_free_space(folder: Path, size: int) -> None:
-    """DiskError if `size` more bytes do not fit."""
+    """Raises DiskError if `size` more bytes do not fit."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        text = f"needs {size / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-        raise DiskError(f"{folder}: {text}; free space, then run again")
+        problem = f"{size / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB are free"
+        raise DiskError(f"{folder}: {problem}; free disk space, then run again")
 
 
-def _download(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _RemoteFile:
-    """Try until the part is whole, with longer and longer pauses, as long as tries bring something."""
-    best = vain = 0
+def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
+    """Make attempts until the partial file is complete, with growing pauses, as long as attempts make progress."""
+    retries, most = _new_retries(), 0  # `most`: bytes on disk after the best attempt so far
     while True:
         try:
-            return _attempt(address, part, stop, moved)
-        except _NetworkError as fault:
-            size = _size(part)
-            vain = 1 if size >= best + PROGRESS_BYTES else vain + 1
-            best = max(best, size)
-            if vain >= TRIES:
-                raise UserError(f"{address}: {fault}; {TRIES} tries were vain, run again to go on") from fault
-            pause = min(LONGEST_WAIT_SECONDS, max(fault.wait_seconds, FIRST_WAIT_SECONDS * 2 ** (vain - 1)))
-            pause *= random.uniform(0.5, 1.5)  # or all workers would come back at once
-            print(f"{address}: {fault}; again in {pause:.0f} s", file=sys.stderr, flush=True)
-            if stop.wait(pause):
-                raise StopError from fault
+            return _attempt(address, partial, stop, on_bytes)
+        except _TransientError as error:
+            # Compared with the best attempt, not with the last one: a server that cannot resume sends the same first
+            # bytes every time, and that is no progress.
+            size = _size(partial)
+            if size >= most + PROGRESS_BYTES:
+                retries = _new_retries()
+            most = max(most, size)
+            try:
+                retries = retries.increment(error=error)
+            except urllib3.exceptions.MaxRetryError:
+                raise UserError(
+                    f"{address}: {error}; gave up after {MAX_ATTEMPTS} attempts without progress, run again to resume"
+                ) from error
+            pause = max(retries.get_backoff_time(), min(error.wait_seconds, MAX_PAUSE_SECONDS))
+            print(f"{address}: {error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+            if stop.wait(pause):  # not Retry.sleep, which nothing can interrupt
+                raise StopError from error
 
 
-def _attempt(address: str, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> _RemoteFile:
-    """One request for what the part still lacks."""
-    promise = _read_note(part, address)
-    have = _size(part) if promise and promise.validator() else 0
-    if promise and have and have == promise.size:
-        return promise
+def _new_retries() -> urllib3.Retry:
+    """Pauses of 0, 2, 4, 8, ... seconds; the jitter keeps workers that failed together from returning together."""
+    return urllib3.Retry(
+        MAX_ATTEMPTS - 1,
+        backoff_factor=FIRST_PAUSE_SECONDS,
+        backoff_max=MAX_PAUSE_SECONDS,
+        backoff_jitter=FIRST_PAUSE_SECONDS,
+    )
+
+
+def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
+    """One request for what the partial file still lacks. Raises _TransientError if it may be worth another attempt."""
+    remote = _read_note(partial, address)
+    # Without a validator nothing can tell whether the bytes on disk belong to the file the server has now.
+    have = _size(partial) if remote and remote.validator() else 0
+    if remote and have and have == remote.size:
+        return remote
     headers = {"Accept-Encoding": "identity"}
-    if promise and have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": promise.validator()}
-    with _answer(address, headers) as response:
-        offset, promise = _judge(response, address, promise, have, part)
-        if promise.size is not None:
-            require_free_space(part.parent, promise.size - offset)
+    if remote and have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": remote.validator()}
+    with _request(address, headers) as response:
+        offset, remote = _interpret(response, address, remote, have, partial)
+        if remote.size is not None:
+            require_free_space(partial.parent, remote.size - offset)
         if not offset:
-            # The note comes after the bytes it does not describe are gone, and before the first that it does.
-            _forget(part)
-            write_json(_note(part), asdict(promise))
-        with part.open("ab" if offset else "wb") as file:
+            # In this order: when killed in between, there must never be bytes beside a note that describes other bytes.
+            _discard(partial)
+            write_json(_note_path(partial), asdict(remote))
+        with partial.open("ab" if offset else "wb") as file:
             written = offset
             for block in _blocks(response):
                 if stop.is_set():
                     raise StopError
                 written += len(block)
-                if promise.size is not None and written > promise.size:
-                    _forget(part)
-                    raise UserError(f"{address}: sends more than the {promise.size} bytes promised; try another source")
+                if remote.size is not None and written > remote.size:
+                    _discard(partial)
+                    raise UserError(f"{address}: sent more than the {remote.size} bytes announced; try another source")
                 file.write(block)
-                moved(len(block))
-    if promise.size is not None and written < promise.size:
-        raise _NetworkError(f"the connection ended after {written} of {promise.size} bytes")
-    return promise
+                on_bytes(len(block))
+    if remote.size is not None and written < remote.size:
+        raise _TransientError(f"the connection ended after {written} of {remote.size} bytes")
+    return remote
 
 
-def _judge(
-    response: requests.Response, address: str, known: _RemoteFile | None, have: int, part: Path
+def _interpret(
+    response: requests.Response, address: str, known: _RemoteFile | None, have: int, partial: Path
 ) -> tuple[int, _RemoteFile]:
-    """Where in the file the body begins, and what is promised of the whole. Raises _NetworkError, UserError."""
+    """Where in the file the body begins (0 or `have`), and what is known of the whole file.
+
+    Raises _TransientError, AbsentError.
+    """
     status = response.status_code
-    if status == 200:
-        return 0, _promise(response, address, _number(response.headers.get("Content-Length")))
+    if status == 200:  # the whole file: the first request, or the file has changed, or the server cannot resume
+        return 0, _remote_file(response, address, _to_int(response.headers.get("Content-Length")))
     if status == 206 and known is not None and have:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        total = (_number(span[2]) if span else None) or known.size
-        same = response.headers.get("ETag", known.etag) == known.etag and known.size in (None, total)
-        if span and int(span[1]) == have and same:
-            return have, replace(known, size=total)
+        size = (_to_int(span[2]) if span else None) or known.size
+        same_file = response.headers.get("ETag", known.etag) == known.etag and known.size in (None, size)
+        if span and int(span[1]) == have and same_file:
+            return have, replace(known, size=size)
     if status in (206, 416):
-        # Another file than the one begun, or a range that makes no sense: from the start.
-        _forget(part)
-        raise _NetworkError(f"the server's {status} does not fit what was fetched before")
+        # Part of another file, another range, or a range beyond the end: start over.
+        _discard(partial)
+        raise _TransientError(f"the server's reply ({status}) does not fit the bytes fetched before")
     reason = f"the server answers {status} {response.reason or ''}".strip()
-    if status in PASSING:
-        raise _NetworkError(reason, _number(response.headers.get("Retry-After")) or 0)
+    if status in TRANSIENT_STATUS:
+        raise _TransientError(reason, _to_int(response.headers.get("Retry-After")) or 0)
     raise AbsentError(f"{address}: {reason}; check the source and the name")
 
 
-def _promise(response: requests.Response, address: str, size: int | None) -> _RemoteFile:
+def _remote_file(response: requests.Response, address: str, size: int | None) -> _RemoteFile:
     headers = response.headers
     etag = headers.get("ETag", "")
-    # S3's ETag is the MD5 of the bytes unless they came in several pieces (then it holds a dash) or are encrypted
-    # with a key of the owner's; elsewhere it may be anything.
-    plain = "x-amz-request-id" in headers and "kms" not in headers.get("x-amz-server-side-encryption", "")
-    md5 = re.fullmatch(r'"([0-9a-f]{32})"', etag) if plain else None
+    # On S3 the ETag is the MD5 of the bytes, unless the file was uploaded in several pieces (then it contains a dash)
+    # or is encrypted with a key of its owner. On other servers it may be anything.
+    is_md5 = "x-amz-request-id" in headers and "kms" not in headers.get("x-amz-server-side-encryption", "")
+    md5 = re.fullmatch(r'"([0-9a-f]{32})"', etag) if is_md5 else None
     return _RemoteFile(address, size, etag, headers.get("Last-Modified", ""), md5[1] if md5 else "")
 
 
 @contextlib.contextmanager
-def _answer(address: str, headers: dict[str, str]) -> Iterator[requests.Response]:
+def _request(address: str, headers: dict[str, str]) -> Iterator[requests.Response]:
     try:
         response = requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
-    except (requests.ConnectionError, requests.Timeout) as fault:
-        raise _NetworkError(_last_words(fault)) from fault
-    except requests.RequestException as fault:
-        raise UserError(f"{address}: {_last_words(fault)}; check the source") from fault
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise _TransientError(_innermost_message(error)) from error
+    except requests.RequestException as error:
+        raise UserError(f"{address}: {_innermost_message(error)}; check the source") from error
     with response:
         yield response
 
 
 def _blocks(response: requests.Response) -> Iterator[bytes]:
-    """The body as sent: undoing a Content-Encoding would unpack what S3 calls a gzipped tar."""
+    """The body exactly as sent. Decoding a Content-Encoding would unzip what S3 labels as a gzipped tar."""
     while True:
         try:
             block = response.raw.read(BLOCK, decode_content=False)
-        except (urllib3.exceptions.HTTPError, OSError) as fault:
-            raise _NetworkError(_last_words(fault)) from fault
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise _TransientError(_innermost_message(error)) from error
         if not block:
             return
         yield block
 
 
-def _copy(source: Path, part: Path, stop: threading.Event, moved: Callable[[int], None]) -> None:
+def _copy(source: Path, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> None:
     try:
-        with part.open("wb") as copy:
-            for block in _blocks_of_file(source, part.parent):
+        with partial.open("wb") as copy:
+            for block in _blocks_of_file(source, partial.parent):
                 if stop.is_set():
                     raise StopError
                 copy.write(block)
-                moved(len(block))
+                on_bytes(len(block))
     except (AbsentError, StopError):
-        part.unlink()  # without a promise to hold the rest against, a half is worth nothing
+        partial.unlink()  # a copy is not resumed: nothing would show that both halves are of the same file
         raise
 
 
-def _blocks_of_file(source: Path, target: Path) -> Iterator[bytes]:
+def _blocks_of_file(source: Path, target_folder: Path) -> Iterator[bytes]:
     try:
         with source.open("rb") as file:
-            require_free_space(target, source.stat().st_size)
+            require_free_space(target_folder, source.stat().st_size)
             while block := file.read(BLOCK):
                 yield block
-    except OSError as fault:
-        raise AbsentError(f"{source}: {fault.strerror or fault}; check the source and the name") from fault
+    except OSError as error:
+        raise AbsentError(f"{source}: {error.strerror or error}; check the source and the name") from error
 
 
-def _hashes(path: Path, stop: threading.Event) -> tuple[str, str]:
-    """sha256 and MD5, read back from the disk."""
+def _hash_file(path: Path, stop: threading.Event) -> tuple[str, str]:
+    """(sha256, MD5) of a file, read back from the disk."""
     digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -281,42 +317,42 @@ def _hashes(path: Path, stop: threading.Event) -> tuple[str, str]:
     return digests[0].hexdigest(), digests[1].hexdigest()
 
 
-def _difference(hashes: tuple[str, str], sha256: str, md5: str) -> str:
-    """How the bytes differ from what they should be; '' where they do not, or nothing is known."""
+def _hash_difference(hashes: tuple[str, str], sha256: str, md5: str) -> str:
+    """How the hashes differ from the expected ones; '' if they agree, or nothing is expected."""
     if sha256 and hashes[0] != sha256:
-        return f"its sha256 begins {hashes[0][:12]}, that recorded or published {sha256[:12]}"
-    return f"its MD5 is not {md5}, its ETag" if md5 and hashes[1] != md5 else ""
+        return f"its sha256 begins {hashes[0][:12]}, but the one recorded or published begins {sha256[:12]}"
+    return f"its MD5 is not {md5}, which its ETag announced" if md5 and hashes[1] != md5 else ""
 
 
-def _note(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
+def _note_path(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.json")
 
 
-def _read_note(part: Path, address: str) -> _RemoteFile | None:
-    """What was promised of a half file; None if it is of another address or unreadable."""
+def _read_note(partial: Path, address: str) -> _RemoteFile | None:
+    """What the server said of a partial file; None if the note is unreadable or about another address."""
     try:
-        promise = _RemoteFile(**json.loads(_note(part).read_text(encoding="utf-8")))
+        remote = _RemoteFile(**json.loads(_note_path(partial).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return promise if promise.address == address else None
+    return remote if remote.address == address else None
 
 
-def _forget(part: Path) -> None:
-    _note(part).unlink(missing_ok=True)
-    part.unlink(missing_ok=True)
+def _discard(partial: Path) -> None:
+    _note_path(partial).unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _number(text: str | None) -> int | None:
+def _to_int(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
 
 
-def _last_words(fault: BaseException) -> str:
-    """What a chain of library errors comes down to, in one line."""
-    inner: object = fault
+def _innermost_message(error: BaseException) -> str:
+    """The innermost of a chain of library errors, in one line."""
+    inner: object = error
     while isinstance(inner, BaseException):
         text = f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__
         deeper = getattr(inner, "reason", None) or next((a for a in inner.args if isinstance(a, BaseException)), None)

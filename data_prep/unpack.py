@@ -1,4 +1,10 @@
-"""Videos out of a tar that nobody vouches for: nothing is written but plain files under their bare names."""
+"""Extract videos from an untrusted tar: only regular files are written, and only under their bare names.
+
+A tar can name files outside the folder (absolute paths, `..`), hold links that redirect later members, devices, sparse
+files that claim terabytes, or headers that make a reader allocate gigabytes; and a gzip can expand a thousandfold. None
+of these is needed for an archive of videos, so each is refused, before any byte of that member is written. The caller
+gives a folder of its own to extract into and discards it after any error, so a refused archive leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +23,18 @@ from video_swinv2.data.lists import VIDEO_SUFFIXES
 from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path, sha256
 
-# Far beyond what Kinetics has: clips of ten seconds, archives of a few thousand of them and a few gigabytes.
-LARGEST_MEMBER = 1 << 30
-LARGEST_TOTAL = 64 << 30
-MOST_MEMBERS = 100_000
-LONGEST_NAME = 200  # bytes
-LARGEST_HEADER = 1 << 20  # of a long name or an extended header, which tarfile reads into memory as a whole
+# Far beyond Kinetics, with videos of ten seconds and archives of a few gigabytes with a few thousand of them.
+MAX_MEMBER_BYTES = 1 << 30
+MAX_TOTAL_BYTES = 64 << 30
+MAX_MEMBERS = 100_000
+MAX_NAME_BYTES = 200
+MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory in one piece
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What an archive held: file names of videos, how many of these have 0 bytes, how many other files there were."""
+    """What an archive contained: the file names of its videos, how many of these have 0 bytes, how many other files."""
 
     names: tuple[str, ...]
     empty: int
@@ -36,47 +42,54 @@ class Unpacked:
 
 
 class DamagedError(UserError):
-    """The archive is not whole: another copy of it may be."""
+    """The archive is damaged or incomplete; fetching it again may help."""
 
 
 class _RefusedError(Exception):
-    """The archive does or claims what no archive of videos should."""
+    """The archive contains or claims something that no archive of videos should."""
 
 
 class _Header(tarfile.TarInfo):
-    """Headers as tarfile reads them, but a damaged one is an error and not the end of the archive."""
+    """Headers as tarfile reads them, except that a damaged header is an error.
+
+    tarfile takes a damaged header for the end of the archive, so the members after it would be lost silently.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
-            return super().frombuf(buf, encoding, errors)  # the regular end: tarfile raises, and catches it
+            return super().frombuf(
+                buf, encoding, errors
+            )  # zeros are the regular end: tarfile raises EOFHeaderError and handles it
         try:
             header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as fault:
-            raise tarfile.ReadError(str(fault)) from fault
-        if header.size < 0 or (header.size > LARGEST_HEADER and not header.isreg()):
-            raise _RefusedError(f"member {header.name!r} is a header that claims {header.size} bytes")
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        # Long names and extended headers are members whose content tarfile reads itself, before we see the member.
+        if header.size < 0 or (header.size > MAX_HEADER_BYTES and not header.isreg()):
+            raise _RefusedError(f"member {header.name!r} is a header that claims to have {header.size} bytes")
         return header
 
 
 def archive_fault(path: Path) -> str:
-    """What else the file is, if it does not begin like a tar, plain or gzipped; its name tells nothing."""
+    """What is wrong with the file unless it begins like a tar, plain or gzipped; '' if it does. Ignores the name."""
     with path.open("rb") as file:
         start = file.read(512)
     if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
         return ""
-    what = "a web page or an error message" if start.lstrip()[:1] == b"<" else f"{path.stat().st_size} other bytes"
-    return f"{what}, not a tar archive"
+    kind = "a web page or an error message" if start.lstrip()[:1] == b"<" else f"{path.stat().st_size} unknown bytes"
+    return f"{kind}, not a tar archive"
 
 
 def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> Unpacked:
-    """Write every video of the archive into `folder` (made, and to be thrown away on any error), without its path.
+    """Extract every video of the archive into `folder`, without its path. Other files are only counted.
 
-    A folder inside the archive is taken for a class and dropped, lists tell classes; files that are no videos are
-    counted only. UserError, before anything of the member is written, for: a name that is absolute or leads outside,
-    links, devices, sparse files, sizes and numbers beyond the limits above, two videos of one file name that differ;
-    for other data behind the end, or no video at all. DamagedError for one that is cut off or does not read. DiskError,
-    StopError.
+    `folder` is created here, and the caller discards it after any error. Folders inside the archive are dropped: they
+    are class names, and the classes come from the lists.
+
+    Raises UserError for an absolute name or one that leads outside, a link, a device, a sparse file, sizes and numbers
+    beyond the limits above, two different videos with one file name, data after the end of the tar, or no video at all;
+    DamagedError for an archive that is truncated or unreadable; DiskError; StopError.
     """
     stop = stop or threading.Event()
     with as_disk_error(folder):
@@ -98,56 +111,63 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
                     names.append(name)
                     empty += member.size == 0
             _check_end(stream)
-    except _RefusedError as fault:
-        raise UserError(f"{archive}: {fault}; nothing of it is used, replace it or remove it") from fault
-    except (EOFError, OSError, zlib.error, tarfile.TarError) as fault:
-        text = " ".join(str(fault).split())
-        raise DamagedError(f"{archive}: damaged or not a tar archive ({text}); run again to fetch it anew") from fault
+    except _RefusedError as error:
+        raise UserError(f"{archive}: {error}; nothing of it is used, replace or remove it") from error
+    except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
+        message = " ".join(str(error).split())
+        raise DamagedError(
+            f"{archive}: damaged or not a tar archive ({message}); run again to fetch it again"
+        ) from error
     if not names:
-        raise UserError(f"{archive}: holds no video; replace it or remove it")
+        raise UserError(f"{archive}: contains no video; replace or remove it")
     return Unpacked(tuple(names), empty, other)
 
 
 def same_content(one: Path, other: Path) -> bool:
-    """True if two files hold the same bytes."""
+    """Whether two files have the same bytes."""
     return one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
 
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[IO[bytes]]:
-    """The tar itself. Known by its content: Kinetics-400 has had a plain tar under the name part_120.tar.gz."""
+    """The tar stream. Decided by content, since Kinetics-400 has had a plain tar under the name part_120.tar.gz."""
     with archive.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+        is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        if not packed:
+        if not is_gzip:
             yield file
             return
         with gzip.open(file, "rb") as stream:
-            yield stream  # type: ignore[misc]  # GzipFile is a binary stream in all but its declared type
+            yield stream  # type: ignore[misc]  # GzipFile is a binary stream in everything but its declared type
 
 
 def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
+    """Raises _RefusedError. `count` and `total` (bytes) include this member."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise _RefusedError(f"member {member.name!r} leads outside the folder")
     if not (member.isreg() or member.isdir()) or member.issparse():
         kind = "a link" if member.islnk() or member.issym() else "a device, a pipe or a sparse file"
         raise _RefusedError(f"member {member.name!r} is {kind}")
-    # Control characters, NUL and bytes that are not UTF-8 are not printable.
-    if not path.name.isprintable() or len(path.name.encode()) > LONGEST_NAME:
-        raise _RefusedError(f"member {member.name[:300]!r} has no name that a file can have")
-    if member.size > LARGEST_MEMBER:
-        raise _RefusedError(f"member {member.name!r} claims {member.size / 1e9:.1f} GB, no clip has that")
-    if total > LARGEST_TOTAL or count > MOST_MEMBERS:
-        raise _RefusedError(f"{count} members of {total / 1e9:.1f} GB up to {member.name!r}, more than any part has")
+    # isprintable is False for control characters, NUL, and bytes that are not UTF-8.
+    if not path.name.isprintable() or len(path.name.encode()) > MAX_NAME_BYTES:
+        raise _RefusedError(f"member {member.name[:300]!r} has an impossible file name")
+    if member.size > MAX_MEMBER_BYTES:
+        raise _RefusedError(
+            f"member {member.name!r} claims to have {member.size / 1e9:.1f} GB, far more than any video"
+        )
+    if total > MAX_TOTAL_BYTES or count > MAX_MEMBERS:
+        raise _RefusedError(
+            f"{count} members with {total / 1e9:.1f} GB up to {member.name!r}, far more than any archive of Kinetics"
+        )
 
 
 def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -> bool:
-    """Write one video; False if it is there already. _RefusedError if one of that name has other bytes."""
-    part = partial_path(target)
+    """Write one video. False if the same video is there already; _RefusedError if another one has that name."""
+    partial = partial_path(target)
     with as_disk_error(target):
         require_free_space(target.parent, size)
-        file = part.open("wb")
+        file = partial.open("wb")
     with file:
         while block := content.read(BLOCK):
             if stop.is_set():
@@ -156,16 +176,16 @@ def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -
                 file.write(block)
     with as_disk_error(target):
         if target.exists():
-            if not same_content(part, target):
-                raise _RefusedError(f"holds two different videos named {target.name!r}")
-            part.unlink()
+            if not same_content(partial, target):
+                raise _RefusedError(f"contains two different videos named {target.name!r}")
+            partial.unlink()
             return False
-        commit_file(part, target)
+        commit_file(partial, target)
         return True
 
 
 def _check_end(stream: IO[bytes]) -> None:
-    """Read on to the end, where gzip compares its checksum; a tar is followed by zeros alone."""
+    """Read the rest of the stream: after a tar come only zeros, and at its end gzip verifies its checksum."""
     while block := stream.read(BLOCK):
         if block.strip(b"\0"):
-            raise _RefusedError("other data follows the end of the tar")
+            raise _RefusedError("has other data after the end of the tar")

@@ -61,11 +61,11 @@ def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
     for content, faults, error, words in (
         (b"", [], AbsentError, "the server answers 403 Forbidden"),
         (b"", [lambda h, c: h.head(404, 0)], AbsentError, "the server answers 404 Not Found"),
-        (noise(90_000), [busy] * 99, UserError, f"{fetching.TRIES} tries were vain"),
-        (noise(90_000), [short, too_long], UserError, "sends more than the 90000 bytes promised"),
+        (noise(90_000), [busy] * 99, UserError, f"gave up after {fetching.MAX_ATTEMPTS} attempts without progress"),
+        (noise(90_000), [short, too_long], UserError, "sent more than the 90000 bytes announced"),
         (noise(90_000), [falsified], UserError, "its MD5 is not"),
         (noise(90_000), [cut_off], UserError, "its MD5 is not"),
-        (noise(90_000), [lambda h, c: h.head(200, 1 << 60)], DiskError, "GB more"),
+        (noise(90_000), [lambda h, c: h.head(200, 1 << 60)], DiskError, "GB more are needed"),
         (b"<html>sign in</html>", [], UserError, "a web page or an error message, not a tar archive"),
     ):
         server.asked.clear()
@@ -75,7 +75,7 @@ def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
         assert words in str(caught.value)
         assert str(tmp_path if error is DiskError else f"{server.base}/{path}") in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert len(server.asked) == {busy: fetching.TRIES, short: 2}.get((faults or [None])[0], 1)
+        assert len(server.asked) == {busy: fetching.MAX_ATTEMPTS, short: 2}.get((faults or [None])[0], 1)
         assert not target.exists()
         for left in tmp_path.iterdir():
             left.unlink()
@@ -91,9 +91,9 @@ def test_tries_that_bring_something_do_not_count_as_vain(server, tmp_path, monke
     # A server that drops and cannot resume brings the same again and again.
     server.faults[path] = [lambda h, c: (h.head(200, len(c)), h.body(c[:100_000]))] * 99
     server.asked.clear()
-    with pytest.raises(UserError, match="8 tries were vain"):
+    with pytest.raises(UserError, match="gave up after 8 attempts without progress"):
         fetch_file(f"{server.base}/{path}", tmp_path / "b", find_fault=lambda path: "")
-    assert len(server.asked) == fetching.TRIES
+    assert len(server.asked) == fetching.MAX_ATTEMPTS
     assert {span for _, span in server.asked} == {None}
 
 
@@ -105,6 +105,6 @@ def test_an_unreachable_server_and_a_stop_while_waiting(tmp_path, monkeypatch):
     threading.Timer(0.2, stop.set).start()
     with pytest.raises(StopError):
         fetch_file(address, tmp_path / "a", find_fault=lambda path: "", stop=stop)
-    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(fetching, "FIRST_PAUSE_SECONDS", 0.001)
     with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:\d+/a: .*[Rr]efused"):
         fetch_file(address, tmp_path / "a", find_fault=lambda path: "")
