@@ -1,14 +1,17 @@
-"""The configuration: every recipe of the repository is valid, every mistake is one line that names the key."""
+"""The configuration: every recipe of this repository is valid, and every mistake is one line that names the key."""
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
-from video_swinv2.config import Config, known_keys, load_config, to_yaml, validate_config
+from video_swinv2.config import known_keys, load_config, to_yaml, validate_config
+from video_swinv2.config.schema import AttentionBackend
 from video_swinv2.errors import UsageError
+from video_swinv2.models.attention import Backend
 from video_swinv2.models.simmim import hidden_cells, mask_cells
 from video_swinv2.training.tasks.base import build_model
 from video_swinv2.training.tasks.simmim import resolved_mask
@@ -53,14 +56,22 @@ def test_overrides_reach_every_depth(tmp_path):
     [
         ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
         ("modell.name=x", "unknown key modell; did you mean model?"),
-        ("optim.lr=fast", "optim.lr: 'fast' does not do"),
-        ("optim.batch=-2", "optim.batch: -2 does not do"),
-        ("model.attention=quick", "model.attention: 'quick' does not do"),
-        ("engine.zero_stage=4", "engine.zero_stage: 4 does not do"),
-        ("augment.flip=2", "augment.flip: 2 does not do"),
-        ("seed.x=1", "seed: {'x': 1} does not do"),
-        ("optim.lr", "an override is written key.sub=value"),
-        ("optim.lr=[", "the value is not YAML"),
+        ("optim.lr=fast", "optim.lr: invalid value 'fast': input should be a valid number"),
+        ("optim.batch=-2", "optim.batch: invalid value -2: input should be greater than"),
+        ("model.attention=quick", "model.attention: invalid value 'quick': input should be 'auto', 'eager', 'sdpa'"),
+        ("engine.zero_stage=4", "engine.zero_stage: invalid value 4: input should be less than"),
+        ("engine.engine=fast", "engine.engine: invalid value 'fast': input should be 'deepspeed' or 'plain'"),
+        ("engine.precision=fp8", "engine.precision: invalid value 'fp8': input should be 'bf16', 'fp16' or 'fp32'"),
+        ("engine.communication=fp16", "engine.communication: invalid value 'fp16'"),
+        ("engine.offload_optimizer=disk", "engine.offload_optimizer: invalid value 'disk'"),
+        ("engine.offload_parameters=disk", "engine.offload_parameters: invalid value 'disk'"),
+        ("engine.offload_optimizer=nvme", "engine.offload_folder: missing"),
+        ("mask.normalise_target=46", "mask.normalise_target: 46 has no middle"),
+        ("init_time_noise=0.5", "init_time_noise: is for inflated weights"),
+        ("augment.flip=2", "augment.flip: invalid value 2: input should be less than"),
+        ("seed.x=1", "seed: invalid value {'x': 1}: input should be a valid integer"),
+        ("optim.lr", "write an override as key.sub=value"),
+        ("optim.lr=[", "the value is not valid YAML"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path, override, words):
@@ -73,7 +84,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, override, words):
 
 
 @pytest.mark.parametrize("key", ["out", "init", "model", "optim"])
-def test_nothing_needed_is_guessed(key):
+def test_required_keys_have_no_default(key):
     values = smallest()
     del values[key]
     with pytest.raises(UsageError, match=f"{key} is missing"):
@@ -81,9 +92,9 @@ def test_nothing_needed_is_guessed(key):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("- a\n- b\n", "holds no keys"), ("a: [", "not YAML"), ("", "holds no keys")]
+    ("text", "words"), [("- a\n- b\n", "contains no keys"), ("a: [", "not valid YAML"), ("", "contains no keys")]
 )
-def test_files_that_are_no_configuration(tmp_path, text, words):
+def test_files_that_are_not_a_configuration(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UsageError, match=words):
         load_config(tmp_path / "a.yaml")
@@ -91,10 +102,24 @@ def test_files_that_are_no_configuration(tmp_path, text, words):
         load_config(tmp_path / "b.yaml")
 
 
-def test_every_key_is_known_by_its_full_name():
-    keys = set(known_keys())
-    assert {"optim.lr", "data.frames", "model.window", "seed"} <= keys
-    assert not any(hasattr(Config, key) and "." in key for key in keys)
+def leaves(values: dict[str, object], prefix: str = "") -> set[str]:
+    """The dotted keys of nested data; a section without values is a leaf."""
+    found: set[str] = set()
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key}
+    return found
+
+
+def test_known_keys_are_those_that_a_resolved_configuration_is_written_with():
+    """In dotted form, each once, and no section by itself."""
+    keys = list(known_keys())
+    assert len(set(keys)) == len(keys)
+    assert set(keys) == leaves(yaml.safe_load(to_yaml(validate_config(smallest(), "a.yaml"))))
+
+
+def test_attention_backends_are_those_of_the_models():
+    """The configuration imports nothing of ours, so it lists them itself."""
+    assert get_args(AttentionBackend) == get_args(Backend)
 
 
 def built(path, classes):

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.config.engine import EngineConfig
+from video_swinv2.errors import UsageError
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -132,6 +133,11 @@ class MaskConfig:
     """Side (odd) of the sliding patch over which the target is normalised (47 in the SwinV2 recipes); 0 predicts plain
     pixels."""
 
+    def __post_init__(self) -> None:
+        side = self.normalise_target
+        if side == 1 or (side and side % 2 == 0):
+            raise UsageError(f"mask.normalise_target: {side} has no middle; use an odd number from 3 on")
+
 
 @dataclass(config=STRICT, frozen=True)
 class OptimConfig:
@@ -210,3 +216,7 @@ class Config:
     `skipped.jsonl` names their inputs."""
     wandb: str | None = None
     """Weights & Biases project that receives the metrics too, if the package `wandb` is installed."""
+
+    def __post_init__(self) -> None:
+        if self.init == "scratch" and self.init_time_noise:
+            raise UsageError("init_time_noise: is for inflated weights, but init is scratch; omit the key")

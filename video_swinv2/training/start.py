@@ -13,7 +13,7 @@ from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
-from video_swinv2.errors import UsageError, UserError
+from video_swinv2.errors import UserError
 from video_swinv2.files import sha256
 from video_swinv2.training.tasks.base import Task
 from video_swinv2.weights.formats import read_checkpoint
@@ -93,8 +93,6 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
 
     Collective under ZeRO-3. Raises UserError or UsageError naming what does not fit.
     """
-    if config.init == "scratch" and config.init_time_noise:
-        raise UsageError("init_time_noise: is for inflated weights, and init is scratch; omit the key")
     if config.init == "scratch":
         return "weights: from scratch", {"init": "scratch"}
     # Under ZeRO-3 the encoder holds no whole tensor to compare shapes with or to write to. A twin on the meta device

@@ -130,8 +130,6 @@ class Pretraining:
 def resolved_mask(config: Config, encoder: SwinV2) -> MaskConfig:
     """The mask settings with a cell that fits the model, a tube's as long as the clip; UsageError naming the key."""
     mask, data, patch = config.mask, config.data, encoder.patch_size
-    if mask.normalise_target == 1 or (mask.normalise_target and mask.normalise_target % 2 == 0):
-        raise UsageError(f"mask.normalise_target: {mask.normalise_target} has no middle; use an odd number from 3 on")
     if mask.shape == "tube" and data.frames is None:
         raise UsageError("mask.shape: a tube is for clips; set data.frames, or omit mask.shape")
     try:
