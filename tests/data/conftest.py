@@ -1,4 +1,4 @@
-"""What the tests of the data share: a cache folder of their own."""
+"""Fixtures of the tests of data/: a cache folder of their own."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from video_swinv2.data import index
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Indexes are kept here, and trusted at once: what a test writes has always changed just now."""
+    """Indexes are kept here, and trusted at once although the files of a test have always changed just now."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(index, "SETTLED_SECONDS", 0.0)

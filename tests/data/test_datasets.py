@@ -1,4 +1,4 @@
-"""Samples: repeatable by address, the same through any number of workers; broken files are replaced and named."""
+"""Samples: functions of their address, the same with any number of workers; broken files are replaced and named."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ AUGMENT = AugmentConfig(crop_area=(0.3, 1.0), rand_augment=1)
 
 @pytest.fixture
 def clips(tmp_path, write_video):
-    """Six clips of two classes in two splits; the grey tells the clip, the row of the bar the frame."""
+    """Six videos of two classes in two splits; the grey identifies the video, the row of the white bar the frame."""
     lines = []
     for i in range(6):
         frames = np.full((12, 48, 64, 3), 20 * i, dtype=np.uint8)
@@ -46,7 +46,7 @@ def dataset(folder, augment=AUGMENT, mask=None, seed=0, **changes):
 def test_samples_are_functions_of_seed_epoch_and_index(clips):
     first, again, other = dataset(clips), dataset(clips), dataset(clips, seed=1)
     a, b = first[(3, 2)], first[(0, 2)]
-    torch.rand(7)  # whatever was drawn before does not matter
+    torch.rand(7)  # earlier draws make no difference
     assert a.pixels.shape == (3, 4, 32, 32)
     assert a.pixels.dtype == torch.uint8
     assert torch.equal(a.pixels, again[(3, 2)].pixels)
@@ -113,7 +113,7 @@ def test_broken_files_are_replaced_and_named(clips):
         samples[(0, 0)]
 
 
-def test_missing_files_are_known_before_the_first_epoch(clips):
+def test_missing_files_are_reported_before_the_first_epoch(clips):
     (clips / "clip 5.mp4").unlink()
     with pytest.raises(UserError, match=r"clip 5\.mp4: listed but does not exist, one of 1 of 6"):
         labelled_manifest(config(clips), "train")
@@ -152,7 +152,7 @@ def test_test_clips_are_never_for_training(clips):
 
 
 def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
-    """Whatever the order: all frames of a video come in a row, differ, and one opening of the file gives them."""
+    """In any order: the frames of a video are neighbours, differ, and come from opening the file once."""
     opened = []
     reader = datasets.VideoReader
     monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
@@ -164,11 +164,11 @@ def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
     assert len(opened) == len(set(opened)) == 6
     for batch in batches:
         rows = [int(frame[0].float().mean(1).argmax()) // 4 for frame in batch.pixels]
-        assert rows[0] < rows[1] < rows[2]  # one of each third of the twelve frames
+        assert rows[0] < rows[1] < rows[2]  # one from each third of the twelve frames
         assert [row // 4 for row in rows] == [0, 1, 2]
     alone = SampleDataset(unlabelled_mixture(data, validation=False), data, plain, 0, None)
     number = int(samples.mixture.order(0, 0)[4])
-    assert torch.equal(alone[(0, number)].pixels, batches[1].pixels[1])  # addressable without its neighbours
+    assert torch.equal(alone[(0, number)].pixels, batches[1].pixels[1])  # does not need its neighbours
     assert len({alone[(epoch, number)].pixels.numpy().tobytes() for epoch in range(12)}) == 4  # all of its third
     assert len(unlabelled_mixture(data, validation=True)) == 6
 
@@ -210,7 +210,7 @@ def test_order_is_a_permutation_an_epoch_and_does_not_depend_on_the_processes():
     assert addresses(1, first=4) == alone[4:]
 
 
-def test_batches_are_cut_evenly_or_refused():
+def test_batches_are_divided_evenly_or_refused():
     assert plan_batch(64, 16, 2).accumulation == 2
     assert plan_batch(12, 5, 1).micro == 4
     assert plan_batch(7, 5, 1).micro == 1

@@ -1,4 +1,4 @@
-"""Decoding: every frame asked for is the one a plain decode from the start gives, whatever the file."""
+"""Decoding: every frame asked for is the one that plain decoding from the start gives, in every kind of file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Writer = Callable[..., Path]
 
 
 def numbered_frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Frames whose left half has brightness 8 * index, so that a frame read back says which one it is."""
+    """Frames whose left half has brightness 8 * index, so that a decoded frame can be identified."""
     frames = np.full((count, height, width, 3), 128, dtype=np.uint8)
     frames[:, :, : width // 2] = (np.arange(count) * 8 % 256).astype(np.uint8)[:, None, None, None]
     return frames
@@ -139,7 +139,7 @@ def test_a_file_too_big_to_keep_in_memory_is_read_again(
 @pytest.mark.parametrize(
     ("turn", "mirror"), [(0, False), (90, False), (180, False), (270, False), (0, True), (90, True)]
 )
-def test_turns_and_mirrors_are_applied(tmp_path: Path, turn: int, mirror: bool) -> None:
+def test_rotation_and_mirroring_are_applied(tmp_path: Path, turn: int, mirror: bool) -> None:
     picture = np.zeros((48, 64, 3), dtype=np.uint8)
     picture[:24, :32] = (255, 0, 0)
     picture[24:, :32] = (0, 255, 0)
@@ -159,13 +159,13 @@ def test_turns_and_mirrors_are_applied(tmp_path: Path, turn: int, mirror: bool) 
     with VideoReader(path) as reader:
         image = reader.frames([1])[0].permute(1, 2, 0).numpy()
         assert reader.size == image.shape[:2]
-    # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has none, so its matrix is spelt out.
+    # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has none, so its matrix is written out.
     expected = np.rot90(picture, k=round(reported / 90) % 4) if not mirror else mirrored(path, picture)
     assert np.abs(image.astype(int) - expected).mean() < 20
 
 
 def mirrored(path: Path, picture: np.ndarray) -> np.ndarray:
-    """The picture laid out pixel by pixel as the display matrix in the file says."""
+    """The picture moved pixel by pixel by the display matrix in the file."""
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         a, b, _, c, d = np.sign(np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)[:5])
@@ -229,7 +229,7 @@ def test_awkward_names(write_video: Writer, tmp_path: Path, monkeypatch: pytest.
         assert len(reader) == 4
 
 
-def test_an_undecodable_frame_is_stood_in_for_and_counted(outside_data: Path) -> None:
+def test_an_undecodable_frame_is_replaced_and_counted(outside_data: Path) -> None:
     path = outside_data / "odd_clips" / "decord__corrupted.mp4"  # 50 packets, one of them damaged
     with VideoReader(path) as reader:
         images = reader.frames(range(len(reader)))
@@ -249,7 +249,7 @@ def test_truncated_file_gives_the_frames_before_the_cut(tmp_path: Path) -> None:
     truth = torch.from_numpy(plain_decode(whole)).permute(0, 3, 1, 2)
     with VideoReader(cut) as reader:
         assert 10 < len(reader) < 30
-        sound = range(len(reader) - 1)  # the very last packet may be cut in two
+        sound = range(len(reader) - 1)  # the last packet may be truncated
         assert torch.equal(reader.frames(sound), truth[: len(sound)])
 
 
@@ -261,7 +261,7 @@ def test_truncated_file_gives_the_frames_before_the_cut(tmp_path: Path) -> None:
         (b"<html>404</html>" * 9, "not_video", "not a video"),
     ],
 )
-def test_what_is_no_video_is_named(tmp_path: Path, content: bytes | None, reason: str, words: str) -> None:
+def test_files_that_are_no_videos_are_refused(tmp_path: Path, content: bytes | None, reason: str, words: str) -> None:
     path = tmp_path / "x.mp4"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Image files of every kind are read as shown or refused in a line; folders are listed once and never out of date."""
+"""Image files are read as shown or refused in one line; folders are listed once and the index is never out of date."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ def pixels(path):
 
 
 def write_png16(path, samples, colour):
-    """A PNG of 16 bits a sample, which Pillow writes only in grey: (H, W, C) uint16."""
+    """Write (H, W, C) uint16 as a PNG of 16 bits per sample, which Pillow can do only in grey."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -36,7 +36,7 @@ def write_png16(path, samples, colour):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def test_pictures_stand_as_their_exif_says(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     upright = np.zeros((16, 32, 3), dtype=np.uint8)
     upright[:8, :8] = 255  # upper left
     for code, corner in {1: (0, 0), 3: (8, 24), 6: (0, 8), 8: (24, 0)}.items():
@@ -49,10 +49,10 @@ def test_pictures_stand_as_their_exif_says(tmp_path):
         assert shown[corner[0] + 1, corner[1] + 1, 0] == 255
         assert shown.sum() == upright.sum()
     (tmp_path / "odd.png").write_bytes((tmp_path / "6.png").read_bytes().replace(b"II*\0", b"I?*\0", 1))
-    assert pixels(tmp_path / "odd.png").shape in ((16, 32, 3), (32, 16, 3))  # EXIF that is none turns nothing
+    assert pixels(tmp_path / "odd.png").shape in ((16, 32, 3), (32, 16, 3))  # invalid EXIF data turns nothing
 
 
-def test_sixteen_bits_become_eight_and_not_white(tmp_path):
+def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path):
     want = np.round(RAMP / 257.0)
     for name in ("grey.png", "grey.tif"):
         Image.fromarray(RAMP).save(tmp_path / name)
@@ -65,7 +65,7 @@ def test_sixteen_bits_become_eight_and_not_white(tmp_path):
     assert np.abs(pixels(tmp_path / "alpha.png")[:, :, 0].astype(int) - RAMP / 257.0).max() < 1
 
 
-def test_what_is_transparent_lies_on_white(tmp_path):
+def test_transparent_pixels_are_composited_on_white(tmp_path):
     half = Image.new("LA", (4, 4), (0, 128))
     half.save(tmp_path / "grey.png")
     assert (pixels(tmp_path / "grey.png") == 127).all()
@@ -85,7 +85,7 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert (pixels(tmp_path / "key.png") == 255).all()
 
 
-def test_other_kinds_are_read(tmp_path):
+def test_other_formats_are_read(tmp_path):
     Image.new("CMYK", (6, 5), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
     assert np.abs(pixels(tmp_path / "cmyk.jpg").astype(int) - [255, 0, 0]).max() < 8
     bits = Image.new("1", (6, 5), 1)
@@ -101,7 +101,7 @@ def test_other_kinds_are_read(tmp_path):
         assert pixels(tmp_path / name)[0, 0].tolist() == [10, 200, 30]  # as stored, as torchvision and timm read it
 
 
-def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch, recwarn):
+def test_unreadable_images_are_refused_in_one_line(tmp_path, monkeypatch, recwarn):
     Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "good.jpg")
     good = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(good[: len(good) // 2])
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch, recwarn
 
 
 def tree(root, names):
-    """Small images of that name, each of another colour."""
+    """Small images of these names, each of a different colour."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(root / name)
@@ -146,7 +146,7 @@ def data(source):
 
 
 def test_the_index_follows_the_folder(tmp_path, cache, monkeypatch):
-    """Listed once; then only folders that changed are listed again, and a change of any kind is seen."""
+    """A tree is listed once; after that only folders that changed are, and changes of every kind are noticed."""
     root = tree(tmp_path / "tree", ["a/1.png", "a/2.JPEG", "b/deep/3.png", "b/.hidden.png", ".git/4.png"])
     (root / "b" / "note.txt").write_text("no image")
     listed = []
@@ -168,7 +168,7 @@ def test_the_index_follows_the_folder(tmp_path, cache, monkeypatch):
     assert look() == (["a/2.JPEG", "b/1.png", "b/deep/0.png", "b/deep/3.png"], ["a", "b"])
     times = (root / "a").stat()
     (root / "a" / "2.JPEG").rename(root / "a" / "5.JPEG")
-    os.utime(root / "a", ns=(times.st_atime_ns, times.st_mtime_ns))  # a change that hides its time
+    os.utime(root / "a", ns=(times.st_atime_ns, times.st_mtime_ns))  # a change that sets its time back
     assert look() == (["a/5.JPEG", "b/1.png", "b/deep/0.png", "b/deep/3.png"], ["a"])
     tree(root, ["c/9.png"])
     assert look()[1] == ["", "c"]
@@ -177,13 +177,13 @@ def test_the_index_follows_the_folder(tmp_path, cache, monkeypatch):
     (root / "b" / "deep").rmdir()
     assert look() == (["a/5.JPEG", "b/1.png", "c/9.png"], ["b"])
     (saved,) = (path for path in (cache / "video-swinv2" / "index").iterdir() if path.suffix != ".lock")
-    saved.write_bytes(saved.read_bytes()[:100])  # a damaged index is made again
+    saved.write_bytes(saved.read_bytes()[:100])  # a damaged index is replaced
     assert look() == (["a/5.JPEG", "b/1.png", "c/9.png"], ["", "a", "b", "c"])
     assert look()[1] == []
 
 
 def test_a_folder_that_changed_just_now_is_not_trusted(tmp_path, monkeypatch):
-    """Its time may stand still while it changes again: on a coarse clock a file would be missed for ever."""
+    """On a coarse clock it may change again without its time changing, and a file would never be found."""
     monkeypatch.setattr(index, "SETTLED_SECONDS", 2.0)
     root = tree(tmp_path / "tree", ["a/1.png"])
     image_tree(root)
@@ -193,7 +193,7 @@ def test_a_folder_that_changed_just_now_is_not_trusted(tmp_path, monkeypatch):
     assert names(image_tree(root).entries("all")) == ["a/1.png", "a/2.png"]
 
 
-def test_an_index_that_cannot_be_kept_is_made_each_time(tmp_path, monkeypatch, capsys):
+def test_an_index_that_cannot_be_saved_is_made_each_time(tmp_path, monkeypatch, capsys):
     root = tree(tmp_path / "tree", ["a/1.png"])
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -201,7 +201,7 @@ def test_an_index_that_cannot_be_kept_is_made_each_time(tmp_path, monkeypatch, c
     assert f"{root} is listed again at every start" in capsys.readouterr().err
 
 
-def test_a_link_to_a_folder_above_ends(tmp_path):
+def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
     root = tree(tmp_path / "tree", ["a/1.png"])
     (root / "a" / "up").symlink_to(root)
     elsewhere = tree(tmp_path / "elsewhere", ["2.png"])
@@ -236,7 +236,7 @@ def test_imagenets_layout(tmp_path):
         labelled_manifest(data(root), "val")
 
 
-def test_a_test_folder_of_images_is_for_no_training(tmp_path):
+def test_a_test_folder_of_images_is_never_trained_on(tmp_path):
     root = tree(tmp_path / "in", ["train/a/1.png", "train/a/2.png", "test/3.png", "val/a/4.png"])
     for validation, want in ((False, ["train/a/1.png", "train/a/2.png"]), (True, ["val/a/4.png"])):
         mixture = unlabelled_mixture(data(root), validation)
@@ -250,8 +250,8 @@ def test_a_test_folder_of_images_is_for_no_training(tmp_path):
         unlabelled_mixture(data(root), validation=False)
 
 
-def test_folders_named_by_number_are_places_in_the_classes(tmp_path):
-    """As ImageNet-V2's folders are, whose order by name is another: 0 1 10 2."""
+def test_folders_named_by_number_are_class_indices(tmp_path):
+    """As in ImageNet-V2, whose folders sorted by name are 0 1 10 2."""
     root = tree(tmp_path / "v2", [f"{number}/x.jpeg" for number in (0, 1, 2, 10)])
     classes = [f"n{number:02}" for number in range(11)]
     assert [e.label for e in labelled_manifest(data(root), "all", classes).entries] == [0, 1, 10, 2]
@@ -260,7 +260,7 @@ def test_folders_named_by_number_are_places_in_the_classes(tmp_path):
         labelled_manifest(data(root), "all", classes[:10])
 
 
-def test_the_held_out_share_is_the_same_for_both_doors_and_per_class(tmp_path):
+def test_supervised_and_unsupervised_runs_hold_out_the_same_images_per_class(tmp_path):
     sizes = {"a": 40, "b": 26, "c": 2, "d": 1}
     root = tree(tmp_path / "tree", [f"{name}/{i}.png" for name, size in sizes.items() for i in range(size)])
     val = labelled_manifest(data(root), "val")
@@ -271,7 +271,7 @@ def test_the_held_out_share_is_the_same_for_both_doors_and_per_class(tmp_path):
     held = unlabelled_mixture(data(root), validation=True)
     assert [held[i].entry.name for i in range(len(held))] == names(val.entries)
     kept = set(names(val.entries))
-    tree(root, ["b/new.png", "a/new.png"])  # a new image changes who is held out by one at most
+    tree(root, ["b/new.png", "a/new.png"])  # a new image changes at most one of those held out
     assert len(kept - set(names(labelled_manifest(data(root), "val").entries))) <= 1
 
 
@@ -295,7 +295,7 @@ def test_flat_folders_have_no_labels(tmp_path):
         labelled_manifest(data(root), "test")
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
     root = tree(tmp_path / "tree", ["a/1.png", "b/2.png"])
     real = os.scandir
 
@@ -304,7 +304,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # root, as who tests may run, may read everything
+    monkeypatch.setattr(os, "scandir", refuse)  # file permissions would not stop root
     with pytest.raises(UserError, match=r"tree/b: cannot be read \(Permission denied\)"):
         image_tree(root)
 

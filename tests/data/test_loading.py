@@ -1,4 +1,4 @@
-"""Loaders under faults: workers killed, decoders that hang or crash; repeats decoded once; memory over 10,000 clips."""
+"""Loaders under faults (killed workers, decoders that hang or crash), repeats, and memory over 10,000 clips."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ CLIPS = 8
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, write_video):
-    """Small clips of noise, so that no two samples are alike."""
+    """Small videos of noise, so that no two samples are equal."""
     folder = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     for i in range(CLIPS):
@@ -45,7 +45,7 @@ def read(dataset, steps=4, batch=4, micro=2, repeats=1):
 
 
 def disturb(monkeypatch, name, act):
-    """Whoever opens the clip `name` does `act` first; workers inherit this by fork."""
+    """Whoever opens the video `name` calls `act` first; workers inherit this by fork."""
     reader = datasets.VideoReader
 
     def opened(path: Path, **limits: float):
@@ -61,7 +61,7 @@ def die():
 
 
 def hang():
-    """In C with the interpreter's lock held, as a dead-locked decoder is."""
+    """Hang in C with the interpreter's lock held, as a deadlocked decoder does."""
     ctypes.PyDLL(None).pause()
 
 
@@ -95,7 +95,7 @@ def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, m
     for a, b in zip(undisturbed, found, strict=True):
         assert a.numbers == b.numbers
         for number, x, y in zip(a.numbers, a.pixels, b.pixels, strict=True):
-            assert torch.equal(x, y) == (number != 5)  # of the next clip, and so other pixels
+            assert torch.equal(x, y) == (number != 5)  # read from the next video
 
 
 def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch):
@@ -112,7 +112,7 @@ def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch):
         list(read(samples(clips, 1)))
 
 
-def test_repeats_are_decoded_once_and_augmented_anew(clips, monkeypatch):
+def test_repeats_are_decoded_once_and_augmented_differently(clips, monkeypatch):
     opened = []
     disturbed = datasets.VideoReader
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_repeats_are_decoded_once_and_augmented_anew(clips, monkeypatch):
     assert [len(batch.labels) for batch in batches] == [4, 4, 4, 4]
     for batch in batches:
         assert [number // 2 for number in batch.numbers[:2]] == [number // 2 for number in batch.numbers[2:]]
-        assert batch.numbers[0] // 2 != batch.numbers[1] // 2  # neighbours, which mixing pairs, are other clips
+        assert batch.numbers[0] // 2 != batch.numbers[1] // 2  # mixing pairs neighbours, which are different clips
         assert not torch.equal(batch.pixels[0], batch.pixels[2])
     alone = samples(clips, 0, repeats=2)
     assert torch.equal(alone[(0, batches[1].numbers[3])].pixels, batches[1].pixels[3])
@@ -145,7 +145,7 @@ def test_repeats_of_pretraining_are_repeats_of_each_clip(clips):
     assert len(unlabelled_mixture(data, True, 3)) == CLIPS
 
 
-def test_all_repeats_of_a_clip_are_in_one_piece_whatever_the_processes():
+def test_repeats_of_a_clip_share_a_micro_batch_on_any_number_of_processes():
     for world in (1, 2, 3):
         plan = plan_batch(18, 7, world, 3)
         assert plan.micro == {1: 6, 2: 3, 3: 6}[world]
@@ -160,7 +160,7 @@ def test_all_repeats_of_a_clip_are_in_one_piece_whatever_the_processes():
 
 
 def resident(pid):
-    """Bytes of a process in memory that are its own."""
+    """Resident bytes of a process that it does not share."""
     fields = Path(f"/proc/{pid}/statm").read_text().split()
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
@@ -173,7 +173,7 @@ def children(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_memory_is_flat_over_ten_thousand_clips(clips, repeats):
-    """Decoded, augmented and handed over: this process and its workers at clip 2,000 and at clip 10,000."""
+    """This process and its workers hold as much after 10,000 clips, decoded and augmented, as after 2,000."""
     dataset = samples(clips, 2, repeats=repeats)
     seen, sizes = 0, {}
     for batch in read(dataset, steps=10_000 * repeats // 16, batch=16, micro=16, repeats=repeats):
@@ -183,4 +183,4 @@ def test_memory_is_flat_over_ten_thousand_clips(clips, repeats):
     assert len(sizes[2_000]) >= 3
     print({clips: [round(size / 2**20, 1) for size in found] for clips, found in sizes.items()})
     for before, after in zip(sizes[2_000], sizes[10_000], strict=True):
-        assert after - before < 8 * 2**20, "bytes that 8,000 clips left behind"
+        assert after - before < 8 * 2**20, "bytes leaked over 8,000 clips"

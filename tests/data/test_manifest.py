@@ -1,4 +1,4 @@
-"""Manifests: the same videos and labels come out of every layout, and what does not fit is named by file and line."""
+"""Manifests: every layout gives the same videos and labels, and errors name file and line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_bare_lists_named_csv_are_lists(tmp_path: Path) -> None:
     assert manifest.classes == tuple("012345")  # numbered over all splits, so that train and val agree
 
 
-def test_index_labels_take_the_names_asked_for(tmp_path: Path) -> None:
+def test_index_labels_take_the_class_names_given(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a.mp4 1\n")
     assert labels(read_manifest(tmp_path, "val", ["walk", "run"])) == [("a.mp4", "run")]
     (tmp_path / "val.txt").write_text("a.mp4 2\n")
@@ -61,7 +61,7 @@ def test_index_labels_take_the_names_asked_for(tmp_path: Path) -> None:
         read_manifest(tmp_path, "val", ["walk", "run"])
 
 
-def test_labels_are_mapped_by_name_to_the_order_asked_for(tmp_path: Path) -> None:
+def test_labels_are_mapped_by_name_to_the_class_order_given(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a.mp4 0\nb.mp4 1\n")
     (tmp_path / "classes.txt").write_text("run\nwalk\n")
     manifest = read_manifest(tmp_path, "val", ["walk", "jump", "run"])
@@ -69,7 +69,7 @@ def test_labels_are_mapped_by_name_to_the_order_asked_for(tmp_path: Path) -> Non
     assert manifest.classes == ("walk", "jump", "run")
 
 
-def test_a_label_not_asked_for_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+def test_an_unknown_label_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text('path,label\na.mp4,walking\n"b, c.mp4",runing\n')
     with pytest.raises(UsageError) as caught:
         read_manifest(tmp_path, "val", ["walking", "running", "standing"])
@@ -96,7 +96,7 @@ def test_class_folders_number_their_classes_over_all_splits(tmp_path: Path) -> N
     assert [entry.label for entry in read_manifest(tmp_path, "val").entries] == [1, 2]
 
 
-def test_class_folders_without_splits_are_training_material_only(tmp_path: Path) -> None:
+def test_class_folders_without_splits_are_all_train(tmp_path: Path) -> None:
     touch(tmp_path / "run" / "a.mp4")
     with pytest.raises(UsageError, match="no split 'val', there is train"):
         read_manifest(tmp_path, "val")
@@ -111,7 +111,7 @@ def test_flat_folder_is_unlabelled_and_mixed_folders_are_refused(tmp_path: Path)
         read_manifest(tmp_path, "train")
 
 
-def test_kinetics_csv_finds_clips_wherever_they_lie(tmp_path: Path) -> None:
+def test_kinetics_csv_finds_its_files_anywhere(tmp_path: Path) -> None:
     (tmp_path / "k.csv").write_text(
         "label,youtube_id,time_start,time_end,split,is_cc\n"
         "playing guitar,-aU_xCCzkT0,61,71,val,0\n"
@@ -160,7 +160,7 @@ def test_lists_in_a_folder_annotations_beside_the_videos(tmp_path: Path) -> None
     assert labels(read_manifest(tmp_path, "val")) == [("val/aaaaaaaaaaa_000000_000010.mp4", "run")]
 
 
-def test_of_two_copies_the_one_in_the_folder_of_the_split_is_taken(tmp_path: Path) -> None:
+def test_the_copy_in_the_folder_of_the_split_is_preferred(tmp_path: Path) -> None:
     for folder in ("copies", "val"):
         touch(tmp_path / folder / "aaaaaaaaaaa_000000_000010.mp4")
     touch(tmp_path / "val.csv", b"label,youtube_id,time_start,time_end\nrun,aaaaaaaaaaa,0,10\n")
@@ -229,7 +229,7 @@ def test_prepared_fingerprint_is_the_recorded_one_until_the_list_is_edited(tmp_p
         ("classes.txt", b"a\na\n", r"no split 'val'"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     touch(tmp_path / name, content)
     if name == "dataset.json":
         touch(tmp_path / "val.csv", b"path,label\na.mp4,run\n")
@@ -255,7 +255,7 @@ def test_class_list_hash_depends_on_the_order() -> None:
     assert class_list_hash(["a", "b"]) == hashlib.sha256(b"a\nb").hexdigest()
 
 
-def test_a_prepared_split_says_how_many_videos_it_lost(tmp_path: Path) -> None:
+def test_a_prepared_split_records_how_many_videos_failed(tmp_path: Path) -> None:
     listing = "path,label\nvideos/a.mp4,one\n"
     (tmp_path / "test.csv").write_text(listing)
     digest = hashlib.sha256(listing.encode()).hexdigest()
@@ -264,4 +264,4 @@ def test_a_prepared_split_says_how_many_videos_it_lost(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path, "test")
     assert (manifest.failed_in_preparation, manifest.fingerprint) == (3, "f" * 64)
     (tmp_path / "test.csv").write_text(listing + "videos/b.mp4,one\n")
-    assert read_manifest(tmp_path, "test").failed_in_preparation == 0, "an edited list is the user's own"
+    assert read_manifest(tmp_path, "test").failed_in_preparation == 0, "the list was edited since"

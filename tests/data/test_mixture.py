@@ -1,4 +1,4 @@
-"""Which samples an epoch draws of several sources, and in what order: by hand-made sources of numbered entries."""
+"""Which samples an epoch draws from several sources, and in what order; with sources of numbered entries."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -31,7 +31,7 @@ def test_without_weights_everything_comes_once():
     assert sorted(drawn(mixture, 0)) == sorted(drawn(mixture, 1)) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
     assert drawn(mixture, 0) != drawn(mixture, 1)
     assert drawn(mixture, 0) == drawn(mixture, 0)
-    assert (mixture.order(3, 2) == np.random.default_rng((3, 2)).permutation(8)).all()  # as runs before had it
+    assert (mixture.order(3, 2) == np.random.default_rng((3, 2)).permutation(8)).all()  # as earlier runs had it
 
 
 def test_samples_of_one_entry_stay_together():
@@ -65,13 +65,13 @@ def test_weights_are_shares_of_an_epoch():
     assert [kinds.count(kind) for kind in "abv"] == [28, 28, 56]
     assert len(mixture) == 112
     numbers = mixture.order(0, 0)
-    assert len(set(numbers.tolist())) == 112  # the same entry again has a number, so an augmentation, of its own
+    assert len(set(numbers.tolist())) == 112  # an entry drawn twice has two numbers, hence two augmentations
     small = [name for name in drawn(mixture, 0) if name[0] == "b"]
     assert sorted({small.count(f"b{i}") for i in range(6)}) == [4, 5]
 
 
-def test_a_weighted_source_is_gone_through_evenly():
-    """Over epochs every entry of a large source comes once before any comes twice."""
+def test_a_weighted_source_is_drawn_evenly():
+    """Over several epochs, every entry of a large source comes once before any comes twice."""
     mixture = Mixture([MixtureSource(source("a", 50), weight=1.0), MixtureSource(source("b", 10), weight=5.0)])
     seen = [name for epoch in range(10) for name in drawn(mixture, epoch) if name[0] == "a"]
     assert len(seen) == 100
@@ -79,7 +79,7 @@ def test_a_weighted_source_is_gone_through_evenly():
     assert seen[:50] != seen[50:]
 
 
-def test_weights_are_for_all_or_none():
+def test_either_all_sources_have_weights_or_none():
     with pytest.raises(UsageError, match="some sources have a weight and some do not"):
         Mixture([MixtureSource(source("a", 5), weight=1.0), MixtureSource(source("b", 3))])
 
@@ -149,7 +149,7 @@ def test_mixed_sources_are_drawn_by_weight(tmp_path):
 
 
 def test_entries_reach_spawned_workers_in_shared_memory():
-    """As tensors, whose bytes are not in what is sent: 20,000 entries are a few kilobytes."""
+    """Entries are sent as shared tensors: the pickle of 20,000 of them has a few kilobytes."""
     listed = CompactEntries([*source("v", 20_000)])
     sent = ForkingPickler.dumps(listed)
     assert len(sent) < 5_000 < len(pickle.dumps(source("v", 20_000)))
@@ -161,8 +161,8 @@ def tell_last(samples, answers):
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
-def test_workers_that_are_not_forked_get_them_too(tmp_path, method):
-    """Files and listed clips, in a process that starts from nothing, as on macOS."""
+def test_workers_that_are_not_forked_get_the_entries(tmp_path, method):
+    """Image files and listed videos, in a process that is not forked, as on macOS."""
     (tmp_path / "images").mkdir()
     for i in range(3):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")

@@ -16,8 +16,8 @@ from video_swinv2.data.transforms import GREY, OPERATIONS, Erasing, RandAugment,
 from video_swinv2.errors import UsageError
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
 
-# Ours, timm's, the sign that makes them one (both draw it), and the mean difference in steps of 255: geometry is
-# interpolated by different code, at the border against the filling.
+# Our name, timm's, the sign with which both do the same (both draw it), and the mean difference allowed, in steps of
+# 255: geometric operations are interpolated by different code, at the border with the fill colour.
 SAME = [
     ("autocontrast", "AutoContrast", 1, 0.6),
     ("equalize", "Equalize", 1, 0.0),
@@ -39,7 +39,7 @@ SAME = [
 
 @pytest.fixture(scope="module")
 def photograph():
-    """(3, 96, 128) uint8: in colour, with an edge, and grain for sharpness to act on."""
+    """(3, 96, 128) uint8: coloured, with an edge, and with grain for sharpness to act on."""
     rows, columns = np.mgrid[:96, :128]
     channels = [40 + rows, 200 - columns, 128 + 60 * np.sin(rows / 9) * np.cos(columns / 13)]
     pixels = np.stack(channels, axis=-1) + np.random.default_rng(0).normal(0, 8, (96, 128, 1))
@@ -68,7 +68,7 @@ def test_each_operation_does_what_timms_does(photograph, monkeypatch, ours, thei
 
 
 def test_draws_follow_the_recipe(photograph, monkeypatch):
-    """Each operation as often, half of them applied, magnitudes normal around 9, cut at 10, signs even."""
+    """Operations are equally frequent, half are applied, magnitudes normal around 9, clipped at 10, signs even."""
     seen = []
 
     def note(name):
@@ -86,7 +86,7 @@ def test_draws_follow_the_recipe(photograph, monkeypatch):
     levels = torch.tensor([level for _, level, _ in seen])
     assert levels.max() == 1.0
     assert abs(levels.median() - 0.9) < 0.005
-    assert abs((levels < 0.85).float().mean() - 0.159) < 0.03  # one deviation below
+    assert abs((levels < 0.85).float().mean() - 0.159) < 0.03  # one standard deviation below the mean
     assert abs(sum(sign for _, _, sign in seen)) < 5 * 64
     assert augment(photograph[None]) is not None
 
@@ -101,7 +101,7 @@ def test_no_noise_is_one_magnitude(photograph, monkeypatch):
 
 
 def test_erasing_is_noise_of_the_normalised_input(photograph):
-    """A quarter of the samples, a rectangle of 2 % to a third of the area; its pixels normalise to a unit normal."""
+    """Erases a quarter of the samples, 2 % to a third of the area; normalised, the noise is standard normal."""
     clip = photograph.expand(2, -1, -1, -1).contiguous()
     torch.manual_seed(0)
     erase = Erasing(0.25)
@@ -120,12 +120,12 @@ def test_erasing_is_noise_of_the_normalised_input(photograph):
     assert max(areas) < 0.35
     values = torch.cat(noise)
     assert abs(values.mean()) < 0.03
-    assert 0.93 < values.std() < 1.02  # a little under 1: bytes end at 2 to 2.6 deviations
+    assert 0.93 < values.std() < 1.02  # a little under 1: bytes end at 2 to 2.6 standard deviations
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixed_and_smoothed_targets_give_timms_loss(smoothing):
-    """timm smooths, then mixes, then takes soft cross-entropy; here the loss smooths what is mixed."""
+    """timm smooths, mixes, then takes soft cross-entropy; here the loss smooths the mixed targets."""
     logits, labels, classes = torch.randn(4, 7), torch.tensor([1, 3, 3, 6]), 7
     share = 0.3
     soft = F.one_hot(labels, classes).float()
@@ -136,7 +136,7 @@ def test_mixed_and_smoothed_targets_give_timms_loss(smoothing):
 
 
 def test_mixup_and_cutmix_take_turns():
-    """Half of the batches each; constant images tell which one it was."""
+    """Each gets half of the batches; constant images show which one it was."""
     inputs = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     kinds = Counter()
     for seed in range(300):

@@ -12,7 +12,7 @@ from video_swinv2.data.sampling import centre_clip, frame_indices, random_clip, 
 def test_every_start_is_equally_likely():
     with seeded(0):
         starts = Counter(random_clip(20, 8, 2)[0] for _ in range(5000))
-    assert sorted(starts) == [0, 1, 2, 3, 4]  # 20 - 16 = 4 is the last
+    assert sorted(starts) == [0, 1, 2, 3, 4]  # the last start is 20 - 16 = 4
     assert min(starts.values()) > 850
     assert max(starts.values()) < 1150
 

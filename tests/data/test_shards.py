@@ -1,4 +1,4 @@
-"""Tar shards: the same samples as the webdataset library gives, reached by address; what is damaged is named."""
+"""Tar shards: the samples are those that the webdataset library gives, read by address; damage is reported."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_samples_are_those_of_the_library(folder):
 def test_a_pattern_names_shards(folder):
     pattern = str(folder / "set-train-{000..001}.tar")
     assert len(labelled_manifest(data(pattern), "all").entries) == 20
-    assert labelled_splits(data(pattern)) == ("train", "val", "all")  # the second held out of the first
+    assert labelled_splits(data(pattern)) == ("train", "val", "all")  # val is held out of train
     val = labelled_manifest(data(pattern), "val")
     assert sorted(entry.label for entry in val.entries) == [0, 1, 2]
     both = labelled_manifest(data(str(folder / "set-{train-{000..001},validation-000}.tar")), "val")
@@ -119,7 +119,7 @@ def test_numbers_count_the_classes(folder):
 
 
 def test_a_damaged_shard_gives_what_comes_before(folder, capsys):
-    """Cut in a body, in a header, before the end mark, or overwritten: named, and the whole samples before it used."""
+    """Truncated in a body, a header or before the end mark, or overwritten: reported, earlier samples are used."""
     path = folder / "set-train-001.tar"
     good = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -179,8 +179,8 @@ def test_images_beside_shards_are_refused(folder):
         unlabelled_mixture(data(folder), validation=False)
 
 
-def test_workers_read_shards_alike_and_hold_no_files(folder):
-    """And a broken member is named and replaced by the next."""
+def test_workers_read_shards_alike_and_keep_no_files_open(folder):
+    """A broken member is named and replaced by the next one."""
     members = [(f"{i}.png", png(i) if i != 3 else b"no image") for i in range(10)]
     write(folder / "set-train-000.tar", members)
     batches = []
@@ -206,8 +206,8 @@ def test_a_shard_that_is_gone_is_a_broken_file(folder):
         read_tar_member(entry)
 
 
-def test_real_size_offsets(tmp_path):
-    """Long names come as several headers in a tar; offsets are still those of the bytes."""
+def test_offsets_after_long_names(tmp_path):
+    """A long name takes several headers in a tar; the offset is still that of the content."""
     bodies = {f"{'long' * 40}/{i}.png": png(i) for i in range(5)}
     path = write(tmp_path / "a.tar", list(bodies.items()))
     entries = unlabelled_mixture(data(tmp_path), validation=False).sources[0].entries

@@ -1,4 +1,4 @@
-"""Augmentation treats all frames of a clip alike; mixing and normalisation are what they say."""
+"""Augmentation treats all frames of a clip alike; mixing and normalisation do what they say."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_all_frames_get_the_same_change():
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 32)])
 def test_flip_can_be_switched_off(size):
-    """A ramp from dark to bright stays one: nothing turns left into right."""
+    """A ramp from dark to bright remains one: nothing swaps left and right."""
     ramp = torch.arange(64, dtype=torch.uint8).expand(2, 3, 48, 64) * 3
     transform = training_transform(AugmentConfig(flip=0.0), size)
     for seed in range(30):

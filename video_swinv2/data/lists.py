@@ -162,9 +162,8 @@ def videos_below(folder: Path) -> list[str]:
         for name in files:
             if not name.startswith(".") and name[name.rfind(".") :].lower() in VIDEO_SUFFIXES:
                 shown.append(f"{top}/{name}" if top else name)
-    return sorted(
-        shown, key=lambda name: name.replace("/", "\0")
-    )  # folder by folder: \0 sorts before any other character
+    # Folder by folder: NUL sorts before any character that a name can contain.
+    return sorted(shown, key=lambda name: name.replace("/", "\0"))
 
 
 def _list_rows(root: Path, path: Path) -> Iterator[ListedVideo]:
@@ -187,9 +186,9 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
 
     A file that does not exist keeps the name it should have, so that it is reported as missing.
     """
-    at = videos_by_stem(videos_below(root))
+    files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
-        name = choose_copy(at.get(clip.stem, [f"{clip.stem}.mp4"]), split)
+        name = choose_copy(files.get(clip.stem, [f"{clip.stem}.mp4"]), split)
         yield ListedVideo(name, os.path.join(root, name), clip.label or None, clip.where)
 
 

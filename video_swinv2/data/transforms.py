@@ -1,8 +1,10 @@
-"""Pixels: crops and augmentation of clips (every frame alike), mixing of batches, normalisation on the device.
+"""Pixels: crops and augmentation of clips (the same for every frame), mixing of batches, normalisation on the device.
 
-Letters: B batch, T frames, H W pixels, K classes. From torchvision.transforms.v2, which treats the leading axis of
-(T, 3, H, W) as one thing and so applies one random draw to all frames; but RandAugment and the pixels of random erasing
-are ours, since torchvision's are not those of the published recipes (see `RandAugment` and `Erasing`).
+Letters: B batch, T frames, H W pixels, K classes.
+
+Built on torchvision.transforms.v2, which treats the leading axes of (T, 3, H, W) as one batch and so applies one random
+draw to all frames. RandAugment and the pixel mode of random erasing are ours, since torchvision's are not those of the
+published recipes (see `RandAugment` and `Erasing`).
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from video_swinv2.config import AugmentConfig
 from video_swinv2.errors import UsageError
 
 Size = tuple[int, int]
-GREY = (124, 116, 104)  # ImageNet's mean, which normalisation turns into 0
-DEVIATION = (58, 57, 57)  # ImageNet's deviation of pixels from 0 to 255
-HIGHEST = 10.0  # the magnitude that stands for the strongest change
+GREY = (124, 116, 104)  # ImageNet's mean of pixels from 0 to 255, which normalisation turns into 0
+DEVIATION = (58, 57, 57)  # ImageNet's standard deviation, likewise
+MAX_MAGNITUDE = 10.0  # of RandAugment: the strongest change
 
 
 def training_transform(augment: AugmentConfig, size: Size) -> v2.Transform:
-    """(T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment, erasing, one draw per clip.
+    """(T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment and erasing, one draw per clip.
 
-    Crops are resized bilinearly with antialiasing; Microsoft's supervised recipes do it bicubically (SimMIM's do not).
+    Crops are resized bilinearly with antialiasing, as in Microsoft's SimMIM recipes; the supervised ones do it
+    bicubically.
     """
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(size, scale=augment.crop_area, ratio=augment.crop_ratio, antialias=True)
@@ -50,11 +53,13 @@ def validation_transform(size: Size) -> v2.Transform:
 class RandAugment(nn.Module):
     """timm's `rand-m{magnitude}-n{operations}-mstd{noise}-inc1` on (T, 3, H, W) uint8, one draw for all frames.
 
-    torchvision's RandAugment is another thing under the same name: its magnitude 9 is 9/30 of the range where timm's is
-    9/10, it always applies what it draws, has no noise on the magnitude, no inversion and no solarize-add, but an
-    identity. Here `operations` are drawn with replacement, each is applied with probability 0.5, at a magnitude from
-    normal(magnitude, noise) cut to 0..10, and grows stronger with it. Differences to timm: geometry is bilinear (timm:
-    bilinear or bicubic), since tensors have no bicubic; contrast, autocontrast and equalize look at each frame alone.
+    torchvision's RandAugment is a different augmentation of the same name: its magnitude 9 is 9/30 of the range where
+    timm's is 9/10, it always applies what it draws, adds no noise to the magnitude, and has an identity but no invert
+    and no solarize-add. Here `operations` are drawn with replacement, and each is applied with probability 0.5 at a
+    magnitude from normal(magnitude, noise), clipped to 0..10; every operation grows stronger with it.
+
+    Differences from timm: geometric operations are bilinear (timm: bilinear or bicubic), since torchvision has no
+    bicubic ones for tensors; contrast, autocontrast and equalize work on each frame separately.
     """
 
     def __init__(self, operations: int, magnitude: float = 9.0, noise: float = 0.5) -> None:
@@ -62,35 +67,35 @@ class RandAugment(nn.Module):
         self.operations, self.magnitude, self.noise = operations, magnitude, noise
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(T, 3, H, W) uint8 -> the same shape and type."""
+        """(T, 3, H, W) uint8 -> the same shape and dtype."""
         for _ in range(self.operations):
             name = list(OPERATIONS)[int(torch.randint(len(OPERATIONS), ()))]
             applied, sign = torch.rand(2) < 0.5
-            magnitude = float(torch.normal(self.magnitude, self.noise, ()).clamp(0.0, HIGHEST))
+            magnitude = float(torch.normal(self.magnitude, self.noise, ()).clamp(0.0, MAX_MAGNITUDE))
             if applied:
-                clip = OPERATIONS[name](clip, magnitude / HIGHEST, -1 if sign else 1)
+                clip = OPERATIONS[name](clip, magnitude / MAX_MAGNITUDE, -1 if sign else 1)
         return clip
 
 
 def _solarize_add(clip: Tensor, level: float, _: int) -> Tensor:
-    """Dark pixels become brighter: below 128, up to 110 are added."""
+    """Brighten dark pixels: add up to 110 to values below 128."""
     return torch.where(clip < 128, (clip.int() + int(level * 110)).clamp(max=255).to(clip.dtype), clip)
 
 
 def _affine(clip: Tensor, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0) -> Tensor:
-    """Move by (x, y) pixels and shear by tangents, about the upper left corner as timm does."""
+    """Translate by (x, y) pixels and shear by the given tangents, about the upper left corner as in timm."""
     shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
     mode = v2.InterpolationMode.BILINEAR
     return F.affine(clip, 0.0, [x, y], 1.0, shear, interpolation=mode, fill=list(GREY), center=[0, 0])
 
 
 def _enhancement(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
-    """A change whose factor 1 is none: at level 1 the factor is 0.1 or 1.9."""
+    """An operation with a factor of 1 at level 0 (no change), and of 0.1 or 1.9 at level 1, depending on the sign."""
     return lambda clip, level, sign: change(clip, max(0.1, 1.0 + sign * 0.9 * level))
 
 
-# timm's set of `inc1`: (clip, level from 0 to 1, sign) -> clip. At level 1: 30 degrees, a tangent of 0.3, 45 % of a
-# side, a solarize threshold of 0.
+# timm's `inc1` set: (clip, level from 0 to 1, sign) -> clip. Level 1 means a rotation by 30 degrees, a shear of tangent
+# 0.3, a translation by 45 % of a side, and a solarize threshold of 0. The order matters: one is drawn by its position.
 OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "autocontrast": lambda clip, level, sign: F.autocontrast(clip),
     "equalize": lambda clip, level, sign: F.equalize(clip),
@@ -98,7 +103,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "rotate": lambda clip, level, sign: F.rotate(
         clip, sign * 30.0 * level, interpolation=v2.InterpolationMode.BILINEAR, fill=list(GREY)
     ),
-    # One bit at least: with none, which timm asks for at level 1, Pillow made the image black and now refuses.
+    # At least one bit: with none, which timm asks for at level 1, Pillow used to make the image black and now refuses.
     "posterize": lambda clip, level, sign: F.posterize(clip, max(1, 4 - int(4 * level))),
     "solarize": lambda clip, level, sign: F.solarize(clip, 256 - int(256 * level)),
     "solarize_add": _solarize_add,
@@ -114,10 +119,10 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
 
 
 class Erasing(nn.Module):
-    """Random erasing in the recipes' `pixel` mode: a rectangle of (T, 3, H, W) uint8 becomes noise, one for all frames.
+    """Random erasing in the recipes' `pixel` mode: one rectangle of (T, 3, H, W) uint8 becomes noise in all frames.
 
-    torchvision draws the rectangle. Its noise is for inputs that are normalised already; ours is the same noise before
-    normalisation, so rounded, and cut where a byte ends (3 % of the values).
+    torchvision draws the rectangle. Its noise is meant for normalised inputs; ours is the same noise before
+    normalisation, hence rounded, and clipped to 0..255 (3 % of the values).
     """
 
     def __init__(self, probability: float) -> None:
@@ -126,7 +131,7 @@ class Erasing(nn.Module):
         self.rectangle = v2.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(T, 3, H, W) uint8 -> the same shape and type."""
+        """(T, 3, H, W) uint8 -> the same shape and dtype."""
         drawn = self.rectangle.make_params([clip])
         if torch.rand(()) >= self.probability or drawn["v"] is None:
             return clip
@@ -140,12 +145,12 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(B, 3, ...) uint8 -> float32, (pixel / 255 - mean) / std per channel, on the device the pixels are on."""
     shape = (1, 3) + (1,) * (pixels.ndim - 2)
     mean_255, std_255 = (255 * torch.tensor(numbers, device=pixels.device).view(shape) for numbers in (mean, std))
-    # In place: on CPUs fresh memory for each operation takes three times as long as all of them.
+    # In place: on a CPU, new memory for each operation takes three times as long as the arithmetic.
     return pixels.to(torch.float32, copy=True).sub_(mean_255).div_(std_255)
 
 
 def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of `normalise`, rounded and cut to bytes: (B, 3, ...) float -> uint8."""
+    """The inverse of `normalise`, rounded and clipped to bytes: (B, 3, ...) float -> uint8."""
     shape = (1, 3) + (1,) * (inputs.ndim - 2)
     scale = torch.tensor(std, device=inputs.device).view(shape)
     pixels = (inputs * scale + torch.tensor(mean, device=inputs.device).view(shape)) * 255
@@ -153,11 +158,11 @@ def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def mix(inputs: Tensor, labels: Tensor, classes: int, augment: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix within a batch: (B, 3, ...) float and (B,) labels -> inputs and (B, K) class shares.
+    """Mixup or CutMix within a batch: (B, 3, ...) float and (B,) labels -> inputs and class shares float (B, K).
 
-    Where both are on, each batch gets one of them, with equal chance. timm pairs the first sample with the last, this
-    each with the one before it; label smoothing comes on top in the loss, which gives timm's smoothed shares exactly.
-    UsageError for a batch of one, which has nothing to be mixed with.
+    If both are on, each batch gets one of them with equal probability. torchvision pairs each sample with the one
+    before it, timm the first with the last and so on. Label smoothing is applied in the loss, which gives timm's
+    smoothed shares exactly. Raises UsageError for a batch of one sample, which cannot be mixed.
     """
     kinds: list[nn.Module] = []
     if augment.mixup:
@@ -167,8 +172,8 @@ def mix(inputs: Tensor, labels: Tensor, classes: int, augment: AugmentConfig) ->
     if not kinds:
         return inputs, torch.nn.functional.one_hot(labels, classes).to(inputs.dtype)
     if len(inputs) == 1:
-        raise UsageError("augment.mixup, cutmix: a micro-batch of 1 has nothing to mix with; set them to 0, or take 2")
+        raise UsageError("augment.mixup, cutmix: a micro-batch of 1 has nothing to mix with; set them to 0, or use 2")
     if inputs.ndim == 5:
-        inputs = tv_tensors.Video(inputs)  # without it five axes are refused; where time stands does not matter here
+        inputs = tv_tensors.Video(inputs)  # else five axes are refused; which of them is time does not matter here
     mixed, shares = v2.RandomChoice(kinds)(inputs, labels)
     return mixed.as_subclass(Tensor), shares
