@@ -23,6 +23,10 @@ ID = "-aU_xCCzk"
 Fault = Callable[["Handler", bytes], None]
 noise = np.random.default_rng(0).bytes
 
+# Slow enough for a client to be stopped long before it has everything, fast enough for it to notice that it should stop
+# when the next block arrives, and not by its read timeout.
+SECONDS_PER_BLOCK_PAST_LIMIT = 0.25
+
 
 class Server(ThreadingHTTPServer):
     """CVDF's layout on the loop-back; answers like S3, but for the faults that wait for a path, one a request."""
@@ -36,7 +40,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = {}
         self.asked: list[tuple[str, str | None]] = []
         self.sent = 0
-        self.limit = float("inf")  # bytes sent in all, past which nothing goes on
+        self.limit = float("inf")  # bytes sent in total, past which it only trickles
         self.lock = threading.Lock()
 
     def asked_for(self, path: str) -> list[str | None]:
@@ -69,8 +73,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start : start + (1 << 14)])
             with self.server.lock:
                 self.server.sent += len(content[start : start + (1 << 14)])
-            while self.server.sent > self.server.limit:
-                time.sleep(0.01)
+            if self.server.sent > self.server.limit:
+                time.sleep(SECONDS_PER_BLOCK_PAST_LIMIT)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
