@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ class Workload:
     """Clips per process and step."""
     processes: int
     device: str
-    precision: str
+    precision: Literal["bf16", "fp32"]
     rounds: int
     threads: int
     checkpoint_blocks: int = 0

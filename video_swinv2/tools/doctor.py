@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 from video_swinv2.bench.sample_clip import frame_number, write_clip
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.distributed.devices import has_native_bf16
 from video_swinv2.memory import free_memory_bytes
 from video_swinv2.training.throughput import usable_cores
 
@@ -92,6 +93,7 @@ def check_device() -> list[Finding]:
     """Whether GPUs and NCCL work; without a GPU, the reason."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
+        # A sum of 64 elements, each the product of 8 ones: exact in any precision.
         total = float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum())
         if total != 512:
             return [
@@ -113,7 +115,7 @@ def check_device() -> list[Finding]:
 def check_bf16() -> list[Finding]:
     """Which precision to train in."""
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_native_bf16(torch.device("cuda")):
             return [Finding("bf16", "ok", "on the GPU")]
         return [Finding("bf16", "note", "not supported by this GPU", "use engine.precision=fp16")]
     with torch.autocast("cpu", torch.bfloat16):
@@ -128,7 +130,7 @@ def check_processes() -> list[Finding]:
     """Whether two processes can form a group and sum a number."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_sum_ranks, (folder,), 2)
+            spawn(_sum_ranks, (folder,), 2)  # a file as the store: no port that could be taken or blocked
         except Exception as error:  # anything may keep processes apart
             fix = "make the host name resolve, keep the firewall off the loopback, or set GLOO_SOCKET_IFNAME=lo"
             return [Finding("processes", "fault", f"two processes cannot form a group ({_last_line(error)})", fix)]
@@ -146,6 +148,7 @@ def _sum_ranks(rank: int, folder: str) -> None:
 
 def check_deepspeed() -> list[Finding]:
     """Whether a ZeRO-1 step works in one process, and which of DeepSpeed's compiled operators are installed."""
+    # Imported here, so that a DeepSpeed that fails to import becomes a finding and the other checks still run.
     from video_swinv2.config import EngineConfig
     from video_swinv2.distributed.world import join_world, leave_world
     from video_swinv2.engine.base import StepSettings
