@@ -1,4 +1,4 @@
-"""The plan of a run: fake allocations equal real ones, states are those of the engines, peaks are near measured ones."""
+"""The plan of a run: fake allocations equal real ones, states are those of the engines, peaks are near real ones."""
 
 from __future__ import annotations
 

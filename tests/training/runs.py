@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from video_swinv2.config import Config, validate_config
+
 
 def write_recipe(folder: Path, values: Mapping[str, Any], changes: Mapping[str, Any], name: str | None = None) -> Path:
     """Write `values` with `changes`, sections merged key by key, to a new YAML file in `folder`."""
@@ -31,3 +33,16 @@ def write_noise_clips(
     for name, text in (("train", lines), ("val", lines), ("classes", "".join(f"{each}\n" for each in classes))):
         (folder / f"{name}.txt").write_text(text)
     return folder
+
+
+def small_config(workers: int = 0, optim: Mapping[str, Any] | None = None, **changes: Any) -> Config:
+    """A valid config without any files behind it."""
+    values = {
+        "out": "x",
+        "init": "scratch",
+        "model": {"name": "swinv2_nano"},
+        "data": {"source": "x", "image_size": 64, "workers": workers},
+        "optim": {"epochs": 1, "lr": 1e-3, "batch": 2, "micro_batch": 2, **(optim or {})},
+        **changes,
+    }
+    return validate_config(values, "x.yaml")

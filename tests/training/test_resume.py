@@ -195,7 +195,7 @@ def test_every_stage_has_the_losses_of_a_plain_loop_over_the_whole_batch(tmp_pat
 
 
 def test_stopping_asks_for_a_restart_and_a_damaged_checkpoint_is_skipped(recipe: Callable[..., Path]) -> None:
-    """SIGTERM to one process stops both with code 75 and a marker; a cut-off checkpoint is skipped for the one before."""
+    """SIGTERM to one process stops both with code 75 and a marker; a cut-off checkpoint is skipped."""
     config = recipe("told", optim={"epochs": 4})
     ranks = start(config)
     run_until(config, 3, ranks)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import video_swinv2 as vs
-from video_swinv2.config import validate_config
+from tests.training.runs import small_config
 from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.training import throughput
@@ -53,22 +53,11 @@ def test_formula_and_counter_agree_to_the_operation():
     assert {block.attn.attention for block in encoder.blocks()} == {"auto"}
 
 
-def config(workers):
-    values = {
-        "out": "x",
-        "init": "scratch",
-        "model": {"name": "swinv2_nano"},
-        "data": {"source": "x", "image_size": 64, "workers": workers},
-        "optim": {"epochs": 1, "lr": 1e-3, "batch": 2, "micro_batch": 2},
-    }
-    return validate_config(values, "x.yaml")
-
-
 def test_advice_for_a_loader_that_starves_the_device(monkeypatch):
     monkeypatch.setattr(throughput, "usable_cores", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert loader_advice(config(2), 0.1, (0.5, "a.mp4")) is None
-    text = loader_advice(config(2), 0.43, (0.5, "a.mp4"))
+    assert loader_advice(small_config(workers=2), 0.1, (0.5, "a.mp4")) is None
+    text = loader_advice(small_config(workers=2), 0.43, (0.5, "a.mp4"))
     assert "43% of the time" in text
     assert "raise data.workers from 2 (8 cores here); slowest file: 0.50 s a.mp4" in text
-    assert "8 workers keep all 8 cores busy" in loader_advice(config(4), 0.43, (0.5, "a.mp4"))
+    assert "8 workers keep all 8 cores busy" in loader_advice(small_config(workers=4), 0.43, (0.5, "a.mp4"))

@@ -29,6 +29,7 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activation_memory import choose_backends, forward_giga_macs, micro_batch_memory, without_memory
 from video_swinv2.plan.machine_speed import ReadingSpeed, measure_reading, training_flops_per_second
 from video_swinv2.plan.state_memory import FP32_BYTES, StateMemory, count_parameters, state_memory, step_peaks
+from video_swinv2.training.cadence import total_steps
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import build_model
 from video_swinv2.training.tasks.simmim import resolved_mask
@@ -147,7 +148,7 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     counts = count_parameters(sizes, parameters, processes, batch.accumulation)
     states = state_memory(config.engine, counts, ema=config.optim.ema > 0, device=device)
-    steps = None if samples is None else max(1, round(config.optim.epochs * samples / batch.batch))
+    steps = None if samples is None else total_steps(config, samples)
     # All weights, and both moments and perhaps the average of the trained ones.
     checkpoint = FP32_BYTES * (parameters + (3 if config.optim.ema else 2) * counts.trained)
     recomputed = 2e9 * giga_macs * min(config.model.checkpoint_blocks / sum(encoder.depths), 1)

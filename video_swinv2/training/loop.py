@@ -43,6 +43,7 @@ from video_swinv2.engine.optimizer import make_schedule, parameter_groups
 from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.progress import Progress
+from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
 from video_swinv2.training.metrics import LogInterval, MetricLog, check_wandb
 from video_swinv2.training.record import describe_batch, describe_learning_rate, end_table, write_record
@@ -107,7 +108,8 @@ class TrainingRun:
         self.folder = Path(config.out)
         self.samples = len(task.train_samples)
         self.plan = plan_batch(config.optim.batch, config.optim.micro_batch, world.size, task.train_samples.repeats)
-        self.steps = max(1, round(config.optim.epochs * self.samples / self.plan.batch))
+        self.cadence = make_cadence(config, self.samples)
+        self.steps = self.cadence.steps
         self.schedule = make_schedule(config.optim, self.steps, self.samples)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, self._print)
         self.parameters = sum(whole_numel(parameter) for parameter in task.module.parameters())
@@ -121,6 +123,7 @@ class TrainingRun:
         self.provenance = start.provenance
         self.seconds_before = start.seconds
         self.faults.restore(start.faults)
+        # The engine is built around the module as it is now; only then can it load a checkpoint's moments.
         self.engine = self._make_engine()
         if start.checkpoint:
             self.engine.load(start.checkpoint)
@@ -128,7 +131,7 @@ class TrainingRun:
 
     def train(self) -> None:
         """Take all steps that are left."""
-        if self.step >= self.steps or (self._due_for_validation() and self._is_stale()):
+        if self.step >= self.steps or (self.cadence.validates_at(self.step) and self._is_stale()):
             self._print(f"{self.folder}: finished at step {self.step}; choose another out or more optim.epochs")
             return
         self._write_record()
@@ -159,6 +162,7 @@ class TrainingRun:
         with Progress(self.folder.name, total, unit="samples", shown=rank == 0, done=done) as progress:
             while self.step < self.steps:
                 outcome = self._take_step(batches, interval)
+                # From here on the step counts as done: whatever is saved or logged below belongs to its end.
                 self.step += 1
                 stopping, saving = self._decide_together(outcome, interval)
                 progress.advance(batch, waits.seconds, f"loss {interval.last_loss:.4f}")
@@ -170,7 +174,7 @@ class TrainingRun:
                     # every later garbage collection, which would otherwise walk through all of it again.
                     gc.collect()
                     gc.freeze()
-                if self._due_for_validation():
+                if self.cadence.validates_at(self.step):
                     started = time.perf_counter()
                     self._validate(log)
                     self._save()
@@ -181,7 +185,7 @@ class TrainingRun:
                     self._save()
                 # After the last step there is nothing left to stop: the run ends normally.
                 if stopping and self.step < self.steps:
-                    self._stop()
+                    self._stop()  # raises StoppedError
 
     def _load_batches(self) -> Iterator[Batch]:
         """Every micro-batch that this process still has to take, in order."""
@@ -199,6 +203,7 @@ class TrainingRun:
 
     def _take_step(self, batches: Iterator[Batch], interval: LogInterval) -> StepOutcome:
         """One optimizer step: forward and backward of each micro-batch, then the update."""
+        # Written every step from the config, never restored: a run resumed with other values uses those.
         self.engine.set_lr(self.schedule.lr_at(self.step))
         outcome = None
         interval.begin_step()
@@ -208,7 +213,7 @@ class TrainingRun:
             # Before the forward pass, since mixing and drop path draw from the generators that this seeds.
             seed_step(self.config.seed, self.step, micro, self.world.rank)
             loss = self.task.loss(self.engine.forward, batch.to(self.world.device))
-            self.engine.backward(loss)
+            self.engine.backward(loss)  # the engine divides by the number of micro-batches
             interval.add(batch, loss.detach())
             outcome = self.engine.step()  # None until the last micro-batch of the step
         if outcome is None:
@@ -235,9 +240,11 @@ class TrainingRun:
         loss, micro_batches, broken = all_reduce_sum(
             self.world, [interval.loss_sum(), interval.micro_batches, self.faults.broken_samples]
         )
+        # At least one epoch's worth, or the first broken file of a run would already be too large a share.
         self.faults.check_broken_share(int(broken), max(self.step * self.plan.batch, self.samples))
         if log is None:
             return
+        # Micro-batches of this process / accumulation = steps; each step takes a global batch.
         samples = interval.micro_batches / self.plan.accumulation * self.plan.batch
         seconds = time.perf_counter() - interval.started
         speed = self.throughput.add_interval(samples, seconds, waited_seconds - interval.waited_seconds)
@@ -246,26 +253,13 @@ class TrainingRun:
         values = {
             "epoch": self.step * self.plan.batch / self.samples,
             "train/loss": loss / micro_batches,
-            "train/lr": self.schedule.lr_at(self.step - 1),
+            "train/lr": self.schedule.lr_at(self.step - 1),  # of the step just taken
             "train/grad_norm": interval.grad_norm,
             "train/skipped_steps": self.faults.skipped,
             "train/broken_samples": broken,
             **{f"speed/{key}": value for key, value in speed.items()},
         }
         log.write(self.step, values)
-
-    def _due_for_validation(self) -> bool:
-        return self.step == self.steps or self.step % self._validation_steps() == 0
-
-    def _validation_steps(self) -> int:
-        """Steps between two validations."""
-        return max(1, round(self.config.val_epochs * self.samples / self.plan.batch))
-
-    def _due_for_picture(self) -> bool:
-        """Whether a picture is drawn: at every n-th validation, as `pictures_epochs` asks, and at the last."""
-        validations_between = (self.config.pictures_epochs or 0.0) / self.config.val_epochs
-        nth = self.step // self._validation_steps()
-        return self.step == self.steps or nth % max(1, round(validations_between)) == 0
 
     def _validate(self, log: MetricLog | None) -> None:
         """Measure on the whole validation split, write the last weights and, if they are the best so far, those too."""
@@ -274,7 +268,7 @@ class TrainingRun:
         with evaluation_mode(engine, averaged=self.config.optim.ema > 0) as weights:
             if samples is not None:
                 metrics = validate(task, engine, samples, self.plan.micro, self.world, self.faults.record_unread)
-            picture = task.picture(engine.forward, self.world.device) if self._due_for_picture() else None
+            picture = task.picture(engine.forward, self.world.device) if self.cadence.draws_at(self.step) else None
         if log and picture is not None:
             log.write_picture(self.step, picture)
         if log and metrics:
@@ -298,11 +292,7 @@ class TrainingRun:
         return is_best
 
     def _is_stale(self) -> bool:
-        """Whether the best validation lies more than `early_stop_epochs` back, so that the run ends early."""
-        epochs = self.config.early_stop_epochs
-        if epochs is None or self.best is None or self.step >= self.steps:
-            return False
-        return self.step - self.best_step >= epochs * self.samples / self.plan.batch
+        return self.cadence.is_stale(self.step, self.best, self.best_step)
 
     def _write_weights(self, weights: Mapping[str, Tensor], metrics: Mapping[str, float], is_best: bool) -> None:
         ema = self.config.optim.ema
@@ -386,7 +376,7 @@ class TrainingRun:
         return {
             "step": self.step,
             "steps": self.steps,
-            "stopped_early": self.step < self.steps and self._due_for_validation() and self._is_stale(),
+            "stopped_early": self.step < self.steps and self.cadence.validates_at(self.step) and self._is_stale(),
             "best": self.best,
             "best_metric": self.task.best_metric,
             "best_step": self.best_step,
