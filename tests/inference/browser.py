@@ -18,7 +18,7 @@ SECONDS = 60.0
 
 
 class Browser:
-    """A context manager. `complaints`: console errors, dialogs, uncaught exceptions; `requests`: every URL requested."""
+    """A context manager. `complaints`: console errors, dialogs, uncaught exceptions; `requests`: all URLs requested."""
 
     def __init__(self, profile: Path) -> None:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]

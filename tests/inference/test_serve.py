@@ -245,6 +245,22 @@ def test_idle_connections_do_not_block_the_page(page: Running) -> None:
     assert page.is_serving()
 
 
+def test_a_client_that_does_not_read_is_cut_off(evil_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a response that does not fit in the buffers of the sockets."""
+    monkeypatch.setattr(web_app, "render", lambda *_: bytes(50 * 10**6))
+    limits = Limits(silence_seconds=1)
+    with (
+        open_server(evil_model, port=0, device="cpu", limits=limits) as server,
+        Running(server) as running,
+        running.send_header("GET /") as idle,
+    ):
+        assert idle.recv(1) == b"H"
+        deadline = time.monotonic() + 30
+        while server._server.server_state.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_a_defect_is_answered_and_reported_in_one_line(
     page: Running, changing: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ IMAGE = "image"
 HEAD_BYTES = 400  # enough for every signature below; MPEG-TS needs the most, three packets of 188 bytes
 # An MP4 or QuickTime file starts with the length of its first box (4 bytes), then the type of that box.
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-# HEIC and AVIF images are in MP4 containers too; the brand after `ftyp` tells them from videos.
+# HEIC and AVIF images are in MP4 containers too; the brand after `ftyp` sets them apart from videos.
 _STILL_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 _VIDEO_SIGNATURES = (
     b"\x1a\x45\xdf\xa3",  # Matroska, WebM

@@ -137,7 +137,7 @@ class _LimitedProtocol(H11Protocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client has sent all it will send, but may still read: True keeps the connection open for the response.
 
-        If that was only a part of the body, the application is told that the body has ended and finds it short.
+        If the body is incomplete, the application sees it end early and refuses it as too short.
         """
         if self.cycle is None:
             return False
