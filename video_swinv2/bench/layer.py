@@ -27,7 +27,7 @@ def bench_layer(
     heads = variant_of(name).num_heads[0]
     rows = []
     for pixels, window in cases:
-        for backend in BACKENDS[1:]:
+        for backend in BACKENDS[1:]:  # the first is "auto", which picks one of the others
             for gradients in (False, True):
                 case = {"pixels": pixels, "window": window, "backend": backend, "gradients": gradients}
                 rows.append(

@@ -75,6 +75,7 @@ class PlainClips(Dataset[Tensor]):
             with seeded(0, index):
                 wanted = random_clip(stream.frames, reading.frames, reading.stride)
             decoded: dict[int, Tensor] = {}
+            # From the start of the file, without seeking, and every frame up to the last one wanted.
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
                     decoded[number] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
@@ -106,6 +107,7 @@ def bench_loader(data: Path | None, reading: Reading, workers: Sequence[int], *,
                 "ours": partial(_our_rate, entries, reading, count),
                 "plain": partial(_plain_rate, entries, reading, count),
             }
+            # No warm-up round: each rate already leaves out its first batch.
             rates = take_turns(loaders, rounds, warm_up_rounds=0)
             rows.append(
                 {"workers": count, **{name: statistics.median(found) for name, found in rates.items()}, "all": rates}
@@ -154,7 +156,7 @@ def _plain_rate(entries: Sequence[Entry], reading: Reading, workers: int) -> flo
 def _rate(loader: Iterable[object], batch: int) -> float:
     """Clips per second, not counting the first batch."""
     iterator = iter(loader)
-    next(iterator)
+    next(iterator)  # waits for the workers to start
     started = time.perf_counter()
     batches = sum(1 for _ in iterator)
     return batches * batch / (time.perf_counter() - started)

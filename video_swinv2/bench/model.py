@@ -81,11 +81,13 @@ def bench_model(
         comparison = compare_on_masked_images(name, batch, pixels)
     where = torch.device(device)
     torch.set_num_threads(threads)
+    # Both models stay on the device throughout, so that both see the same free memory and caches.
     models = {side: build_side(comparison, side).to(where) for side in SIDES}
     x = torch.randn(comparison.shape, device=where)
     races = [_race(what, models, x, rounds) for what in comparison.passes]
     flops_per_second = matmul_flops_per_second(where, clock_for(where))
     floors = _floor_seconds(comparison, flops_per_second)
+    # Not measured in this process: its high-water mark would include the other model and the races.
     peaks = {
         side: run_in_fresh_process(_training_peak_bytes, comparison, side, device, device=device) for side in SIDES
     }

@@ -101,6 +101,7 @@ def _run_round(
 ) -> Round:
     decode = compute = 0.0
     logits = []
+    # Groups as in a test, so that all ways give the model the same batches; reading and model in turns, not overlapped.
     for number in range(len(groups)):
         started = clock()
         pixels = torch.cat([read(position) for position in groups.positions(number)])

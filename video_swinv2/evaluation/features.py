@@ -74,6 +74,7 @@ def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
     for block in model.blocks():
         block.attn.attention = overrides.attention or block.attn.attention
     preprocessing = override_preprocessing(preprocessing_of(model, checkpoint), overrides)
+    # A checkpoint may be several files; sorting makes the digest independent of their order.
     digests = sorted(sha256(file) for file in checkpoint.source.files)
     record = {
         "path": str(path),
@@ -145,6 +146,7 @@ def _compute_features(
         time_limit_seconds=overrides.time_limit_seconds,
     )
     n = len(manifest.entries)
+    # Failed files keep a zero vector and get a reason; `Features.read` leaves them out.
     model, bf16 = backbone.model.to(device), use_bf16(overrides.precision, device)
     vectors, reasons = np.zeros((n, model.num_features), np.float32), [""] * n
     workers = default_workers() if overrides.workers is None else overrides.workers

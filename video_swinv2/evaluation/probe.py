@@ -113,6 +113,8 @@ def run_probe(
         _create_folder(out)
     trained = _all_features(backbone, source, overrides, out)
     rows: list[dict[str, Any]] = []
+    # The features of the given model do not depend on the seed, only their division and the folds do; each set of
+    # random weights is another model with features of its own.
     for seed in range(seeds):
         rows += _probe_rows(trained, source, seed, methods, k, "given")
     for seed in range(seeds if random_weights else 0):
@@ -182,6 +184,7 @@ def _create_folder(out: Path) -> None:
 def _read_probe_data(data: Path, train_split: str | None, test_split: str | None) -> ProbeData:
     """The two splits given (default train and val), or the only one if none is given, to be divided by the seed."""
     splits = available_splits(data)
+    # Naming either split asks for that one, even of a data set that has only a single split.
     if len(splits) == 1 and train_split is None and test_split is None:
         return ProbeData((read_labelled_split(data, splits[0]),))
     if train_split == test_split is not None:
@@ -224,6 +227,7 @@ def _probe_rows(
             probabilities = knn_probabilities(x, y, features.vectors[test], len(classes), k)
         else:
             probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
+        # Files that could not be read, now or in preparation, stay in the denominator of the bounds.
         listed = len(indices.test) + indices.failed_in_preparation
         metrics = metrics_of_ranking(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
         yield {"weights": weights, "method": method, "seed": seed, "train": len(train)} | _figures(metrics) | chosen

@@ -111,6 +111,8 @@ def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing
     Pixels travel to the device as bytes and are normalised there: a quarter of the traffic of floats.
     """
     device = next(model.parameters()).device
+    # Always `batch` views at a time and never a mixture of groups: the composition of a batch is part of what makes
+    # scores equal to the bit.
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         outputs = [
             model(normalise(part.to(device), preprocessing.mean, preprocessing.std)).float()
@@ -255,7 +257,7 @@ def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]
             classes=plan.card.classes,
             metadata=record | record_protocol(plan, protocol),
         )
-        # The strips count views over all protocols, the scores over this one.
+        # Film strips are keyed by the view among those of all protocols; the report counts within one protocol.
         own_strips = {(video, view - columns.start): jpeg for (video, view), jpeg in film_strips.items()}
         _write_results(plan.folder(protocol), scores, own_strips)
     parts.remove()
