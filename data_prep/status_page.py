@@ -1,4 +1,4 @@
-"""The status as a page with plots: progress over time, reasons, survivors of every class, lengths, sizes and costs."""
+"""The status as an HTML page: progress over time, reasons of failures, losses per class, durations, sizes and costs."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.outcomes import EXCLUDED, REASONS, VideoCounts, outcome_counts
+from data_prep.outcomes import EXCLUDED, REASONS, VideoCounts, add_counts, count_lost, outcome_counts
 from data_prep.state import PreparationState
-from data_prep.status import LOST, QUIET_SECONDS, PreparationStatus, format_duration, progress_line, total
+from data_prep.status import QUIET_SECONDS, PreparationStatus, format_duration, progress_line
 from video_swinv2.files import atomic_write
 from video_swinv2.pages import TickMark, render, tick_marks
 
-POINTS = 240  # of the curve: more cannot be told apart
+CURVE_POINTS = 240  # more cannot be distinguished on a screen
 BINS = 24
-SHOWN_CLASSES = 20
+MAX_CLASSES_SHOWN = 20
 UNITS = {"duration_seconds": "s", "source_size": "MB", "seconds": "s"}
 TITLES = {
-    "duration_seconds": "Length of the videos",
-    "source_size": "Size of their sources",
-    "seconds": "Time each took on one worker",
+    "duration_seconds": "Duration of the videos",
+    "source_size": "Size of the sources",
+    "seconds": "Time taken on one worker",
 }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Outcomes over hours of work. `ok`, `done`: corners of filled shapes in a box of 100 x 100, y down.
+    """Outcomes over hours of work. `ok` and `done` are the corners of SVG polygons in a box of 100 x 100, y down.
 
-    Times in which nothing was finished for long are cut out; `breaks` are the places (0 to 100) of the cuts.
+    Long pauses, in which no run was active, are cut out; `breaks` are the x positions (0 to 100) of the cuts.
     """
 
     ok: str
@@ -43,7 +43,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bin of a histogram: its edges and count as text, its height 0 to 1."""
+    """A bin of a histogram: its edges and count as text, and its height from 0 to 1."""
 
     text: str
     height: float
@@ -51,7 +51,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of a quantity; the last bin also holds what is beyond it. `summary` says median and extremes."""
+    """The distribution of a quantity; the last bin includes all larger values. `summary` gives median and extremes."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -60,51 +60,51 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Survivors:
-    """What is left of a class, of the videos whose outcome is known; None where none is known yet."""
+class ClassYield:
+    """The prepared videos of a class, out of those finished. `share` is None if none is finished yet."""
 
     label: str
     ok: int
-    ended: int
+    finished: int
     share: float | None
 
 
-def write_page(path: Path, out: Path, now: PreparationStatus, states: Sequence[PreparationState]) -> None:
-    """Write the page. Raises UserError where it cannot be written."""
-    sums = total(now.splits.values())
-    classes = survivors(now.classes)
+def write_page(path: Path, out: Path, status: PreparationStatus, states: Sequence[PreparationState]) -> None:
+    """Write the page. Raises UserError if it cannot be written."""
+    total = add_counts(status.splits.values())
+    classes = class_yields(status.classes)
     values = {
         "out": str(out),
         "when": time.strftime("%Y-%m-%d %H:%M"),
-        "now": now,
-        "progress": progress_line(now),
-        "account": outcome_counts(sums),
-        "lost": sum(outcome_counts(sums)[word] for word in LOST),
-        "splits": {split: outcome_counts(count) for split, count in now.splits.items()},
-        "left": format_duration(now.seconds_left) if now.pending and now.seconds_left is not None else "",
-        "curve": _curve_of(states, sums.listed),
-        "reasons": reason_rows(sums),
-        "classes_shown": classes[:SHOWN_CLASSES],
-        "classes_rest": classes[SHOWN_CLASSES:],
+        "status": status,
+        "progress": progress_line(status),
+        "totals": outcome_counts(total),
+        "lost": count_lost(total),
+        "splits": {split: outcome_counts(count) for split, count in status.splits.items()},
+        "left": format_duration(status.seconds_left) if status.pending and status.seconds_left is not None else "",
+        "curve": _curve_of(states, total.listed),
+        "reasons": reason_rows(total),
+        "classes_shown": classes[:MAX_CLASSES_SHOWN],
+        "classes_rest": classes[MAX_CLASSES_SHOWN:],
         "histograms": _histograms_of(states),
     }
     with atomic_write(path) as part:
         part.write_bytes(render("data_prep", "status.html.j2", values))
 
 
-def survivors(classes: dict[str, VideoCounts]) -> list[Survivors]:
-    """Every class, the one that lost the largest share first; those of which nothing is known last."""
+def class_yields(classes: dict[str, VideoCounts]) -> list[ClassYield]:
+    """Every class, the one with the largest share of losses first; those with nothing finished last."""
     found = []
-    for label, count in classes.items():
-        sums = outcome_counts(count)
-        ended = sums["ok"] + sum(sums[word] for word in LOST)
-        found.append(Survivors(label or "no label", sums["ok"], ended, sums["ok"] / ended if ended else None))
-    return sorted(found, key=lambda row: (row.share is None, row.share or 0.0, -row.ended, row.label))
+    for label, counts in classes.items():
+        finished = counts.ok + count_lost(counts)
+        share = counts.ok / finished if finished else None
+        found.append(ClassYield(label or "no label", counts.ok, finished, share))
+    return sorted(found, key=lambda row: (row.share is None, row.share or 0.0, -row.finished, row.label))
 
 
-def reason_rows(sums: VideoCounts) -> list[tuple[str, str, int, float]]:
-    """(reason, what it means, videos, share of the commonest), the commonest first."""
-    known = sums.failed | sums.excluded
+def reason_rows(counts: VideoCounts) -> list[tuple[str, str, int, float]]:
+    """(reason, its meaning, number of videos, that number relative to the most common), the most common first."""
+    known = counts.failed | counts.excluded
     most = max(known.values(), default=1)
     meaning = REASONS | EXCLUDED
     ordered = sorted(known.items(), key=lambda item: (-item[1], item[0]))
@@ -112,14 +112,14 @@ def reason_rows(sums: VideoCounts) -> list[tuple[str, str, int, float]]:
 
 
 def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) -> Curve | None:
-    """finished_at: (n,) seconds, ascending; ok: (n,) whether the video was prepared. None for fewer than two."""
+    """finished_at: (n,) seconds, ascending; ok: (n,), whether the video was prepared. None for fewer than two."""
     if len(finished_at) < 2 or finished_at[-1] <= finished_at[0]:
         return None
     pauses = np.diff(finished_at)
     stopped = pauses > QUIET_SECONDS
     hours = np.concatenate([[0.0], np.cumsum(np.where(stopped, 0.0, pauses))]) / 3600
     end = max(float(hours[-1]), 1e-6)
-    moments = np.linspace(0, end, POINTS)
+    moments = np.linspace(0, end, CURVE_POINTS)
     done_by = np.searchsorted(hours, moments, side="right")
     ok_by = np.concatenate([[0], np.cumsum(ok)])[done_by]
     x = 100 * moments / end
@@ -133,16 +133,16 @@ def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) 
 
 
 def histogram(title: str, values: NDArray[np.float64], unit: str) -> Histogram | None:
-    """values: (n,). None where there are none."""
+    """values: (n,). None if n is 0."""
     if not len(values):
         return None
-    # A few giants would squeeze all others into one bar.
+    # Up to the 99th percentile: a few giants would squeeze all others into one bar.
     low, high = 0.0, float(np.quantile(values, 0.99)) or 1.0
     counts, edges = np.histogram(values.clip(low, high), bins=BINS, range=(low, high))
     last = len(counts) - 1
     bars = tuple(
-        Bar(f"{_number(a)} to {_number(b)} {unit}{' and more' if place == last else ''}: {n}", n / counts.max())
-        for place, (n, a, b) in enumerate(zip(counts.tolist(), edges[:-1], edges[1:], strict=True))
+        Bar(f"{_number(a)} to {_number(b)} {unit}{' or more' if index == last else ''}: {n}", n / counts.max())
+        for index, (n, a, b) in enumerate(zip(counts.tolist(), edges[:-1], edges[1:], strict=True))
     )
     median, least, most = (_number(float(value)) for value in (np.median(values), values.min(), values.max()))
     words = f"median {median} {unit}, {least} to {most} {unit}, {len(values)} videos"
@@ -155,7 +155,7 @@ def _number(value: float) -> str:
 
 
 def _shape(x: NDArray[np.float64], share: NDArray[np.float64]) -> str:
-    """Corners of the area under a curve of shares (0 to 1)."""
+    """The corners of the area under a curve. x: (n,) in 0..100; share: (n,) in 0..1."""
     points = [f"{a:.2f},{100 - 100 * b:.2f}" for a, b in zip(x.tolist(), share.tolist(), strict=True)]
     return " ".join(["0,100", *points, "100,100"])
 

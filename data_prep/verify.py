@@ -1,4 +1,13 @@
-"""Whether a prepared data set is still what it was: by header, by decoding all of it, or byte for byte."""
+"""Check that a prepared data set is still what it was when it was prepared.
+
+    header   opens each file and compares its index with the record: stream, size, number of frames, and whether the
+             file is long enough for its last frame. Reads a few kB per file; misses damage inside the frames
+    full     header, then decodes every frame and compares their number and the duration. Misses damage that decodes
+    hash     header, then compares the sha256 of the file with the record, and the fingerprint of each split with
+             dataset.json. Finds every changed byte, but does not decode: it relies on the check made when preparing
+
+What was found is saved in verify.sqlite while the check runs, so an interrupted check can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -28,35 +37,35 @@ from video_swinv2.files import atomic_write, sha256
 from video_swinv2.progress import track
 
 LEVELS = {
-    "header": "each file opens, and holds what it should by its index: seconds for thousands",
-    "full": "every frame decodes too, as many as were written, over as long",
-    "hash": "header, and every byte is the one written: alone finds a bit that turned over",
+    "header": "each file opens and its index is right: seconds for thousands of files",
+    "full": "header, and every frame decodes, as many and as long as written",
+    "hash": "header, and the sha256 is that of the file written: the only level that finds a flipped bit",
 }
 FAULTS = {
-    "missing": "listed, but not there",
+    "missing": "listed, but there is no file",
     "empty": "has 0 bytes",
-    "not_video": "no video that FFmpeg opens",
-    "form": "not one H.264 stream of 4:2:0 pictures",
-    "size": "other height or width than written",
-    "frames": "other number of frames than written",
+    "not_video": "FFmpeg cannot open it",
+    "form": "not a single H.264 stream with 4:2:0 pictures",
+    "size": "height or width differ from those written",
+    "frames": "the number of frames differs from that written",
     "cut_short": "the file ends before its last frame",
     "decode_error": "not every frame decodes",
-    "duration": "lasts longer or shorter than written",
-    "hash": "other bytes than written",
-    "timeout": "not read within a time far beyond its length",
-    "crashed": "the process that read it died",
-    "list": "a list is gone or was changed since the preparation",
-    "fingerprint": "some file of the split has other bytes than when prepared",
+    "duration": "the duration differs from that written",
+    "hash": "the bytes differ from those written",
+    "timeout": "not read within a time limit far beyond its duration",
+    "crashed": "the process reading it died",
+    "list": "a list was removed or changed since the preparation",
+    "fingerprint": "some file of the split has changed since the preparation",
 }
 COLUMNS = ("frames", "height", "width", "duration_seconds", "sha256")
-LEDGER_NAME = "verify.sqlite"
-MEMORY_GIB = 8.0
+VERIFY_STATE_NAME = "verify.sqlite"
+WORKER_MEMORY_GIB = 8.0
 SAVE_EVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """What the preparation wrote down of a file; None where that is not known."""
+    """What the preparation recorded about a file; None where that is unknown."""
 
     frames: int | None = None
     height: int | None = None
@@ -67,7 +76,7 @@ class ExpectedFile:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """A file to look at: `name` as listed."""
+    """A file to check; `name` is its path in the list."""
 
     name: str
     path: Path
@@ -77,7 +86,7 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a file turned out to be; `reason` is '' for a good one, else of FAULTS. Size in bytes, None: not there."""
+    """The result for one file: `reason` is '' or a key of FAULTS; `size` in bytes, None if there is no file."""
 
     name: str
     reason: str = ""
@@ -89,7 +98,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """`checked` files, of which `before` by an interrupted run; the bad ones, and files on disk that no list names."""
+    """`checked` files, `before` of them by an interrupted run; the bad ones; and files on disk that no list names."""
 
     level: str
     checked: int
@@ -98,13 +107,13 @@ class VerifyResult:
     extra: tuple[str, ...]
 
     def as_json(self) -> dict[str, object]:
-        """The same for machines."""
+        """The result for programs."""
         bad = [{"path": item.name, "reason": item.reason, "detail": item.detail} for item in self.bad]
         return asdict(self) | {"bad": bad}
 
 
 class MismatchError(Exception):
-    """A file is not what it should be; `reason` is of FAULTS."""
+    """A file is not what it should be; `reason` is a key of FAULTS."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -112,26 +121,32 @@ class MismatchError(Exception):
 
 
 def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
-    """Look at every file that the lists of a prepared data set name; the bad ones go to verify.csv.
+    """Check every file in the lists of a prepared data set, and write the bad ones to verify.csv.
 
-    What an interrupted run has found is not looked at again, as long as size and time of the file are the same; a run
-    after one that ended looks at everything. Raises UsageError where nothing is prepared, UserError for a record that
-    cannot be read or written.
+    Files checked by an interrupted run of the same level are not checked again if their size and mtime are unchanged.
+    After a run that finished, everything is checked again. Raises UsageError if nothing has been prepared, UserError if
+    a record cannot be read or written.
     """
     out = out.absolute()
     record = read_record(out)
     if record is None:
-        raise UsageError(f"{out}: no dataset.json, so this is no prepared data set; run `prepare SRC {out}` first")
+        raise UsageError(f"{out}: no dataset.json, so this is not a prepared data set; run `prepare SRC {out}` first")
     rows, bad_lists = _listed(out, record)
     expected = _expected(out)
     checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
     found: dict[str, Finding] = {}
-    with VerifyLedger(out / LEDGER_NAME, level) as ledger:
+    with VerifyLedger(out / VERIFY_STATE_NAME, level) as ledger:
         known = ledger.begin()
-        found = {check.name: at for check in checks if (at := known.get(check.name)) and _untouched(check.path, at)}
+        found = {
+            check.name: finding
+            for check in checks
+            if (finding := known.get(check.name)) and _untouched(check.path, finding)
+        }
         before = len(found)
         todo = [check for check in checks if check.name not in found]
-        done = run_jobs(check_file, todo, workers=workers, seconds_for=_seconds_for, memory_gib=MEMORY_GIB)
+        done = run_jobs(
+            check_file, todo, workers=workers, seconds_for=_time_limit_seconds, memory_gib=WORKER_MEMORY_GIB
+        )
         for check, outcome in track(done, f"verify {level}", len(todo), "files"):
             if isinstance(outcome, Lost):
                 outcome = Finding(check.name, outcome.reason, outcome.detail, *_stat(check.path))
@@ -147,21 +162,21 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
 
 
 def as_text(result: VerifyResult, out: Path) -> str:
-    """The result for people."""
+    """The result for people: the number of files, the first bad ones, and what to do about them."""
     before = f", {result.before} of them by an earlier run" if result.before else ""
     lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
     for item in result.bad[:10]:
         lines.append(f"  {item.name}: {item.reason}: {item.detail or FAULTS[item.reason]}")
     if result.bad:
-        lines.append(f"{out / 'verify.csv'} names all {len(result.bad)}; remove those and run prepare again")
+        lines.append(f"{out / 'verify.csv'} lists all {len(result.bad)}; remove those files and run prepare again")
     if result.extra:
         names = ", ".join(result.extra[:5]) + (" ..." if len(result.extra) > 5 else "")
-        lines.append(f"{len(result.extra)} files that no list names: {names}")
+        lines.append(f"{len(result.extra)} files on no list: {names}")
     return "\n".join(lines)
 
 
 def check_file(check: FileCheck, allow: Allow) -> Finding:
-    """Look at one file; never raises."""
+    """Check one file. Never raises."""
     size, mtime_ns = _stat(check.path)
     digest = None
     try:
@@ -171,47 +186,48 @@ def check_file(check: FileCheck, allow: Allow) -> Finding:
         if check.level == "hash":
             digest = sha256(check.path)
             if check.expected.sha256 not in (None, digest):
-                raise MismatchError("hash", f"sha256 is {digest[:12]}..., written was {check.expected.sha256[:12]}...")
-    except MismatchError as fault:
-        return Finding(check.name, fault.reason, fault.detail, size, mtime_ns, digest)
-    except DecodeError as fault:
-        return Finding(check.name, fault.reason, str(fault).partition(": ")[2], size, mtime_ns)
-    except OSError as fault:
-        return Finding(check.name, "decode_error", fault.strerror or str(fault), size, mtime_ns)
+                raise MismatchError("hash", f"sha256 is {digest[:12]}..., {check.expected.sha256[:12]}... was written")
+    except MismatchError as error:
+        return Finding(check.name, error.reason, error.detail, size, mtime_ns, digest)
+    except DecodeError as error:
+        return Finding(check.name, error.reason, str(error).partition(": ")[2], size, mtime_ns)
+    except OSError as error:
+        return Finding(check.name, "decode_error", error.strerror or str(error), size, mtime_ns)
     return Finding(check.name, "", "", size, mtime_ns, digest)
 
 
 def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
-    """Only the index of the file is read. Raises MismatchError."""
+    """Check what the index of the file says, without decoding. Raises MismatchError."""
     if size is None:
         raise MismatchError("missing", "")
     if not size:
         raise MismatchError("empty", "")
     try:
         container = av.open(str(path), metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError) as fault:
-        raise MismatchError("not_video", getattr(fault, "strerror", None) or str(fault)) from fault
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MismatchError("not_video", getattr(error, "strerror", None) or str(error)) from error
     with container:
         kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
         if kinds != ["video h264"]:
-            raise MismatchError("form", f"holds {', '.join(kinds) or 'nothing'}")
+            raise MismatchError("form", f"contains {', '.join(kinds) or 'no stream'}")
         stream = container.streams.video[0]
         picture = stream.codec_context
         if picture.pix_fmt != "yuv420p":
             raise MismatchError("form", f"pictures are {picture.pix_fmt}")
-        for what, found, wanted in (
+        for reason, found, recorded in (
             ("size", (picture.height, picture.width), (expected.height, expected.width)),
             ("frames", stream.frames, expected.frames),
         ):
-            if wanted not in (None, (None, None), found):
-                raise MismatchError(what, f"{found} by the index, written were {wanted}")
+            if recorded not in (None, (None, None), found):
+                raise MismatchError(reason, f"{found} in the index, {recorded} written")
+        # A truncated file still has its whole index, since that comes first. Its last frames are then beyond the end.
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if not end or end > size:
-            raise MismatchError("cut_short", f"{size} bytes, the last frame ends at {end}")
+            raise MismatchError("cut_short", f"{size} bytes, but the last frame ends at {end}")
 
 
 def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
-    """Every frame is decoded. Raises MismatchError, DecodeError."""
+    """Decode every frame. Raises MismatchError, DecodeError."""
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
         allow(encode_limit_seconds(duration, reader.size[0] * reader.size[1]))
@@ -219,16 +235,17 @@ def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
         if decoded != len(reader):
             raise MismatchError("decode_error", f"{decoded} of {len(reader)} frames decode")
         if expected.frames not in (None, decoded):
-            raise MismatchError("frames", f"{decoded} decode, written were {expected.frames}")
-        # A part cut out, or a rate made constant, may be off by a frame at each end.
+            raise MismatchError("frames", f"{decoded} frames decode, {expected.frames} written")
+        # Cutting a segment or converting to a constant rate may shift each end by one frame.
         if expected.duration_seconds is not None and abs(duration - expected.duration_seconds) > 2 / reader.fps + 0.01:
-            raise MismatchError("duration", f"{duration:.3f} s, written were {expected.duration_seconds:.3f} s")
+            raise MismatchError("duration", f"{duration:.3f} s, {expected.duration_seconds:.3f} s written")
 
 
 class VerifyLedger:
-    """verify.sqlite: what runs have found so far, by file and level, so that one cut off can go on. A context manager.
+    """verify.sqlite: the findings so far, by file and level, so that an interrupted run can be resumed.
 
-    Saved every second; what is lost with a crash is only looked at again.
+    A context manager. Committed once per second; whatever a crash loses is simply checked again. The table `ended`
+    holds the levels whose last run finished.
     """
 
     def __init__(self, path: Path, level: str) -> None:
@@ -243,8 +260,8 @@ class VerifyLedger:
                 " mtime_ns INTEGER, sha256 TEXT, PRIMARY KEY (path, level))"
             )
             self._db.execute("CREATE TABLE IF NOT EXISTS ended (level TEXT PRIMARY KEY)")
-        except sqlite3.Error as fault:
-            raise self._error(fault) from fault
+        except sqlite3.Error as error:
+            raise self._error(error) from error
         return self
 
     def __exit__(
@@ -253,18 +270,18 @@ class VerifyLedger:
         try:
             if self._db.in_transaction:
                 self._db.execute("COMMIT")
-        except sqlite3.Error as fault:
-            raise self._error(fault) from error
+        except sqlite3.Error as commit_error:
+            raise self._error(commit_error) from error
         finally:
             self._db.close()
         if isinstance(error, sqlite3.Error):
             raise self._error(error) from error
 
-    def _error(self, fault: Exception) -> UserError:
-        return UserError(f"{self._path}: {fault}; its folder must be writable; if it is damaged, remove it")
+    def _error(self, error: Exception) -> UserError:
+        return UserError(f"{self._path}: {error}; make its folder writable, or remove the file if it is damaged")
 
     def begin(self) -> dict[str, Finding]:
-        """What a run of this level that did not end has found, by name; forgets what one that ended has."""
+        """The findings of an unfinished run of this level, by name; those of a finished run are deleted."""
         self._db.execute("BEGIN IMMEDIATE")
         if self._db.execute("SELECT 1 FROM ended WHERE level = ?", (self._level,)).fetchone():
             self._db.execute("DELETE FROM files WHERE level = ?", (self._level,))
@@ -274,7 +291,7 @@ class VerifyLedger:
         return {row[0]: Finding(*row) for row in self._db.execute(query, (self._level,))}
 
     def write(self, found: Finding) -> None:
-        """Keep a finding."""
+        """Record a finding."""
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         row = (found.name, self._level, found.reason, found.detail, found.size, found.mtime_ns, found.sha256)
@@ -284,12 +301,12 @@ class VerifyLedger:
             self._saved = time.monotonic()
 
     def end(self) -> None:
-        """The run has seen everything: the next one begins afresh."""
+        """Mark the run as finished: the next one starts from the beginning."""
         self._db.execute("INSERT OR REPLACE INTO ended VALUES (?)", (self._level,))
 
 
 def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """(split, path, label) of every listed file, and the lists that are not as they were written."""
+    """(split, path, label) of every listed file; and a finding for each list that was removed or changed."""
     rows: list[tuple[str, str, str]] = []
     bad = []
     for split, known in record.get("splits", {}).items():
@@ -298,8 +315,8 @@ def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str
             data = path.read_bytes()
             lines = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
             rows += [(split, line["path"], line["label"]) for line in lines]
-        except (OSError, ValueError, KeyError, csv.Error) as fault:
-            bad.append(Finding(path.name, "list", f"cannot be read ({type(fault).__name__}: {fault})"))
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
         if known.get("list_sha256") not in (None, hashlib.sha256(data).hexdigest()):
             bad.append(Finding(path.name, "list", "was changed since the preparation"))
@@ -307,7 +324,7 @@ def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str
 
 
 def _expected(out: Path) -> dict[str, ExpectedFile]:
-    """By path, what the state knows of the videos prepared; nothing where the data set came without its state."""
+    """By path, what the state records about the prepared videos; empty if the data set came without its state."""
     if not (out / STATE_NAME).is_file():
         return {}
     with PreparationState(out) as state:
@@ -320,10 +337,12 @@ def _expected(out: Path) -> dict[str, ExpectedFile]:
 def _wrong_fingerprints(
     rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: dict[str, Any]
 ) -> list[Finding]:
-    """The splits whose content is not that of dataset.json: all there is to tell where no file's hash is known."""
+    """The splits whose content does not match dataset.json. Without a state, this is the only check of the bytes."""
     wrong = []
     for split, known in record["splits"].items():
-        content = [(name, label, found[name].sha256 or "") for at, name, label in rows if at == split]
+        content = [
+            (name, label, found[name].sha256 or "") for listed_split, name, label in rows if listed_split == split
+        ]
         if known.get("fingerprint") not in (None, content_fingerprint(content)):
             wrong.append(Finding(f"{split}.csv", "fingerprint", FAULTS["fingerprint"]))
     return wrong
@@ -337,7 +356,7 @@ def _write_bad(path: Path, verified: VerifyResult) -> None:
 
 
 def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
-    """Files below videos/ that no list names."""
+    """The files below videos/ that no list names."""
     for parent, folders, files in os.walk(out / "videos"):
         folders.sort()
         for name in sorted(files):
@@ -347,7 +366,7 @@ def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
 
 
 def _stat(path: Path) -> tuple[int | None, int | None]:
-    """(bytes, time of change) of a file; (None, None) where there is none, or a thing that is no file."""
+    """(size in bytes, mtime in ns) of a regular file; (None, None) for anything else."""
     try:
         status = path.stat()
     except OSError:
@@ -360,5 +379,5 @@ def _untouched(path: Path, before: Finding) -> bool:
     return size is not None and (size, mtime_ns) == (before.size, before.mtime_ns)
 
 
-def _seconds_for(check: FileCheck) -> float:
+def _time_limit_seconds(check: FileCheck) -> float:
     return index_limit_seconds(_stat(check.path)[0] or 0)

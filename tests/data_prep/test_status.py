@@ -23,7 +23,7 @@ from data_prep.status import (
     read_status,
     worst_classes,
 )
-from data_prep.status_page import curve, histogram, survivors
+from data_prep.status_page import class_yields, curve, histogram
 from video_swinv2.errors import UserError
 
 ATTACK = "<script>alert(1)</script>"
@@ -89,7 +89,7 @@ def test_table_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert any(line.startswith("empty") and line.endswith(REASONS["empty"]) for line in lines)
     assert any(line.startswith("duplicate") for line in lines)
     assert any(
-        line.startswith("37 of 42 done (88.1%), 0.089 clips/s, about 56 s left, nothing finished") for line in lines
+        line.startswith("37 of 42 done (88.1%), 0.089 videos/s, about 56 s left, nothing finished") for line in lines
     )
     assert main(["status", str(tmp_path / "nowhere")]) == 2
     assert "nothing was prepared here" in capsys.readouterr().err
@@ -136,9 +136,9 @@ def test_classes_that_lost_most_come_first() -> None:
         "unknown": VideoCounts(3, 0, 3, {}),
     }
     assert worst_classes(classes) == [("most", 2, 3), ("half", 2, 4)]
-    rows = survivors(classes)
+    rows = class_yields(classes)
     assert [row.label for row in rows] == ["most", "no label", "half", "none lost", "unknown"]
-    assert [(row.ok, row.ended, row.share) for row in rows][-1] == (0, 0, None)
+    assert [(row.ok, row.finished, row.share) for row in rows][-1] == (0, 0, None)
 
 
 def test_durations_are_said_as_people_say_them() -> None:
@@ -167,7 +167,7 @@ def test_histogram_holds_every_video() -> None:
     assert drawn is not None
     assert sum(int(bar.text.rpartition(": ")[2]) for bar in drawn.bars) == 100
     assert max(bar.height for bar in drawn.bars) == 1
-    assert "and more" in drawn.bars[-1].text
+    assert "or more" in drawn.bars[-1].text
     assert "median 10 s, 1 to 5000 s, 100 videos" in drawn.summary
     assert histogram("x", values[:0], "s") is None
     assert histogram("x", np.zeros(3), "s") is not None
@@ -203,7 +203,7 @@ def test_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
         assert tag not in ("link", "iframe", "object", "base", "img", "script")
         assert not set(attributes) & {"href", "src", "onload", "onclick"}
     text = " ".join(page.texts)
-    for words in ("18", "of 42 listed", REASONS["too_short"], "duplicate", "18 videos", "Survivors of every class"):
+    for words in ("18", "of 42 listed", REASONS["too_short"], "duplicate", "18 videos", "Prepared videos by class"):
         assert words in text
     assert len([tag for tag, _ in page.tags if tag == "polygon"]) == 2
     assert len([tag for tag, _ in page.tags if tag == "line"]) == 1, "one stop"
@@ -214,8 +214,8 @@ def test_page_before_anything_is_done(tmp_path: Path) -> None:
         state.sync_with_plan([PlannedVideo("train", 0, "a", "", "a", "b")])
     assert run(tmp_path, "--html", tmp_path / "page.html") == 0
     text = " ".join(Page((tmp_path / "page.html").read_text()).texts)
-    assert "Nothing to draw yet" in text
-    assert "None has failed" in text
+    assert "Nothing to show yet" in text
+    assert "No video has failed" in text
     with open_states(tmp_path) as states:
         assert progress_line(read_status(states)) == "0 of 1 done (0.0%)"
 
@@ -235,4 +235,4 @@ def test_a_browser_has_nothing_to_complain_of(window: str, tmp_path: Path) -> No
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={window}", f"file://{tmp_path}/page.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ":CONSOLE" not in done.stderr, done.stderr
-    assert "Survivors of every class" in done.stdout
+    assert "Prepared videos by class" in done.stdout

@@ -101,7 +101,7 @@ def test_header_finds_files_cut_short_empty_gone_and_foreign(out: Path, write_vi
         lines = list(csv.DictReader(file))
     assert {Path(line["path"]).name: line["reason"] for line in lines} == bad(result)
     assert {line["level"] for line in lines} == {"header"}
-    assert next(line["detail"] for line in lines if line["reason"] == "form") == "holds video mpeg4"
+    assert next(line["detail"] for line in lines if line["reason"] == "form") == "contains video mpeg4"
 
 
 def test_a_bit_that_turned_over_is_found_by_hash_alone(out: Path) -> None:
@@ -132,7 +132,7 @@ def test_full_decodes_every_frame(out: Path) -> None:
     assert bad(verify(out, "header", workers=1)) == {"3.mp4": "frames", "7.mp4": "size"}
     full = verify(out, "full", workers=2)
     assert bad(full) == {"0.mp4": "decode_error", "3.mp4": "frames", "5.mp4": "duration", "7.mp4": "size"}
-    assert next(item.detail for item in full.bad if item.reason == "duration") == "0.800 s, written were 1.500 s"
+    assert next(item.detail for item in full.bad if item.reason == "duration") == "0.800 s, 1.500 s written"
 
 
 def test_without_its_state_the_fingerprint_tells(out: Path) -> None:
@@ -195,7 +195,7 @@ def test_json_and_exit_code(out: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [(item["path"], item["reason"]) for item in found["bad"]] == [("videos/train/a/4.mp4", "missing")]
     assert main(["verify", str(out), "--workers", "1"]) == 1
     text = capsys.readouterr().out
-    assert "videos/train/a/4.mp4: missing: listed, but not there" in text
+    assert "videos/train/a/4.mp4: missing: listed, but there is no file" in text
     assert "verify.csv names all 1" in text
 
 
