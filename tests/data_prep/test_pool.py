@@ -20,7 +20,7 @@ def act(job: str, allow: Allow) -> str:
         time.sleep(600)
     if job == "die":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if job == "take the worker along":  # on a cluster: the process that started this one
+    if job == "take the worker along":  # on a cluster, the process that started this one
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)
     if job == "raise":
@@ -57,7 +57,7 @@ def test_no_jobs_and_fewer_jobs_than_workers() -> None:
 
 
 def sleep_or_finish(mark: str, allow: Allow) -> str:
-    """Writes its process ID to the file `mark`; one called "forever" then never ends."""
+    """Write the process ID to the file `mark`; a job called "forever" then never ends."""
     path = Path(mark)
     path.with_suffix(".part").write_text(str(os.getpid()))
     path.with_suffix(".part").rename(path)

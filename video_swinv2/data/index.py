@@ -39,7 +39,7 @@ from video_swinv2.files import atomic_write
 FORMAT = "1"
 SETTLED_SECONDS = 2.0  # the coarsest clock of any file system in use (FAT)
 REPORT_EVERY_SECONDS = 15.0
-UNSETTLED = (0, 0, 0)  # the stamp of what changed just now; equal to no other, not even to itself (see `scan_folders`)
+UNSETTLED = (0, 0, 0)  # the stamp of what changed just now; two of them do not mean that nothing changed
 ChangeStamp = tuple[int, ...]
 T = TypeVar("T")
 

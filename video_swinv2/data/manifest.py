@@ -107,7 +107,8 @@ def classes_of_source(
 ) -> tuple[str, ...]:
     """The source's own ordered class names.
 
-    Those of dataset.json or classes.txt, else the sorted names among its labels, else numbers up to the largest label.
+    Those of dataset.json or classes.txt, else the sorted names among its labels. If all labels are numbers, those index
+    the classes `wanted`, or stand for themselves.
     """
     if not annotations and (root / "dataset.json").is_file():
         return tuple(_recorded(root)["classes"])
