@@ -1,4 +1,4 @@
-"""A three-step training for the launchers' tests: prints nothing, writes its rank, world size and losses to a folder.
+"""A training of three steps for the tests of launchers: writes its rank, world size and losses to a folder.
 
 Run by torchrun or deepspeed as ``launch_worker.py FOLDER``; deepspeed adds ``--local_rank``.
 """
@@ -21,7 +21,7 @@ from video_swinv2.engine.optimizer import parameter_groups
 
 
 def main() -> None:
-    """Train, write down the losses, leave."""
+    """Train and write the losses."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local_rank", type=int)

@@ -1,6 +1,6 @@
-"""A process that runs until a signal asks it to stop: says ``ready``, then the signal's name, then ``restored``.
+"""A process that runs until a signal stops it: prints ``ready``, then the signal's name, then ``restored``.
 
-Without one it ends after two minutes, since nobody may be left to end it.
+Without a signal it ends after two minutes, because its parent may be gone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that saves a second checkpoint and does not finish it: hangs in mid-write, or meets a full disk.
+"""A process that does not finish its second checkpoint: it hangs while writing, or the disk is full.
 
 Run as ``python checkpoint_worker.py hang|full FOLDER`` beside a folder that may hold older checkpoints.
 """
@@ -21,20 +21,20 @@ from video_swinv2.errors import UserError
 def main(how: str, folder: str) -> None:
     """Save step 2 under the condition named."""
     tensors = {"layer.weight": torch.ones(1000, 100)}
-    portable = TrainingState(tensors, dict(tensors), dict(tensors), optimizer_step=2)
+    state = TrainingState(tensors, dict(tensors), dict(tensors), optimizer_step=2)
     checkpoints = Checkpoints(Path(folder))
     if how == "hang":
         # The disk stops answering when the first file is to be forced onto it.
         checkpoint.sync = lambda path: time.sleep(600)
-        checkpoints.save(portable, {}, step=2)
+        checkpoints.save(state, {}, step=2)
         checkpoints.wait()
     else:
         # No file may grow past 100 kB: writing fails as it does on a full disk, with an OSError and not a signal.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        checkpoints.save(portable, {}, step=2)
+        checkpoints.save(state, {}, step=2)
         try:
-            checkpoints.save(portable, {}, step=3)
+            checkpoints.save(state, {}, step=3)
         except UserError as error:
             print(error)
 

@@ -1,4 +1,4 @@
-"""One process of a test of the engine's modes: fp16, gradients that travel in bf16, what is offloaded, what is held.
+"""One process of a test of the engine's modes: fp16, gradients exchanged in bf16, offloading, memory held.
 
 Run as ``python engine_modes_worker.py CASES RANK SIZE FOLDER``; writes what happened as `engine_worker` does.
 """
@@ -31,7 +31,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 
 
 def until_applied(engine: Engine, world: World, accumulation: int, first: int, last: int) -> list[Any]:
-    """Steps whose scale was too large are taken again, as no training would, to be compared with fp32's."""
+    """Repeat steps whose loss scale was too large (training would not), so that they can be compared with fp32."""
     records = []
     for step in range(first, last):
         for _ in range(20):
@@ -59,7 +59,7 @@ def fp16(world: World, folder: Path) -> None:
 
 
 def rounded(world: World, folder: Path) -> None:
-    """Gradients in bf16 on their way, in fp32 and in autocast; an fp32 engine after them must know nothing of it."""
+    """Gradients exchanged in bf16, under fp32 and under autocast; an fp32 engine built later must not be affected."""
     for stage in range(4):
         for precision in ("fp32", "bf16"):
             engine = build(world, zero_stage=stage, precision=precision, communication="bf16", clip_norm=None)
@@ -71,7 +71,7 @@ def rounded(world: World, folder: Path) -> None:
 
 
 def offloaded(world: World, folder: Path) -> None:
-    """Two steps, a step that is not finite on the last rank, two more from a checkpoint and without one."""
+    """Two steps, a non-finite step on the last rank, then two more, both from a checkpoint and without one."""
 
     def spoil(step: int, micro: int, loss: Tensor) -> Tensor:
         return loss * math.nan if world.rank == world.size - 1 and micro == 0 else loss
@@ -97,7 +97,7 @@ def offloaded(world: World, folder: Path) -> None:
 
 
 def held_at_the_head(world: World, **engine: Any) -> float:
-    """Bytes alive where a forward pass in bf16 comes to the head, per weight; all blocks are to be computed again."""
+    """Bytes alive per weight when a bf16 forward pass reaches the head, with activation checkpointing in all blocks."""
     module = create_model("swinv2_nano", num_classes=2, image_size=32, window=8, checkpoint_blocks=8)
     numbers = sum(parameter.numel() for parameter in module.parameters())
     groups = parameter_groups(module, module.depths, weight_decay=0.1)
@@ -111,7 +111,7 @@ def held_at_the_head(world: World, **engine: Any) -> float:
 
 
 def held(world: World, folder: Path) -> None:
-    """At every stage."""
+    """Measure every stage."""
     for stage in range(4):
         found = held_at_the_head(world, zero_stage=stage)
         if world.rank == 0:

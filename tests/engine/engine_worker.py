@@ -1,4 +1,4 @@
-"""One process of an engine test: trains a tiny network with SwinV2's parameter names and writes down what happened.
+"""One process of an engine test: trains a tiny network with SwinV2's parameter names and records what happened.
 
 Run as ``python engine_worker.py CASES RANK SIZE FOLDER``; the processes meet at a file in FOLDER.
 """
@@ -34,7 +34,7 @@ LR = 0.02
 
 
 class Attention(nn.Module):
-    """Parameters as SwinV2's attention names them, of sizes that two ranks cannot share evenly."""
+    """Parameters as SwinV2's attention names them, with sizes that two ranks cannot divide evenly."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -151,15 +151,15 @@ def train(
     return records
 
 
-def keep(folder: Path, name: str, portable: TrainingState | None, records: list[dict[str, Any]]) -> None:
-    """Write a case's outcome for the test to read; only rank 0 holds the tensors."""
-    if portable is not None:
-        tensors = {f"weights/{key}": value for key, value in portable.weights.items()}
-        tensors |= {f"exp_avg/{key}": value for key, value in portable.exp_avg.items()}
-        tensors |= {f"exp_avg_sq/{key}": value for key, value in portable.exp_avg_sq.items()}
-        tensors |= {f"ema/{key}": value for key, value in portable.ema.items()}
+def keep(folder: Path, name: str, state: TrainingState | None, records: list[dict[str, Any]]) -> None:
+    """Write a case's outcome for `harness.read_outcome`; only rank 0 has the tensors."""
+    if state is not None:
+        tensors = {f"weights/{key}": value for key, value in state.weights.items()}
+        tensors |= {f"exp_avg/{key}": value for key, value in state.exp_avg.items()}
+        tensors |= {f"exp_avg_sq/{key}": value for key, value in state.exp_avg_sq.items()}
+        tensors |= {f"ema/{key}": value for key, value in state.ema.items()}
         save_file(tensors, folder / f"{name}.safetensors")
-        note = {"steps": portable.optimizer_step, "records": records, "loss_scale": portable.loss_scale}
+        note = {"steps": state.optimizer_step, "records": records, "loss_scale": state.loss_scale}
         (folder / f"{name}.json").write_text(json.dumps(note))
 
 
@@ -210,7 +210,7 @@ def first_states(world: World, folder: Path) -> None:
 
 
 def spoilt(world: World, folder: Path) -> None:
-    """Four steps, the second with a loss or gradient that is not finite on the last rank only."""
+    """Four steps, the second with a non-finite loss or gradient on the last rank only."""
 
     def nan_loss(step: int, micro: int, loss: Tensor) -> Tensor:
         return loss * math.nan if (step, micro, world.rank) == (1, 0, world.size - 1) else loss
@@ -243,7 +243,7 @@ def spoilt(world: World, folder: Path) -> None:
 
 
 def alone(world: World, folder: Path) -> None:
-    """One process goes on from what two processes saved."""
+    """One process resumes from what two processes saved."""
     if world.size != 1:
         raise RuntimeError("this case is for one process")
     for stage, after in ((0, 1), (1, 1), (2, 2), (3, 3), (3, 1)):
@@ -272,7 +272,7 @@ def halves(world: World, folder: Path) -> None:
 
 
 def averaged(world: World, folder: Path) -> None:
-    """Two steps with averaged weights, a checkpoint, a look at the averages, and two more steps from each."""
+    """Two steps with averaged weights, a checkpoint, a validation of the averages, and two more steps from each."""
     for stage in range(4):
         engine = build(world, zero_stage=stage, precision="fp32", ema=0.6)
         train(engine, world, 1, 0, 2)
@@ -311,7 +311,7 @@ CASES: dict[str, Case] = {
 
 
 def run_cases(cases: Mapping[str, Case]) -> None:
-    """Run those named on the command line; where this process is the only one, the runtime makes its world of one."""
+    """Run the cases named on the command line; a single process gets its process group from `join_world`."""
     names, rank, size, folder = sys.argv[1:]
     torch.set_num_threads(1)
     if int(size) > 1:

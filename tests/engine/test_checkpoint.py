@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
+from tests.engine.harness import identical
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.errors import UsageError, UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
-def _portable(step: int, *, ema: bool = False) -> TrainingState:
+def _state(step: int, *, ema: bool = False) -> TrainingState:
     generator = torch.Generator().manual_seed(step)
 
     def tensors() -> dict[str, torch.Tensor]:
@@ -31,18 +32,10 @@ def _portable(step: int, *, ema: bool = False) -> TrainingState:
     return TrainingState(weights, tensors(), tensors(), optimizer_step=step, ema=tensors() if ema else {})
 
 
-def _same(first: TrainingState, second: TrainingState) -> bool:
-    for kind in ("weights", "exp_avg", "exp_avg_sq", "ema"):
-        ours, theirs = getattr(first, kind), getattr(second, kind)
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
-            return False
-    return (first.optimizer_step, first.loss_scale) == (second.optimizer_step, second.loss_scale)
-
-
 def _save(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(_portable(step), {"samples": 8 * step}, step=step)
+        checkpoints.save(_state(step), {"samples": 8 * step}, step=step)
     checkpoints.wait()
     return checkpoints
 
@@ -57,24 +50,24 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_what_was_saved_comes_back(tmp_path: Path, ema: bool) -> None:
-    given = dataclasses.replace(_portable(7, ema=ema), loss_scale=(1024.0, 17) if ema else None)
+    given = dataclasses.replace(_state(7, ema=ema), loss_scale=(1024.0, 17) if ema else None)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    state: dict[str, Any] = {"epoch": 3, "best": {"accuracy": 0.5}, "classes": ["a", "ü"], "stopped": None}
-    state |= {"module": 1, "optimizer": 2, "files": 3}  # DeepSpeed's client_state overwrites its own by such names
-    expected = dict(state)
-    checkpoints.save(given, state, step=123)
-    state["epoch"] = 99
+    run_state: dict[str, Any] = {"epoch": 3, "best": {"accuracy": 0.5}, "classes": ["a", "ü"], "stopped": None}
+    run_state |= {"module": 1, "optimizer": 2, "files": 3}  # DeepSpeed's client_state overwrites its own by such names
+    expected = dict(run_state)
+    checkpoints.save(given, run_state, step=123)
+    run_state["epoch"] = 99
     checkpoints.wait()
     assert _names(checkpoints.folder) == ["step-000123"]
     found = checkpoints.newest()
     assert found is not None
-    step, portable, restored = found
+    step, state, restored = found
     assert step == 123
-    assert _same(portable, given)
-    assert portable.weights["count"].dtype == torch.int64
+    assert identical(state, given)
+    assert state.weights["count"].dtype == torch.int64
     assert restored == expected
     again, _ = checkpoints.read(123)
-    assert _same(again, given)
+    assert identical(again, given)
 
 
 def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
@@ -121,21 +114,21 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
-def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, name: str, damage: Any, message: str) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, damage: Any, message: str) -> None:
     _save(tmp_path, 1, 2)
     damage(tmp_path / "step-000002" / name)
     said: list[str] = []
     found = Checkpoints(tmp_path, report=said.append).newest()
     assert found is not None
     assert found[0] == 1
-    assert _same(found[1], _portable(1))
+    assert identical(found[1], _state(1))
     assert len(said) == 1
     assert f"step-000002/{name}" in said[0]
     assert message in said[0]
     assert "\n" not in said[0]
 
 
-def test_where_all_are_damaged_nothing_is_started_over_in_silence(tmp_path: Path) -> None:
+def test_if_all_are_damaged_the_run_does_not_silently_start_over(tmp_path: Path) -> None:
     checkpoints = _save(tmp_path, 1, 2)
     for step in (1, 2):
         _flip(tmp_path / f"step-00000{step}" / "weights.safetensors")
@@ -145,7 +138,7 @@ def test_where_all_are_damaged_nothing_is_started_over_in_silence(tmp_path: Path
         checkpoints.read(2)
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_path: Path) -> None:
     _save(tmp_path, 1, 2)
     _flip(tmp_path / "step-000002" / "weights.safetensors")
     checkpoints = _save(tmp_path, 2)
@@ -155,21 +148,21 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
     assert _names(tmp_path) == ["step-000001", "step-000002"]
 
 
-def test_a_damaged_later_one_does_not_push_whole_ones_out(tmp_path: Path) -> None:
+def test_a_damaged_later_checkpoint_does_not_push_out_undamaged_ones(tmp_path: Path) -> None:
     _save(tmp_path, 2, 9)
     _flip(tmp_path / "step-000009" / "weights.safetensors")
     _save(tmp_path, 3, 4)
     assert _names(tmp_path) == ["step-000003", "step-000004", "step-000009"]
 
 
-def test_saving_a_step_twice_leaves_the_first(tmp_path: Path) -> None:
+def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
     checkpoints = _save(tmp_path, 5)
-    checkpoints.save(_portable(6), {}, step=5)
+    checkpoints.save(_state(6), {}, step=5)
     checkpoints.wait()
-    assert _same(checkpoints.read(5)[0], _portable(5))
+    assert identical(checkpoints.read(5)[0], _state(5))
 
 
-def test_a_kill_in_mid_write_leaves_the_older_one(tmp_path: Path) -> None:
+def test_a_kill_while_writing_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     process = subprocess.Popen([sys.executable, str(WORKER), "hang", str(tmp_path)], env=_environment())
     try:
@@ -185,13 +178,13 @@ def test_a_kill_in_mid_write_leaves_the_older_one(tmp_path: Path) -> None:
     found = Checkpoints(tmp_path).newest()
     assert found is not None
     assert found[0] == 1
-    assert _same(found[1], _portable(1))
-    assert _names(tmp_path) == ["step-000001", "step-000002.tmp"], "another run may look while this one writes"
+    assert identical(found[1], _state(1))
+    assert _names(tmp_path) == ["step-000001", "step-000002.tmp"], "another run may read while this one writes"
     _save(tmp_path, 3)
     assert _names(tmp_path) == ["step-000001", "step-000003"]
 
 
-def test_a_full_disk_is_told_on_the_next_call_and_leaves_the_older_one(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_by_the_next_call_and_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     done = subprocess.run(
         [sys.executable, str(WORKER), "full", str(tmp_path)], env=_environment(), capture_output=True, text=True,
@@ -202,16 +195,16 @@ def test_a_full_disk_is_told_on_the_next_call_and_leaves_the_older_one(tmp_path:
     assert _names(tmp_path) == ["step-000001"]
 
 
-def test_a_folder_that_cannot_be_written_is_told_by_wait_and_only_once(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported_by_wait_and_only_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
-    checkpoints.save(_portable(1), {}, step=1)
+    checkpoints.save(_state(1), {}, step=1)
     with pytest.raises(UserError, match="could not be written"):
         checkpoints.wait()
     checkpoints.wait()
 
 
-def test_an_error_that_is_not_the_disk_s_is_not_lost_either(tmp_path: Path) -> None:
+def test_a_bug_in_the_writer_is_not_lost_either(tmp_path: Path) -> None:
     weights = {"a": torch.ones(2)}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(TrainingState(weights, weights, weights, optimizer_step=1), {}, step=1)
@@ -219,7 +212,7 @@ def test_an_error_that_is_not_the_disk_s_is_not_lost_either(tmp_path: Path) -> N
         checkpoints.wait()
 
 
-def test_the_record_tells_size_and_hash_of_each_file(tmp_path: Path) -> None:
+def test_the_record_has_size_and_hash_of_each_file(tmp_path: Path) -> None:
     _save(tmp_path, 4)
     record = json.loads((tmp_path / "step-000004" / "state.json").read_text())
     assert set(record["files"]) == {"weights.safetensors", "optimizer.safetensors"}
@@ -229,7 +222,7 @@ def test_the_record_tells_size_and_hash_of_each_file(tmp_path: Path) -> None:
         assert entry["bytes"] == (tmp_path / "step-000004" / name).stat().st_size
 
 
-def test_the_files_are_readable_by_whoever_the_umask_lets(tmp_path: Path) -> None:
+def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step-000001").iterdir()}
     assert len(modes) == 3

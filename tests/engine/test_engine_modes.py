@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.engine import engine_worker
 from tests.engine.engine_modes_worker import OFFLOADED, held_at_the_head
-from tests.engine.test_engine import ALONE, STAGES, _difference, _identical, _outcome, _plain, _run, worker
+from tests.engine.harness import SINGLE, STAGES, identical, largest_difference, read_outcome, run_workers, train_plain
 from video_swinv2.config import EngineConfig
 from video_swinv2.config.deepspeed_keys import DERIVED, TUNABLE, ZERO
 from video_swinv2.engine.base import StepSettings
@@ -22,13 +23,13 @@ from video_swinv2.engine.gradients import GROWTH_INTERVAL, INITIAL_SCALE, LossSc
 from video_swinv2.engine.offload import MappedFolder
 from video_swinv2.errors import UsageError, UserError
 
-WORKER = Path(__file__).with_name("engine_modes_worker.py")
+WORKER = Path(__file__).with_name("engine_modes_engine_worker.py")
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modes")
-    _run(folder, "fp16,offloaded,held", 2, WORKER)
+    run_workers(WORKER, folder, "fp16,offloaded,held", 2)
     assert not (folder / "extensions").exists(), "something was compiled"
     return folder
 
@@ -36,7 +37,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounded")
-    _run(folder, "rounded", 2, WORKER)
+    run_workers(WORKER, folder, "rounded", 2)
     return folder
 
 
@@ -45,13 +46,13 @@ def _applied(records: list[dict[str, Any]], key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp16_finds_its_scale_and_learns_what_fp32_learns(outcomes: Path, stage: int) -> None:
-    """Norms as in fp32 tell that they are unscaled; a step lost to the scale is told apart from one lost to the data.
+def test_fp16_finds_its_loss_scale_and_learns_what_fp32_learns(outcomes: Path, stage: int) -> None:
+    """Norms equal to those in fp32 show that they are unscaled; a step lost to the scale is not taken for a data fault.
 
     DeepSpeed's own scale never falls at stages 1-3, and the worker gives up after 20 attempts at a step.
     """
-    reference, expected = _plain()
-    found, records = _outcome(outcomes, f"fp16-{stage}")
+    reference, expected = train_plain()
+    found, records = read_outcome(outcomes, f"fp16-{stage}")
     lost = [record for record in records if not record["applied"]]
     assert lost, "the first scale must be too large here"
     assert all(record["rescaled"] for record in lost)
@@ -61,40 +62,40 @@ def test_fp16_finds_its_scale_and_learns_what_fp32_learns(outcomes: Path, stage:
         wanted = [record[key] for record in expected]
         torch.testing.assert_close(_applied(records, key), wanted, rtol=0.01, atol=0.0)
     assert found.optimizer_step == 4
-    assert _difference(found, reference) > 0, "it must have been fp16"
+    assert largest_difference(found, reference) > 0, "it must have been fp16"
     moved = torch.cat([(found.weights[n] - reference.weights[n]).flatten() for n in found.weights])
-    assert float(moved.abs().max()) < 4 * worker.LR
+    assert float(moved.abs().max()) < 4 * engine_worker.LR
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp16_goes_on_with_the_scale_it_had(outcomes: Path, stage: int) -> None:
-    straight, records = _outcome(outcomes, f"fp16-{stage}")
-    resumed, again = _outcome(outcomes, f"fp16-resumed-{stage}")
+def test_fp16_resumes_with_its_loss_scale(outcomes: Path, stage: int) -> None:
+    straight, records = read_outcome(outcomes, f"fp16-{stage}")
+    resumed, again = read_outcome(outcomes, f"fp16-resumed-{stage}")
     assert again == records[-2:]
-    assert _identical(resumed, straight)
+    assert identical(resumed, straight)
 
 
 def test_no_half_precision_copies_of_weights_are_kept(outcomes: Path) -> None:
-    """Autocast's cache would hold 2 bytes of each to the end of the pass: 6 GB of the giant, under ZeRO-3 too."""
+    """Autocast's cache would keep 2 bytes per weight until the end of the pass: 6 GB for the giant, also at ZeRO-3."""
     kept = [json.loads((outcomes / f"held-{stage}.json").read_text()) for stage in STAGES]
-    kept.append(held_at_the_head(ALONE, engine="plain"))
+    kept.append(held_at_the_head(SINGLE, engine="plain"))
     assert max(kept) < 0.5
 
 
-def test_the_plain_engine_scales_alike() -> None:
-    engine = worker.build(ALONE, engine="plain", precision="fp16", accumulation=2)
-    (lost,) = worker.train(engine, ALONE, 2, 0, 1, lambda step, micro, loss: loss * math.inf)
+def test_the_plain_engine_scales_the_loss_alike() -> None:
+    engine = engine_worker.build(SINGLE, engine="plain", precision="fp16", accumulation=2)
+    (lost,) = engine_worker.train(engine, SINGLE, 2, 0, 1, lambda step, micro, loss: loss * math.inf)
     assert (lost["applied"], lost["rescaled"]) == (False, True)
-    (record,) = worker.train(engine, ALONE, 2, 0, 1)
-    assert record["norm"] == pytest.approx(_plain()[1][0]["norm"], rel=0.01)
-    portable = engine.training_state()
-    assert portable.loss_scale == (INITIAL_SCALE / 2, 1)
-    other = worker.build(ALONE, engine="plain", precision="fp16")
-    other.load(portable)
-    assert other.training_state().loss_scale == portable.loss_scale
+    (record,) = engine_worker.train(engine, SINGLE, 2, 0, 1)
+    assert record["norm"] == pytest.approx(train_plain()[1][0]["norm"], rel=0.01)
+    state = engine.training_state()
+    assert state.loss_scale == (INITIAL_SCALE / 2, 1)
+    other = engine_worker.build(SINGLE, engine="plain", precision="fp16")
+    other.load(state)
+    assert other.training_state().loss_scale == state.loss_scale
 
 
-def test_the_scale_rises_after_a_long_quiet_and_cannot_hide_a_fault_for_ever() -> None:
+def test_the_loss_scale_grows_after_2000_steps_and_cannot_hide_a_fault_for_ever() -> None:
     scale = LossScale()
     assert not any(scale.update(True) for _ in range(GROWTH_INTERVAL))
     assert scale.state() == (2 * INITIAL_SCALE, 0)
@@ -107,9 +108,9 @@ def test_the_scale_rises_after_a_long_quiet_and_cannot_hide_a_fault_for_ever() -
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_may_travel_in_bf16(rounded: Path, stage: int, precision: str) -> None:
-    reference, expected = _plain(clip_norm=None)
-    found, records = _outcome(rounded, f"rounded-{precision}-{stage}")
+def test_gradients_can_be_exchanged_in_bf16(rounded: Path, stage: int, precision: str) -> None:
+    reference, expected = train_plain(clip_norm=None)
+    found, records = read_outcome(rounded, f"rounded-{precision}-{stage}")
     losses = [[record["loss"] for record in run] for run in (records, expected)]
     torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.0)
     if precision == "fp32":
@@ -120,39 +121,39 @@ def test_gradients_may_travel_in_bf16(rounded: Path, stage: int, precision: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_engine_does_not_inherit_how_another_s_gradients_travelled(rounded: Path, stage: int) -> None:
-    found, _ = _outcome(rounded, f"afterwards-{stage}")
-    assert _difference(found, _plain()[0]) < 1e-4
+def test_an_engine_does_not_inherit_the_communication_type_of_an_earlier_one(rounded: Path, stage: int) -> None:
+    found, _ = read_outcome(rounded, f"afterwards-{stage}")
+    assert largest_difference(found, train_plain()[0]) < 1e-4
 
 
 @pytest.mark.parametrize("name", OFFLOADED)
-def test_what_is_offloaded_trains_as_what_is_not(outcomes: Path, name: str) -> None:
-    """With accumulation, of which DeepSpeed once kept the last micro-batch only, and over a step that is dropped."""
-    reference, expected = _plain(ema=0.6)
-    found, records = _outcome(outcomes, f"offloaded-{name}")
+def test_offloading_does_not_change_what_is_learned(outcomes: Path, name: str) -> None:
+    """With accumulation, where DeepSpeed once kept the last micro-batch only, and across a skipped step."""
+    reference, expected = train_plain(ema=0.6)
+    found, records = read_outcome(outcomes, f"offloaded-{name}")
     assert [record["applied"] for record in records] == [True, True, False, True, True]
     del records[2]
-    assert _difference(found, reference) < 1e-4
+    assert largest_difference(found, reference) < 1e-4
     for key in ("loss", "norm"):
         torch.testing.assert_close([r[key] for r in records], [r[key] for r in expected], rtol=1e-5, atol=1e-6)
-    resumed, _ = _outcome(outcomes, f"offloaded-resumed-{name}")
-    assert _identical(resumed, found)
+    resumed, _ = read_outcome(outcomes, f"offloaded-resumed-{name}")
+    assert identical(resumed, found)
 
 
-def test_files_of_offloading_leave_nothing_behind(outcomes: Path, tmp_path: Path) -> None:
+def test_offloading_leaves_no_files_behind(outcomes: Path, tmp_path: Path) -> None:
     assert not [path for path in (outcomes / "2-nvme").rglob("*") if path.is_file()]
     tensor = torch.randn(3, 5)
-    mapped = MappedFolder(str(tmp_path), ALONE).map_copy(tensor)
+    mapped = MappedFolder(str(tmp_path), SINGLE).map_copy(tensor)
     assert torch.equal(mapped, tensor)
     assert str(tmp_path) in Path("/proc/self/maps").read_text(), "the memory is a file's"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"name another engine\.offload_folder"):
-        MappedFolder(str(tmp_path / "file"), ALONE)
+        MappedFolder(str(tmp_path / "file"), SINGLE)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
-    """Through AOT autograd without a code generator: what is compiled, and around checkpointing, is what counts."""
+    """Through AOT autograd without a code generator: what matters is what gets compiled, inside checkpointing."""
     torch.manual_seed(0)
     model = vs.create_model(
         "swinv2_nano", num_classes=3, image_size=32, window=4, checkpoint_blocks=2, attention="eager"
@@ -193,14 +194,14 @@ def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
         ({"deepspeed": {"zero_optimization": 2}}, "zero_optimization: not a key"),
     ],
 )
-def test_what_does_not_go_together_is_refused_when_the_file_is_read(keys: dict[str, Any], message: str) -> None:
+def test_conflicting_engine_keys_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         EngineConfig(**keys)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_every_key_that_may_be_set_is_one_that_deepspeed_knows() -> None:
+def test_every_key_that_can_be_set_is_known_to_deepspeed() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
@@ -212,17 +213,17 @@ def test_every_key_that_may_be_set_is_one_that_deepspeed_knows() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_what_deepspeed_is_known_to_do_wrong_is_never_asked_for(stage: int, precision: str) -> None:
-    """On a CPU neither shows: buffers that are refilled while they are sent, and half-precision weights."""
+def test_options_with_known_deepspeed_defects_are_never_set(stage: int, precision: str) -> None:
+    """Neither defect shows on a CPU: buffers refilled while they are being sent, and half-precision weights."""
     config = build_deepspeed_config(
         EngineConfig(zero_stage=stage), StepSettings(), precision=precision, pin_memory=True
     )
-    assert config[ZERO]["overlap_comm"] is False, "left away, it is DeepSpeed's to choose: true at ZeRO-3"
+    assert config[ZERO]["overlap_comm"] is False, "if omitted, DeepSpeed chooses, and chooses true at ZeRO-3"
     assert not config.keys() & {"bf16", "fp16", "amp", "optimizer", "scheduler", "checkpoint"}
     assert config["torch_autocast"]["enabled"] is (precision != "fp32")
 
 
-def test_the_section_is_passed_on_over_what_is_derived() -> None:
+def test_the_section_overrides_the_defaults() -> None:
     section = {"prescale_gradients": True, "zero_optimization": {"reduce_bucket_size": 2e8, "overlap_comm": True}}
     step = StepSettings(micro_batch=3, accumulation=4, clip_norm=5.0)
     config = build_deepspeed_config(

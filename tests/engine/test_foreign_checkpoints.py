@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints of other runs: what its own tools make of them is read, and training goes on from it."""
+"""Checkpoints of other DeepSpeed runs: the output of DeepSpeed's own tools is read, and training resumes from it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 import video_swinv2 as vs
+from tests.engine import engine_worker
 from tests.engine.engine_worker import LR, batch
-from tests.engine.test_engine import ALONE, REPOSITORY, _environment, _outcome, worker
+from tests.engine.harness import SINGLE, read_outcome, worker_environment
 from video_swinv2.config import EngineConfig
 from video_swinv2.engine.base import StepSettings
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
@@ -23,13 +24,13 @@ from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import read_checkpoint
 
-WORKER = Path(__file__).with_name("import_worker.py")
+WORKER = Path(__file__).with_name("foreign_engine_worker.py")
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
-    environment = _environment(folder) | {"PYTHONPATH": str(REPOSITORY)}
+    environment = worker_environment(folder)
     command = [sys.executable, str(WORKER), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,16 +39,16 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_training_goes_on_from_a_universal_checkpoint(foreign: Path, stage: int) -> None:
-    """With groups by layer, whose settings and Adam's count DeepSpeed's own loading spoils at ZeRO-3."""
-    expected, _ = _outcome(foreign, f"expected-{stage}")
+def test_training_resumes_from_a_universal_checkpoint(foreign: Path, stage: int) -> None:
+    """With groups by layer: at ZeRO-3 DeepSpeed's own loading corrupts their settings and Adam's step count."""
+    expected, _ = read_outcome(foreign, f"expected-{stage}")
     found = newest_checkpoint(foreign / f"zero-{stage}")
     assert found is not None
-    step, portable, state = found
-    assert (step, portable.optimizer_step, state) == (2, 2, None)
-    alone = worker.build(ALONE, seed=7, engine="plain", precision="fp32", clip_norm=1.0)
+    step, state, run_state = found
+    assert (step, state.optimizer_step, run_state) == (2, 2, None)
+    alone = engine_worker.build(SINGLE, seed=7, engine="plain", precision="fp32", clip_norm=1.0)
     engine = _all_trained() if stage == 3 else alone
-    engine.load(portable)
+    engine.load(state)
     for number in (2, 3):
         engine.set_lr(LR)
         images, labels = batch(number)
@@ -59,17 +60,19 @@ def test_training_goes_on_from_a_universal_checkpoint(foreign: Path, stage: int)
 
 
 def _all_trained() -> object:
-    module = worker.Tiny(7)
+    module = engine_worker.Tiny(7)
     module.patch_embed["norm"].requires_grad_(True)
-    groups = parameter_groups(module, worker.DEPTHS, weight_decay=0.1, layer_decay=0.75)
+    groups = parameter_groups(module, engine_worker.DEPTHS, weight_decay=0.1, layer_decay=0.75)
     config, step = EngineConfig(engine="plain", precision="fp32"), StepSettings(clip_norm=1.0)
-    return make_engine(module, groups, config, step, ALONE, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    return make_engine(module, groups, config, step, SINGLE, lr=LR, betas=(0.9, 0.95), eps=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_pieces_are_told_how_to_be_joined(foreign: Path, tmp_path: Path, stage: int) -> None:
-    """The folder of pieces itself, and the one above it, whose `latest` names it."""
+def test_a_partitioned_checkpoint_is_refused_with_the_command_to_convert_it(
+    foreign: Path, tmp_path: Path, stage: int
+) -> None:
+    """Both the partitioned folder itself and the one above it, whose `latest` file names it."""
     for name in ("global_step2", "latest"):
         (tmp_path / name).symlink_to(foreign / f"zero-{stage}" / name)
     for folder in (tmp_path, tmp_path / "global_step2"):
@@ -80,7 +83,7 @@ def test_pieces_are_told_how_to_be_joined(foreign: Path, tmp_path: Path, stage: 
         assert "\n" not in str(caught.value)
 
 
-def test_a_universal_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_universal_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "zero" / "head.weight"
     folder.mkdir(parents=True)
     (folder / "fp32.pt").write_bytes(b"cut off")
@@ -105,7 +108,7 @@ def test_a_universal_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> 
     assert (found[0], found[1].optimizer_step, found[1].weights["head.weight"].shape) == (7, 5, (2, 3))
 
 
-def test_a_folder_of_ours_and_one_of_nobody_s(tmp_path: Path) -> None:
+def test_our_own_checkpoints_and_a_folder_without_any(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     tensors = {"a": torch.ones(2)}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -117,7 +120,7 @@ def test_a_folder_of_ours_and_one_of_nobody_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_zero_to_fp32_writes_is_a_model_s_weights(tmp_path: Path, sharded: bool) -> None:
+def test_the_output_of_zero_to_fp32_is_read_as_weights(tmp_path: Path, sharded: bool) -> None:
     """A folder with `pytorch_model.bin`, or with shards and their index, as DeepSpeed's tool writes them."""
     model = vs.create_model("swinv2_nano", num_classes=3, image_size=32, window=4)
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()} if sharded else model.state_dict()

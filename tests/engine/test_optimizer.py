@@ -54,7 +54,7 @@ def test_layer_ids_of_small(name: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "name", ["layers.4.blocks.0.norm1.weight", "layers.0.blocks.2.norm1.weight", "layers.4.downsample.norm.bias"]
 )
-def test_a_block_that_depths_do_not_have_is_refused(name: str) -> None:
+def test_a_block_beyond_the_depths_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(name)):
         layer_id(name, TINY)
 
@@ -121,7 +121,7 @@ def test_frozen_parameters_are_in_no_group_and_a_frozen_model_is_refused() -> No
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, -1.0, 1.5, math.nan])
-def test_a_layer_decay_that_makes_no_sense_is_refused(layer_decay: float) -> None:
+def test_an_invalid_layer_decay_is_refused(layer_decay: float) -> None:
     with pytest.raises(UsageError, match="layer_decay"):
         parameter_groups(nn.Linear(2, 2), TINY, weight_decay=0.0, layer_decay=layer_decay)
 
@@ -166,12 +166,12 @@ def test_a_run_that_is_all_warm_up_ends_at_its_last_step() -> None:
         ({"milestones": (5,)}, "only used by a multistep schedule"),
     ],
 )
-def test_schedules_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_schedules_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Schedule(**{"lr": 1.0, "steps": 10, "warmup_steps": 1, **values})
 
 
-def test_hyperparameters_are_written_over_what_an_optimizer_was_left_with() -> None:
+def test_hyperparameters_overwrite_what_the_optimizer_holds() -> None:
     module = create_model("swinv2_nano", num_classes=2)
     groups = parameter_groups(module, module.depths, weight_decay=0.05, layer_decay=0.5)
     optimizer = build_optimizer(groups, betas=(0.9, 0.98), eps=1e-6, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""ZeRO-3 from construction on: a process holds its share only, and what is learned is what the whole model learns."""
+"""ZeRO-3 from construction on: a process holds its partition only, and learns what the whole model would learn."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 import video_swinv2 as vs
-from tests.engine.sharding_worker import ADAM, DECAY, STEP, sample
+from tests.engine.harness import SINGLE
+from tests.engine.zero3_worker import ADAM, DECAY, STEP, sample
 from tests.models.reference import randomise
 from video_swinv2.config import EngineConfig
-from video_swinv2.distributed.world import World
 from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.models.swinv2 import SwinV2
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
-WORKER = Path(__file__).with_name("sharding_worker.py")
+WORKER = Path(__file__).with_name("zero3_worker.py")
 
 
 def work(folder: Path, name: str, stage: int, *options: str) -> list[dict[str, int]]:
-    """What both processes held at construction."""
+    """What each of two processes held after construction."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     # Freed matrices go back to the system at once, so that resident memory is what is held.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -45,7 +44,7 @@ def fresh() -> SwinV2:
 def learned(model: SwinV2) -> dict[str, Tensor]:
     """Two steps of the plain engine on the samples of both processes."""
     groups = parameter_groups(model, model.depths, **DECAY)
-    engine = make_engine(model.train(), groups, EngineConfig(engine="plain", precision="fp32"), STEP, ALONE, **ADAM)
+    engine = make_engine(model.train(), groups, EngineConfig(engine="plain", precision="fp32"), STEP, SINGLE, **ADAM)
     for step in range(2):
         engine.set_lr(1e-3)
         engine.backward(engine.forward(torch.cat([sample(step, rank) for rank in range(2)])).square().mean())
@@ -54,8 +53,8 @@ def learned(model: SwinV2) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(("offloaded",), marks=pytest.mark.slow)])
-def test_a_model_in_pieces_is_loads_and_learns_as_the_whole(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Each process holds half; fresh values are those of the seed; a file goes in; steps do the same."""
+def test_a_partitioned_model_loads_and_learns_as_the_whole_one(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Each process holds half; initial values follow from the seed; a model file loads; steps have the same effect."""
     start = randomise(vs.create_model("swinv2_nano", num_classes=10, image_size=32, window=4), seed=5)
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
     vs.save_model(start, tmp_path / "init.safetensors", classes=(), preprocessing=preprocessing)
@@ -71,8 +70,8 @@ def test_a_model_in_pieces_is_loads_and_learns_as_the_whole(tmp_path: Path, opti
     assert max(float((last[name] - loaded[name]).abs().max()) for name in last) > 5e-4
 
 
-def test_groups_of_pieces_are_those_of_the_whole() -> None:
-    """ZeRO-3 leaves empty vectors in place of matrices; the shape that decides is kept beside them."""
+def test_parameter_groups_of_a_partitioned_model_are_those_of_the_whole_one() -> None:
+    """ZeRO-3 leaves empty vectors in place of matrices; the original shape, which decides, is kept as an attribute."""
     model = fresh()
     expected = [group["parameter_names"] for group in parameter_groups(model, model.depths, weight_decay=0.1)]
     for parameter in model.parameters():
@@ -82,8 +81,8 @@ def test_groups_of_pieces_are_those_of_the_whole() -> None:
 
 
 @pytest.mark.slow
-def test_memory_at_construction_is_a_share(tmp_path: Path) -> None:
-    """197 M parameters are 787 MB; half of that, and the largest single module, is what a process may grow by."""
+def test_memory_at_construction_is_a_fraction(tmp_path: Path) -> None:
+    """197 M parameters are 787 MB; a process may grow by half of that plus the largest single module."""
     whole, shared = work(tmp_path, "swinv2_large", 0), work(tmp_path, "swinv2_large", 3)
     for before, after in zip(whole, shared, strict=True):
         assert before["grown"] > 0.9 * 4 * before["whole"]

@@ -1,6 +1,6 @@
-"""A foreign run: plain DeepSpeed trains, saves, and its own tools join what it saved.
+"""A run of plain DeepSpeed: it trains and saves, and its own tools convert what it saved.
 
-Run as ``python import_worker.py FOLDER``; one process, ZeRO-2 with a frozen parameter, then ZeRO-3 without.
+Run as ``python foreign_worker.py FOLDER``; one process, ZeRO-2 with a frozen parameter, then ZeRO-3 without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from video_swinv2.engine.optimizer import parameter_groups
 
 
 def foreign(folder: Path, stage: int, world: World) -> None:
-    """Two steps, a checkpoint, two more steps, whose weights are what a continued run must reach."""
+    """Two steps, a checkpoint, and two more steps, whose weights a resumed run must reach."""
     deepspeed = import_deepspeed(world)
     module = Tiny(0)
     if stage == 3:
@@ -47,11 +47,11 @@ def foreign(folder: Path, stage: int, world: World) -> None:
         with deepspeed.zero.GatheredParameters([tensor], enabled=stage == 3 and isinstance(tensor, nn.Parameter)):
             weights[name] = tensor.detach().clone()
     keep(folder, f"expected-{stage}", TrainingState(weights, {}, {}, 4), [])
-    join(folder / f"zero-{stage}")
+    convert(folder / f"zero-{stage}")
 
 
-def join(folder: Path) -> None:
-    """DeepSpeed's two tools over what it saved."""
+def convert(folder: Path) -> None:
+    """Convert the checkpoint with both of DeepSpeed's tools."""
     from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 

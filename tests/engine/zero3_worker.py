@@ -1,6 +1,6 @@
-"""One process of a test: builds a model by pieces or whole, puts weights into it, writes down what it held.
+"""One process of a test: builds a model partitioned or whole, loads weights into it, records the memory it held.
 
-Run by torchrun as ``sharding_worker.py FOLDER MODEL STAGE [offloaded]``. FOLDER may hold `init.safetensors`.
+Run by torchrun as ``zero3_worker.py FOLDER MODEL STAGE [offloaded]``. FOLDER may hold `init.safetensors`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-3}
 
 
 def sample(step: int, rank: int) -> Tensor:
-    """(1, 3, 32, 32), another one for every step and process."""
+    """(1, 3, 32, 32), different for every step and process."""
     return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
@@ -53,7 +53,7 @@ def whole_weights(model: SwinV2, world: World) -> dict[str, Tensor]:
 
 
 def train(model: SwinV2, folder: Path, keys: dict[str, Any], world: World) -> None:
-    """Load the file, take two steps, write the weights of all three moments."""
+    """Load the file, take two steps, and write the weights as built, as loaded and at the end."""
     built = whole_weights(model, world)
     twin = meta_copy(model)
     values = capture_loaded_values(twin)
@@ -72,7 +72,7 @@ def train(model: SwinV2, folder: Path, keys: dict[str, Any], world: World) -> No
 
 
 def main() -> None:
-    """Build, measure, and where there is a file to start from, train."""
+    """Build, measure, and train if there is a file to start from."""
     folder, name, stage = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     keys: dict[str, Any] = {"zero_stage": stage}
     if sys.argv[4:]:
