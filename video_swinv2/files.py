@@ -1,4 +1,4 @@
-"""Files on disk: writes that are complete or absent, lock files, and content hashes.
+"""Files on disk: writes that are complete or absent, lock files, content hashes, and lists of class names.
 
 A reader never sees half a file, even after a crash or a power cut: the content goes to a hidden partial file in the
 same folder, is forced to the disk, and only then takes the final name.
@@ -103,7 +103,7 @@ def read_text_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); check the path and the encoding") from error
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
