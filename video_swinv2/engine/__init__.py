@@ -1,1 +1,1 @@
-"""How steps are computed: plain PyTorch or DeepSpeed behind one surface."""
+"""How steps are computed: the plain and the DeepSpeed engine behind one surface, optimizer, offload and checkpoints."""

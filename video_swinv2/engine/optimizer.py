@@ -29,29 +29,32 @@ def parameter_groups(
     """
     if not 0.0 < layer_decay <= 1.0:
         raise UsageError(f"optim.layer_decay: {layer_decay} is not in (0, 1]; use 1 to disable it")
-    last = sum(depths) + 1
+    last = sum(depths) + 1  # the layer id of norm and head: patch embedding 0, then one per block
+    # Members by (layer, full learning rate, weight decay). Without layer decay all share one layer, because each group
+    # costs a collective per step.
     members: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            layer = layer_id(name, depths)
+            layer = layer_id(name, depths)  # always, because it refuses names that do not fit
             at_full_rate = backbone_lr == 1.0 or name.startswith("head.")
             key = (layer if layer_decay < 1.0 else last, at_full_rate, decays(name, parameter))
             members.setdefault(key, []).append((name, parameter))
     if not members:
         raise UserError("optim.frozen_stages: no parameter is left to train; freeze fewer stages")
     groups = []
+    # Shallow to deep, and within a layer the decayed group first.
     for (layer, full, decayed), named in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2])):
-        where = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
-        where += "" if backbone_lr == 1.0 else "_head" if full else "_backbone"
+        label = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
+        label += "" if backbone_lr == 1.0 else "_head" if full else "_backbone"
         group_decay = weight_decay if decayed else 0.0
         groups.append(
             {
-                "name": f"{where}_{'decay' if decayed else 'no_decay'}",
+                "name": f"{label}_{'decay' if decayed else 'no_decay'}",
                 "params": [parameter for _, parameter in named],
                 "parameter_names": [name for name, _ in named],
                 "lr_scale": layer_decay ** (last - layer) * (1.0 if full else backbone_lr),
                 "weight_decay": group_decay,
-                # write_hyperparameters restores weight_decay from this: optimizers are free to change weight_decay.
+                # write_hyperparameters restores weight_decay from this, because optimizers may write to weight_decay.
                 "configured_weight_decay": group_decay,
             }
         )
@@ -73,6 +76,7 @@ def freeze_stages(encoder: SwinV2, stages: int) -> None:
     for name, parameter in encoder.named_parameters():
         if stage_id(name, encoder.depths) <= stages:
             parameter.requires_grad_(False)
+    # Drop path would be the only randomness left in them: without it a frozen stage computes what it does in eval mode.
     for stage in encoder.stages()[:stages]:
         for part in stage.modules():
             if isinstance(part, DropPath):
@@ -133,6 +137,7 @@ class Schedule:
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "multistep":
+            # bisect_right counts the milestones that have been reached: a milestone's own step is already multiplied.
             return max(self.min_lr, self.lr * self.factor ** bisect_right(self.milestones, step))
         if step >= self.steps:
             return self.min_lr
