@@ -100,7 +100,7 @@ class Faults:
 
     def record_unread(self, lines: Sequence[str]) -> None:
         """Record files that could not be read in a validation."""
-        self._report_new(lines, "it counts as a wrong answer")
+        self._report_new(lines, "it does not count as a right answer")
 
     def _report_new(self, lines: Sequence[str], consequence: str) -> None:
         """Print each broken file once per run, also after a resumption."""

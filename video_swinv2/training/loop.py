@@ -101,7 +101,7 @@ def _run(config: Config, make_task: Callable[[Config], Task], world: World) -> N
 
 
 class TrainingRun:
-    """One run: its folder, model and engine, and how far it is."""
+    """One run: its folder, model and engine, and how far it has got."""
 
     def __init__(self, config: Config, task: Task, world: World, signals: StopSignal) -> None:
         self.config, self.task, self.world, self.signals = config, task, world, signals
@@ -309,10 +309,10 @@ class TrainingRun:
 
     def _save(self) -> None:
         """Start writing a checkpoint. Collective: the engine gathers its partitions, the faults are merged."""
-        states = self.engine.training_state()
+        tensors = self.engine.training_state()
         faults = self.faults.state()
         self.saved = time.monotonic()
-        if states is None:  # not rank 0
+        if tensors is None:  # not rank 0
             return
         state: dict[str, Any] = {
             "step": self.step,
@@ -324,7 +324,7 @@ class TrainingRun:
             "provenance": self.provenance,
             "cpb_norm": [list(norm) for norm in self.task.encoder.cpb_norm],
         }
-        self.checkpoints.save(states, state, step=self.step)
+        self.checkpoints.save(tensors, state, step=self.step)
 
     def _stop(self) -> None:
         """Wait for the checkpoint, leave the restart marker and end the run with StoppedError."""
@@ -371,7 +371,7 @@ class TrainingRun:
             write_record(self.folder, self.config, self._record())
 
     def _record(self) -> dict[str, Any]:
-        """What run.json holds: what this run is, how far it is, and what it has cost so far."""
+        """What run.json holds: what this run is, how far it has got, and what it has cost."""
         seconds = self._seconds()
         return {
             "step": self.step,

@@ -59,17 +59,17 @@ def find_start(
         description, provenance = initialise(task, config, world)
         print_on_rank_zero(world, description)
         return Start(provenance=provenance)
-    step, portable, state = found
+    step, tensors, state = found
     if state is None:
         # DeepSpeed's own format records weights, moments and steps, but nothing about the data or the validations.
-        start = Start(step, portable, {"init": config.resume}, best_step=step)
+        start = Start(step, tensors, {"init": config.resume}, best_step=step)
     else:
         _check_identity(config.out, state["identity"], identity)
         # The normaliser of the position bias belongs to the weights, whatever window this config trains with.
         task.encoder.cpb_norm = state["cpb_norm"]
         start = Start(
             step,
-            portable,
+            tensors,
             state["provenance"],
             best=state["best"],
             # Checkpoints of the first version lack `best_step` and `faults`.
@@ -98,9 +98,9 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     # Under ZeRO-3 the encoder holds no whole tensor to compare shapes with or to write to. A twin on the meta device
     # stands in: `fill` checks and inflates as usual, a hook keeps what it would have loaded, and each parameter is
     # then written into the partitioned module on its own.
-    sharded = is_partitioned(task.encoder)
-    target = meta_copy(task.encoder) if sharded else task.encoder
-    values = capture_loaded_values(target) if sharded else {}
+    partitioned = is_partitioned(task.encoder)
+    target = meta_copy(task.encoder) if partitioned else task.encoder
+    values = capture_loaded_values(target) if partitioned else {}
     checkpoint = read_checkpoint(config.init)
     account = fill(
         target,
@@ -110,7 +110,7 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
         time_noise=config.init_time_noise,
         seed=config.seed,
     )
-    if sharded:
+    if partitioned:
         write_whole_weights(task.encoder, values, world)
         task.encoder.cpb_norm = target.cpb_norm
     # Hashing reads the files a second time, and they may be large: only rank 0, which writes the record, does it.
