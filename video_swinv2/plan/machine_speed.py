@@ -22,8 +22,8 @@ from video_swinv2.distributed.devices import product_dtype
 
 MAX_SAMPLES = 8  # samples to read
 MAX_SECONDS = 4.0  # after which no further sample is begun
-# The share of a large matrix product's speed that training reaches: on CPUs half (docs/model.md measures 59 % on one
-# thread); on GPUs an assumption of ours, which a measurement by `bench train` should replace.
+# The share of a large matrix product's speed that training reaches. On CPUs half: docs/results/model-speed.md measures
+# 59 % on one thread. On GPUs this is an assumption of ours, which a measurement by `bench train` should replace.
 TRAINING_SHARE = {"cpu": 0.5, "cuda": 0.35}
 
 

@@ -1,7 +1,7 @@
 """What an engine keeps of a model on each device and on its host, and the most that a step holds at any moment.
 
 Follows the engines of `engine/` and DeepSpeed 0.19. The rules were checked against the peak memory of CPU processes
-(docs/training.md; tests/plan/test_plan.py repeats the measurement).
+(docs/results/memory.md; tests/plan/test_plan.py repeats the measurement).
 """
 
 from __future__ import annotations
