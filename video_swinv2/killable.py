@@ -4,8 +4,8 @@
 the pool of `data_prep` (jobs and results), a watched stream (segments and answers) and the second reading of a video in
 a test (one record).
 
-`pebble` and `concurrent.futures` were looked at: neither lets a job extend its own deadline, limits the memory of a
-worker, ends busy workers when the parent is killed, or draws jobs only when a worker is free.
+`pebble`, whose pool also kills workers, is not used: its deadlines are fixed when a job is submitted and cannot be
+extended by the job, its `map` submits all jobs at once, and a worker cannot converse with its parent.
 """
 
 from __future__ import annotations

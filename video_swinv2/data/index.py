@@ -86,7 +86,7 @@ class NameTable(LazySequence[str]):
         return NameTable, self._sent
 
     @classmethod
-    def of(cls, text: bytes | Iterable[str]) -> NameTable:
+    def from_names(cls, text: bytes | Iterable[str]) -> NameTable:
         """From names, or from their bytes with a NUL after each name."""
         if not isinstance(text, bytes):
             text = b"".join(os.fsencode(name) + b"\0" for name in text)
@@ -259,11 +259,11 @@ def _assemble(found: Sequence[ContainerContents | int], previous: FileIndex | No
     counts = [one.names.count(0) for one in contents]
     keys = contents[0].columns if contents else ()
     return FileIndex(
-        NameTable.of(one.container for one in contents),
+        NameTable.from_names(one.container for one in contents),
         torch.tensor([one.stamp for one in contents], dtype=torch.int64).reshape(-1, 3),
         torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64)),
-        NameTable.of(one.about for one in contents),
-        NameTable.of(b"".join(one.names for one in contents)),
+        NameTable.from_names(one.about for one in contents),
+        NameTable.from_names(b"".join(one.names for one in contents)),
         {key: torch.from_numpy(np.concatenate([one.columns[key] for one in contents])) for key in keys},
     )
 
@@ -356,8 +356,8 @@ class CompactEntries(LazySequence[AnyEntry]):
     """The entries of a list in a few arrays, as `IndexedEntries` are: loader workers share them and copy no objects."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.names = NameTable.of(entry.name for entry in entries)
-        self.paths = NameTable.of(str(entry.path) for entry in entries)
+        self.names = NameTable.from_names(entry.name for entry in entries)
+        self.paths = NameTable.from_names(str(entry.path) for entry in entries)
         self.labels = torch.tensor([entry.label for entry in entries], dtype=torch.int32)
 
     def __len__(self) -> int:
