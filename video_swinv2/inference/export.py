@@ -88,7 +88,7 @@ def export(
                 program = _write_onnx(exported, part, description, opset or OPSET)
             else:
                 program = _write_pt2(exported, part, description)
-        # The first batch has one sample: exporters like to take the size that they were shown for the only one.
+        # One sample, then several: the batch size must not have been fixed by the export.
         comparison = _compare(model, program, chain([inputs[:1], inputs], samples))
         if not comparison.difference <= MAX_LOGIT_DIFFERENCE:
             raise UserError(
