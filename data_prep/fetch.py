@@ -48,7 +48,7 @@ class DiskError(UserError):
 
 
 class StopError(Exception):
-    """The work was told to stop."""
+    """The work was stopped by the caller."""
 
 
 class _TransientError(Exception):

@@ -1,14 +1,16 @@
-"""A made-up data set whose classes are motions and nothing else.
+"""A generated data set whose classes are motions and nothing else.
 
-Every axis of motion has two classes, each the other played backwards. A clip is drawn for one direction and reversed
-for the other, and every process in it is stationary: places are uniform on a torus, angles in a sector, sizes
-log-uniform, noise independent in time, the background's drift uniform in direction. So frame t looks alike in all eight
-classes, for every t, and a model blind to the order of frames is right at most half the time.
+Each axis of motion has two classes, and each of the two is the other played backwards. A clip is drawn for one
+direction and reversed for the other, and every process in it is stationary: positions are uniform on a torus, angles
+uniform in a sector, sizes log-uniform, the noise independent in time, the direction in which the background drifts
+uniform. So for every t, frame t has the same distribution in all eight classes, and a model blind to the order of the
+frames is right at most half of the time.
 
-A clip is a function of the seed alone, whatever the CPU. Vector instructions, and where an array happens to lie in
-memory, change the last bit of sines and sums. So everything is computed in float64, where that is 1e-13 of a pixel's
-level, and rounded once: the noise makes levels continuous, and a level so close to a rounding boundary does not occur.
-What follows the rounding (the conversion to YUV here, x264's encoding) is arithmetic of whole numbers.
+A clip is a function of the seed alone, on every CPU. Vector instructions, and the alignment of an array in memory, can
+change the last bit of sines and sums. Everything is therefore computed in float64, where such a change is 1e-13 of a
+grey level, and rounded once: the noise makes the levels continuous, so a level that close to a rounding boundary does
+not occur in practice. Everything after the rounding (the conversion to YUV here, the encoding by x264) is integer
+arithmetic.
 """
 
 from __future__ import annotations
@@ -33,25 +35,26 @@ from video_swinv2.progress import track
 Level = Literal["easy", "hard"]
 Floats = NDArray[np.floating[Any]]
 
-# Raised whenever the same seed draws other clips.
+# Incremented whenever the same seed draws different clips.
 VERSION = 2
 
-# Neighbours are twins: the second of a pair is the first played backwards.
+# In pairs: the second class of each pair is the first played backwards.
 CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approaching", "receding")
 FPS = 16
-# Per frame, so that 8 of 16 frames show plenty: widths travelled, radians turned, growth of the radius's logarithm.
+# Per frame: widths moved, radians turned, growth of log(radius). Large enough that 8 of 16 frames show it clearly.
 SHIFT = (0.035, 0.07)
 TURN = (0.10, 0.20)
 GROWTH = (0.045, 0.075)
 RADIUS = (0.18, 0.38)
-# Turning shapes swing about a point outside themselves, within a sector (radians) at whose end they start again. A full
-# circle would ask for the order of two directions at once, which small models learn only after many more clips.
+# Turning shapes swing around a point outside themselves, within a sector (in radians); at its end they start again. On
+# a full circle a model would have to learn the order of two directions at once, for which small models need many more
+# clips.
 SECTOR = 2.6
 ARM = (0.12, 0.25)
-# Easy shapes are darker at one end, in contrasts per radius, so that their orientation shows.
+# Easy shapes get darker towards one end, which shows their orientation; in units of contrast per radius.
 SHADE = {"easy": 2.0, "hard": 0.0}
 DRIFT = 0.02
-# High quality: coarse quantisation leaves a trail behind moving things, which one frame would give away.
+# High quality: coarse quantisation leaves a trail behind moving shapes, which would reveal the motion in one frame.
 ENCODING = H264Settings(gop=16, crf=12, preset="veryfast")
 
 SECONDS_PER_CLIP = 120.0
@@ -59,7 +62,7 @@ SECONDS_PER_CLIP = 120.0
 
 @dataclass(frozen=True)
 class Clip:
-    """One video to make: its class, its index in the class, where to write it, and what decides how it looks."""
+    """One clip to generate: where to write it, and everything that decides how it looks."""
 
     path: Path
     split: str
@@ -72,7 +75,7 @@ class Clip:
 
 
 def draw(clip: Clip) -> NDArray[np.uint8]:
-    """The frames of one clip, (T, H, W, 3) uint8; a pure function of what the clip says."""
+    """The frames of one clip, (T, H, W, 3) uint8; a pure function of the fields of the clip, without its path."""
     rng = np.random.default_rng(_key(clip.seed, clip.split, clip.label, clip.index))
     place = CLASSES.index(clip.label)
     frames = _render(rng, CLASSES[place - place % 2], clip.level, clip.size, clip.frames)
@@ -80,7 +83,7 @@ def draw(clip: Clip) -> NDArray[np.uint8]:
 
 
 def make(clip: Clip, _allow: Allow) -> str:
-    """Draw, encode and name one clip; returns the sha256 of the file."""
+    """Draw, encode and store one clip. Returns the sha256 of the file."""
     part = partial_path(clip.path)
     pictures = (av.VideoFrame.from_ndarray(image, format="yuv420p") for image in to_yuv420(draw(clip)))
     pairs = zip(to_ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
@@ -93,8 +96,8 @@ def make(clip: Clip, _allow: Allow) -> str:
 def to_yuv420(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """RGB frames (T, H, W, 3) -> planes of yuv420p (T, H * 3 / 2, W), BT.601 in the limited range, H and W even.
 
-    In whole numbers: FFmpeg's own conversion rounds differently from one CPU to the next. A chroma sample is the mean
-    of the four pixels that share it.
+    In integers, because FFmpeg's own conversion rounds differently on different CPUs. A chroma sample is the mean of
+    the four pixels that share it.
     """
     count, height, width, _ = images.shape
     rgb = images.astype(np.int32)
@@ -109,10 +112,10 @@ def to_yuv420(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def synthesise(
     out: Path, counts: dict[str, int], *, level: Level, size: int, frames: int, seed: int, workers: int
 ) -> bool:
-    """Make the whole data set; `counts` are clips per class by split. False where it was there already.
+    """Generate the whole data set; `counts` are clips per class, by split. False if it was already there.
 
-    Raises UsageError for impossible numbers and for a folder that holds another data set, UserError where a clip cannot
-    be written.
+    Raises UsageError for impossible numbers, or if the folder contains another data set; UserError if a clip cannot be
+    written.
     """
     _check(counts, size, frames)
     settings: dict[str, object] = {
@@ -129,7 +132,7 @@ def synthesise(
     if there is not None:
         if there.get("settings") == settings:
             return False
-        raise UsageError(f"{out}: holds another data set (dataset.json); give a new folder or remove it")
+        raise UsageError(f"{out}: contains another data set (dataset.json); choose a new folder or remove it")
     clips = list(plan(out, counts, level=level, size=size, frames=frames, seed=seed))
     for folder in dict.fromkeys(clip.path.parent for clip in clips):
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,9 @@ def synthesise(
     digests: dict[Path, str] = {}
     for clip, outcome in track(made, f"synth {level}", len(clips), "clips"):
         if isinstance(outcome, Lost):
-            raise UserError(f"{clip.path}: not made, {outcome.detail}; free memory and disk space and run again")
+            raise UserError(
+                f"{clip.path}: could not be generated ({outcome.detail}); free memory and disk space, then run again"
+            )
         digests[clip.path] = outcome
     splits: dict[str, list[PreparedVideo]] = {split: [] for split in counts}
     for clip in clips:
@@ -149,7 +154,7 @@ def synthesise(
 
 
 def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: int, seed: int) -> Iterator[Clip]:
-    """Every clip of the data set, in the order it is listed; `counts` are clips per class by split."""
+    """Every clip of the data set, in list order; `counts` are clips per class, by split."""
     for split, count in counts.items():
         for label in CLASSES:
             for index in range(count):
@@ -159,11 +164,11 @@ def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: 
 
 def _check(counts: dict[str, int], size: int, frames: int) -> None:
     if min(counts.values()) < 0 or not sum(counts.values()):
-        raise UsageError(f"clips per class {counts}: none may be negative and one must be above 0")
+        raise UsageError(f"clips per class {counts}: none may be negative, and at least one must be positive")
     if size < 32 or size % 2:
-        raise UsageError(f"--size {size}: must be even (H.264 stores colour at half size) and at least 32")
+        raise UsageError(f"--size {size}: must be even (H.264 stores colour at half resolution) and at least 32")
     if frames < 2:
-        raise UsageError(f"--frames {frames}: motion needs at least 2")
+        raise UsageError(f"--frames {frames}: must be at least 2 to show motion")
 
 
 def _key(seed: int, split: str, label: str, index: int) -> list[int]:
@@ -177,12 +182,13 @@ def _render(rng: np.random.Generator, motion: str, level: Level, size: int, fram
     column = ((np.arange(size) + 0.5) / size)[None, None, :]
     row = column.transpose(0, 2, 1)
     behind = ground + _background(rng, column, row, frames) * ground_contrast
-    # The place of every pixel as the shape sees it: (T, H, W), in radii.
+    # The position of every pixel in the coordinates of the shape: (T, H, W), in units of its radius. Adding 0.5 before
+    # the modulo and subtracting it afterwards takes the shorter way around the torus.
     dx, dy = (column - x + 0.5) % 1 - 0.5, (row - y + 0.5) % 1 - 0.5
     a = (np.cos(angle) * dx + np.sin(angle) * dy) / radius
     b = (np.cos(angle) * dy - np.sin(angle) * dx) / radius
     beyond = np.hypot(a, b) - np.interp(np.arctan2(b, a), *_outline(rng))
-    # A soft edge one pixel wide: motion of less than a pixel stays visible.
+    # A soft edge one pixel wide, so that motion by less than a pixel is visible.
     mask = np.clip(0.5 - beyond * radius * size, 0, 1)[..., None]
     surface = _sample(_texture(rng), 0.25 * a, 0.25 * b) + SHADE[level] * a[..., None]
     images = behind + mask * (colour + surface * contrast - behind)
@@ -191,7 +197,10 @@ def _render(rng: np.random.Generator, motion: str, level: Level, size: int, fram
 
 
 def _background(rng: np.random.Generator, column: Floats, row: Floats, frames: int) -> Floats:
-    """Texture (T, H, W, 1), still in half the clips and drifting slowly in any direction in the others."""
+    """Texture (T, H, W, 1): still in half of the clips, drifting slowly in a random direction in the others.
+
+    T is 1 if it is still.
+    """
     heading, drift = rng.uniform(0, 2 * np.pi), rng.uniform(0, DRIFT) * rng.integers(0, 2)
     start = rng.uniform(0, 1, 2)
     t = np.arange(frames if drift else 1)[:, None, None] * drift
@@ -201,9 +210,10 @@ def _background(rng: np.random.Generator, column: Floats, row: Floats, frames: i
 
 
 def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, ...]:
-    """Centre x, y (widths, on a torus), angle and radius (widths) at each frame, for the first class of a pair.
+    """Centre x, y (in widths, on a torus), angle and radius (in widths), each (T,), for the first class of a pair.
 
-    All four start uniform over a range that they move through cyclically, hence are distributed alike at every frame.
+    Each starts uniformly distributed over a range and moves through it cyclically, so its distribution is the same at
+    every frame.
     """
     t = np.arange(frames)
     x, y, angle, zoom = (rng.uniform(0, 1) + 0 * t for _ in range(4))
@@ -225,7 +235,7 @@ def _track(rng: np.random.Generator, motion: str, frames: int) -> tuple[Floats, 
 
 
 def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """(angles, radii) of a closed shape of mean radius 1: a polygon, an ellipse or a blob."""
+    """(angles, radii), each (361,), of a closed shape with mean radius 1: a polygon, an ellipse or a blob."""
     angles = np.linspace(-np.pi, np.pi, 361)
     kind = rng.integers(0, 3)
     if kind == 0:
@@ -242,7 +252,7 @@ def _outline(rng: np.random.Generator) -> tuple[Floats, Floats]:
 
 
 def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
-    """(size, size) noise of mean 0 and deviation 1 that repeats without a seam, with detail of 3 to 7 waves a side."""
+    """(size, size) noise with mean 0 and standard deviation 1 that tiles without seams, with 3 to 7 waves per side."""
     waves = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]) * size
     band = np.exp(-(((waves - rng.uniform(3, 7)) / 2) ** 2))
     noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * band).real
@@ -250,7 +260,7 @@ def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
 
 
 def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]:
-    """(mean colour, colour of the contrast) of the background and of the shape."""
+    """(mean colour, contrast), each (3,), of the background and of the shape."""
 
     def ink(low: float, high: float, contrast: float) -> tuple[Floats, Floats]:
         colour = rng.uniform(low, high) * rng.uniform(0.75, 1.25, 3)
@@ -262,7 +272,7 @@ def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]
 
 
 def _sample(texture: Floats, u: Floats, v: Floats) -> Floats:
-    """Values (..., 1) of a repeating (S, S) texture at places (...) in units of its width, bilinear."""
+    """Bilinear samples (..., 1) of a tiling (S, S) texture at positions u, v (...), in units of its width."""
     size = len(texture)
     column, row = u * size, v * size
     left, top = np.floor(column), np.floor(row)

@@ -1,4 +1,4 @@
-"""What the tests of downloading share."""
+"""Fixtures shared by the tests of downloading."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Kill a preparation many times and compare what it comes to with one left alone.
+"""Kill a preparation many times, and compare the result with that of an undisturbed run.
 
 python -m tests.data_prep.kill SRC OUT --kills 40 --short-side 128
 
-Every other time the whole process group is killed, else the parent alone; one time in four while the run still starts,
-else at a random moment of its work, such that all runs together last about as long as the one left alone.
+Every other kill hits the whole process group, otherwise only the parent; one in four comes during start-up, otherwise
+at a random moment of the work, such that all runs together take about as long as the undisturbed one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from video_swinv2.files import sha256
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_EVERY_SECONDS = 0.02
-# What tells one run from another that came to the same.
+# Columns that differ between two runs with the same result.
 OF_THE_RUN = {"id", "attempts", "seconds", "finished_at"}
 
 
 @dataclass
 class Work:
-    """What runs cost: `tries` of clips and the seconds workers spent on them, CPU seconds of all processes, starts."""
+    """The cost of runs: attempts (`tries`) at videos, seconds workers spent on them, CPU seconds in all, starts."""
 
     tries: int = 0
     clip_seconds: float = 0.0
@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Trial:
-    """Both preparations compared: `differences` is empty where they came to the same."""
+    """Both preparations compared; `differences` is empty if the results are the same."""
 
     calm: Work
     killed: Work
@@ -53,12 +53,12 @@ class Trial:
     differences: list[str]
 
     def excess(self) -> float:
-        """Seconds that workers spent on clips, over those of the run left alone, as tries count; the larger of both."""
+        """Worker seconds, or attempts, relative to the undisturbed run: the larger of the two ratios."""
         of_time = self.killed.clip_seconds / max(self.calm.clip_seconds, 1e-9)
         return max(of_time, self.killed.tries / max(self.calm.tries, 1))
 
     def as_text(self) -> str:
-        """A table."""
+        """The comparison as a table."""
         rows = [("", "left alone", "killed", "ratio")]
         for name in ("starts", "tries", "clip_seconds", "cpu_seconds", "wall_seconds"):
             one, other = getattr(self.calm, name), getattr(self.killed, name)
@@ -70,8 +70,8 @@ class Trial:
 
 
 def trial(source: Path, out: Path, options: Sequence[str], *, kills: int, seed: int) -> Trial:
-    """Prepare `source` in OUT/calm undisturbed and in OUT/killed with so many kills, and compare."""
-    if sys.platform == "linux":  # orphans of a killed parent become ours, so that their cost is known
+    """Prepare `source` in OUT/calm undisturbed and in OUT/killed with `kills` kills, and compare."""
+    if sys.platform == "linux":  # adopt the orphans of a killed parent, so that their cost is counted
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     rng = random.Random(seed)
     command = [sys.executable, "-m", "data_prep", "prepare", str(source)]
@@ -82,7 +82,7 @@ def trial(source: Path, out: Path, options: Sequence[str], *, kills: int, seed: 
     finished, attempt = False, 0
     while sum(killed.kills.values()) < kills:
         attempt += 1
-        # When all is done there is no work left to be killed at.
+        # Once everything is done there is no work left to interrupt.
         limit = rng.uniform(0, start_seconds) if finished or attempt % 4 == 0 else None
         after, group = rng.uniform(0, share), attempt % 2 == 0
         if _disturbed([*command, str(out / "killed"), *tail], out / "killed", killed, limit, after, group=group):
@@ -99,7 +99,7 @@ def trial(source: Path, out: Path, options: Sequence[str], *, kills: int, seed: 
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What tells two preparations apart, besides when and how they were run: files by content, rows, strays."""
+    """How two preparations differ, apart from when and how they were run: contents of files, rows, stray files."""
     found = []
     files, others = (_files(folder) for folder in (one, other))
     found += [f"{name}: in one alone" for name in sorted(set(files) ^ set(others))]
@@ -126,7 +126,7 @@ def _rows(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def _undisturbed(command: Sequence[str], out: Path, work: Work) -> tuple[float, float]:
-    """(seconds until the first clip is at work, seconds in all) of a run to the end."""
+    """(seconds until the first video is being written, total seconds) of a complete run."""
     started, first = time.monotonic(), None
     with _launched(command, work) as (process, log):
         while process.poll() is None:
@@ -143,7 +143,7 @@ def _undisturbed(command: Sequence[str], out: Path, work: Work) -> tuple[float, 
 def _disturbed(
     command: Sequence[str], out: Path, work: Work, limit: float | None, after: float, *, group: bool
 ) -> bool:
-    """One run, killed `limit` seconds from its start or `after` from its first clip; False if it ended before."""
+    """One run, killed `limit` seconds after its start, or `after` its first video; False if it finished first."""
     since: dict[str, float] = {}
     with _launched(command, work) as (process, _):
         started, first = time.monotonic(), None
@@ -164,7 +164,7 @@ def _disturbed(
 
 @contextlib.contextmanager
 def _launched(command: Sequence[str], work: Work):  # type: ignore[no-untyped-def]  # a pair of Popen and file
-    """The command as leader of a group of its own; its cost, and that of all it leaves behind, is added to `work`."""
+    """The command in its own process group; its cost, and that of everything it leaves behind, is added to `work`."""
     before, started = os.times(), time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
@@ -188,7 +188,7 @@ def _half_files(out: Path) -> list[str]:
 
 
 def main() -> int:
-    """Run the trial and print what it came to; 1 where the results differ or too much was done twice."""
+    """Run the trial and print the result. Returns 1 if the results differ or too much work was done twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)

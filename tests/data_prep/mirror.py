@@ -1,4 +1,4 @@
-"""CVDF's layout on the loop-back: a server that can drop, lie, change its mind and come back, and what it serves."""
+"""A local server with CVDF's layout that can drop connections, lie, or change its files; and the files it serves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECONDS_PER_BLOCK_PAST_LIMIT = 0.25
 
 
 class Server(ThreadingHTTPServer):
-    """CVDF's layout on the loop-back; answers like S3, but for the faults that wait for a path, one a request."""
+    """Serves CVDF's layout locally and answers like S3, except for the faults queued for a path, one per request."""
 
     daemon_threads = True
 
@@ -47,7 +47,7 @@ class Server(ThreadingHTTPServer):
         return [span for asked, span in self.asked if asked == path]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no news."""
+        """A client that was killed is expected."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -132,7 +132,7 @@ def other_mark(handler: Handler, content: bytes) -> None:
 
 
 def cut_off(handler: Handler, content: bytes) -> None:
-    """A length that fits the body, and not the file."""
+    """A Content-Length that fits the truncated body, not the file."""
     handler.head(200, len(content) - 500, **marks(content))
     handler.body(content[:-500])
 
@@ -147,7 +147,7 @@ def changed(handler: Handler, content: bytes) -> None:
 
 
 def too_long(handler: Handler, content: bytes) -> None:
-    """A rest that brings more than the range it announces."""
+    """A partial reply with more bytes than the range it announces."""
     offset = offset_of(handler, content)
     span = f"bytes {offset}-{len(content) - 1}/{len(content)}"
     handler.head(206, len(content) - offset + 500, Content_Range=span, **marks(content))
@@ -161,7 +161,7 @@ def falsified(handler: Handler, content: bytes) -> None:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """A server that runs."""
+    """A running server."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -204,14 +204,14 @@ def layout(folder: str, prefix: str, split: str, parts: dict[str, bytes], listed
 
 
 def kinetics400(size: int = 50_000) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The source's files, and the clips that should come out of them, by path."""
+    """The files of the source, and the videos that should come out of them, by path."""
     clips = {n: noise(size) for n in range(8)}
     parts = {f"part_{n}.tar.gz": {f"./{name_of(2 * n + m)}.mp4": clips[2 * n + m] for m in (0, 1)} for n in range(4)}
     parts["part_3.tar.gz"]["./" + name_of(8) + ".mp4"] = clips[8] = b""
     train = {name: archive_of(content, zipped=name != "part_2.tar.gz") for name, content in parts.items()}
     files = layout("400", "k400", "train", train, table("train", *range(10)))
     files |= layout("400", "k400", "val", {"part_0.tar.gz": archive_of({f"{name_of(20)}.mp4": b"v"})}, table("val", 20))
-    fresh = {3: b"mended", 9: b"was not there", 20: b"new", 77: b"of another split"}
+    fresh = {3: b"repaired", 9: b"was not there", 20: b"new", 77: b"of another split"}
     names = {f"replacement_for_corrupted_k400/{name_of(n)}.mp4": content for n, content in fresh.items()}
     files["400/replacement_for_corrupted_k400.tgz"] = archive_of(names)
     wanted = {f"train/{name_of(n)}.mp4": content for n, content in (clips | {3: fresh[3], 9: fresh[9]}).items()}

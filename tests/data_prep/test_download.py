@@ -1,4 +1,4 @@
-"""Kinetics brought here from a faulty server or a folder: everything arrives, is recorded, and nothing else appears."""
+"""Downloading Kinetics from a faulty server or a folder: everything arrives and is recorded, nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files but the record, the lock and what was fetched."""
+    """All files except the ledger, the lock and what was fetched."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     return {
         name: content
@@ -47,7 +47,7 @@ def run(server: Server, to: Path, *arguments: str, dataset: str = "kinetics400")
     return main(["download", dataset, "--to", str(to), "--source", server.base, *arguments])
 
 
-def test_a_whole_download_and_another_that_has_nothing_to_do(server, tmp_path, capsys):
+def test_a_complete_download_and_a_second_with_nothing_to_do(server, tmp_path, capsys):
     server.files, wanted = kinetics400()
     server.faults = {f"400/train/part_{n}.tar.gz": [busy, short, dropped] for n in range(4)}
     assert run(server, tmp_path / "k400", "--split", "train", "val", "--workers", "3") == 0
@@ -71,7 +71,7 @@ def test_a_whole_download_and_another_that_has_nothing_to_do(server, tmp_path, c
     assert not list((tmp_path / "k400/archives").rglob("part_*.tar.gz"))
 
 
-def test_kinetics600_has_archives_of_classes_and_lists_of_its_own(server, tmp_path):
+def test_kinetics600_has_archives_per_class_and_its_own_lists(server, tmp_path):
     clips = {f"pull ups/{name_of(1)}.mp4": b"1", f"pull ups/{name_of(2)}.mp4": b"2"}
     parts = {"pull%20ups.tar.gz": archive_of(clips), "part_1.tar.gz": archive_of({f"{name_of(3)}.mp4": b"3"})}
     listed = f"pull ups/{name_of(1)}.mp4 4\npull ups/{name_of(2)}.mp4 4\n".encode()
@@ -90,7 +90,7 @@ def test_kinetics600_has_archives_of_classes_and_lists_of_its_own(server, tmp_pa
     assert not (tmp_path / "annotations/val.csv").exists()
 
 
-def test_one_bad_archive_costs_that_archive_and_comes_with_the_next_run(server, tmp_path, capsys):
+def test_a_bad_archive_does_not_stop_the_others_and_is_retried_by_the_next_run(server, tmp_path, capsys):
     server.files, wanted = kinetics400()
     good = {name: server.files[name] for name in server.files if name.endswith("gz")}
     server.files["400/train/part_1.tar.gz"] = b""
@@ -103,7 +103,7 @@ def test_one_bad_archive_costs_that_archive_and_comes_with_the_next_run(server, 
     assert tree(to) == {f"train/{name_of(n)}.mp4": wanted[f"train/{name_of(n)}.mp4"] for n in (0, 1, 4, 5)}
     assert (os.listdir(tmp_path), os.listdir(tmp_path / "deep")) == (["deep"], ["k400"])
     server.files |= good
-    assert run(server, to, "--split", "train", "val") == 1  # the refused one lies there until someone looks at it
+    assert run(server, to, "--split", "train", "val") == 1  # the refused archive stays until someone has looked at it
     assert "leads outside the folder" in capsys.readouterr().err.splitlines()[-1]
     (to / "archives/train/part_3.tar.gz").unlink()
     server.asked.clear()
@@ -112,7 +112,7 @@ def test_one_bad_archive_costs_that_archive_and_comes_with_the_next_run(server, 
     assert {path for path, _ in server.asked if path.endswith("gz")} == {"400/train/part_3.tar.gz"}
 
 
-def test_a_folder_is_a_source_and_checksums_count(tmp_path, capsys):
+def test_a_folder_as_source_and_checksums(tmp_path, capsys):
     files, wanted = kinetics400(1000)
     for name, content in files.items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def test_a_folder_is_a_source_and_checksums_count(tmp_path, capsys):
     assert main([*command, "--source", (tmp_path / "copy").as_uri()]) == 0
     assert tree(tmp_path / "a") == wanted
     assert not list((tmp_path / "a/archives").rglob(".*"))
-    # What was fetched is held against what it was when it was fetched.
+    # A file is compared with what it was when it was fetched.
     command[-1] = str(tmp_path / "b")
     assert main([*command, "--source", str(tmp_path / "copy"), "--no-extract"]) == 0
     assert tree(tmp_path / "b") == {}
@@ -138,7 +138,7 @@ def test_a_folder_is_a_source_and_checksums_count(tmp_path, capsys):
     assert f"{kept}: its sha256 begins" in capsys.readouterr().err
 
 
-def test_clips_of_one_name_with_other_bytes_are_noted(server, tmp_path, capsys):
+def test_different_videos_with_one_name_are_recorded_as_conflicts(server, tmp_path, capsys):
     one, other = f"{name_of(1)}.mp4", f"{name_of(2)}.mp4"
     parts = {"part_0.tar.gz": archive_of({one: b"first", other: b"same"})}
     parts["part_1.tar.gz"] = archive_of({one: b"second", other: b"same"})
@@ -181,30 +181,30 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_kill_and_interruption_anywhere_cost_next_to_nothing(server, tmp_path, capsys):
+def test_kills_and_interruptions_lose_next_to_nothing(server, tmp_path, capsys):
     server.files, wanted = kinetics400(500_000)
     total = sum(map(len, server.files.values()))
-    for share, blow in ((0.2, signal.SIGKILL), (0.5, signal.SIGINT), (0.8, signal.SIGKILL)):
-        server.limit = share * total  # slow from there on, or it might finish before the blow
+    for share, interruption in ((0.2, signal.SIGKILL), (0.5, signal.SIGINT), (0.8, signal.SIGKILL)):
+        server.limit = share * total  # slow from there on, or it might finish first
         process = started(server, tmp_path / "k400")
         wait_until(lambda: server.sent > server.limit)
         if share == 0.2:
             assert run(server, tmp_path / "k400") == 1
             assert "another run is downloading here" in capsys.readouterr().err
-        process.send_signal(blow)
+        process.send_signal(interruption)
         error = process.communicate(timeout=60)[1]
-        if blow == signal.SIGINT:
+        if interruption == signal.SIGINT:
             assert process.returncode == 1
             assert error.splitlines()[-1] == "error: interrupted; run the same command again to resume"
     server.limit = float("inf")
     assert run(server, tmp_path / "k400", "--split", "train", "val") == 0
     assert tree(tmp_path / "k400") == wanted
     assert not list((tmp_path / "k400/archives").rglob(".*"))
-    # Each blow loses what was under way and not yet on the disk: some blocks for each of four workers.
+    # Each interruption loses what was not yet on disk: some blocks for each of four workers.
     assert server.sent < total + 3 * 4 * (fetching.BLOCK + 500_000)
 
 
-def test_a_disk_that_refuses_is_one_line_and_ends_the_run(server, tmp_path):
+def test_a_disk_error_is_one_line_and_ends_the_run(server, tmp_path):
     server.files, _ = kinetics400(500_000)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731 - for preexec_fn alone
     process = started(server, tmp_path / "k400", preexec_fn=limit)
@@ -214,7 +214,7 @@ def test_a_disk_that_refuses_is_one_line_and_ends_the_run(server, tmp_path):
     assert re.match(r"error: .*part_\d\.tar\.gz: cannot be written \(File too large\); free disk space", error)
 
 
-def test_the_whole_way_from_a_server_to_a_prepared_data_set(server, tmp_path, outside_data, capsys):
+def test_from_a_server_to_a_prepared_data_set(server, tmp_path, outside_data, capsys):
     clips = sorted((outside_data / "raw_clips").glob("*/*.*"), key=lambda path: path.stat().st_size)[:2]
     listed = "label,youtube_id,time_start,time_end,split,is_cc\n" + "".join(
         f"{clip.parent.name},{ID}{n:02d},{n},{n + 10},val,0\n" for n, clip in enumerate([*clips, clips[0], clips[0]])

@@ -1,4 +1,4 @@
-"""The prepared form: key frames where asked, no B-frames, no sound, times kept to the tick."""
+"""The prepared form: key frames where requested, no B-frames, no sound, times exact to the tick."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_ticks(times: list[float], expected: list[int]) -> None:
 
 def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
-    frames[20:] = 255 - frames[20:]  # a scene cut, which must not earn a key frame
+    frames[20:] = 255 - frames[20:]  # a scene cut, which must not cause a key frame
     moments = [0, *np.cumsum(np.random.default_rng(1).integers(1000, 9000, 39)).tolist()]
     pictures = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(moments, frames, strict=True))
     part = partial_path(tmp_path / "v.mp4")
@@ -50,4 +50,4 @@ def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
     with VideoReader(tmp_path / "v.mp4") as reader:
         np.testing.assert_allclose(reader.times / float(TIME_BASE), moments, atol=1)
     head = (tmp_path / "v.mp4").read_bytes()
-    assert head.index(b"moov") < head.index(b"mdat")  # readable before it is there as a whole
+    assert head.index(b"moov") < head.index(b"mdat")  # readable before it has arrived completely

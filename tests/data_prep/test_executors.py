@@ -1,4 +1,4 @@
-"""Dask does what the processes of this machine do; a worker that dies takes no clip with it, a clip that kills does."""
+"""Dask does the same as local processes: a dead worker loses no video, one that kills workers is lost alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cluster() -> Iterator[object]:
         yield cluster
 
 
-def test_jobs_on_a_cluster_have_killable_processes(cluster: distributed.LocalCluster) -> None:
+def test_jobs_on_a_cluster_run_in_killable_processes(cluster: distributed.LocalCluster) -> None:
     jobs = ["a", "hang", "die", "b", "c"]
     with executors.start_crew(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
         assert crew.workers() == 2
@@ -47,9 +47,7 @@ def test_jobs_on_a_cluster_have_killable_processes(cluster: distributed.LocalClu
     assert [outcomes[job] for job in "abc"] == ["a done", "b done", "c done"]
 
 
-def test_a_worker_killed_at_work_costs_nothing(
-    cluster: distributed.LocalCluster, write_video: object, tmp_path: Path
-) -> None:
+def test_a_killed_worker_loses_nothing(cluster: distributed.LocalCluster, write_video: object, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (60, 30, 40, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     original = write_video(tmp_path / "raw" / "a" / "00.mp4", frames)  # type: ignore[operator]  # the fixture
     for number in range(1, 12):
@@ -76,7 +74,7 @@ def kill_at_work(pid: int, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_clip_that_kills_its_workers_is_lost_alone(cluster: distributed.LocalCluster) -> None:
+def test_a_job_that_kills_its_workers_is_lost_alone(cluster: distributed.LocalCluster) -> None:
     with executors.start_crew(f"dask:{cluster.scheduler_address}", 1, seconds_for, 8.0) as crew:
         outcomes = dict(each(crew, act, ["a", "take the worker along", "b"]))
     assert outcomes["take the worker along"] == Lost("crashed", "every Dask worker that took it died")
@@ -84,12 +82,12 @@ def test_a_clip_that_kills_its_workers_is_lost_alone(cluster: distributed.LocalC
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own(tmp_path: Path) -> None:
+def test_a_new_local_cluster(tmp_path: Path) -> None:
     with executors.start_crew("dask", 2, seconds_for, 8.0) as crew:
         assert dict(each(crew, act, ["a", "b"])) == {"a": "a done", "b": "b done"}
 
 
-def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
     with (
         pytest.raises(UserError, match="no Dask scheduler answers"),

@@ -1,4 +1,4 @@
-"""One file from a server that drops, lies, changes its mind and comes back: whole and right, or refused in one line."""
+"""One file from a server that drops connections, lies or changes the file: complete and right, or a one-line error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from video_swinv2.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("faults", "tries"),
+    ("faults", "attempts"),
     [
         ([short], 2),
         ([dropped, dropped, short], 4),
@@ -42,7 +42,7 @@ from video_swinv2.errors import UserError
         ([short, changed], 2),
     ],
 )
-def test_a_file_comes_whole_through_faults_that_pass(server, tmp_path, faults, tries):
+def test_transient_errors_are_survived(server, tmp_path, faults, attempts):
     path, content = "400/train/part_0.tar.gz", noise(300_000)
     server.files[path], server.faults[path] = content, list(faults)
     target = tmp_path / "a.tar.gz"
@@ -51,12 +51,14 @@ def test_a_file_comes_whole_through_faults_that_pass(server, tmp_path, faults, t
     assert target.read_bytes() == content
     assert (fetched.size, fetched.sha256) == (300_000, hashlib.sha256(content).hexdigest())
     assert os.listdir(tmp_path) == ["a.tar.gz"]
-    assert len(server.asked) == tries
+    assert len(server.asked) == attempts
     if not {from_the_start, wrong_range, unsatisfiable, other_mark, changed} & set(faults):
-        assert server.sent <= 300_000 + fetching.BLOCK * faults.count(dropped)  # nothing twice but what a reset loses
+        assert server.sent <= 300_000 + fetching.BLOCK * faults.count(
+            dropped
+        )  # nothing is sent twice except what a reset loses
 
 
-def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
+def test_permanent_errors_name_the_address(server, tmp_path):
     path, target = "400/train/part_0.tar.gz", tmp_path / "a.tar.gz"
     for content, faults, error, words in (
         (b"", [], AbsentError, "the server answers 403 Forbidden"),
@@ -81,14 +83,14 @@ def test_what_does_not_pass_is_final_and_names_the_address(server, tmp_path):
             left.unlink()
 
 
-def test_tries_that_bring_something_do_not_count_as_vain(server, tmp_path, monkeypatch):
+def test_attempts_with_progress_do_not_count(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "PROGRESS_BYTES", 40_000)
     path = "400/train/part_0.tar.gz"
     server.files[path], server.faults[path] = noise(1_000_000), [short] * 24
     fetch_file(f"{server.base}/{path}", tmp_path / "a", find_fault=lambda path: "")
     assert (tmp_path / "a").read_bytes() == server.files[path]
     assert server.sent == 1_000_000
-    # A server that drops and cannot resume brings the same again and again.
+    # A server that drops connections and cannot resume sends the same bytes every time.
     server.faults[path] = [lambda h, c: (h.head(200, len(c)), h.body(c[:100_000]))] * 99
     server.asked.clear()
     with pytest.raises(UserError, match="gave up after 8 attempts without progress"):
@@ -97,7 +99,7 @@ def test_tries_that_bring_something_do_not_count_as_vain(server, tmp_path, monke
     assert {span for _, span in server.asked} == {None}
 
 
-def test_an_unreachable_server_and_a_stop_while_waiting(tmp_path, monkeypatch):
+def test_an_unreachable_server_and_a_stop_during_a_pause(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/a"

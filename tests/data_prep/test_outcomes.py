@@ -1,4 +1,4 @@
-"""The account: every listed video ends in exactly one word, and the files of a data set say so."""
+"""Outcomes: every listed video ends up in exactly one group, and the files of a data set record that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from video_swinv2.data.manifest import read_manifest
 from video_swinv2.errors import UserError
 
 
-def test_every_reason_is_accounted_for_once() -> None:
+def test_every_reason_is_counted_once() -> None:
     failed = {reason: place + 1 for place, reason in enumerate(REASONS)}
     total = sum(failed.values()) + 10 + 3 + 4
     ends = outcome_counts(VideoCounts(listed=total, ok=10, pending=3, failed=failed, excluded={"duplicate": 4}))
@@ -29,12 +29,12 @@ def test_every_reason_is_accounted_for_once() -> None:
     }
 
 
-def test_an_account_that_does_not_add_up_is_refused() -> None:
+def test_counts_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(UserError, match="5 videos are listed, but the state counts 3 ok, 0 missing, 1 broken"):
         outcome_counts(VideoCounts(listed=5, ok=3, pending=0, failed={"crashed": 1}, excluded={}))
 
 
-def test_the_data_set_keeps_the_account_and_is_read_with_it(tmp_path: Path) -> None:
+def test_the_data_set_records_the_counts(tmp_path: Path) -> None:
     ok = [PreparedVideo("videos/a.mp4", "run", "1" * 64), PreparedVideo("videos/b.mp4", "walk", "2" * 64)]
     failed = [
         FailedVideo(f"{n}.mp4", reason, "") for n, reason in enumerate(("missing", "missing", "timeout", "too_short"))
@@ -55,7 +55,7 @@ def test_the_data_set_keeps_the_account_and_is_read_with_it(tmp_path: Path) -> N
     manifest = read_manifest(tmp_path, "test")
     assert (manifest.failed_in_preparation, manifest.fingerprint) == (4, test["fingerprint"])
     assert [entry.label for entry in manifest.entries] == [0, 1]
-    # What the test material is does not depend on what was lost or listed beside it, only on what is there, in order.
+    # The fingerprint depends only on the videos that are there and their order, not on what was lost or listed besides.
     again = write([], ok)
     assert not (tmp_path / "extra.csv").exists()
     assert again["extra"] == 0

@@ -1,4 +1,4 @@
-"""Pictures to encode: the colours that swscale's slow exact path gives, upright."""
+"""Pictures to encode: the same colours as the slow, exact path of swscale, and upright."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from video_swinv2.data.display import Orientation
 
 
 def frame_of(kind: str, colours: int, spread: int, seed: int = 0) -> av.VideoFrame:
-    """Smooth colours, as pictures have them, in a frame of 96 x 128 that says which matrix it was made by."""
+    """A frame of 96 x 128 with smooth colours, as in photographs, tagged with its colour matrix."""
     coarse = np.random.default_rng(seed).normal(128, spread, (6, 8, 3)).clip(0, 255).astype(np.uint8)
     rgb = av.VideoFrame.from_ndarray(coarse, format="rgb24")
     return VideoReformatter().reformat(
@@ -40,7 +40,7 @@ def test_bt709_becomes_bt601(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["yuv420p", "yuv444p", "yuvj420p", "rgb24"])
 @pytest.mark.parametrize("turn", [Orientation(transpose=True, flip_y=True), Orientation(flip_x=True, flip_y=True)])
-def test_turned_pictures_stand_upright(kind: str, turn: Orientation) -> None:
+def test_rotated_pictures_are_upright(kind: str, turn: Orientation) -> None:
     rgb = np.zeros((96, 128, 3), np.uint8)
     rgb[:48, :64, 0], rgb[48:, 64:, 2] = 250, 250
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=kind)

@@ -1,4 +1,4 @@
-"""PreflightReport: the sample is really made and leaves nothing; what stands in the way is said with its mend."""
+"""Preflight: the sample is really prepared and leaves nothing behind; every problem comes with its fix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tasks(tmp_path: Path, write_video: Writer) -> list[TranscodeJob]:
-    """Five videos, of which one is broken and one not there."""
+    """Five videos, of which one is broken and one is missing."""
     frames = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     made = [write_video(tmp_path / "raw" / f"{n}.mp4", frames) for n in range(3)]
     (tmp_path / "raw" / "3.mp4").write_bytes(b"<html>")
@@ -42,7 +42,7 @@ def tasks(tmp_path: Path, write_video: Writer) -> list[TranscodeJob]:
     ]
 
 
-def test_a_sample_is_made_and_leaves_nothing(tasks: list[TranscodeJob], tmp_path: Path) -> None:
+def test_a_sample_is_prepared_and_leaves_nothing_behind(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     folder = tmp_path / "out" / ".preflight"
     folder.mkdir(parents=True)
     (folder / "of a killed run.mp4").write_bytes(b"half")
@@ -69,7 +69,7 @@ def test_a_sample_is_made_and_leaves_nothing(tasks: list[TranscodeJob], tmp_path
     assert "free" in text[2]
 
 
-def test_without_a_sample_only_the_machine_is_looked_at(tmp_path: Path) -> None:
+def test_without_a_sample_only_the_machine_is_checked(tmp_path: Path) -> None:
     (tmp_path / ".preflight").mkdir()
     with Pool(1, initial_limit_seconds) as crew:
         found = run_preflight(crew, [], pending=7, workers=1, folder=tmp_path / ".preflight")
@@ -79,14 +79,14 @@ def test_without_a_sample_only_the_machine_is_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pending", "asked", "size"),
+    ("pending", "requested", "size"),
     [(300_000, False, 20), (300_000, True, 20), (7, True, 7), (49, False, 0), (500, False, 10)],
 )
-def test_a_sample_nobody_asked_for_costs_little(pending: int, asked: bool, size: int) -> None:
-    assert sample_size(pending, requested=asked) == size
+def test_an_unrequested_sample_is_small(pending: int, requested: bool, size: int) -> None:
+    assert sample_size(pending, requested=requested) == size
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[TranscodeJob], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_line(tasks: list[TranscodeJob], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with (
         Pool(1, initial_limit_seconds) as crew,
@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tasks: list[TranscodeJob], tmp
         run_preflight(crew, tasks, pending=5, workers=1, folder=tmp_path / "file" / "x")
 
 
-def test_a_disk_too_small_is_a_problem_with_its_mend(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     assert _check_disk(tmp_path, 1e3, 10**9, 5) == []
     (problem,) = _check_disk(tmp_path, 4.4e11, 3 * 10**11, 5)
     assert problem == (
@@ -106,14 +106,14 @@ def test_a_disk_too_small_is_a_problem_with_its_mend(tmp_path: Path) -> None:
         assert "more files, 1000000000000 are needed" in _check_disk(tmp_path, 1e3, 10**9, 10**12)[0]
 
 
-def test_too_little_memory_says_how_many_workers_fit() -> None:
+def test_too_little_memory_suggests_the_number_of_workers() -> None:
     assert _check_memory(2**28, 8, 2**31) == []
     assert _check_memory(2**40, 8, None) == []
     (problem,) = _check_memory(10**9, 64, 10 * 10**9)
     assert problem == ("a worker took 1 GB of memory, 64 of them take 64 GB, 10 GB are available; use --workers 10")
 
 
-def test_too_few_open_files_say_what_to_run() -> None:
+def test_too_few_open_files_suggest_a_command() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
@@ -123,7 +123,7 @@ def test_too_few_open_files_say_what_to_run() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_pool_needs_no_more_open_files_than_it_is_given() -> None:
+def test_a_pool_needs_no_more_open_files_than_estimated() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with Pool(4, lambda job: 60.0) as crew:
         for future in [crew.submit(count_of, n) for n in range(8)]:
@@ -133,7 +133,7 @@ def test_a_pool_needs_no_more_open_files_than_it_is_given() -> None:
 
 
 def count_of(number: int, allow: object) -> int:
-    """Work of the test above."""
+    """The work of the test above."""
     return number
 
 
@@ -141,14 +141,14 @@ def test_this_machine_can_encode() -> None:
     assert _check_encoder() == []
 
 
-def test_the_doubt_of_a_sample() -> None:
+def test_the_range_of_an_estimate() -> None:
     assert _mean_range([2.0]) == (2.0, 2.0)
     assert _mean_range([2.0, 2.0, 2.0]) == (2.0, 2.0)
     low, high = _mean_range([1.0, 3.0])
     assert (low, high) == (0.0, 4.0)
 
 
-def test_problems_are_said_last() -> None:
+def test_problems_come_last() -> None:
     trial = SampleResult(2.0, 10**6, "", "", 10**8)
     found = PreflightReport(360_000, 4, (trial,), (50.0, 50.0), (3.6e11, 4e11), 10**12, ("one", "two"))
     lines = found.as_text().splitlines()

@@ -1,4 +1,4 @@
-"""Preparation: what comes out is right and checked, whatever went in, and however often the run was killed."""
+"""Preparation: the result is right and checked, whatever the input, and however often the run was killed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows_of(out: Path) -> dict[str, dict[str, object]]:
         ((1, 1), 320, (2, 2)),
     ],
 )
-def test_target_size_is_even_and_never_larger(
+def test_output_size_is_even_and_never_larger(
     shown: tuple[int, int], short_side: int, expected: tuple[int, int]
 ) -> None:
     assert output_size(shown, short_side) == expected
@@ -121,7 +121,7 @@ def test_frames_and_times_survive(outside_data: Path, tmp_path: Path) -> None:
             picks = np.linspace(0, len(raw) - 1, 4).astype(int).tolist()
             before, after = (reader.frames(picks, 96).float() for reader in (raw, made))
             assert before.shape == after.shape
-            # Turned pictures are upright, and BT.709 and full range were converted, not merely relabelled.
+            # Rotated pictures are upright; BT.709 and full range were converted, not merely relabelled.
             assert (before - after).abs().mean() < 9, name
             assert (before.mean((0, 2, 3)) - after.mean((0, 2, 3))).abs().max() < 4, name
 
@@ -182,7 +182,7 @@ def test_kinetics_annotations(write_video: Writer, tmp_path: Path) -> None:
     assert failures(tmp_path / "out") == {"bbbbbbbbbbb_000000_000010.mp4": ("missing", "no such file")}
 
 
-def test_a_label_out_of_the_class_list_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_label_outside_the_class_list_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classes.txt").write_text("walking\nrunning\n")
     (tmp_path / "train.csv").write_text("path,label\na.mp4,runing\n")
     assert run(tmp_path, tmp_path.parent / f"{tmp_path.name}_out") == 2
@@ -220,7 +220,7 @@ def test_finished_work_is_kept_and_changes_are_noticed(
     write_video(source / "a" / "1.mp4", noise(count=9))  # a new source
     (out / "videos/train/a/2.mp4").unlink()  # a lost output
     (source / "b" / "3.mp4").unlink()  # no longer listed
-    write_video(source / "b" / "4.mp4", noise())  # a mended source
+    write_video(source / "b" / "4.mp4", noise())  # a repaired source
     capsys.readouterr()
     assert run(source, out, *common) == 0
     told = capsys.readouterr().out
@@ -246,7 +246,7 @@ def test_kill_minus_nine_and_resume(write_video: Writer, tmp_path: Path) -> None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)  # the kernel ends the workers
+    time.sleep(0.3)  # the kernel kills the workers
     before = rows_of(out)
     done = {name for name, row in before.items() if row["status"] == "ok"}
     assert 2 <= len(done) < 12
@@ -261,13 +261,13 @@ def test_kill_minus_nine_and_resume(write_video: Writer, tmp_path: Path) -> None
     assert len(read_manifest(out, "train").entries) == 12
 
 
-def test_killed_many_times_it_comes_to_the_same(write_video: Writer, tmp_path: Path) -> None:
+def test_killed_many_times_the_result_is_the_same(write_video: Writer, tmp_path: Path) -> None:
     source = tmp_path / "raw"
     for number in range(10):
         write_video(source / "a" / f"{number}.mp4", noise(count=40, height=160, width=208, seed=number))
     (source / "a" / "broken.mp4").write_bytes(b"junk")
     command = [sys.executable, "-m", "tests.data_prep.kill", str(source), str(tmp_path), "--kills", "4"]
-    # Many of so few clips are begun twice; how much is allowed for is measured on more (see kill.py).
+    # With so few videos many are started twice; the real overhead is measured on more (see kill.py).
     done = subprocess.run([*command, "--excess", "3", "--workers", "2"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same in every file and row" in done.stdout
@@ -283,7 +283,7 @@ def finished(out: Path) -> int:
         return 0
 
 
-def test_ctrl_c_stops_at_once_and_says_how_to_go_on(write_video: Writer, tmp_path: Path) -> None:
+def test_ctrl_c_stops_at_once_and_says_how_to_resume(write_video: Writer, tmp_path: Path) -> None:
     source, out = tmp_path / "raw", tmp_path / "out"
     original = write_video(source / "a" / "0.mp4", noise(count=300, height=240, width=320))
     for number in range(1, 9):
@@ -342,7 +342,7 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
     assert run(tmp_path / "nowhere", tmp_path / "out") == 2
 
 
-def test_split_takes_a_share_of_each_class_and_prepare_keeps_it(
+def test_split_takes_a_share_of_each_class_and_prepare_keeps_the_choice(
     write_video: Writer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "raw", tmp_path / "out"
@@ -383,7 +383,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"example: python -m data_prep {verb}" in capsys.readouterr().out
 
 
-def test_the_prepared_video_is_free_of_sound(tmp_path: Path, outside_data: Path) -> None:
+def test_prepared_videos_have_no_sound(tmp_path: Path, outside_data: Path) -> None:
     source = tmp_path / "raw" / "x"
     source.mkdir(parents=True)
     (source / "b.mp4").symlink_to(outside_data / "odd_clips" / "mma2__part_0.mp4")

@@ -1,4 +1,4 @@
-"""All real clips in one run: each ends with a true word, and what is made decodes alike through every decoder."""
+"""All real videos in one run: each gets the right outcome, and the results decode alike in every decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.lists import VIDEO_SUFFIXES
 
 TOPS = ("raw_clips", "ut_interaction", "odd_clips")
-# What a decoder that reads from the start finds in it, where that is not what a video has to be.
+# Outcomes that differ from what a decoder finds when it simply reads from the start.
 EXPECTED = {"cannot open": {"not_video", "empty"}, "no frames": {"no_frames", "not_video"}}
 
 
@@ -39,7 +39,7 @@ def prepared(outside_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.mark.slow
-def test_every_file_ends_with_a_true_word(
+def test_every_file_gets_the_right_outcome(
     prepared: tuple[Path, dict[str, dict[str, object]]], outside_data: Path
 ) -> None:
     _, rows = prepared
@@ -79,7 +79,7 @@ def through_torchcodec(path: Path, indices: list[int]) -> tuple[int, np.ndarray]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("through", [through_decord, through_torchcodec])
-def test_what_is_made_decodes_alike(
+def test_prepared_videos_decode_alike(
     prepared: tuple[Path, dict[str, dict[str, object]]],
     through: Callable[[Path, list[int]], tuple[int, np.ndarray]],
 ) -> None:

@@ -1,4 +1,4 @@
-"""A preparation in shards: every clip in exactly one, and the merge equals a run in one piece."""
+"""Preparing in shards: every video is in exactly one, and the merge equals one run over everything."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_every_name_is_in_exactly_one_shard(count: int) -> None:
 
 
 def test_shards_are_stable() -> None:
-    # sha256, big-endian: another version or machine must not deal anew
+    # sha256, big-endian: another version or machine must not assign videos differently
     assert [[place for place in range(4) if WorkShard(place, 4).holds(name)] for name in "abcd"] == [[2], [2], [2], [1]]
 
 
-def test_what_a_shard_is_called() -> None:
+def test_parsing_of_the_shard_option() -> None:
     assert parse_shard("3/8") == WorkShard(3, 8)
     assert str(parse_shard("0/1")) == "0/1"
     slurm = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
@@ -62,9 +62,7 @@ def test_what_a_shard_is_called() -> None:
         parse_shard("slurm", slurm | {"SLURM_ARRAY_TASK_ID": "9"})  # a task of an array with gaps
 
 
-def test_shards_merged_equal_a_run_in_one_piece(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merged_shards_equal_a_single_run(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, out, other = (tmp_path / name for name in ("whole", "out", "other"))
     assert run(source, whole) == 0
     assert run(source, out, "--shard", "0/3") == 0
@@ -86,14 +84,14 @@ def test_shards_merged_equal_a_run_in_one_piece(
     (out / "train.csv").unlink()  # killed while it wrote the lists
     assert main(["merge", str(out), str(other)]) == 0
     assert (out / "train.csv").read_bytes() == (whole / "train.csv").read_bytes()
-    assert run(source, out, "--retry-failed") == 0  # from here on as if prepared in one piece
+    assert run(source, out, "--retry-failed") == 0  # from here on as if prepared in a single run
     assert run(source, out, "--shard", "0/3") == 1
     assert "resume without --shard" in capsys.readouterr().err
     assert main(["merge", str(whole)]) == 1
     assert "was prepared as a whole" in capsys.readouterr().err
 
 
-def test_a_shard_resumes_and_sweeps_its_own_half_files_alone(source: Path, tmp_path: Path) -> None:
+def test_a_shard_resumes_and_removes_only_its_own_partial_files(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(source, out, "--shard", "0/2") == 0
     with PreparationState(out, path=out / "shards/0-of-2.sqlite") as state:
@@ -111,7 +109,7 @@ def test_a_shard_resumes_and_sweeps_its_own_half_files_alone(source: Path, tmp_p
         assert {row["name"]: row["finished_at"] for row in state.rows()} == before
 
 
-def test_who_may_work_at_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_which_runs_may_overlap(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     (out / "shards").mkdir(parents=True)
     with (out / ".prep.lock").open("w") as file:  # as another shard does
@@ -126,13 +124,13 @@ def test_who_may_work_at_once(source: Path, tmp_path: Path, capsys: pytest.Captu
             assert run(source, out, "--shard", "1/2") == 1
             assert "another run is preparing shard 1/2" in capsys.readouterr().err
         fcntl.flock(file, fcntl.LOCK_UN)
-        fcntl.flock(file, fcntl.LOCK_EX)  # as a run in one piece does
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a run over everything does
         assert run(source, out, "--shard", "1/2") == 1
     assert run(source, out) == 1
     assert "this data set is prepared in shards; merge them first" in capsys.readouterr().err
 
 
-def test_shards_that_do_not_belong_together(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_of_different_preparations(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     assert run(source, out, "--shard", "0/2") == 0
     assert run(source, out, "--shard", "1/2", "--gop", "8") == 0

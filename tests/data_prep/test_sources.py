@@ -1,4 +1,4 @@
-"""Planning: every layout gives the videos its official lists name, no two of them one clip, nothing left unsaid."""
+"""Planning: every layout yields the videos its lists name, without duplicates or leaks, and reports omissions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def by_name(planned: PreparationPlan) -> dict[str, PlannedVideo]:
     return {wanted.name: wanted for wanted in planned.videos}
 
 
-def test_a_downloaded_folder_is_what_its_official_lists_say(tmp_path: Path) -> None:
+def test_a_downloaded_folder_follows_its_official_lists(tmp_path: Path) -> None:
     touch(tmp_path / "train" / f"{A}_000061_000071.mp4", tmp_path / "val" / f"{B}_006700_006710.mkv")
     touch(tmp_path / "val" / "not_listed0_000001_000011.mp4", tmp_path / "test" / f"{D}_000001_000011.mp4")
     lists = tmp_path / "annotations"
@@ -67,13 +67,13 @@ def test_a_downloaded_folder_is_what_its_official_lists_say(tmp_path: Path) -> N
         target=f'videos/train/quoted "hi", it\'s/{A}_000061_000071.mp4',
         origin=A,
     )
-    assert not Path(rows[f"{C}_000000_000010.mp4"].source).exists()  # a row of its own, though not there
+    assert not Path(rows[f"{C}_000000_000010.mp4"].source).exists()  # has a row, although the file is missing
     # The test split was not listed, so its files are not strays.
     assert planned.extra == ["val/not_listed0_000001_000011.mp4"]
     assert planned.notes == ["1 videos in the source are on no list; extra.csv names them"]
 
 
-def test_segments_are_cut_out_of_whole_videos_unless_trimmed_ones_are_there(tmp_path: Path) -> None:
+def test_segments_are_cut_from_whole_videos_unless_trimmed_ones_exist(tmp_path: Path) -> None:
     touch(*(tmp_path / "raw" / name for name in (f"{A}.mkv", f"deep/v_{B}.webm", f"{C}.mp4", f"{C}_000001_000011.mp4")))
     table = write(
         tmp_path / "val.csv",
@@ -107,7 +107,7 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     assert names(planned, "train") == [f"{A}_000001_000011.mp4", f"{B}_000001_000011.mp4", f"{B}_000005_000015.mp4"]
     assert names(planned, "train", excluded=True) == [f"{C}_000050_000060.mp4", f"{B}_000001_000011.mp4 (2)"]
     assert names(planned, "val") == [f"{C}_000001_000011.mp4"]
-    assert by_name(planned)[f"{C}_000001_000011.mp4"].label == "run"  # the first list's
+    assert by_name(planned)[f"{C}_000001_000011.mp4"].label == "run"  # that of the first list
     assert {w.excluded for w in planned.videos} == {"", "duplicate"}
     assert [w.position for w in planned.videos] == [0, 1, 2, 3, 4, 0, 1]
     assert len({w.target for w in planned.videos}) == 7
@@ -118,7 +118,7 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
     ]
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
     assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]
-    with PreparationState(tmp_path, create=True) as state:  # which wants names and targets to be unique
+    with PreparationState(tmp_path, create=True) as state:  # which requires unique names and targets
         state.sync_with_plan(planned.videos)
         counts = state.counts_by_split()
     assert (counts["train"].excluded, counts["val"].excluded) == ({"duplicate": 2}, {"duplicate": 1})
@@ -130,7 +130,7 @@ def test_path_lists_of_kinetics_clips_leak_nothing_either(tmp_path: Path) -> Non
     planned = plan_preparation(tmp_path, [train, val])
     assert names(planned, "train", excluded=True) == [f"a/{B}_000001_000011.mp4"]
     assert names(planned, "val") == [f"b/{B}_000050_000060.mp4"]
-    # A tree of folders is what its owner made it, unless a list is held out.
+    # The splits of a folder tree are taken as they are, unless a list is held out.
     for split, name in (("train", f"{B}_000001_000011"), ("val", f"{B}_000050_000060")):
         touch(tmp_path / "tree" / split / "run" / f"{name}.mp4")
     assert names(plan_preparation(tmp_path / "tree"), excluded=True) == []
@@ -150,14 +150,14 @@ def test_official_kinetics_lists_mix_as_counted(outside_data: Path, tmp_path: Pa
     planned = plan_preparation(tmp_path / "raw", [val400, val600, folder / "kinetics-400_test.csv"])
     assert len(planned.classes) == 632
     counts = Counter((w.split, w.excluded, bool(w.label)) for w in planned.videos)
-    # 13,566 are the same clip of the same ten seconds; three are other parts of the same video, which val may have.
+    # 13,566 are the same ten seconds of the same video; three are other segments of the same video, which val may have.
     assert counts[("val", "duplicate", True)] == 13_566
     assert counts[("val", "", True)] == 19_906 + 30_000 - 13_566
     assert counts[("test", "", False)] == 38_685
     assert {w.target for w in planned.videos if w.split == "test"} >= {"videos/test/--6bJUbfpnQ_000017_000027.mp4"}
 
 
-def test_lines_said_twice_are_merged_and_contradictions_refused(tmp_path: Path) -> None:
+def test_repeated_lines_are_merged_and_contradictions_refused(tmp_path: Path) -> None:
     lines = [HEADER, f"run,{A},1,11,val,0", f"swim,{B},1,11,val,0", f"run,{A},1,11,val,0"]
     table = write(tmp_path / "k.csv", lines)
     planned = plan_preparation(tmp_path, [table])
@@ -182,7 +182,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
     touch(tmp_path / "UCF-101" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g08_c01.avi")
     touch(tmp_path / "UCF-101" / "HandstandPushups" / "v_HandstandPushups_g01_c01.avi")
     planned = plan_preparation(tmp_path, official_split=2)
-    assert planned.classes == ["ApplyEyeMakeup", "HandstandPushups", "Biking"]  # as numbered, not as sorted
+    assert planned.classes == ["ApplyEyeMakeup", "HandstandPushups", "Biking"]  # by number, not by name
     assert [(w.split, w.name, w.label, w.origin, Path(w.source).is_file()) for w in planned.videos] == [
         ("train", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "ApplyEyeMakeup", "ApplyEyeMakeup_g08", True),
         ("train", "Biking/v_Biking_g25_c07.avi", "Biking", "Biking_g25", False),
@@ -216,7 +216,7 @@ def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
     assert names(planned, "train") == [film.format("brush_hair", 1), film.format("wave", 1)]
     assert names(planned, "test") == [film.format("brush_hair", 2), film.format("wave", 2)]
     assert {w.origin for w in planned.videos} == {"American_#1_History(X)"}
-    assert planned.extra == []  # number 0 is listed, as in neither
+    assert planned.extra == []  # number 0 is listed: it is in neither split
     for path in flat.iterdir():
         path.unlink()
     planned = plan_preparation(tmp_path)
@@ -263,11 +263,11 @@ def test_something_something_with_its_templates(tmp_path: Path, prefix: str) -> 
         ("set1_seq03_016", "pushing", ""),
     ],
 )
-def test_origins_that_names_tell(stem: str, label: str | None, origin: str) -> None:
+def test_origins_recognised_by_name(stem: str, label: str | None, origin: str) -> None:
     assert origin_of(stem, label) == origin
 
 
-def test_prepared_data_below_the_source_is_no_source(tmp_path: Path) -> None:
+def test_prepared_data_inside_the_source_is_ignored(tmp_path: Path) -> None:
     table = write(tmp_path / "val.csv", [HEADER, f"run,{A},1,11,val,0"])
     touch(tmp_path / "out" / "videos" / "val" / "run" / f"{A}_000001_000011.mp4", tmp_path / "out" / "prep.sqlite")
     planned = plan_preparation(table)
@@ -275,7 +275,7 @@ def test_prepared_data_below_the_source_is_no_source(tmp_path: Path) -> None:
     assert planned.extra == []
 
 
-def test_names_that_meet_in_one_place_are_told_apart(tmp_path: Path) -> None:
+def test_colliding_names_get_different_targets(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a?/x.mp4", "a?/x.mkv", "a?/X.avi", "A?/x.mp4", "b\\c/ ..mp4")))
     targets = [w.target for w in plan_preparation(tmp_path).videos]
     assert len({target.casefold() for target in targets}) == 5
@@ -292,7 +292,7 @@ def test_names_that_meet_in_one_place_are_told_apart(tmp_path: Path) -> None:
         (f"run,{A},1,11,val,0,1", "line 2: too many fields"),
     ],
 )
-def test_lines_that_make_no_sense_are_named(tmp_path: Path, line: str, words: str) -> None:
+def test_invalid_lines_are_named(tmp_path: Path, line: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         plan_preparation(write(tmp_path / "val.csv", [HEADER, line]))
 
@@ -317,7 +317,7 @@ def kinetics_sized(path: Path, count: int) -> Path:
     return path
 
 
-def test_planning_costs_little_a_clip(tmp_path: Path) -> None:
+def test_planning_is_cheap_per_video(tmp_path: Path) -> None:
     count = 20_000
     kinetics_sized(tmp_path / "train.csv", count)
     touch(*(tmp_path / "train" / f"{n:011d}_{n % 600:06d}_{n % 600 + 10:06d}.mp4" for n in range(500)))
@@ -332,7 +332,7 @@ def test_planning_costs_little_a_clip(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_of_kinetics_is_planned_in_seconds_and_megabytes(tmp_path: Path) -> None:
     table = kinetics_sized(tmp_path / "train.csv", 246_534)
-    # The peak of this process alone: getrusage would give the one of the process that started it, if that was more.
+    # The peak of this process alone: getrusage would also include that of the process that started it.
     code = (
         "import re, sys, time; from pathlib import Path; from data_prep.sources import plan_preparation\n"
         "planned = plan_preparation(Path(sys.argv[1])); assert len(planned.videos) == 246534\n"

@@ -1,4 +1,4 @@
-"""Setting aside a part: the share of every class, whole sources only, the same for the same seed."""
+"""The validation split: the requested share of every class, whole groups only, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from video_swinv2.errors import UsageError
 
 
 def ucf_like(classes: int = 12) -> list[GroupedVideo]:
-    """Twenty-five groups a class of four to seven videos, as in UCF101."""
+    """Twenty-five groups of four to seven videos per class, as in UCF101."""
     draw = random.Random(0)
     return [
         GroupedVideo(f"c{c}", f"c{c}_g{g}")
@@ -28,7 +28,7 @@ def ucf_like(classes: int = 12) -> list[GroupedVideo]:
 
 
 def films_of_many_classes() -> list[GroupedVideo]:
-    """Films whose scenes show several classes, as in HMDB51, beside videos of their own."""
+    """Films whose scenes show several classes, as in HMDB51, and single videos."""
     draw = random.Random(1)
     films = [GroupedVideo(f"c{draw.randrange(8)}", f"film {n}") for n in range(60) for _ in range(draw.randint(2, 9))]
     return films + [GroupedVideo(f"c{n % 8}", f"alone {n}") for n in range(200)]
@@ -51,7 +51,7 @@ def test_every_class_gives_its_share_in_whole_groups(make: object, share: float)
     assert np.mean(list(missed.values())) < 0.8
 
 
-def test_it_is_nearer_to_the_share_than_the_folds_alone() -> None:
+def test_it_is_closer_to_the_share_than_the_folds_alone() -> None:
     from sklearn.model_selection import StratifiedGroupKFold
 
     videos = ucf_like()
@@ -62,7 +62,7 @@ def test_it_is_nearer_to_the_share_than_the_folds_alone() -> None:
     assert sum(ours.values()) < 0.7 * sum(fold.values())
 
 
-def test_the_choice_depends_on_seed_and_names_alone() -> None:
+def test_the_choice_depends_only_on_seed_and_names() -> None:
     videos = films_of_many_classes()
     first = choose_validation_groups(videos, 0.2, seed=3)
     assert choose_validation_groups(videos[::-1], 0.2, seed=3) == first
@@ -101,10 +101,10 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
     rows = [(f"{label}{n}.mp4", f"film{n // 4}", "ok") for label in "ab" for n in range(40)]
     rows += [(f"a{n}.mp4", f"film{n - 100}", "failed") for n in range(100, 110)]
     out = prepared(tmp_path, rows)
-    division = split_validation(out, 0.2, seed=0)
-    assert (division.train, division.val) == (64, 16)
-    assert division.classes == {"a": (8, 8.0), "b": (8, 8.0)}
-    assert division.lines() == ["64 videos in train, 16 in val; every class is within 0.0 videos of its share"]
+    result = split_validation(out, 0.2, seed=0)
+    assert (result.train, result.val) == (64, 16)
+    assert result.classes == {"a": (8, 8.0), "b": (8, 8.0)}
+    assert result.lines() == ["64 videos in train, 16 in val; every class is within 0.0 videos of its share"]
     with PreparationState(out) as state:
         sides = {(row["origin"], row["split"]) for row in state.rows()}
     assert len(sides) == 10
@@ -120,7 +120,7 @@ def test_segments_of_one_source_go_together_failed_ones_too(tmp_path: Path) -> N
     assert len(read_manifest(out, "val").entries) == 40
 
 
-def test_shares_that_groups_do_not_allow_are_told(tmp_path: Path) -> None:
+def test_shares_that_groups_do_not_allow_are_reported(tmp_path: Path) -> None:
     rows = [(f"a{n}.mp4", f"film{n // 10}", "ok") for n in range(30)] + [(f"b{n}.mp4", "", "ok") for n in range(20)]
     lines = split_validation(prepared(tmp_path, rows), 0.2, seed=0).lines()
     assert lines == [
@@ -130,7 +130,7 @@ def test_shares_that_groups_do_not_allow_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "words"), [(1.0, "must be between"), (0.01, "less than one video or group")])
-def test_shares_that_make_no_sense(tmp_path: Path, share: float, words: str) -> None:
+def test_invalid_shares(tmp_path: Path, share: float, words: str) -> None:
     out = prepared(tmp_path, [("a1.mp4", "", "ok"), ("a2.mp4", "", "ok")])
     with pytest.raises(UsageError, match=words):
         split_validation(out, share, seed=0)

@@ -1,4 +1,4 @@
-"""The state: nothing is lost by a kill, nothing is kept that has changed, and a Kinetics-sized list costs no more."""
+"""The state: a kill loses nothing, nothing outdated is kept, and the cost per video does not grow with the list."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
-def test_what_a_listing_says_is_kept(tmp_path: Path) -> None:
+def test_planned_videos_are_stored(tmp_path: Path) -> None:
     cut = replace(listing(1)[0], start=1.5, end=11.5, origin="-_abc")
     with PreparationState(tmp_path, create=True) as state:
         assert state.sync_with_plan([cut, replace(listing(2)[1], excluded="duplicate")]) == []
@@ -67,14 +67,14 @@ def test_what_a_listing_says_is_kept(tmp_path: Path) -> None:
         ({"end": 3.0}, False),
     ],
 )
-def test_a_row_whose_source_part_or_place_changed_starts_afresh(
+def test_a_row_whose_source_segment_or_target_changed_becomes_pending(
     tmp_path: Path, change: dict[str, object], kept: bool
 ) -> None:
     first, second = listing(2)
     with PreparationState(tmp_path, create=True) as state:
         state.sync_with_plan([first, second])
         state.record_outcome(1, {"status": "ok", "sha256": "ab"})
-        gone = state.sync_with_plan([replace(first, **change), second])  # type: ignore[arg-type]  # fields of Wanted by name
+        gone = state.sync_with_plan([replace(first, **change), second])  # type: ignore[arg-type]  # fields of PlannedVideo by name
         row = by_name(state)["a/0.mp4"]
     assert gone == (["videos/train/0.mp4"] if "target" in change else [])
     assert (row["status"], row["sha256"], row["attempts"]) == (("ok", "ab", 1) if kept else ("pending", None, 1))
@@ -115,12 +115,12 @@ def test_a_listing_with_an_error_changes_nothing(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
         state.sync_with_plan([first])
         with pytest.raises(UserError, match=r"prep\.sqlite: UNIQUE"):
-            state.sync_with_plan([second, replace(second, name="c", label="x")])  # one target for two
+            state.sync_with_plan([second, replace(second, name="c", label="x")])  # two videos with one target
         assert list(by_name(state)) == [first.name]
         state.sync_with_plan([second])
 
 
-def test_rows_come_in_pages_and_may_be_written_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_in_pages_and_may_be_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PAGE_ROWS", 7)
     wanted = listing(50) + listing(30, "test")
     shuffled = random.Random(0).sample(wanted, len(wanted))
@@ -147,7 +147,7 @@ def test_a_sample_is_spread_over_the_list(tmp_path: Path) -> None:
         assert state.sample_rows(4, "ok") == []
 
 
-def test_rows_of_other_states_are_taken_over_as_they_are(tmp_path: Path) -> None:
+def test_rows_of_other_states_are_added_unchanged(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}-of-2.sqlite" for n in range(2)]
     wanted = listing(6)
     for place, path in enumerate(paths):
@@ -184,7 +184,7 @@ def test_counts_by_split_and_class(tmp_path: Path) -> None:
 
 
 def test_cost_of_a_finished_video_does_not_grow_with_the_list(tmp_path: Path) -> None:
-    """Counted in steps of SQLite's machine, which a clock does not disturb."""
+    """Counted in steps of SQLite's virtual machine, which do not depend on the clock."""
 
     def steps(count: int, action: Callable[[PreparationState], object]) -> int:
         folder = tmp_path / str(count)
@@ -264,7 +264,7 @@ with PreparationState(Path(sys.argv[1]), create=True) as state:
         assert state.counts_by_split()["train"].pending == 4999
 
 
-def test_a_commit_is_on_the_disk_when_the_call_returns(tmp_path: Path) -> None:
+def test_a_commit_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
         assert state._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
         assert state._db.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
@@ -287,7 +287,7 @@ with PreparationState(Path(sys.argv[1])) as state:
             while reader.poll() is None:
                 state.record_outcome(1 + written % 300, {"status": "ok"})
                 written += 1
-                time.sleep(0.005)  # a writer without a pause would starve the reader
+                time.sleep(0.005)  # a writer that never pauses would starve the reader
             assert reader.stdout is not None
             assert set(reader.stdout.read().split("\n")) == {"300 300", ""}
             assert reader.returncode == 0
@@ -303,7 +303,7 @@ OLD_COLUMNS = """
 """
 
 
-def test_a_state_of_the_older_form_is_brought_up_to_date(tmp_path: Path) -> None:
+def test_an_older_schema_is_migrated(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "prep.sqlite") as db:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(f"CREATE TABLE clips (id INTEGER PRIMARY KEY, {OLD_COLUMNS}, UNIQUE(listed_split, name))")
@@ -326,7 +326,7 @@ def test_a_state_of_the_older_form_is_brought_up_to_date(tmp_path: Path) -> None
     assert of[0] == of[1]
 
 
-def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_unusable_files_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "prep.sqlite"
     with pytest.raises(UsageError, match="run `prepare SRC"):
         PreparationState(tmp_path)

@@ -1,4 +1,4 @@
-"""What a preparation has come to: every number adds up, in the terminal, as JSON and on the page."""
+"""The status of a preparation: all numbers add up, in the terminal, as JSON and on the page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REASON_OF = {0: None, 1: None, 2: "missing", 3: "empty", 4: "too_short", 5: None
 
 
 def fill(out: Path, count: int = 42, *, path: Path | None = None, step: int = 1, place: int = 0) -> None:
-    """A state in which every seventh video is lost in some way, one in seven is pending and the last is excluded."""
+    """A state in which three in seven videos are lost, one in seven is pending, and the last one is excluded."""
     out.mkdir(parents=True, exist_ok=True)
     wanted = [
         PlannedVideo("val" if n % 3 else "train", n, f"{n}.mp4", LABELS[n % 3], f"/raw/{n}.mp4", f"videos/{n}.mp4",
@@ -75,7 +75,7 @@ def test_json_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(sums["reasons"].get("duplicate", 0) for sums in found["splits"].values()) == 1
     assert set(found["classes"]) == set(LABELS)
     assert found["shards"] is None
-    # The last is number 40; the five minutes before it hold those from 10 on, of which the stop leaves those from 21.
+    # The last is number 40. The five minutes before it contain those from 10 on; the pause leaves those from 21 on.
     assert found["clips_per_second"] == pytest.approx(17 / 190)
     assert found["seconds_left"] == pytest.approx(5 / (17 / 190))
 
@@ -122,7 +122,7 @@ def test_shards_are_summed_until_they_are_merged(tmp_path: Path, capsys: pytest.
     assert results[1].pop("shards") == {"begun": 3, "of": 3}
     assert results[0].pop("shards") is None
     assert results[0] == results[1]
-    fill(tmp_path / "out", 7)  # now there is a whole state: the shards' are history
+    fill(tmp_path / "out", 7)  # now there is a merged state, and those of the shards no longer count
     run(tmp_path / "out", "--json")
     assert json.loads(capsys.readouterr().out)["shards"] is None
 
@@ -141,12 +141,12 @@ def test_classes_that_lost_most_come_first() -> None:
     assert [(row.ok, row.finished, row.share) for row in rows][-1] == (0, 0, None)
 
 
-def test_durations_are_said_as_people_say_them() -> None:
+def test_durations() -> None:
     seconds = (40, 100, 3600 * 3 + 60 * 20, 3600 * 53, 59.9 * 60)
     assert [format_duration(number) for number in seconds] == ["40 s", "2 min", "3 h 20 min", "2 d 5 h", "1 h 0 min"]
 
 
-def test_curve_leaves_out_stops() -> None:
+def test_curve_cuts_out_pauses() -> None:
     moments = np.array([0.0, 1800.0, 1800.0 + 9 * 3600, 3600.0 + 9 * 3600])
     assert curve(moments[:1], np.ones(1, bool), 4) is None
     drawn = curve(np.array([0, 360, 720, 20_000, 20_360, 20_720.0]), np.array([1, 1, 0, 1, 1, 1], bool), 10)
@@ -189,7 +189,7 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
     out = tmp_path / f"x {ATTACK.replace('/', '')}"
     fill(out)
     assert run(out, "--html", tmp_path / "page.html") == 0
@@ -209,7 +209,7 @@ def test_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
     assert len([tag for tag, _ in page.tags if tag == "line"]) == 1, "one stop"
 
 
-def test_page_before_anything_is_done(tmp_path: Path) -> None:
+def test_page_before_anything_is_finished(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
         state.sync_with_plan([PlannedVideo("train", 0, "a", "", "a", "b")])
     assert run(tmp_path, "--html", tmp_path / "page.html") == 0
@@ -228,7 +228,7 @@ def test_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 @pytest.mark.parametrize("window", ["1200,900", "390,800"])
-def test_a_browser_has_nothing_to_complain_of(window: str, tmp_path: Path) -> None:
+def test_a_browser_reports_no_errors(window: str, tmp_path: Path) -> None:
     fill(tmp_path)
     run(tmp_path, "--html", tmp_path / "page.html")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]

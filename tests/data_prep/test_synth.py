@@ -1,4 +1,4 @@
-"""Made-up motions: twins are exact reversals, nothing but the order of frames tells them apart, and the order does."""
+"""Generated motions: the classes of a pair are exact reversals, and only the order of frames distinguishes them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def draw_many(label: str, count: int, level: synth.Level) -> np.ndarray:
     return np.stack([draw(clip(label, index, level)) for index in range(count)])
 
 
-def test_twins_are_the_same_draw_played_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_of_a_pair_are_the_same_clip_played_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synth, "_key", lambda seed, split, label, index: [seed, index])
     for one, other in TWINS:
         assert np.array_equal(draw(clip(one, 4)), draw(clip(other, 4))[::-1])
 
 
-def test_every_clip_is_its_own() -> None:
+def test_clips_are_all_different() -> None:
     seen = {draw(clip(label, index)).tobytes() for label in CLASSES for index in range(5)}
     assert len(seen) == 40
     assert np.array_equal(draw(clip("left", 3)), draw(clip("left", 3)))
 
 
 @pytest.mark.parametrize("level", ["easy", "hard"])
-def test_no_last_bit_moves_a_pixel(monkeypatch: pytest.MonkeyPatch, level: synth.Level) -> None:
-    """Every array on the way is moved by hundreds of last bits, far more than CPUs differ by; no pixel may change."""
+def test_rounding_differences_change_no_pixel(monkeypatch: pytest.MonkeyPatch, level: synth.Level) -> None:
+    """Perturb every intermediate array by hundreds of last bits, far more than CPUs differ by: no pixel may change."""
     clips = [clip(label, index, level) for label in CLASSES for index in range(10)]
     before = [draw(one) for one in clips]
     dither = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def test_no_last_bit_moves_a_pixel(monkeypatch: pytest.MonkeyPatch, level: synth
         assert np.array_equal(draw(one), before[number]), one
 
 
-def test_colours_are_those_of_ffmpeg() -> None:
+def test_colours_agree_with_ffmpeg() -> None:
     colours = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [90, 140, 200]], np.uint8)
     frames = np.ascontiguousarray(np.broadcast_to(colours[:, None, None], (6, 34, 34, 3)))
     for frame, planes in zip(frames, synth.to_yuv420(frames), strict=True):
@@ -69,7 +69,7 @@ def test_colours_are_those_of_ffmpeg() -> None:
 
 
 @pytest.mark.parametrize("level", ["easy", "hard"])
-def test_no_frame_and_no_mean_of_frames_separates_twins(level: synth.Level) -> None:
+def test_neither_single_frames_nor_their_mean_separate_a_pair(level: synth.Level) -> None:
     count = 80
     truth = np.repeat([0, 1], count)
     scores = []
@@ -87,7 +87,7 @@ def test_no_frame_and_no_mean_of_frames_separates_twins(level: synth.Level) -> N
 
 
 def motion_signs(frames: np.ndarray) -> tuple[float, float, float, float]:
-    """Signs of the optical flow of the bright shape: to the right, down, clockwise about its middle, outward."""
+    """Signs of the optical flow of the bright shape: to the right, down, clockwise around its centre, outward."""
     light = frames.astype(np.float64).mean(axis=-1)
     weight = np.clip(light - 100, 0, None)
     size = light.shape[1]
@@ -105,7 +105,7 @@ def motion_signs(frames: np.ndarray) -> tuple[float, float, float, float]:
     return along_x, along_y, turning, growing
 
 
-def test_the_order_of_frames_separates_twins() -> None:
+def test_the_order_of_frames_separates_a_pair() -> None:
     expected = {"right": (0, 1), "left": (0, -1), "down": (1, 1), "up": (1, -1)}
     expected |= {"clockwise": (2, 1), "anticlockwise": (2, -1), "approaching": (3, 1), "receding": (3, -1)}
     for label, (axis, sign) in expected.items():
@@ -135,9 +135,9 @@ def test_the_data_set_does_not_depend_on_the_workers(tmp_path: Path, capsys: pyt
 
     capsys.readouterr()
     assert main(["synth", str(tmp_path / "1"), *numbers]) == 0
-    assert "made before" in capsys.readouterr().out
+    assert "already there with these settings" in capsys.readouterr().out
     assert main(["synth", str(tmp_path / "1"), *numbers, "--seed", "5"]) == 2
-    assert "holds another data set" in capsys.readouterr().err
+    assert "contains another data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_data_set_does_not_depend_on_the_workers(tmp_path: Path, capsys: pyt
         (["--size", "33"], "--size 33"),
         (["--frames", "1"], "--frames 1"),
         (["--train", "-1"], "none may be negative"),
-        (["--train", "0", "--val", "0", "--test", "0"], "one must be above 0"),
+        (["--train", "0", "--val", "0", "--test", "0"], "at least one must be positive"),
     ],
 )
 def test_impossible_numbers(

@@ -1,4 +1,4 @@
-"""One clip: cut by real frame times, paced only when asked, copied only when already as asked, always checked."""
+"""One video: cut by real frame times, resampled on request, copied if it has the prepared form, always checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = TranscodeSettings(short_side=32)
 
 
 def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """Frames with their number, up to 255, in stripes: black is 0, white 1."""
+    """Frames that show their number, up to 255, as eight binary stripes: black is 0, white is 1."""
     bits = np.arange(count)[:, None] >> np.arange(8) & 1
     return (bits * 255).astype(np.uint8)[:, None, :, None].repeat(height, 1).repeat(width // 8, 2).repeat(3, 3)
 
@@ -72,12 +72,12 @@ def times_of(path: Path) -> np.ndarray:
 UNEVEN = np.cumsum([0, *np.random.default_rng(1).uniform(0.01, 0.12, 99)]).tolist()
 
 
-@pytest.mark.parametrize("first", [0.0, 7.5])  # where the clock of the source starts does not matter
+@pytest.mark.parametrize("first", [0.0, 7.5])  # the clock of the source may start anywhere
 def test_a_segment_is_cut_by_real_frame_times(tmp_path: Path, first: float) -> None:
     source = write(tmp_path / "film.mkv", [first + when for when in UNEVEN], format="matroska")
     with VideoReader(source) as reader:
         shown = reader.times - reader.times[0]
-    start, end = float(shown[40]), float(shown[70])  # at a frame each: the first is in, the second is not
+    start, end = float(shown[40]), float(shown[70])  # each exactly at a frame: the first is included, the second is not
     outcome, made = make(source, start=start, end=end)
     assert outcome.reason == ""
     assert numbers(made) == list(range(40, 70))
@@ -89,7 +89,7 @@ def test_a_segment_is_cut_by_real_frame_times(tmp_path: Path, first: float) -> N
     assert numbers(made) == [0]
 
 
-def test_a_film_is_not_decoded_from_its_beginning(tmp_path: Path) -> None:
+def test_a_segment_is_not_decoded_from_the_beginning(tmp_path: Path) -> None:
     times = [place / 25 for place in range(120)]
     source = write(tmp_path / "film.mp4", times, options={"g": "12", "bf": "2"})
     with VideoReader(source) as reader:
@@ -99,21 +99,21 @@ def test_a_film_is_not_decoded_from_its_beginning(tmp_path: Path) -> None:
     assert numbers(made) == list(range(101, 110))
 
 
-def test_what_is_too_short(tmp_path: Path) -> None:
+def test_too_short(tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", [place / 25 for place in range(50)])
     for part in ({"start": 1.2, "end": 3.2}, {"start": 2.5, "end": 4.0}, {"start": 5.0}, {"start": 1.01, "end": 1.02}):
         outcome, _ = make(source, **part)
         assert outcome.reason == "too_short"
         assert f"segment {part['start']:g} to" in outcome.detail
         assert "the source ends at 2.00 s" in outcome.detail
-    assert make(source, start=0.9, end=3.0)[0].frames == 27  # rather more than half of it
+    assert make(source, start=0.9, end=3.0)[0].frames == 27  # a little more than half of it
     outcome, _ = make(source, TranscodeSettings(32, min_seconds=2.5))
     assert (outcome.reason, outcome.detail) == ("too_short", "2.00 s, less than 2.5")
     assert make(source, TranscodeSettings(32, min_seconds=2.0))[0].reason == ""
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["clip.mp4"]
 
 
-def test_a_constant_rate_repeats_and_passes_over_by_time(tmp_path: Path) -> None:
+def test_a_constant_rate_repeats_and_skips_frames_by_time(tmp_path: Path) -> None:
     source = write(tmp_path / "a.mp4", UNEVEN)
     with VideoReader(source) as reader:
         shown, lasts = reader.times, float(reader.times[-1]) + 1 / reader.fps
@@ -130,7 +130,7 @@ def test_a_constant_rate_repeats_and_passes_over_by_time(tmp_path: Path) -> None
     assert make(even, TranscodeSettings(32, fps=0.1))[0].frames == 1
 
 
-def test_copy_keeps_the_bytes_of_what_is_already_as_asked(tmp_path: Path) -> None:
+def test_copy_keeps_the_bytes_of_videos_in_the_prepared_form(tmp_path: Path) -> None:
     source = write(tmp_path / "raw.mp4", UNEVEN)
     _, prepared = make(source)
     again = prepared.rename(tmp_path / "prepared.mp4")
@@ -167,7 +167,7 @@ def test_copy_keeps_the_bytes_of_what_is_already_as_asked(tmp_path: Path) -> Non
         ({"options": {"bf": "2"}}, "B-frames or an edit list"),
     ],
 )
-def test_what_differs_from_the_prepared_form(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_differences_from_the_prepared_form(tmp_path: Path, change: dict[str, object], words: str) -> None:
     path = write(tmp_path / "a.mp4", [place / 25 for place in range(40)], **change)  # type: ignore[arg-type]  # any
     assert difference_from_prepared_form(path, short_side=48, gop=16) == words
 
@@ -196,7 +196,7 @@ def test_pixels_come_out_square(outside_data: Path, tmp_path: Path) -> None:
         assert (container.streams.video[0].sample_aspect_ratio or 1) == 1
 
 
-def test_sweeping_leaves_what_others_make(tmp_path: Path) -> None:
+def test_removing_partial_files_spares_those_of_others(tmp_path: Path) -> None:
     for name in (".a.mp4.0123abcd.part", ".b.mp4.0123abcd.part", ".c.mp4.part", "a.mp4", ".d.mp4.part.txt"):
         (tmp_path / name).write_bytes(b"half")
     assert remove_partial_files(tmp_path, lambda target: target.name == "a.mp4") == 1

@@ -1,4 +1,4 @@
-"""Archives that nobody vouches for: the videos come out, and whatever else one may hold stays in it."""
+"""Untrusted archives: the videos come out, and nothing else does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ noise = np.random.default_rng(0).bytes
 
 
 def packed(path: Path, *members: Member, zipped: bool = True) -> Path:
-    """A tar of members (name, content, changes to its header); content None writes the header alone."""
+    """A tar of members (name, content, changes to its header); content None writes only the header."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, content, changes in members:
@@ -88,7 +88,7 @@ def test_videos_come_out_under_their_bare_names(tmp_path, zipped):
         (("other/" + NAME, b"different", {}), "two different videos"),
     ],
 )
-def test_what_no_archive_of_videos_holds_is_refused(tmp_path, member, words):
+def test_hostile_members_are_refused(tmp_path, member, words):
     inside = tmp_path / "inside"
     archive = packed(inside / "part_0.tar.gz", (NAME, b"good", {}), member)
     with pytest.raises(UserError, match=r"part_0\.tar\.gz: ") as caught:
@@ -140,7 +140,7 @@ def _append(archive: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_cut, _flip, _spoil_second_header, _cut_between_members, _append])
-def test_damage_is_never_taken_for_the_end(tmp_path, damage: Callable[[Path], None]):
+def test_damage_is_not_mistaken_for_the_end(tmp_path, damage: Callable[[Path], None]):
     archive = packed(
         tmp_path / "part_0.tar.gz",
         ("a_000001_000011.mp4", noise(100_000), {}),
@@ -151,7 +151,7 @@ def test_damage_is_never_taken_for_the_end(tmp_path, damage: Callable[[Path], No
         unpack(archive, tmp_path / "out")
 
 
-def test_a_tar_without_a_video_and_other_files_are_refused(tmp_path):
+def test_files_without_a_video_are_refused(tmp_path):
     with pytest.raises(UserError, match="contains no video"):
         unpack(packed(tmp_path / "a.tar", ("a.txt", b"x", {})), tmp_path / "out")
     page = tmp_path / "b.tar.gz"
@@ -170,7 +170,7 @@ def test_the_sum_of_sizes_and_the_number_of_members_have_limits(tmp_path, monkey
                 unpack(archive, tmp_path / limit)
 
 
-def test_it_stops_when_told_so(tmp_path):
+def test_it_stops_on_request(tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(StopError):

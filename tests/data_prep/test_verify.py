@@ -1,4 +1,4 @@
-"""Verification: real files, really damaged; each depth finds what it should and says so."""
+"""Verification on real files with real damage: each level finds what it should and reports it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNT = 9
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, write_video: Writer) -> Path:
-    """A data set of nine videos in two classes, prepared in earnest."""
+    """A data set of nine videos in two classes, really prepared."""
     folder = tmp_path_factory.mktemp("verify")
     rng = np.random.default_rng(0)
     for n in range(COUNT):
@@ -54,7 +54,7 @@ def video(out: Path, n: int) -> Path:
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the pictures, well behind the index, and without a new time."""
+    """Flip a bit in the frames, well after the index, and restore the mtime."""
     status = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) * 3 // 4] ^= 4
@@ -63,26 +63,26 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_sound_data_set_is_sound(out: Path, level: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_data_set_passes(out: Path, level: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(out), "--level", level, "--workers", "2"]) == 0
     assert f"{COUNT} files checked ({level}), 0 bad" in capsys.readouterr().out
     assert (out / "verify.csv").read_text() == "path,level,reason,detail\n"
 
 
 def damage(out: Path, write_video: Writer) -> None:
-    """One file of every kind of damage; 7 and 8 stay sound."""
+    """One file for every kind of damage; 7 and 8 stay intact."""
     for n, keep in ((0, 0.5), (1, 0.97)):
         with video(out, n).open("r+b") as file:
             file.truncate(int(video(out, n).stat().st_size * keep))
     video(out, 2).write_bytes(b"")
     video(out, 3).unlink()
     video(out, 4).write_bytes(b"<html>not found</html>")
-    shutil.copyfile(video(out, 8), video(out, 5))  # a whole video, but of another source
+    shutil.copyfile(video(out, 8), video(out, 5))  # a complete video, but of another source
     content = np.zeros((30, 48, 48, 3), np.uint8)
     write_video(video(out, 6), content, codec="mpeg4")
 
 
-def test_header_finds_files_cut_short_empty_gone_and_foreign(out: Path, write_video: Writer) -> None:
+def test_header_finds_truncated_empty_missing_and_foreign_files(out: Path, write_video: Writer) -> None:
     damage(out, write_video)
     (out / "videos" / "train" / "a" / ".left.mp4.part").write_bytes(b"half")
     (out / "videos" / "train" / "z.mp4").write_bytes(b"extra")
@@ -104,7 +104,7 @@ def test_header_finds_files_cut_short_empty_gone_and_foreign(out: Path, write_vi
     assert next(line["detail"] for line in lines if line["reason"] == "form") == "contains video mpeg4"
 
 
-def test_a_bit_that_turned_over_is_found_by_hash_alone(out: Path) -> None:
+def test_only_hash_finds_a_flipped_bit(out: Path) -> None:
     flip_a_bit(video(out, 0))
     assert verify(out, "header", workers=1).bad == ()
     assert verify(out, "full", workers=1).bad == ()
@@ -119,12 +119,14 @@ def test_hash_finds_everything_else_too(out: Path, write_video: Writer) -> None:
 
 
 def test_full_decodes_every_frame(out: Path) -> None:
-    with video(out, 0).open("r+b") as file:  # the last pictures are wiped out, the index is whole
+    with video(out, 0).open("r+b") as file:  # the last frames are overwritten, the index is intact
         size = video(out, 0).stat().st_size
         file.seek(int(size * 0.6))
         file.write(bytes(size - int(size * 0.6)))
     shutil.copyfile(video(out, 1), video(out, 3))
-    with sqlite3.connect(out / "prep.sqlite") as db:  # written down of number 3: other frames, of 5: another length
+    with sqlite3.connect(
+        out / "prep.sqlite"
+    ) as db:  # recorded for number 3: another number of frames; for 5: another duration
         db.execute("UPDATE clips SET frames = 21 WHERE name LIKE '%3.mp4'")
         db.execute("UPDATE clips SET duration_seconds = 1.5 WHERE name LIKE '%5.mp4'")
         db.execute("UPDATE clips SET width = 66 WHERE name LIKE '%7.mp4'")
@@ -135,7 +137,7 @@ def test_full_decodes_every_frame(out: Path) -> None:
     assert next(item.detail for item in full.bad if item.reason == "duration") == "0.800 s, 1.500 s written"
 
 
-def test_without_its_state_the_fingerprint_tells(out: Path) -> None:
+def test_without_a_state_the_fingerprint_is_checked(out: Path) -> None:
     (out / "prep.sqlite").unlink()
     assert verify(out, "hash", workers=1).bad == ()
     flip_a_bit(video(out, 0))
@@ -143,7 +145,7 @@ def test_without_its_state_the_fingerprint_tells(out: Path) -> None:
     assert bad(verify(out, "hash", workers=1)) == {"train.csv": "fingerprint"}
 
 
-def test_a_list_that_was_changed_or_is_gone(out: Path) -> None:
+def test_changed_and_missing_lists(out: Path) -> None:
     lines = (out / "train.csv").read_text().splitlines(keepends=True)
     (out / "train.csv").write_text("".join(lines[:-1]))
     result = verify(out, "header", workers=1)
@@ -156,7 +158,7 @@ def test_a_list_that_was_changed_or_is_gone(out: Path) -> None:
     assert len(result.extra) == COUNT
 
 
-def test_a_run_cut_off_goes_on_and_the_next_looks_at_everything(out: Path) -> None:
+def test_an_interrupted_run_resumes_and_the_next_checks_everything(out: Path) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -179,8 +181,8 @@ module.verify(Path(sys.argv[1]), "full", workers=1)
         known = [row[0] for row in db.execute("SELECT path FROM files WHERE level = 'full' ORDER BY rowid")]
     db.close()
     assert len(known) == 4
-    (out / known[1]).write_bytes((out / known[1]).read_bytes())  # touched since: looked at again
-    assert verify(out, "header", workers=1).before == 0, "another level knows nothing"
+    (out / known[1]).write_bytes((out / known[1]).read_bytes())  # touched since: checked again
+    assert verify(out, "header", workers=1).before == 0, "another level has no findings yet"
     result = verify(out, "full", workers=1)
     assert (result.checked, result.before) == (COUNT, 3)
     assert bad(result) == {"0.mp4": "empty"}, "found before the run was cut off, and still told"
@@ -196,7 +198,7 @@ def test_json_and_exit_code(out: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["verify", str(out), "--workers", "1"]) == 1
     text = capsys.readouterr().out
     assert "videos/train/a/4.mp4: missing: listed, but there is no file" in text
-    assert "verify.csv names all 1" in text
+    assert "verify.csv lists all 1" in text
 
 
 def test_what_cannot_be_verified_is_one_line(out: Path, tmp_path: Path) -> None:
@@ -208,8 +210,8 @@ def test_what_cannot_be_verified_is_one_line(out: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_not_waited_for(out: Path) -> None:
-    """Whoever opens a pipe that nobody writes to waits for ever."""
+def test_a_named_pipe_is_not_waited_for(out: Path) -> None:
+    """Opening a pipe to which nobody writes would block forever."""
     video(out, 2).unlink()
     os.mkfifo(video(out, 2))
     video(out, 4).unlink()
@@ -217,7 +219,7 @@ def test_what_is_no_file_is_not_waited_for(out: Path) -> None:
     assert bad(verify(out, "hash", workers=1)) == {"2.mp4": "missing", "4.mp4": "missing"}
 
 
-def test_another_kind_of_picture_is_told(out: Path, tmp_path: Path) -> None:
+def test_another_pixel_format_is_reported(out: Path, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "x.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv444p"

@@ -23,10 +23,10 @@ from video_swinv2.data.lists import VIDEO_SUFFIXES
 
 
 def ffmpeg(sources: list[Path], out: Path, workers: int, short_side: int) -> None:
-    """Encode all by the program: one process, of one thread in every part, for each worker."""
+    """Encode everything with the program: one single-threaded process per worker."""
     out.mkdir()
     settings = {
-        # Frames keep their times, as ours do; by itself the program would make the rate constant.
+        # Frames keep their times, as in ours; by default the program would make the rate constant.
         "fps_mode": "passthrough",
         "filter_threads": "1",
         "vf": f"scale='if(lt(iw,ih),min({short_side},iw),-2)':'if(lt(iw,ih),-2,min({short_side},ih))'",
@@ -45,7 +45,7 @@ def ffmpeg(sources: list[Path], out: Path, workers: int, short_side: int) -> Non
 
 
 def ours(source: Path, out: Path, workers: int, short_side: int) -> None:
-    """Prepare all, the start of Python and of the workers included."""
+    """Prepare everything, including the start of Python and of the workers."""
     command = [sys.executable, "-m", "data_prep", "prepare", str(source), str(out), "--workers", str(workers)]
     subprocess.run([*command, "--short-side", str(short_side)], check=True, stdout=subprocess.DEVNULL)
 
@@ -60,7 +60,7 @@ def cost(work: Callable[..., None], *arguments: object) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Measure and print; 1 where ours is below nine tenths of the program's throughput."""
+    """Measure and print. Returns 1 if our throughput is below nine tenths of that of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
