@@ -23,7 +23,7 @@ from video_swinv2.engine.gradients import GROWTH_INTERVAL, INITIAL_SCALE, LossSc
 from video_swinv2.engine.offload import MappedFolder
 from video_swinv2.errors import UsageError, UserError
 
-WORKER = Path(__file__).with_name("engine_modes_engine_worker.py")
+WORKER = Path(__file__).with_name("engine_modes_worker.py")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from video_swinv2.engine.optimizer import parameter_groups
 from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import read_checkpoint
 
-WORKER = Path(__file__).with_name("foreign_engine_worker.py")
+WORKER = Path(__file__).with_name("foreign_worker.py")
 
 
 @pytest.fixture(scope="module")
