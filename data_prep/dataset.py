@@ -73,8 +73,9 @@ def write_dataset(
     write_text(out / "failed.csv", _csv_text(("path", "reason", "detail"), failed))
     if extra:
         write_text(out / "extra.csv", _csv_text(("path",), [(path,) for path in extra]))
-    else:
+    else:  # left by an earlier run
         (out / "extra.csv").unlink(missing_ok=True)
+    # Computed from paths, labels and hashes only: the same videos have the same fingerprint on every machine.
     fingerprints = "\n".join(f"{split} {count['fingerprint']}" for split, count in counts.items())
     record["fingerprint"] = hashlib.sha256(fingerprints.encode()).hexdigest()
     record |= {"splits": counts, "extra": len(extra), "settings": dict(settings), "versions": versions()}

@@ -142,9 +142,11 @@ class _Download:
         """Download all of it. Raises as `download`."""
         for leftover in self.to.glob(f"{EXTRACTION_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        # All lists before all archives: what is wrong with a list shows at once, not after hours of downloading.
         archives = [archive for split in splits for archive in self._listed(split)]
         self._work([archive for archive in archives if not self._done(archive)], len(archives), workers)
         if self.dataset.replacement:
+            # Replacements are made once per split, over all of its videos; a split with a failed archive has to wait.
             broken = {archive.split for archive in archives if archive.key in self.failures}
             with self._count_failure(self.dataset.replacement):
                 self._replace([split for split in splits if split not in broken])
@@ -187,12 +189,14 @@ class _Download:
             waiting = {pool.submit(self._one, archive): archive for archive in archives}
             try:
                 while waiting:
+                    # The timeout keeps the number of bytes in the progress line current.
                     ended, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                     for future in ended:
                         with self._count_failure(waiting.pop(future).key):
                             future.result()
                     progress.advance(len(ended), note=f"{self.bytes_moved / 1e9:.2f} GB fetched")
             except BaseException:
+                # The workers notice at the next block; leaving the pool waits for them.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -218,6 +222,7 @@ class _Download:
         home = self.to / archive.split
         with self._unpacked(archive.key) as (extracted, names, facts), self.moving_lock, as_disk_error(home):
             home.mkdir(exist_ok=True)
+            # If a run is killed here, the next one extracts the archive again and moves the same files once more.
             conflicts = [name for name in names if not _move_unless_different(extracted / name, home / name)]
             sync_to_disk(home)
         self.ledger.update(archive.key, **facts, conflicts=conflicts)
@@ -237,6 +242,7 @@ class _Download:
             self.ledger.update(key, **facts)
             for split in todo:
                 home, listed = self.to / split, cvdf.listed_clips(self._list(split), split)
+                # One archive holds the replacements of all splits; the lists and existing files show which belong here.
                 chosen = [name for name in names if Path(name).stem in listed or (home / name).exists()]
                 with as_disk_error(home):
                     for name in chosen:

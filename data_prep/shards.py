@@ -95,6 +95,7 @@ def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
 def lock_datasets(folders: Sequence[Path]) -> Iterator[None]:
     """Reserve several data sets as wholes. Raises UserError if one is being prepared."""
     with contextlib.ExitStack() as stack:
+        # dict.fromkeys: a folder named twice would find its own lock taken.
         for folder in dict.fromkeys(folders):
             busy = f"{folder}: is being prepared; wait for that run or stop it"
             stack.enter_context(lock_file(folder / LOCK_NAME, busy))

@@ -85,6 +85,7 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
     """Every layout other than the official ones."""
     sources = split_sources(source, annotations)
     root = root_folder(source)
+    # Folders of classes need no tree: they are their own list.
     tree = VideoTree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
     videos: list[SourceVideo] = []
     for split, paths in sources.items():
@@ -112,6 +113,8 @@ def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVid
         if earlier is video:
             kept.append((video, video.name))
             continue
+        # Kinetics lists of different versions share videos, so a repetition between two lists is normal: the later one
+        # gets a row of its own, which will be excluded.
         same_list = _list_of(video) == _list_of(earlier)
         same = video[:4] == earlier[:4] and (video.start, video.end) == (earlier.start, earlier.end)
         if not same and (same_list or not video.youtube_id):
@@ -139,7 +142,7 @@ def _held_out_ids(
         for video, _ in videos:
             if video.youtube_id:
                 by_split.setdefault(video.split, set()).add(video.youtube_id)
-    by_split.pop("train", None)
+    by_split.pop("train", None)  # what is left is val and test, which train must not contain
     both = by_split.get("val", set()) & by_split.get("test", set())
     notes = [f"{len(both)} YouTube videos are in both val and test, and are kept in both"] if both else []
     return set().union(*by_split.values(), *map(_youtube_ids, held_out)), notes
@@ -169,6 +172,7 @@ def _unlisted(listing: SourceListing) -> list[str]:
     prefix = f"{listing.root}/"
     used = {os.path.normpath(video.path).removeprefix(prefix) for video in listing.videos} | listing.unused
     others = set(SPLITS) - {video.split for video in listing.videos}
+    # Names that are not UTF-8 are escaped, so that extra.csv can be written.
     return [
         name.encode(errors="backslashreplace").decode()
         for name in listing.tree.videos
@@ -229,6 +233,7 @@ def _assign_targets(
 def _folder_names(names: Iterable[str]) -> dict[str, str]:
     """A folder name for each class: the class name itself, wherever a file system allows it."""
     safe = {name: _safe(name) for name in names}
+    # casefold: "Run" and "run" are one folder on file systems that ignore case.
     taken = Counter(folder.casefold() for folder in safe.values())
     return {
         name: folder if taken[folder.casefold()] == 1 else _with_hash(folder, name) for name, folder in safe.items()
@@ -242,6 +247,7 @@ def _file_names(names: Sequence[str], homes: Sequence[str], excluded: Sequence[b
     """
     stems = [_safe(os.path.splitext(os.path.basename(name))[0]) for name in names]
     keys = [(home, stem.casefold()) for home, stem in zip(homes, stems, strict=True)]
+    # Excluded videos are never written, so they must not push a prepared one off its own name.
     taken = Counter(key for key, is_excluded in zip(keys, excluded, strict=True) if not is_excluded)
     return [
         stem if taken[key] == 1 and not is_excluded else _with_hash(stem, name)

@@ -98,10 +98,12 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
     empty = other = total = count = 0
     try:
         with _opened(archive) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
+            # Streamed: members are checked and written one by one, in the order of the archive.
             for member in tar:
                 count, total = count + 1, total + member.size
                 _check_member(member, count, total)
                 name = PurePosixPath(member.name).name
+                # Hidden files: macOS adds "._NAME.mp4" with metadata for every NAME.mp4.
                 video = not name.startswith(".") and PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
                 if member.isdir() or not video:
                     other += member.isreg()
@@ -144,6 +146,8 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
 def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
     """Raises _RefusedError. `count` and `total` (bytes) include this member."""
     path = PurePosixPath(member.name)
+    # Only the last part of the name is used, so such a member would be harmless here; but nobody who publishes videos
+    # needs one, so it means that the archive is not what it should be.
     if path.is_absolute() or ".." in path.parts:
         raise _RefusedError(f"member {member.name!r} leads outside the folder")
     if not (member.isreg() or member.isdir()) or member.issparse():

@@ -132,6 +132,8 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
     if record is None:
         raise UsageError(f"{out}: no dataset.json, so this is not a prepared data set; run `prepare SRC {out}` first")
     rows, bad_lists = _listed(out, record)
+    # Without prep.sqlite (a data set that was copied without it) sizes, frames and hashes of single files are unknown.
+    # Form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
     expected = _expected(out)
     checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
     found: dict[str, Finding] = {}
@@ -148,12 +150,13 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
             check_file, todo, workers=workers, seconds_for=_time_limit_seconds, memory_gib=WORKER_MEMORY_GIB
         )
         for check, outcome in track(done, f"verify {level}", len(todo), "files"):
-            if isinstance(outcome, Lost):
+            if isinstance(outcome, Lost):  # the process hung or died on this file: that is a finding too
                 outcome = Finding(check.name, outcome.reason, outcome.detail, *_stat(check.path))
             found[check.name] = outcome
             ledger.write(outcome)
         ledger.end()
-    bad = [found[name] for _, name, _ in rows if found[name].reason]
+    bad = [found[name] for _, name, _ in rows if found[name].reason]  # in list order, not in the order of completion
+    # Only if nothing else is wrong: a missing file or a changed list changes the fingerprint as well.
     if level == "hash" and not bad and not bad_lists:
         bad_lists = _wrong_fingerprints(rows, found, record)
     verified = VerifyResult(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
@@ -184,7 +187,7 @@ def check_file(check: FileCheck, allow: Allow) -> Finding:
         if check.level == "full":
             _check_frames(check.path, check.expected, allow)
         if check.level == "hash":
-            digest = sha256(check.path)
+            digest = sha256(check.path)  # recorded even if nothing is expected: the fingerprint is computed from it
             if check.expected.sha256 not in (None, digest):
                 raise MismatchError("hash", f"sha256 is {digest[:12]}..., {check.expected.sha256[:12]}... was written")
     except MismatchError as error:
@@ -207,6 +210,7 @@ def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MismatchError("not_video", getattr(error, "strerror", None) or str(error)) from error
     with container:
+        # Exactly one stream, so no sound and no subtitles.
         kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
         if kinds != ["video h264"]:
             raise MismatchError("form", f"contains {', '.join(kinds) or 'no stream'}")
@@ -230,6 +234,7 @@ def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
     """Decode every frame. Raises MismatchError, DecodeError."""
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
+        # The duration is known now, so the job can be given a time limit that fits.
         allow(encode_limit_seconds(duration, reader.size[0] * reader.size[1]))
         decoded = sum(1 for _ in reader.sequence())
         if decoded != len(reader):
@@ -292,6 +297,7 @@ class VerifyLedger:
 
     def write(self, found: Finding) -> None:
         """Record a finding."""
+        # One transaction spans all findings of a second: a commit per file would cost more than checking its header.
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         row = (found.name, self._level, found.reason, found.detail, found.size, found.mtime_ns, found.sha256)
@@ -318,6 +324,7 @@ def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str
         except (OSError, ValueError, KeyError, csv.Error) as error:
             bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
+        # A changed list is reported, and the files it names now are still checked.
         if known.get("list_sha256") not in (None, hashlib.sha256(data).hexdigest()):
             bad.append(Finding(path.name, "list", "was changed since the preparation"))
     return rows, bad
