@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -24,10 +25,10 @@ def main(how: str, folder: str) -> None:
     state = TrainingState(tensors, dict(tensors), dict(tensors), optimizer_step=2)
     checkpoints = Checkpoints(Path(folder))
     if how == "hang":
-        # The disk stops answering when the first file is to be forced onto it.
-        checkpoint.sync = lambda path: time.sleep(600)
-        checkpoints.save(state, {}, step=2)
-        checkpoints.wait()
+        # The disk stops answering when the first file is to be synced. patch.object, because it refuses unknown names.
+        with patch.object(checkpoint, "sync_to_disk", lambda path: time.sleep(600)):
+            checkpoints.save(state, {}, step=2)
+            checkpoints.wait()
     else:
         # No file may grow past 100 kB: writing fails as it does on a full disk, with an OSError and not a signal.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -154,10 +154,8 @@ def train(
 def keep(folder: Path, name: str, state: TrainingState | None, records: list[dict[str, Any]]) -> None:
     """Write a case's outcome for `harness.read_outcome`; only rank 0 has the tensors."""
     if state is not None:
-        tensors = {f"weights/{key}": value for key, value in state.weights.items()}
-        tensors |= {f"exp_avg/{key}": value for key, value in state.exp_avg.items()}
-        tensors |= {f"exp_avg_sq/{key}": value for key, value in state.exp_avg_sq.items()}
-        tensors |= {f"ema/{key}": value for key, value in state.ema.items()}
+        kinds = ("weights", "exp_avg", "exp_avg_sq", "ema")
+        tensors = {f"{kind}/{key}": value for kind in kinds for key, value in getattr(state, kind).items()}
         save_file(tensors, folder / f"{name}.safetensors")
         note = {"steps": state.optimizer_step, "records": records, "loss_scale": state.loss_scale}
         (folder / f"{name}.json").write_text(json.dumps(note))
