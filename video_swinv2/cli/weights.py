@@ -54,12 +54,12 @@ def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from video_swinv2.weights.convert import convert
-    from video_swinv2.weights.pretrained import Sizes
+    from video_swinv2.weights.pretrained import RequestedSizes
 
     account = convert(
         options.checkpoint,
         options.out,
-        Sizes(options.frames, options.image_size, options.patch_size, options.window),
+        RequestedSizes(options.frames, options.image_size, options.patch_size, options.window),
         name=options.model,
         cpb_norm=options.cpb_norm,
         classes=options.classes,
