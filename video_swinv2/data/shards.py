@@ -1,7 +1,7 @@
 """Images in tar shards of the WebDataset layout, read at random: members KEY.jpg and KEY.cls or KEY.json, side by side.
 
 The `webdataset` library reads shards as streams, and its companion for random access, `wids`, needs an index made by
-its own tool beforehand and is no longer part of the package (1.0). Here a sample is a function of its address, so the
+its own tool beforehand and is not in the wheel of 1.0. Here a sample is a function of its address, so the
 offset of every image is listed once (`index.py`) and read directly. Which members belong together is decided by the
 library's own `group_by_keys`, and which shards a pattern `{000..146}` stands for by `braceexpand`, which it uses too.
 """
