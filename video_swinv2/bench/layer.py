@@ -70,8 +70,9 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `bench_layer` as a table."""
     cells = []
     for row in rows:
-        figures = [row["not_run"], ""]
-        if "seconds" in row:
+        if "not_run" in row:
+            figures = [f"not run: {row['not_run']}", ""]
+        else:
             figures = [f"{row['seconds']:.3f}", f"{row['peak_bytes'] / 2**20:.0f}"]
         what = "forward and backward" if row["gradients"] else "forward"
         cells.append([", ".join(map(str, row["window"])), str(row["pixels"]), row["backend"], what, *figures])
