@@ -333,9 +333,9 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
         ((tmp_path / "out", "--max-fail-rate", 5), "--max-fail-rate 5.0"),
         ((tmp_path / "out", "--fps", 0), "--fps 0"),
         ((tmp_path / "out", "--min-seconds", -1), "--min-seconds -1"),
-        ((tmp_path / "out", "--retry-failed", "bored"), "--retry-failed bored: is no reason; known are missing"),
+        ((tmp_path / "out", "--retry-failed", "bored"), "--retry-failed bored: unknown reason; must be one of missing"),
         ((tmp_path / "out", "--shard", "8/8"), "--shard 8/8: must be i/n"),
-        ((tmp_path / "out", "--executor", "ray"), "--executor ray: is none of local, dask"),
+        ((tmp_path / "out", "--executor", "ray"), "--executor ray: must be local, dask or dask:"),
     ]:
         assert run(tmp_path / "raw", *arguments) == 2
         assert words in capsys.readouterr().err

@@ -186,7 +186,7 @@ module.verify(Path(sys.argv[1]), "full", workers=1)
     result = verify(out, "full", workers=1)
     assert (result.checked, result.before) == (COUNT, 3)
     assert bad(result) == {"0.mp4": "empty"}, "found before the run was cut off, and still told"
-    assert verify(out, "full", workers=1).before == 0, "a run that ended leaves nothing to go on from"
+    assert verify(out, "full", workers=1).before == 0, "a run that ended leaves nothing to resume from"
 
 
 def test_json_and_exit_code(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
