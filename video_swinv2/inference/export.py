@@ -28,7 +28,7 @@ from video_swinv2.files import atomic_write
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
 from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
-from video_swinv2.weights.store import KEY, ModelCard, Preprocessing, load_model, read_card
+from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card
 
 OPSET = 23  # the first with an operator for scaled dot-product attention
 OPSETS = range(18, OPSET + 1)
@@ -161,7 +161,7 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
     )
     if program is None:
         raise UserError(f"{part}: torch.onnx.export returned no program; use .pt2")
-    program.model.metadata_props[KEY] = description
+    program.model.metadata_props[CARD_KEY] = description
     program.save(part)
     session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0])
