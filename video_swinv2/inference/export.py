@@ -148,7 +148,7 @@ def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> I
 
 def _write_pt2(exported: ExportedProgram, part: Path, description: str) -> Program:
     with part.open("wb") as file:
-        torch.export.save(exported, file, extra_files={f"{KEY}.json": description})
+        torch.export.save(exported, file, extra_files={f"{CARD_KEY}.json": description})
     with part.open("rb") as file:
         return torch.export.load(file).module()
 
