@@ -91,7 +91,7 @@ def test_sharded_timm_folder_with_class_names(tmp_path, capsys):
 
     (tmp_path / "names.txt").write_text("n5\ncrane\n")
     code, printed = run(capsys, folder, tmp_path / "other.safetensors", "--classes", tmp_path / "names.txt")
-    assert "have no one 'crane' (1 of 2 not found)" in printed.out
+    assert "do not include 'crane' (1 of 2 not found)" in printed.out
     assert vs.load_model(tmp_path / "other.safetensors").num_classes == 2
 
 
