@@ -16,7 +16,8 @@ WIDTH = 120  # columns; the same on a terminal and in a file, so that logs of tw
 
 def plan_text(plan: Plan, shortfalls: Sequence[str] = (), memory: int | None = None) -> str:
     """The plan, whether it fits into `memory` bytes, and what will not fit."""
-    lines = [*_work(plan), _rate_table(plan), _memory_table(plan), *_memory_notes(plan), *_files(plan), *_time(plan)]
+    lines = [*_work(plan), "", _rate_table(plan), "", _memory_table(plan), *_memory_notes(plan), ""]
+    lines += [*_files(plan), *_time(plan)]
     if memory is not None:
         lines.append(f"{'fits' if plan.peak <= memory else 'does not fit'} into {memory / GB:.1f} GB")
     return "\n".join([*lines, *(f"problem: {text}" for text in shortfalls)])
