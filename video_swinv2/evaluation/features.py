@@ -29,7 +29,7 @@ from video_swinv2.progress import Progress
 from video_swinv2.report.scores import read_arrays, write_arrays
 from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.pretrained import Sizes, open_model
+from video_swinv2.weights.pretrained import RequestedSizes, open_model
 from video_swinv2.weights.store import Preprocessing
 
 
@@ -69,7 +69,7 @@ def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
     or that neither the file nor `overrides` gives.
     """
     checkpoint = read_checkpoint(path)
-    model, _ = open_model(checkpoint, Sizes(overrides.frames, overrides.image_size, None, overrides.window))
+    model, _ = open_model(checkpoint, RequestedSizes(overrides.frames, overrides.image_size, None, overrides.window))
     model.reset_classifier(0)
     for block in model.blocks():
         block.attn.attention = overrides.attention or block.attn.attention
