@@ -67,8 +67,8 @@ def test_names_of_the_rows_are_given_or_the_files_own(
     ("text", "code", "words"),
     [
         ("0\n6\n", 1, "the class map has row 6, the file 6 rows"),
-        ("0\n-1\n", 2, "line 2: '-1' is no row number"),
-        ("0\nn01440764\n", 2, "line 2: 'n01440764' is no row number"),
+        ("0\n-1\n", 2, "line 2: '-1' is not a row number"),
+        ("0\nn01440764\n", 2, "line 2: 'n01440764' is not a row number"),
         ("\n", 2, "holds no row numbers"),
     ],
 )
@@ -92,4 +92,4 @@ def test_a_file_without_a_head_has_nothing_to_map(tmp_path: Path, capsys: pytest
         ours(num_classes=0), tmp_path / "a.safetensors", classes=[], preprocessing=vs.Preprocessing(None, 1, (64, 64))
     )
     assert convert(tmp_path / "a.safetensors", tmp_path / "o.safetensors", "0\n") == 1
-    assert "no classification head; leave the class map away" in capsys.readouterr().err
+    assert "no classification head; omit the class map" in capsys.readouterr().err

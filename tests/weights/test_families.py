@@ -9,7 +9,7 @@ import torch
 import video_swinv2 as vs
 from tests.weights.released import ours
 from video_swinv2.errors import UserError
-from video_swinv2.weights.families import classes_of_config, of_checkpoint, of_config, of_name
+from video_swinv2.weights.families import classes_from_json, config_from_extras, config_from_json, released_config_for
 from video_swinv2.weights.formats import norm_from_tables
 
 
@@ -27,7 +27,7 @@ from video_swinv2.weights.formats import norm_from_tables
     ],
 )
 def test_released_names(name, image_size, window, norms):
-    training = of_name(name)
+    training = released_config_for(name)
     assert training.image_size == (image_size, image_size)
     assert training.window == window
     assert training.cpb_norm == [(norm, norm) for norm in norms]
@@ -35,17 +35,17 @@ def test_released_names(name, image_size, window, norms):
 
 def test_names_that_were_never_released_are_unknown():
     for name in ("swinv2_tiny_patch4_window12_192_22k", "swinv2_tiny_22k_125k", "swinv2_small_22k_125k", "my_base"):
-        assert of_name(name) is None
+        assert released_config_for(name) is None
     for name in ("swinv2_huge_1kper10_125k", "swinv2_giant_1kper20_125k", "finetune_swinv2_large_1k_125k"):
-        assert of_name(name) is None
+        assert released_config_for(name) is None
 
 
 def test_every_swinv2_of_timm_is_in_the_table():
     names = timm.list_models("swinv2_*", exclude_filters="swinv2_cr*", pretrained=True)
     assert len(names) == 12
     for name in names:
-        assert of_name(name) == of_name(name.split(".")[0])
-        assert of_name(name).image_size == timm.get_pretrained_cfg(name).input_size[1:]
+        assert released_config_for(name) == released_config_for(name.split(".")[0])
+        assert released_config_for(name).image_size == timm.get_pretrained_cfg(name).input_size[1:]
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_tiny_window16_256", "swinv2_base_window12_192"])
@@ -53,7 +53,7 @@ def test_normalisers_are_the_windows_that_timm_builds(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     own = [tuple(stage.blocks[0].attn.window_size) for stage in model.layers]
-    assert of_name(name).cpb_norm == own
+    assert released_config_for(name).cpb_norm == own
     assert not any(stage.blocks[0].attn.pretrained_window_size[0] for stage in model.layers)
 
 
@@ -72,19 +72,21 @@ def test_damaged_tables_tell_nothing(broken):
 
 
 def test_configurations_that_say_too_little_tell_nothing():
-    assert of_config({"model_type": "swinv2", "image_size": 256}) is None
-    assert of_config({"model_type": "swinv2", "image_size": [256, 192], "window_size": 8}).cpb_norm is None
-    assert of_config({"architecture": "resnet50"}) is None
-    assert of_checkpoint({"config": {"MODEL": {"SWINV2": {"WINDOW_SIZE": "8"}}, "DATA": {"IMG_SIZE": 256}}}) is None
-    assert of_checkpoint({"arch": "swin_tiny_patch4_window7_224", "args": None}) is None
+    assert config_from_json({"model_type": "swinv2", "image_size": 256}) is None
+    assert config_from_json({"model_type": "swinv2", "image_size": [256, 192], "window_size": 8}).cpb_norm is None
+    assert config_from_json({"architecture": "resnet50"}) is None
+    assert (
+        config_from_extras({"config": {"MODEL": {"SWINV2": {"WINDOW_SIZE": "8"}}, "DATA": {"IMG_SIZE": 256}}}) is None
+    )
+    assert config_from_extras({"arch": "swin_tiny_patch4_window7_224", "args": None}) is None
 
 
 def test_class_names_of_configurations():
-    assert classes_of_config({"id2label": {"1": "b", "0": "a"}}) == ("a", "b")
-    assert classes_of_config({"label_names": ["a", "b"]}) == ("a", "b")
-    assert classes_of_config({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}) == ()
-    assert classes_of_config({"label_names": {"0": "a", "2": "c"}}) == ()
-    assert classes_of_config({"id2label": 3}) == ()
+    assert classes_from_json({"id2label": {"1": "b", "0": "a"}}) == ("a", "b")
+    assert classes_from_json({"label_names": ["a", "b"]}) == ("a", "b")
+    assert classes_from_json({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}) == ()
+    assert classes_from_json({"label_names": {"0": "a", "2": "c"}}) == ()
+    assert classes_from_json({"id2label": 3}) == ()
 
 
 def test_what_stands_in_the_file_goes_before_its_name(tmp_path):

@@ -195,7 +195,7 @@ def test_what_is_not_explained_is_refused(tmp_path, image_file):
         vs.load_weights(clip, tmp_path / "planted.pth")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         vs.load_weights(clip, tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="no such checkpoint"):
         vs.load_weights(clip, tmp_path / "absent.pth")

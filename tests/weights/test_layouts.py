@@ -229,7 +229,7 @@ def test_shards_of_a_folder(tmp_path):
     index.write_text(
         json.dumps({"weight_map": whole["weight_map"] | {"layers.9.weight": "model-00001-of-00002.safetensors"}})
     )
-    with pytest.raises(UserError, match=r"layers\.9\.weight is in the index but in no shard"):
+    with pytest.raises(UserError, match=r"layers\.9\.weight is in the index but in none of its files"):
         vs.load_weights(fresh(), folder)
     index.write_text(json.dumps(whole))
     (folder / "model-00002-of-00002.safetensors").unlink()

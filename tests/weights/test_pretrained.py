@@ -58,7 +58,7 @@ def test_sizes_of_microsofts_file_are_read_from_its_buffers(tmp_path):
 
 def test_sizes_that_nothing_tells_are_asked_for(tmp_path):
     torch.save(ours().state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UsageError, match=r"nothing in it tells image_size.*--image-size"):
+    with pytest.raises(UsageError, match=r"does not contain image_size.*--image-size"):
         vs.SwinV2.from_pretrained(tmp_path / "bare.pth")
     with pytest.raises(UsageError, match=r"nothing in it tells window"):
         vs.SwinV2.from_pretrained(tmp_path / "bare.pth", image_size=64)

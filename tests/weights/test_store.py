@@ -55,7 +55,7 @@ def test_refusals(saved, tmp_path):
     with pytest.raises(UserError, match="no architecture"):
         vs.load_model(tmp_path / "foreign.safetensors")
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         vs.load_model(tmp_path / "short.safetensors")
     (tmp_path / "blocker").write_text("a file where a folder is needed")
     with pytest.raises(UserError, match="cannot be written"):

@@ -17,7 +17,7 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import sha256
 from video_swinv2.training.tasks.base import Task
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.inflate import fill
+from video_swinv2.weights.inflate import fill_model
 
 Ancestor = dict[str, object]
 
@@ -102,7 +102,7 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     target = meta_copy(task.encoder) if partitioned else task.encoder
     values = capture_loaded_values(target) if partitioned else {}
     checkpoint = read_checkpoint(config.init)
-    account = fill(
+    account = fill_model(
         target,
         checkpoint,
         classes=task.classes,

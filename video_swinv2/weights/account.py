@@ -1,4 +1,4 @@
-"""What became of every tensor when a checkpoint was loaded. Whatever has no explanation stops the loading."""
+"""The account of a loaded checkpoint: what happened to every tensor. An unexplained tensor stops the loading."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from video_swinv2.errors import UserError
 
 @dataclass
 class Account:
-    """Key by key: the first three are tensors of the model that got values from the file."""
+    """What happened to every tensor, key by key. `loaded` and `inflated` are the model's tensors that took values."""
 
     source: str
     layout: str
     loaded: list[str] = field(default_factory=list)
     inflated: dict[str, str] = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
-    """In the file, but computed from sizes by this model: tables, indices, masks."""
+    """In the file, but computed from sizes by this model: tables, indices, masks. With the reason."""
     initialised: dict[str, str] = field(default_factory=dict)
-    """In the model, but not taken from the file, with the reason."""
+    """In the model, but not taken from the file. With the reason."""
     unused: dict[str, str] = field(default_factory=dict)
-    """In the file, but with no place in this model, with the reason."""
+    """In the file, but without a place in this model. With the reason."""
     provenance: dict[str, object] = field(default_factory=dict)
-    """What the file itself says of its weights' origin."""
+    """What the file itself records about the origin of its weights."""
     notes: list[str] = field(default_factory=list)
-    """Decisions that belong to the whole, such as where the log-CPB normaliser came from."""
+    """Decisions about the checkpoint as a whole, such as where the log-CPB normaliser came from."""
 
     def __str__(self) -> str:
-        """A few lines for people: counts, and each group of keys with its reason."""
+        """The account for people: counts, and each group of keys with its reason."""
         lines = [f"weights: {self.source} ({self.layout})", f"  loaded       {len(self.loaded):4d}"]
         for kind in ("inflated", "derived", "initialised", "unused"):
             reasons: dict[str, str] = getattr(self, kind)
@@ -39,6 +39,6 @@ class Account:
                 lines.append(f"               {reason}: {shown}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
-    def refuse(self, fault: str, mend: str) -> UserError:
-        """The error for a checkpoint that cannot be explained."""
-        return UserError(f"{self.source} ({self.layout}): {fault}; {mend}")
+    def refusal(self, fault: str, fix: str) -> UserError:
+        """The error to raise for a checkpoint that cannot be explained."""
+        return UserError(f"{self.source} ({self.layout}): {fault}; {fix}")

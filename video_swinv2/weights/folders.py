@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors are: one file, a folder as the Hub has them, or one cut into shards by an index."""
+"""Finds the files of a checkpoint: a single file, a Hub-style folder, or a folder with an index over several files."""
 
 from __future__ import annotations
 
@@ -14,48 +14,50 @@ INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
-class Source:
-    """The files of one checkpoint."""
+class CheckpointFiles:
+    """The files that make up one checkpoint."""
 
     path: Path
-    """As it was given, for messages."""
+    """As given by the user, for messages."""
     files: tuple[Path, ...]
-    shards: dict[str, str] | None = None
-    """Tensor name to file name, where an index says it."""
+    index: dict[str, str] | None = None
+    """Tensor name to file name, if the checkpoint has an index."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The config.json beside the weights, {} without."""
+    """The config.json beside the weights; {} without one."""
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called: the file's stem, or the folder's name."""
+        """The checkpoint's name: the file's stem, or the folder's name."""
         return self.path.resolve().name if self.path.is_dir() else self.path.stem
 
 
-def locate(path: Path | str) -> Source:
-    """The files behind `path`; UserError where there is none or an index names files outside of its folder."""
+def find_checkpoint_files(path: Path | str) -> CheckpointFiles:
+    """The files behind `path`; UserError if there are none, or if an index names files outside its folder."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; check the path")
     file = path
     if path.is_dir():
         present = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not present:
-            raise UserError(f"{path}: none of {', '.join(WEIGHTS)} in this folder; give the file itself")
+            raise UserError(f"{path}: this folder has none of {', '.join(WEIGHTS)}; name the checkpoint file itself")
         file = present[0]
     config = _json(file.with_name("config.json")) if file.name in WEIGHTS else {}
     if not file.name.endswith(INDEX):
-        return Source(path, (file,), None, config)
-    shards = _json(file).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{file}: no weight_map in it; download it again")
-    for name in shards.values():
+        return CheckpointFiles(path, (file,), None, config)
+    index = _json(file).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise UserError(f"{file}: has no weight_map; download it again")
+    for name in index.values():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
             raise UserError(f"{file}: names {name!r}, which is not a file of this folder; nothing was read")
-    files = tuple(file.with_name(name) for name in sorted(set(shards.values())))
-    missing = [shard.name for shard in files if not shard.is_file()]
+    files = tuple(file.with_name(name) for name in sorted(set(index.values())))
+    missing = [part.name for part in files if not part.is_file()]
     if missing:
-        raise UserError(f"{file}: {missing[0]} is not there ({len(missing)} of {len(files)} missing); download it too")
-    return Source(path, files, shards, config)
+        raise UserError(
+            f"{file}: {missing[0]} does not exist ({len(missing)} of {len(files)} missing); download it too"
+        )
+    return CheckpointFiles(path, files, index, config)
 
 
 def _json(file: Path) -> dict[str, Any]:

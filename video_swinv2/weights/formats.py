@@ -1,6 +1,6 @@
-"""A checkpoint of any known kind: its tensors under Microsoft's names, and all that is known of how they were trained.
+"""Reads a checkpoint of any known kind: tensors under Microsoft's names, and what is known about their training.
 
-Nothing of a file is executed: see `unpickle`.
+Nothing in a file is executed: see `unpickle`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from video_swinv2.errors import UserError
 from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights import families
-from video_swinv2.weights.families import Training
-from video_swinv2.weights.folders import Source, locate
+from video_swinv2.weights.families import PretrainedConfig
+from video_swinv2.weights.folders import CheckpointFiles, find_checkpoint_files
 from video_swinv2.weights.layouts import UnknownLayoutError, to_microsoft
 from video_swinv2.weights.store import ModelCard, parse_card, read_tensors
 from video_swinv2.weights.unpickle import CallRefusedError, read_inert
@@ -33,41 +33,41 @@ PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors under Microsoft's names, `encoder.` taken off; what SimMIM adds is `mask_token` and `decoder.*`."""
+    """Tensors under Microsoft's names, without `encoder.`; SimMIM adds `mask_token` and `decoder.*`."""
 
-    source: Source
+    source: CheckpointFiles
     layout: str
     tensors: dict[str, Tensor]
     derived: dict[str, Tensor]
-    """Buffers of the file that depend on its window only; kept to read the log-CPB normaliser from them."""
+    """Buffers that depend on the window only; kept because the log-CPB normaliser can be read from them."""
     dropped: dict[str, str]
-    """Parts of tensors that mean nothing, with the reason."""
+    """Parts of tensors that have no effect, with the reason."""
     card: ModelCard | None
-    training: Training | None
-    """How the weights were trained, where a configuration, the layout or the name of a released file tells."""
+    pretrained: PretrainedConfig | None
+    """How the weights were trained, if a configuration, the layout or the name of a released file says so."""
     classes: tuple[str, ...]
-    """Names of the head's rows in order; () if unknown."""
+    """Names of the head's rows, in order; () if unknown."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def cpb_norm(self) -> tuple[list[PerAxis] | None, str]:
-        """The normaliser of every stage and where it is known from; None where nothing tells it."""
+        """The normaliser of every stage and where it comes from; None if it is unknown."""
         if self.card is not None:
             return [tuple(norm) for norm in self.card.architecture["cpb_norm"]], "the file's card"  # type: ignore[attr-defined]  # plain data
         norms = norm_from_tables(self.derived)
         if norms is not None:
             return norms, "the file's coordinate tables"
-        if self.training is not None:
-            return self.training.cpb_norm, self.training.source
+        if self.pretrained is not None:
+            return self.pretrained.cpb_norm, self.pretrained.source
         return None, ""
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a file or a folder and recognise its layout by content.
+    """Read a file or folder and recognise its layout by content.
 
-    UserError for what is missing, damaged, not a SwinV2, or does not give its tensors without being run.
+    UserError for a checkpoint that is missing, damaged, not a SwinV2, or cannot be read without executing it.
     """
-    source = locate(path)
+    source = find_checkpoint_files(path)
     tensors, extras, card, notes = _read_files(source)
     try:
         named = to_microsoft(tensors)
@@ -77,15 +77,17 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if card is not None:
         layout = f"{card.architecture['name']} of this project, {'SimMIM' if layout == 'SimMIM' else 'classifier'}"
     derived = {name: t for name, t in named.tensors.items() if name.endswith(DERIVED)}
-    training = (
-        families.of_checkpoint(extras)
-        or families.of_config(source.config)
-        or families.of_layout(layout, list(tensors))
-        or families.of_name(source.name)
+    # The closer to the weights, the more it counts: what the checkpoint itself holds, the configuration beside it, what
+    # its layout implies, and last its name.
+    pretrained = (
+        families.config_from_extras(extras)
+        or families.config_from_json(source.config)
+        or families.config_from_layout(layout, list(tensors))
+        or families.released_config_for(source.name)
     )
     tables = norm_from_tables(derived)
-    if training is not None and tables is not None and tables != training.cpb_norm:
-        training = None  # what stands in the file itself is right, and the rest is of other weights
+    if pretrained is not None and tables is not None and tables != pretrained.cpb_norm:
+        pretrained = None  # the tables in the file are right, so the configuration belongs to other weights
     return Checkpoint(
         source,
         layout,
@@ -93,14 +95,14 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         derived,
         named.dropped,
         card,
-        training,
-        card.classes if card is not None else families.classes_of_config(source.config),
+        pretrained,
+        card.classes if card is not None else families.classes_from_json(source.config),
         notes,
     )
 
 
-def _read_files(source: Source) -> tuple[dict[str, Tensor], Mapping[str, Any], ModelCard | None, list[str]]:
-    """The tensors under the file's own names, what stands beside them, the card, and what is to be told."""
+def _read_files(source: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str, Any], ModelCard | None, list[str]]:
+    """The tensors under the file's own names, what else it holds, the card, and notes for the account."""
     tensors: dict[str, Tensor] = {}
     for file in source.files:
         if _is_safetensors(file):
@@ -111,14 +113,16 @@ def _read_files(source: Source) -> tuple[dict[str, Tensor], Mapping[str, Any], M
             content, card = _read_torch(file), None
         state, notes = unwrap(content, file)
         tensors |= state
-    absent = [name for name in source.shards or {} if PREFIXES.sub("", name) not in tensors]
+    absent = [name for name in source.index or {} if PREFIXES.sub("", name) not in tensors]
     if absent:
-        raise UserError(f"{source.path}: {absent[0]} is in the index but in no shard; download the folder again")
+        raise UserError(
+            f"{source.path}: {absent[0]} is in the index but in none of its files; download the folder again"
+        )
     return tensors, content if isinstance(content, Mapping) else {}, card, notes
 
 
 def _is_safetensors(file: Path) -> bool:
-    """By the brace that opens its header behind 8 bytes of length; torch's own files begin otherwise."""
+    """Recognised by the brace that opens its header after 8 bytes of length; torch's own files start differently."""
     try:
         with file.open("rb") as opened:
             start = opened.read(9)
@@ -133,17 +137,17 @@ def _read_torch(file: Path) -> object:
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(file):
             raise UserError(
-                f"{file}: neither torch's zip format nor tensors alone, and nothing else is read without running it; "
-                "save its state dict as safetensors"
+                f"{file}: is neither in torch's zip format nor made of tensors alone, and cannot be read without "
+                "executing it; save its state dict as safetensors"
             ) from error
-    except Exception as error:  # the bytes of a damaged file choose what fails
+    except Exception as error:  # the bytes of a damaged file decide what fails, and how
         raise _unreadable(file, error) from error
     try:
         return read_inert(file)
     except CallRefusedError as error:
-        mend = "nothing in a file is ever executed here; do not trust it, or save its state dict as safetensors"
-        raise UserError(f"{file}: {error}, and {mend}") from error
-    except Exception as error:  # the same
+        fix = "if you trust it, save its state dict as safetensors"
+        raise UserError(f"{file}: {error}, and nothing in a file is ever executed here; {fix}") from error
+    except Exception as error:  # as above
         raise _unreadable(file, error) from error
 
 
@@ -153,9 +157,9 @@ def _unreadable(file: Path, error: Exception) -> UserError:
 
 
 def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside {'model': ...}, {'state_dict': ...} and a `module.` prefix, and what is to be told.
+    """The state dict inside {'model': ...}, {'state_dict': ...} and a `module.` prefix, and notes for the account.
 
-    Averaged weights go before the plain ones, as timm has it: they are those that were tested.
+    Averaged weights take precedence over plain ones, as in timm: they are the ones that were tested.
     """
     notes: list[str] = []
     for _ in WRAPPERS:
@@ -165,23 +169,23 @@ def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
         if key is None:
             whole = " (a whole model?)" if "_modules" in content else ""
             found = ", ".join(sorted(map(str, content))[:5])
-            raise UserError(f"{file}: no state dict in it{whole}, only {found}; save model.state_dict()")
+            raise UserError(f"{file}: contains no state dict{whole}, only {found}; save model.state_dict()")
         if key in AVERAGED:
-            notes.append(f"averaged weights ({key}) taken; the plain ones are left in the file")
+            notes.append(f"averaged weights ({key}) loaded; the plain ones in the file were ignored")
         content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{file}: no state dict in it; save model.state_dict()")
+        raise UserError(f"{file}: contains no state dict; save model.state_dict()")
     state = {PREFIXES.sub("", str(name)): tensor for name, tensor in content.items()}
     if len(state) != len(content):
-        raise UserError(f"{file}: two tensors of one name behind 'module.' or 'model.'; remove one")
+        raise UserError(f"{file}: two tensors have the same name without 'module.' or 'model.'; remove one")
     return state, notes
 
 
 def norm_from_tables(derived: Mapping[str, Tensor]) -> list[PerAxis] | None:
-    """Read the normaliser back from coordinate tables (1, 2Wh - 1, 2Ww - 1, 2), one stage after the other.
+    """Recover the normaliser from coordinate tables (1, 2Wh - 1, 2Ww - 1, 2), stage by stage.
 
-    The last entry of an axis is log2(1 + 8 (W - 1) / (norm - 1)) / 3 with W known from the shape. None without tables,
-    or if a window of 1 hides it.
+    The last entry of an axis is t = log2(1 + 8 (W - 1) / (norm - 1)) / 3, and W is known from the shape; solved for the
+    normaliser, norm = 8 (W - 1) / (2^(3t) - 1) + 1. None without tables, or if a window of 1 hides it.
     """
     stages: dict[int, PerAxis] = {}
     for name, table in derived.items():
@@ -192,7 +196,7 @@ def norm_from_tables(derived: Mapping[str, Tensor]) -> list[PerAxis] | None:
             return None
         sizes = [(n + 1) // 2 for n in table.shape[1:-1]]
         corner = table[(-1,) * (table.ndim - 1)].double().tolist()
-        # 0.05 is one step at a normaliser of 80, 4 a window of 500 at one of 2; NaN is outside as well.
+        # 0.05 is one token at a normaliser of 80, and 4 a window of 500 at a normaliser of 2. NaN is outside as well.
         if any(w == 1 or not 0.05 < t < 4 for w, t in zip(sizes, corner, strict=True)):
             return None
         stages[int(stage[1])] = tuple(

@@ -1,8 +1,11 @@
-"""Weights of any known checkpoint into a model; image weights become clip weights on the way.
+"""Loads the weights of any known checkpoint into a model; image weights are inflated to clip weights.
 
-Inflation is exact: a still image repeated in time gives the image model's features. The patch kernel is divided by its
-length in time and repeated (a sum over equal frames), and the bias network's first layer gets a zero column for the
-offset in time (a bias that ignores it). Everything else has the same shape in both.
+Inflation is exact: a still image repeated in time gives the image model's features. Two kinds of tensor change shape:
+
+    patch kernel             (C, 3, H, W) -> (C, 3, T, H, W)    divided by T and repeated: a mean over equal frames
+    first log-CPB layer      (512, 2) -> (512, 3)               a zero column for the offset in time, which is ignored
+
+Everything else has the same shape in both models.
 """
 
 from __future__ import annotations
@@ -33,17 +36,25 @@ def load_weights(
     time_noise: float = 0.0,
     seed: int = 0,
 ) -> Account:
-    """Fill `model` from a checkpoint and say what became of every tensor; the account prints itself.
+    """Load a checkpoint into `model`; returns the account of what happened to every tensor, for printing.
 
-    path: a file or a Hub folder of any layout that `formats` knows. classes: the model's class names; the head is taken
-    over where the file knows its own and has all of these. cpb_norm: the normaliser per stage of a checkpoint that does
-    not tell it (`families` says which do); it is never guessed. time_noise: see `time_noise_of`; 0 inflates plainly.
-    UserError, and an untouched model, if anything stays unexplained.
+    Args:
+        model: an image model, or a clip model, for which image weights are inflated.
+        path: a file or Hub folder of any known layout.
+        classes: the model's class names. The head is loaded, row by row, if the file names its own classes and has
+            all of these.
+        cpb_norm: the log-CPB normaliser per stage, for a checkpoint that does not contain it; it is never guessed.
+        time_noise: strength of `zero_sum_time_noise` on an inflated patch kernel; 0 for none.
+        seed: of that noise.
+
+    UserError, and an unchanged model, if anything cannot be explained.
     """
-    return fill(model, read_checkpoint(path), classes=classes, cpb_norm=cpb_norm, time_noise=time_noise, seed=seed)
+    return fill_model(
+        model, read_checkpoint(path), classes=classes, cpb_norm=cpb_norm, time_noise=time_noise, seed=seed
+    )
 
 
-def fill(
+def fill_model(
     model: SwinV2,
     checkpoint: Checkpoint,
     *,
@@ -53,9 +64,9 @@ def fill(
     time_noise: float = 0.0,
     seed: int = 0,
 ) -> Account:
-    """`load_weights` from a checkpoint that was read already.
+    """`load_weights` from a checkpoint that has been read already.
 
-    class_map: for each class of the model the row of the file's head that is its own, where names do not tell.
+    class_map: for each class of the model, the number of its row in the file's head, if names do not say.
     """
     account = Account(str(checkpoint.source.path), checkpoint.layout, notes=list(checkpoint.notes))
     account.provenance = checkpoint.card.provenance if checkpoint.card is not None else {}
@@ -79,24 +90,27 @@ def fill(
             values[name] = _fit(name, tensor, target[name], account)
     if time_noise:
         if PATCH_KERNEL not in account.inflated or target[PATCH_KERNEL].shape[2] == 1:
-            raise account.refuse("time_noise has no kernel to act on", "it is for images into clips, patch 2 or more")
-        values[PATCH_KERNEL] = values[PATCH_KERNEL] + time_noise_of(values[PATCH_KERNEL], time_noise, seed)
+            raise account.refusal(
+                "time_noise needs an inflated patch kernel",
+                "use it for image weights in a clip model, patches of 2 frames or more",
+            )
+        values[PATCH_KERNEL] = values[PATCH_KERNEL] + zero_sum_time_noise(values[PATCH_KERNEL], time_noise, seed)
         account.inflated[PATCH_KERNEL] += f"; plus noise that sums to zero over time ({time_noise:g} deviations)"
     for name in sorted(target.keys() - values.keys()):
         account.initialised[name] = _reason_initialised(name, found, head, account)
     bad = next((name for name, value in values.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise account.refuse(f"{bad} holds NaN or Inf", "take an earlier checkpoint of that run")
+        raise account.refusal(f"{bad} holds NaN or Inf", "take an earlier checkpoint of that run")
     model.load_state_dict(target | values)
     model.cpb_norm = norms
     return account
 
 
-def time_noise_of(kernel: Tensor, strength: float, seed: int) -> Tensor:
+def zero_sum_time_noise(kernel: Tensor, strength: float, seed: int) -> Tensor:
     """Noise for an inflated patch kernel (C, 3, T, H, W) that sums to zero over T, of `strength` times its deviation.
 
-    A still clip keeps its features exactly. But plain inflation gives a model that sees a clip and its reversal as one,
-    and where the classes are motions training is slow to leave that symmetry (docs/demo.md has the figures).
+    A still clip keeps its features exactly. Without the noise, an inflated model cannot tell a clip from its reversal,
+    and if the classes are motions, training leaves that symmetry slowly (docs/results/demo.md has the figures).
     """
     frames = kernel.shape[2]
     noise = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed)).to(kernel)
@@ -107,22 +121,22 @@ def time_noise_of(kernel: Tensor, strength: float, seed: int) -> Tensor:
 def _normaliser(
     model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
 ) -> list[PerAxis]:
-    """The normaliser that comes with the weights; with an image's weights a clip model keeps its own in time."""
+    """The normaliser that comes with the weights; for image weights, a clip model keeps its own in time."""
     norms, origin = checkpoint.cpb_norm
     if given is not None:
-        told = f"; {origin} would say {norms}" if norms is not None and norms != [tuple(n) for n in given] else ""
-        norms, origin = [tuple(norm) for norm in given], f"given{told}"
+        instead_of = f"; {origin} would say {norms}" if norms is not None and norms != [tuple(n) for n in given] else ""
+        norms, origin = [tuple(norm) for norm in given], f"given{instead_of}"
     if norms is None:
-        mend = "give it: for weights pre-trained with 192 pixels and window 12 cpb_norm=[[12,12],[12,12],[12,12],[6,6]]"
-        mend += " (init_cpb_norm in a configuration, --cpb-norm 12,12,12,6 for convert)"
-        raise account.refuse("the log-CPB normaliser is not in the file", mend)
+        fix = "give it: for weights pre-trained with 192 pixels and window 12 cpb_norm=[[12,12],[12,12],[12,12],[6,6]]"
+        fix += " (init_cpb_norm in a configuration, --cpb-norm 12,12,12,6 for convert)"
+        raise account.refusal("the log-CPB normaliser is not in the file", fix)
     if len(norms) != len(model.depths):
-        raise account.refuse(f"a model of {len(norms)} stages", f"this one has {len(model.depths)}")
+        raise account.refusal(f"a model of {len(norms)} stages", f"this one has {len(model.depths)}")
     axes = len(model.window)
     if any(len(norm) > axes for norm in norms):
-        raise account.refuse("a clip model", "its weights cannot go into an image model")
+        raise account.refusal("a clip model", "its weights cannot go into an image model")
     if any(len(norm) < 2 or not all(isinstance(n, int) and n > 0 for n in norm) for norm in norms):
-        raise account.refuse(f"log-CPB normaliser {norms}", "it is a positive (h, w) or (t, h, w) per stage")
+        raise account.refusal(f"log-CPB normaliser {norms}", "it is a positive (h, w) or (t, h, w) per stage")
     joined = [(*own[: axes - len(norm)], *norm) for own, norm in zip(model.cpb_norm, norms, strict=True)]
     account.notes.append(f"log-CPB normaliser per stage ({origin}): {joined}")
     return joined
@@ -131,18 +145,18 @@ def _normaliser(
 def _head(
     model: SwinV2, checkpoint: Checkpoint, classes: Sequence[str] | None, found: dict[str, Tensor], account: Account
 ) -> str:
-    """Decide on the head and bring its rows into the model's class order; "" if it is taken, else why not."""
+    """Decide whether the head is loaded, and sort its rows into the model's class order; "" if so, else why not."""
     if model.num_classes == 0 or HEAD[0] not in found:
         return "the file has no classification head"
     rows = found[HEAD[0]].shape[0] if found[HEAD[0]].ndim else 0
     names = checkpoint.classes if len(checkpoint.classes) == rows else ()
     if classes is not None and names:
-        # A name that stands twice (ImageNet has two cranes) belongs to no row for certain.
+        # A name that occurs twice (ImageNet has two cranes) identifies no row.
         times = Counter(names)
         row_of = {name: row for row, name in enumerate(names) if times[name] == 1}
         absent = [name for name in classes if name not in row_of]
         if absent:
-            return f"the file's {rows} classes have no one {absent[0]!r} ({len(absent)} of {len(classes)} not found)"
+            return f"the file's {rows} classes do not include {absent[0]!r} ({len(absent)} of {len(classes)} not found)"
         order = torch.tensor([row_of[name] for name in classes])
         for key in HEAD:
             if key in found and found[key].shape[0] == rows:
@@ -151,19 +165,19 @@ def _head(
     elif rows != model.num_classes:
         return f"the file has {rows} classes, this model {model.num_classes}"
     else:
-        account.notes.append("head: class names unknown, their order is taken on trust")
+        account.notes.append("head: class names unknown, so their order could not be checked")
     return ""
 
 
 def _mapped_head(model: SwinV2, class_map: Sequence[int], found: dict[str, Tensor], account: Account) -> str:
-    """The rows of a larger head that are the model's classes; always "", since a map that does not fit is refused."""
+    """Keep the rows of a larger head that the class map names; always returns "", because a bad map is refused."""
     rows = found[HEAD[0]].shape[0] if HEAD[0] in found and found[HEAD[0]].ndim else 0
     if not rows:
-        raise account.refuse("the file has no classification head", "leave the class map away")
+        raise account.refusal("the file has no classification head", "omit the class map")
     outside = [row for row in class_map if not 0 <= row < rows]
     if outside or len(class_map) != model.num_classes:
         fault = f"row {outside[0]}" if outside else f"{len(class_map)} rows for {model.num_classes} classes"
-        raise account.refuse(f"the class map has {fault}, the file {rows} rows", "give the map of this head")
+        raise account.refusal(f"the class map has {fault}, the file {rows} rows", "give the map of this head")
     for key in HEAD:
         if key in found:
             found[key] = found[key][torch.tensor(class_map)]
@@ -177,8 +191,8 @@ def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account:
     if name == "mask_token":
         return "the file was not pre-trained with SimMIM"
     if name in FINAL_NORM and account.layout == "Hugging Face" and not found.keys() & {*FINAL_NORM, *HEAD}:
-        return "a backbone for feature maps has no final norm; the model keeps its own"
-    raise account.refuse(f"{name} is missing in the file", "the file is damaged or of another architecture")
+        return "a feature backbone has no final norm; the model keeps its own"
+    raise account.refusal(f"{name} is missing in the file", "the file is damaged or has another architecture")
 
 
 def _reason_unused(name: str, account: Account) -> str:
@@ -186,13 +200,13 @@ def _reason_unused(name: str, account: Account) -> str:
         return "SimMIM's mask token and decoder serve pre-training only"
     if name in HEAD:
         return "this model has no head"
-    raise account.refuse(f"{name} has no place in this model", "it is of another architecture (see model.name)")
+    raise account.refusal(f"{name} has no place in this model", "the file has another architecture (see model.name)")
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
-    """The tensor as it is, or inflated where the model has one more axis."""
+    """The tensor unchanged, or inflated if the model has one more axis."""
     if not tensor.is_floating_point():
-        raise account.refuse(f"{name} holds {tensor.dtype}", "weights must be floating-point numbers")
+        raise account.refusal(f"{name} holds {tensor.dtype}", "weights must be floating-point numbers")
     if tensor.shape == target.shape:
         account.loaded.append(name)
         return tensor.to(target.dtype)
@@ -207,6 +221,6 @@ def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
         inflated, reason = tensor, ""
     if not reason or inflated.shape != target.shape:
         shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model"
-        raise account.refuse(shapes, "choose the model size of the file (model.name)")
+        raise account.refusal(shapes, "choose the model size of the file (model.name)")
     account.inflated[name] = reason
     return inflated.to(target.dtype)

@@ -1,6 +1,6 @@
-"""Whose names are these: every known layout of SwinV2 tensors, and its way to Microsoft's names.
+"""Recognises the known layouts of SwinV2 checkpoints and renames their tensors to Microsoft's names.
 
-The layout is told by the names and shapes themselves, never by the file's name.
+A layout is recognised by the names and shapes of its tensors, never by the file's name.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 V1_TABLE = "relative_position_bias_table"
 FOREIGN = {
     ".w_msa.": "an OpenMMLab layout; convert the weights of the original release instead",
-    ".meta_mlp.": "timm's swinv2_cr, whose position bias and merging are other functions than SwinV2's as released",
+    ".meta_mlp.": "timm's swinv2_cr, whose position bias and merging differ from those of the released SwinV2",
 }
 
 
 class UnknownLayoutError(ValueError):
-    """The tensors are not those of a SwinV2; the message says why and what to do."""
+    """The tensors do not belong to a SwinV2; the message says why and what to do."""
 
 
 @dataclass
-class Named:
-    """Tensors under Microsoft's names; what SimMIM adds is `mask_token` and `decoder.*`."""
+class NamedTensors:
+    """Tensors under Microsoft's names; SimMIM adds `mask_token` and `decoder.*`."""
 
     layout: str
     tensors: dict[str, Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
-    """Parts of the file that say nothing, with the reason."""
+    """Parts of the file that have no effect, with the reason."""
 
 
-# Hugging Face calls the norms by their place in SwinV1 blocks; they come after attention and MLP here as well.
+# Hugging Face names the norms by their position in SwinV1 blocks; in SwinV2 they come after attention and MLP.
 HUGGING_FACE: tuple[Rule, ...] = (
     (r"^swinv2\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -55,12 +55,12 @@ HUGGING_FACE: tuple[Rule, ...] = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
-# timm puts the merging at the start of the next stage.
+# timm has the merging at the start of the next stage, we have it at the end of the previous one.
 TIMM: tuple[Rule, ...] = (
     (r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
     (r"^head\.fc\.", "head."),
 )
-# features.0 is the patch embedding; then stages and mergings take turns.
+# features.0 is the patch embedding; stages and mergings alternate after it.
 TORCHVISION: tuple[Rule, ...] = (
     (r"^features\.0\.0\.", "patch_embed.proj."),
     (r"^features\.0\.2\.", "patch_embed.norm."),
@@ -69,34 +69,34 @@ TORCHVISION: tuple[Rule, ...] = (
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 )
-# The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271); huge and giant models have a
-# norm on the main branch, which is enorm at Microsoft and norm3 in timm.
+# The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271). Huge and giant models have a
+# norm on the main branch, called enorm by Microsoft and norm3 by timm.
 ALWAYS: tuple[Rule, ...] = (
     (r"\.rpe_mlp\.", ".cpb_mlp."),
     (r"^(layers\.\d+\.blocks\.\d+\.)norm3\.", r"\1enorm."),
 )
 
 
-def to_microsoft(tensors: Tensors) -> Named:
-    """The layout's name and the tensors under Microsoft's names; UnknownLayoutError for anything but a SwinV2."""
+def to_microsoft(tensors: Tensors) -> NamedTensors:
+    """The layout's name and its tensors under Microsoft's names; UnknownLayoutError for anything but a SwinV2."""
     _refuse_foreign(tensors)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
-        named = Named("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
+        named = NamedTensors("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
     elif "features.0.0.weight" in tensors:
         named = _split_bias(_rename(tensors, TORCHVISION))
     elif any(name.startswith("encoder.") for name in tensors):
-        named = Named("SimMIM", _rename(tensors, ((r"^encoder\.", ""),)))
+        named = NamedTensors("SimMIM", _rename(tensors, ((r"^encoder\.", ""),)))
     elif "head.fc.weight" in tensors or _merges_at_the_start(tensors):
-        named = Named("timm", _rename(tensors, TIMM))
+        named = NamedTensors("timm", _rename(tensors, TIMM))
     else:
-        named = Named("Microsoft SwinV2", dict(tensors))
+        named = NamedTensors("Microsoft SwinV2", dict(tensors))
     named.tensors = _rename(named.tensors, ALWAYS)
     if "patch_embed.proj.weight" not in named.tensors:
         raise UnknownLayoutError(
             f"not a SwinV2 checkpoint of a known layout (its first key is {next(iter(tensors))!r})"
         )
     if not any(".attn.cpb_mlp." in name for name in named.tensors):
-        raise UnknownLayoutError("not a SwinV2: it has no log-CPB network (attn.cpb_mlp); take SwinV2 weights")
+        raise UnknownLayoutError("not a SwinV2: it has no log-CPB network (attn.cpb_mlp); use SwinV2 weights")
     return named
 
 
@@ -104,8 +104,8 @@ def _refuse_foreign(tensors: Tensors) -> None:
     if any(name.endswith(V1_TABLE) for name in tensors):
         video = any(name.endswith("patch_embed.proj.weight") and t.ndim == 5 for name, t in tensors.items())
         raise UnknownLayoutError(
-            f"a {'Video Swin' if video else 'Swin'} V1 checkpoint: a learned table ({V1_TABLE}), norms in front and "
-            "dot products make another function than SwinV2's, and no conversion leads over; take SwinV2 weights"
+            f"a {'Video Swin' if video else 'Swin'} V1 checkpoint: with a learned table ({V1_TABLE}), pre-norms and "
+            "dot-product attention it computes another function, which cannot be converted; use SwinV2 weights"
         )
     for part, what in FOREIGN.items():
         if any(part in name for name in tensors):
@@ -124,13 +124,13 @@ def _rename(tensors: Tensors, rules: tuple[Rule, ...]) -> dict[str, Tensor]:
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise UnknownLayoutError(f"two tensors of it are {name!r}, one of them {old!r}; remove one")
+            raise UnknownLayoutError(f"two of its tensors would be called {name!r}, one of them {old!r}; remove one")
         renamed[name] = tensor
     return renamed
 
 
 def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Three matrices (C, C) to one (3C, C), rows in the order query, key, value."""
+    """Join three matrices (C, C) to one (3C, C), with rows in the order query, key, value."""
     for query in [name for name in tensors if name.endswith(".attn.query.weight")]:
         parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
@@ -138,9 +138,9 @@ def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _split_bias(tensors: dict[str, Tensor]) -> Named:
-    """torchvision's qkv.bias (3C) to q_bias and v_bias; the key's third is set to zero on every forward pass there."""
-    named = Named("torchvision", tensors)
+def _split_bias(tensors: dict[str, Tensor]) -> NamedTensors:
+    """Split torchvision's qkv.bias (3C) into q_bias and v_bias; its key part is zeroed there in every forward pass."""
+    named = NamedTensors("torchvision", tensors)
     for name in [name for name in tensors if name.endswith(".attn.qkv.bias")]:
         q_bias, _, v_bias = tensors.pop(name).chunk(3)
         attention = name.removesuffix("qkv.bias")

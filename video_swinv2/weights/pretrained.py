@@ -1,4 +1,4 @@
-"""A model from any checkpoint: its size from the tensors, pixels and windows from what is known; Hub-style folders."""
+"""Builds a model from any checkpoint, with its size counted in the tensors; reads and writes Hub-style folders."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from video_swinv2.models.variants import find_variant, variant_name
 from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
-from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill
+from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill_model
 from video_swinv2.weights.store import Preprocessing, save_model
 
-WINDOW_IN_TIME = 8  # Video Swin's, and this project's default
+# Of inflated models, unless asked otherwise: Video Swin's, and the defaults of create_model.
+WINDOW_IN_TIME = 8
 PATCH_IN_TIME = 2
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a user wants other than in the checkpoint; None keeps it."""
+class RequestedSizes:
+    """Sizes that should differ from the checkpoint's; None keeps the checkpoint's."""
 
     frames: int | None = None
     image_size: IntOrPerAxis | None = None
@@ -36,19 +37,23 @@ class Sizes:
 
 def open_model(
     checkpoint: Checkpoint,
-    sizes: Sizes,
+    sizes: RequestedSizes,
     *,
     name: str | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
     class_map: Sequence[int] | None = None,
 ) -> tuple[SwinV2, Account]:
-    """A model of the checkpoint's own size with its weights, in eval mode, and the account of them.
+    """Build a model of the checkpoint's own size with its weights, in eval mode, and account for every tensor.
 
-    `sizes.frames` makes a clip model of an image model. name: a size of `list_models`, where it is not to be told from
-    the tensors. classes: names of the head's rows wanted, in this order. class_map: their places in the file's head,
-    where the file has no names. UserError for weights that do not fit, UsageError for sizes that do not or that
-    nothing tells.
+    Args:
+        sizes: sizes that differ; `frames` makes a clip model of image weights.
+        name: one of `list_models()`, if the variant cannot be counted in the tensors.
+        cpb_norm: as in `load_weights`.
+        classes: names of the wanted rows of the head, in this order.
+        class_map: numbers of those rows, if the file has no names.
+
+    UserError for weights that do not fit, UsageError for sizes that do not fit or are unknown.
     """
     try:
         architecture = _architecture(checkpoint, name) | _sizes(checkpoint, sizes)
@@ -56,15 +61,15 @@ def open_model(
         if wanted is not None:
             architecture["num_classes"] = len(wanted)
         model = SwinV2(**architecture).eval()
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more memory than there is
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
         raise UsageError(
             f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
         ) from error
-    return model, fill(model, checkpoint, classes=classes, class_map=class_map, cpb_norm=cpb_norm)
+    return model, fill_model(model, checkpoint, classes=classes, class_map=class_map, cpb_norm=cpb_norm)
 
 
 def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
-    """Everything but the sizes: from the card, else counted in the tensors, else those of the variant asked for."""
+    """Everything but the sizes: from the card, or counted in the tensors, or those of the requested variant."""
     tensors = checkpoint.tensors
     if checkpoint.card is not None:
         found = dict(checkpoint.card.architecture)
@@ -82,7 +87,7 @@ def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
 
 
 def _count(checkpoint: Checkpoint) -> tuple[PerAxis, PerAxis, int]:
-    """Depths, heads per stage, and the distance of extra norms (0 without), all from names and shapes."""
+    """Depths, heads per stage, and every how many blocks there is an extra norm (0 for none), from names and shapes."""
     blocks: dict[int, dict[int, int]] = {}
     extra = set()
     for key, tensor in checkpoint.tensors.items():
@@ -94,23 +99,25 @@ def _count(checkpoint: Checkpoint) -> tuple[PerAxis, PerAxis, int]:
                 blocks.setdefault(stage, {})[block] = tensor.shape[0] if tensor.ndim else 0
     stages = sorted(blocks)
     if not stages or stages != list(range(len(stages))) or any(len(b) != max(b) + 1 for b in blocks.values()):
-        raise UserError(f"{checkpoint.source.path}: blocks or their attn.logit_scale are missing; the file is damaged")
+        raise UserError(
+            f"{checkpoint.source.path}: blocks or their attn.logit_scale are missing; copy or download the file again"
+        )
     depths = tuple(len(blocks[stage]) for stage in stages)
     heads = tuple(blocks[stage][0] for stage in stages)
     return depths, heads, min(extra, default=0)
 
 
-def _sizes(checkpoint: Checkpoint, wanted: Sizes) -> dict[str, Any]:
-    """Frames, pixels, patches and windows of the model: as wanted, else as the weights were trained."""
-    card, training = checkpoint.card, checkpoint.training
+def _sizes(checkpoint: Checkpoint, wanted: RequestedSizes) -> dict[str, Any]:
+    """Frames, pixels, patches and windows of the model: as requested, otherwise as the weights were trained."""
+    card, pretrained = checkpoint.card, checkpoint.pretrained
     frames: Any = card.architecture["frames"] if card is not None else None
     kernel: PerAxis = tuple(checkpoint.tensors[PATCH_KERNEL].shape[2:])
     window: Any = card.architecture["window"] if card is not None else _table_window(checkpoint)
     image_size: Any = card.architecture["image_size"] if card is not None else None
-    if window is None and training is not None:
-        window = (training.window,) * 2
+    if window is None and pretrained is not None:
+        window = (pretrained.window,) * 2
     if image_size is None:
-        image_size = training.image_size if training is not None else _masked_size(checkpoint)
+        image_size = pretrained.image_size if pretrained is not None else _masked_size(checkpoint)
     inflated = wanted.frames is not None and frames is None and len(kernel) == 2
     if inflated:
         kernel, window = (PATCH_IN_TIME, *kernel), window and (WINDOW_IN_TIME, *window)
@@ -121,12 +128,12 @@ def _sizes(checkpoint: Checkpoint, wanted: Sizes) -> dict[str, Any]:
         "window": window if wanted.window is None else wanted.window,
     }
     if len(kernel) == 3 and sizes["frames"] is None:
-        raise UsageError(f"{checkpoint.source.path}: weights of a clip model; give frames (--frames 16)")
+        raise UsageError(f"{checkpoint.source.path}: belongs to a clip model; give the number of frames (--frames 16)")
     for key, example in (("image_size", "224"), ("window", "8,7,7" if inflated else "7")):
         if sizes[key] is None:
             option = f"--{key.replace('_', '-')} {example}"
-            raise UsageError(f"{checkpoint.source.path}: nothing in it tells {key}; give it ({option})")
-    # The clip model's normaliser in time is its own, and in space it comes with the weights.
+            raise UsageError(f"{checkpoint.source.path}: does not contain {key}; give it ({option})")
+    # In time the clip model has its own normaliser, in space the one that comes with the weights.
     return sizes | {"cpb_norm": None} if inflated else sizes
 
 
@@ -159,7 +166,7 @@ def from_pretrained(
     Sizes that are not given are those the weights were trained with; `frames` makes a clip model of image weights.
     cpb_norm: as in `load_weights`. UserError for weights that cannot be read or explained, UsageError for sizes.
     """
-    sizes = Sizes(frames, image_size, patch_size, window)
+    sizes = RequestedSizes(frames, image_size, patch_size, window)
     return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
 
 
@@ -171,9 +178,9 @@ def save_pretrained(
     preprocessing: Preprocessing | None = None,
     provenance: Mapping[str, object] | None = None,
 ) -> None:
-    """A Hub-style folder: `model.safetensors`, and `config.json` with a readable copy of the card inside of it.
+    """Write a Hub-style folder: `model.safetensors`, and `config.json` with a readable copy of its card.
 
-    preprocessing: by default the model's own frames and size, neighbouring frames, ImageNet's mean and deviation.
+    preprocessing: by default the model's own frames and size, consecutive frames, and ImageNet's mean and deviation.
     """
     folder = Path(folder)
     if preprocessing is None:

@@ -1,4 +1,4 @@
-"""Model files: one safetensors file with weights, architecture, classes, preprocessing, provenance. Never pickle."""
+"""Model files: one safetensors file with weights, architecture, classes, preprocessing and provenance; never pickle."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
-KEY = "video_swinv2"  # of the metadata entry in the safetensors header
+CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become the model's input."""
+    """How pixels become a model's input."""
 
     frames: int | None
     """Frames per clip; None for an image model."""
@@ -35,12 +35,12 @@ class Preprocessing:
     """(H, W) in pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    """Per channel, for pixels from 0 to 1."""
+    """Mean and std per channel, for pixels from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model file says of itself."""
+    """What a model file records beside its weights."""
 
     architecture: dict[str, object]
     classes: tuple[str, ...]
@@ -57,9 +57,15 @@ def save_model(
     provenance: Mapping[str, object] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `model` (a SwinV2, or a SimMIM around one) to one file, complete or not at all.
+    """Write a SwinV2, or a SimMIM around one, to a single file, completely or not at all.
 
-    `weights` replaces the model's own state dict, for weights gathered from several processes.
+    Args:
+        classes: names of the head's rows, in order; () if unknown.
+        preprocessing: how pixels become the model's input.
+        provenance: where the weights came from, as plain data.
+        weights: replaces the model's own state dict, for weights gathered from several processes.
+
+    UserError if the file cannot be written or the number of classes differs from the head's.
     """
     encoder = model if isinstance(model, SwinV2) else model.encoder
     if not isinstance(encoder, SwinV2):
@@ -81,8 +87,8 @@ def save_model(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with atomic_write(path) as part:
-        save_file(tensors, part, metadata={"format": "pt", KEY: json.dumps(card)})
-        # The library writes for the owner alone; a model file is as open as the folder it is in.
+        save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json.dumps(card)})
+        # safetensors makes the file readable for its owner alone; a model file is as accessible as its folder.
         part.chmod(path.parent.stat().st_mode & 0o666)
 
 
@@ -96,35 +102,35 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file on the CPU, and its metadata; UserError for a missing or damaged file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; check the path")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
 
 
 def read_card(path: Path | str) -> ModelCard:
     """The card of a model file, without its weights; UserError if the file is not one of ours."""
     path = model_file(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such model file")
+        raise UserError(f"{path}: no such model file; check the path")
     try:
         with safe_open(path, framework="pt") as file:
             card = parse_card(file.metadata() or {}, path)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
     if card is None:
         raise UserError(f"{path}: holds weights but no architecture; load it into a model with load_weights")
     return card
 
 
 def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
-    """The card in the metadata of the safetensors file `path`; None if there is none, UserError if it is damaged."""
-    if KEY not in metadata:
+    """The card in the metadata of the safetensors file `path`; None without one, UserError for a damaged one."""
+    if CARD_KEY not in metadata:
         return None
     try:
-        card = json.loads(metadata[KEY])
+        card = json.loads(metadata[CARD_KEY])
         preprocessing: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
         }
@@ -146,10 +152,10 @@ def load_model(
     image_size: IntOrPerAxis | None = None,
     attention: str | None = None,
 ) -> SwinV2:
-    """The model of one file (or of a folder's `model.safetensors`), in eval mode, fp32, on the CPU.
+    """Load the model of one file (or of a folder's `model.safetensors`), in eval mode, fp32, on the CPU.
 
-    Another window, number of frames or image size needs no other weights: the log-CPB normaliser comes from the file.
-    UserError if the file is missing, damaged, or not a classifier of ours.
+    Window, number of frames and image size can be replaced without changing weights, since the log-CPB normaliser comes
+    from the file. UserError if the file is missing, damaged, or not one of our classifiers.
     """
     path = model_file(path)
     card = read_card(path)
@@ -159,11 +165,13 @@ def load_model(
     changes = {"window": window, "frames": frames, "image_size": image_size, "attention": attention}
     architecture = card.architecture | {key: value for key, value in changes.items() if value is not None}
     if frames is not None and card.architecture["frames"] is None:
-        raise UserError(f"{path}: an image model has no frames; leave frames away")
+        raise UserError(f"{path}: an image model has no frames; omit frames")
     try:
         with torch.device("meta"):
             model = SwinV2(**architecture)  # type: ignore[arg-type]  # plain data, checked by the constructor
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: weights and architecture do not agree ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: weights and architecture do not match ({str(error).splitlines()[0]}); convert the weights again"
+        ) from error
     return model.eval()

@@ -1,9 +1,10 @@
-"""A torch checkpoint read without running anything that it names: for training checkpoints with objects in them.
+"""Reads a torch checkpoint without executing anything it names, for training checkpoints that contain objects.
 
-`torch.load(weights_only=True)` refuses a file that holds a configuration object beside its tensors. Here every class
-and function that a pickle names becomes a `Placeholder`, an empty class of ours, so that its instructions have nothing
-to call. Tensors are put together afterwards, from the numbers that stood beside the names of torch's own functions.
-Files that mean to call into Python itself are refused as well: nobody saves such a thing beside his weights.
+`torch.load(weights_only=True)` refuses a file that holds a configuration object beside its tensors, and an allow-list
+would have to import that object's class. Here every class and function that a pickle names becomes a `Placeholder`, an
+empty class of ours, so the pickle's instructions have nothing to call. Tensors are assembled afterwards, from the
+arguments given to the placeholders of torch's own functions. Files that try to call into Python itself are refused on
+top of that: nobody saves such a thing beside their weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DTYPES = {
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PARAMETER = "torch._utils._rebuild_parameter"
 
-# What ordinary objects of the standard library, numpy and torch are written as: a call with their value.
+# How ordinary objects of the standard library and torch are pickled: as a call with their value.
 VALUES = {
     *("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "collections.deque"),
     *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath"),
@@ -47,11 +48,11 @@ VALUES = {
 
 
 class CallRefusedError(ValueError):
-    """The file means to call a function of Python or torch that no plain value is written with."""
+    """The file tries to call a function of Python or torch that no plain value is pickled with."""
 
 
 class _Name(type):
-    """A name in the file; a call of it makes a placeholder, whatever the name."""
+    """A class or function named in the file. Calling it creates a placeholder, whatever the name."""
 
     origin = ""
 
@@ -63,9 +64,9 @@ class _Name(type):
 
 
 class Placeholder(metaclass=_Name):
-    """Stands where a file has an object of a class or the result of a function; keeps the plain data given to it.
+    """Takes the place of an object or of a function's result, and keeps the plain data given to it.
 
-    These methods are all that the instructions of a pickle can reach.
+    A pickle's instructions can reach nothing but these methods.
     """
 
     arguments: tuple[Any, ...]
@@ -73,13 +74,13 @@ class Placeholder(metaclass=_Name):
     items: dict[Any, Any]
 
     def __new__(cls, *arguments: object, **_: object) -> Placeholder:
-        """Keep what the class or function would have been called with."""
+        """Keep the arguments that the class or function would have been called with."""
         made = super().__new__(cls)
         made.arguments, made.state, made.items = arguments, None, {}
         return made
 
     def __call__(self, *_: object) -> None:
-        """What a refused or unknown call would have returned is not called either."""
+        """Refuse to call what a placeholder call would have returned."""
         raise CallRefusedError(f"it would call what {type(self).origin} returns")
 
     def __setstate__(self, state: object) -> None:
@@ -89,7 +90,7 @@ class Placeholder(metaclass=_Name):
         self.items[key] = value
 
     def append(self, value: object) -> None:
-        """Take one element of a list-like object."""
+        """Add one element of a list-like object."""
         self.items[len(self.items)] = value
 
     add = append
@@ -103,13 +104,13 @@ class _Storage(NamedTuple):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Name:
-        """Never looks anything up: a new empty class that remembers the name."""
-        # Torch's pickle protocol writes names of Python 2, and this is what pickle itself reads them with.
+        """Look nothing up: return a new empty class that remembers the name."""
+        # torch's pickle protocol writes Python 2 names; pickle itself translates them with these tables.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         return _Name("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Torch's reference to a tensor's bytes: ("storage", class, key, device, number of elements)."""
+        """torch's reference to a tensor's bytes: ("storage", class, key, device, number of elements)."""
         kind, storage, key, _, numel = pid
         if kind != "storage" or storage.origin not in DTYPES or not isinstance(key, str) or not isinstance(numel, int):
             raise pickle.UnpicklingError("unknown kind of tensor storage")
@@ -132,18 +133,18 @@ class _Archive:
         self.done: dict[int, object] = {}
 
     def entry(self, name: str) -> bytes:
-        """The bytes of an entry; torch never compresses, and what is compressed could be of any size."""
+        """The bytes of an entry. torch never compresses, and a compressed entry could expand to any size."""
         info = self.archive.getinfo(f"{self.root}/{name}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a compressed entry")
         return self.archive.read(info)
 
     def resolve(self, value: Any) -> Any:
-        """Placeholders to tensors and dicts, everywhere in nested containers."""
+        """Replace placeholders by tensors and dicts, everywhere in nested containers."""
         if not isinstance(value, Placeholder | dict | list | tuple) or isinstance(value, _Storage):
             return value
         if id(value) not in self.done:
-            self.done[id(value)] = value  # something that contains itself ends here
+            self.done[id(value)] = value  # a container that contains itself ends the recursion here
             self.done[id(value)] = self._resolve(value)
         return self.done[id(value)]
 
@@ -158,7 +159,7 @@ class _Archive:
         if origin == PARAMETER:
             return self.resolve(value.arguments[0])
         if value.items or origin == "collections.OrderedDict":
-            return self.resolve(value.items)  # a dict of another name, such as a yacs configuration
+            return self.resolve(value.items)  # a dict under another name, such as a yacs configuration
         return self.resolve(value.state) if isinstance(value.state, dict) else value
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
@@ -169,14 +170,14 @@ class _Archive:
         if storage.key not in self.storages:
             self.storages[storage.key] = bytearray(self.entry(f"data/{storage.key}"))
         flat = torch.frombuffer(self.storages[storage.key], dtype=storage.dtype, count=storage.numel)
-        return flat.as_strided(size, stride, offset)  # refuses what lies outside of the storage
+        return flat.as_strided(size, stride, offset)  # raises for elements outside the storage
 
 
 def read_inert(path: Path) -> object:
-    """The content of a checkpoint in torch's zip format; objects with named data are dicts, others placeholders.
+    """The content of a checkpoint in torch's zip format; objects with named attributes become dicts.
 
-    Raises CallRefusedError for a file that means to run code, some other Exception where it is damaged or built to
-    harm: its bytes choose which instruction fails.
+    Raises CallRefusedError for a file that tries to run code. A damaged or malicious file may raise any other
+    Exception: its bytes decide which instruction fails.
     """
     with zipfile.ZipFile(path) as file:
         archive = _Archive(file)
