@@ -1,1 +1,1 @@
-"""Data on its way to the model: which videos, which of their frames, and how they are read."""
+"""Data loading: which files a split holds, which of their frames make a sample, and how they are decoded."""

@@ -1,4 +1,4 @@
-"""The images of one source in splits and classes, possibly millions of them, and the choice of a split."""
+"""The images of one source, possibly millions, with their splits and classes; selects the images of one split."""
 
 from __future__ import annotations
 
@@ -18,48 +18,52 @@ from video_swinv2.data.manifest import Manifest, label_index
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_class_list
 
-HELD_OUT = 20  # one image in this many validates, if a source has no val split
+HELD_OUT = 20  # one image in 20 is used for validation if a source has no val split
 ALL_IMAGES = "all"
 
 
 @dataclass(frozen=True)
 class ImageCollection:
-    """All images of a source, as its folders or tars record them."""
+    """All images of a source, with the splits and labels found in its folders or tars."""
 
     root: Path
     index: FileIndex
     splits: tuple[str, ...]
-    """The split of each container."""
+    """The split of each container (folder or tar) of `index`, in the same order."""
     label_names: tuple[str, ...]
-    """The labels as found, each once: class names, or numbers if `labels_are_numbers`."""
+    """The distinct labels as found: class names, or class numbers in decimal digits."""
     labels: Tensor
-    """int32 (entries,): the position of the label of each entry in `label_names`, -1 for none."""
+    """int32 (entries,): for each entry, the position of its label in `label_names`, or -1 if it has no label."""
     labels_are_numbers: bool
+    """Whether labels made of digits are always class numbers, as in tar shards; for class folders it depends on the
+    class list."""
     empty_class_folder: str = ""
-    """A class folder without images, if there is one: half an unpacked data set, or a class that is never learned."""
+    """A class folder without images, or "". It is refused: the data set is half unpacked, or a class has no samples."""
 
     @property
     def splits_with_images(self) -> set[str]:
-        """The splits that hold images."""
+        """The splits that contain at least one image."""
         return {split for split, count in zip(self.splits, self.index.counts, strict=True) if count}
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """The splits there are, val among them if it has to be held out of train, and `all`, which is every image."""
+        """The splits that can be read: those found, val (held out of train if absent), and `all` for every image."""
         found = self.splits_with_images | ({"val"} if "train" in self.splits_with_images else set())
         return (*(split for split in SPLITS if split in found), ALL_IMAGES)
 
     def entries(self, split: str) -> IndexedEntries:
-        """The images of a split without their labels; UsageError if there is no such split."""
+        """The images of a split, without labels. Raises UsageError if there is no such split."""
         rows = self._rows(split)
         return IndexedEntries(self.root, self.index, rows, torch.full((len(rows),), -1, dtype=torch.int32))
 
     def manifest(self, split: str, classes: Sequence[str] | None = None) -> Manifest:
-        """The images of a split with labels into `classes`, or into the source's own.
+        """The images of a split, with labels that index `classes` or, without them, the source's own classes.
 
-        The source's own classes are those of its classes.txt, else all label names in order. Labels that are numbers
-        count the lines of classes.txt, else the classes asked for, as the folders of ImageNet-V2 do. The fingerprint
-        covers names, labels and classes, not the bytes of the images. Raises UsageError.
+        The source's own classes are the lines of its classes.txt or, without that file, all label names in sorted
+        order. Labels that are numbers index the lines of classes.txt or, without that file, the given `classes`, which
+        is how the folders of ImageNet-V2 are numbered. The fingerprint covers names, labels and classes, but not the
+        bytes of the images. Raises UsageError for an unknown split, a missing or unknown label, or an empty class
+        folder.
         """
         rows = self._rows(split)
         found = self.labels[rows].numpy()
@@ -72,8 +76,8 @@ class ImageCollection:
             )
         wanted, own, labels_found = self._classes(classes)
         position = {name: number for number, name in enumerate(wanted)}
-        # From positions in `label_names` to positions in `wanted`. Only labels of this split are looked up: a class
-        # that occurs in another split alone need not be known.
+        # `table` maps positions in `label_names` to positions in `wanted`: one lookup per class instead of one per
+        # image. Only labels of this split are looked up, so a class that occurs only in another split may be unknown.
         table = np.full(len(self.label_names), -1, dtype=np.int32)
         for label in np.unique(found):
             table[label] = label_index(labels_found[label], str(self.root), own, position)
@@ -83,14 +87,15 @@ class ImageCollection:
         return Manifest(self.root, split, wanted, entries, fingerprint)  # type: ignore[arg-type]  # a TarMember has all that an Entry has
 
     def _rows(self, split: str) -> Tensor:
-        """The entries of a split, int64 ascending."""
+        """The entry numbers of a split, int64, ascending."""
         split = SPLIT_SYNONYMS.get(split, split)
         if split not in self.split_names:
             raise UsageError(f"{self.root}: no split {split!r}, there is {', '.join(self.split_names)}")
         if split == ALL_IMAGES:
             return torch.arange(len(self.index))
-        # Without a val split of its own, a source's val is a part of train, and train is the rest.
+        # If the source has no val split, val is held out of train, and train is what remains.
         divide = "val" not in self.splits_with_images and split in ("train", "val")
+        # Splits are known per container: (containers,) bool is repeated to (entries,) by the number of entries in each.
         of_split = np.array([name == ("train" if divide else split) for name in self.splits])
         rows = np.flatnonzero(np.repeat(of_split, self.index.counts))
         if divide:
@@ -99,12 +104,13 @@ class ImageCollection:
         return torch.from_numpy(rows)
 
     def _classes(self, classes: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...], Sequence[str | int]]:
-        """The classes to use, the source's own, and `label_names` as names or as positions in the source's own."""
+        """The classes to use, the source's own classes, and `label_names` as names or as indices into the latter."""
         file = self.root / "classes.txt"
         listed = read_class_list(file) if file.is_file() else None
         known = listed or (None if classes is None else tuple(classes))
         digits = all(name.isascii() and name.isdigit() for name in self.label_names)
-        # Class folders called 0, 1, 2, ... are names only if a class list says so.
+        # Class folders called 0, 1, 2, ... are numbers if there is a class list that does not contain any of them as a
+        # name, and names otherwise.
         if digits and (self.labels_are_numbers or (known and not set(known) & set(self.label_names))):
             numbers = [int(name) for name in self.label_names]
             own = known or tuple(str(number) for number in range(1 + max(numbers, default=-1)))
@@ -113,6 +119,8 @@ class ImageCollection:
         return (own if classes is None else tuple(classes)), own, self.label_names
 
     def _fingerprint(self, rows: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
+        # Names are hashed for the whole source, in the arrays that the index holds them in: no loop over the entries.
+        # `rows` then says which of them belong to the split.
         digest = hashlib.sha256()
         index = self.index
         for array in (index.containers.text, index.starts, index.names.text, rows.numpy(), labels.numpy()):
@@ -122,16 +130,25 @@ class ImageCollection:
 
 
 def held_out(groups: NDArray[np.int32], hashes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool (n,): True for one entry in twenty of each group (class), at least one of two or more.
+    """Choose one entry in twenty of each group (class), and at least one of any group of two or more.
 
-    The entries with the smallest hashes are held out, so adding images to a class moves hardly any from train to val.
+    The entries with the smallest hashes are chosen, so adding images to a class moves hardly any between train and val.
+
+    Args:
+        groups: (n,), the group of each entry, from -1 on.
+        hashes: (n,), from 0 to 2^32 - 1.
+
+    Returns:
+        bool (n,), True for the chosen entries.
     """
-    # Sorted by group, and by hash within a group: hashes have 32 bits, so one int64 holds both.
+    # Sort by group, and by hash within a group. Hashes have 32 bits, so an int64 holds the group above the hash.
     order = np.argsort((groups.astype(np.int64) << 32) + hashes, kind="stable")
-    counts = np.bincount(groups + 1)  # -1, no label, is a group too
-    held = np.maximum((counts + HELD_OUT // 2) // HELD_OUT, counts > 1)  # rounded
+    counts = np.bincount(groups + 1)  # shifted by 1: bincount takes no negatives, and -1 (no label) is a group too
+    held = np.maximum((counts + HELD_OUT // 2) // HELD_OUT, counts > 1)  # counts / 20 rounded, but 1 for 2 to 9 entries
+    # Position within the group = position in the sorted order - position at which the group begins.
     sorted_groups = groups[order] + 1
     rank_in_group = np.arange(len(groups)) - (np.cumsum(counts) - counts)[sorted_groups]
     chosen = np.empty(len(groups), dtype=bool)
+    # Assigning through `order` puts the answers back into the order of the entries.
     chosen[order] = rank_in_group < held[sorted_groups]
     return chosen

@@ -1,9 +1,9 @@
-"""Training and validation samples, addressed by (epoch, number): the same address gives the same sample to anyone.
+"""The data set of training and validation samples, addressed by (epoch, number).
 
 Letters: B batch, C channels, T frames, H W pixels.
 
-A sample is a function of (seed, epoch, number). It does not depend on the worker that reads it, on what was read before
-or on the number of processes, so a resumed run sees exactly what an undisturbed one would have seen.
+A sample is a function of (seed, epoch, number) alone. It does not depend on the worker that reads it, on what was read
+before or on the number of processes, so a resumed run sees exactly the samples of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from video_swinv2.data.workers import FilesInHand, patience_seconds
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import mask_cells, random_mask
 
-UNREADABLE_LABEL = -100  # of a validation sample that could not be read: cross_entropy ignores it, no answer equals it
+# The label of a validation sample that could not be read. It is the default `ignore_index` of torch's cross_entropy, so
+# the sample adds nothing to the loss, and no prediction equals it, so the sample counts as wrong.
+UNREADABLE_LABEL = -100
 Address = tuple[int, int]
 """(epoch, sample number)."""
-GRACE_SECONDS = 5.0  # added to the time that reading a file may take before its worker counts as hung
+GRACE_SECONDS = 5.0  # on top of the decoder's own time limits, before a worker counts as hung
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,18 @@ class Sample:
     """uint8 (3, T, H, W), or (3, H, W) for an image model."""
     label: int
     mask: Tensor | None
-    """bool, True = hidden, one value per mask cell; only for SimMIM."""
+    """bool, True = hidden, one value per mask cell; None unless the task is SimMIM."""
     broken: tuple[str, ...]
-    """One line for each file that could not be read and was replaced by the next one of the list."""
+    """One line for each unreadable file that was met on the way to this sample."""
     number: int
-    """The sample number that was asked for."""
+    """The sample number that was requested, even if another file was read in its place."""
     seconds: float
-    """Time spent on reading and augmenting it."""
+    """Time spent on reading and augmenting the sample."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: pixels (B, 3, ...), labels (B,), masks (B, *cells) or None; numbers and seconds of each."""
+    """Stacked samples: pixels (B, 3, ...), labels (B,), masks (B, *cells) or None; one number and duration for each."""
 
     pixels: Tensor
     labels: Tensor
@@ -64,22 +66,22 @@ class Batch:
     seconds: tuple[float, ...]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not block."""
+        """The batch on `device`. Copies from pinned memory are asynchronous."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         pixels, labels = self.pixels.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
         return replace(self, pixels=pixels, labels=labels, masks=masks)
 
     def pin_memory(self) -> Batch:
-        """Page-locked copies; the DataLoader looks for a method of this name."""
+        """The batch in page-locked memory. The DataLoader calls a method of this name if `pin_memory` is set."""
         masks = None if self.masks is None else self.masks.pin_memory()
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory(), masks=masks)
 
 
 def collate(samples: Sequence[Sample], repeats: int = 1) -> Batch:
-    """Stack samples of one size; the `repeats` samples of one clip, which arrive as neighbours, are moved apart.
+    """Stack samples of the same size into a batch, and move the `repeats` samples of each clip apart.
 
-    Mixup and CutMix pair neighbours in a batch, and mixing a clip with itself would be no mixing: with two repeats,
-    a a b b c c becomes a b c a b c.
+    The repeats of a clip arrive as neighbours. Mixup and CutMix pair neighbours in the batch, and a clip must not be
+    mixed with itself, so with two repeats a a b b c c becomes a b c a b c.
     """
     samples = [samples[place] for nth in range(repeats) for place in range(nth, len(samples), repeats)]
     masks = [sample.mask for sample in samples if sample.mask is not None]
@@ -94,13 +96,16 @@ def collate(samples: Sequence[Sample], repeats: int = 1) -> Batch:
 
 
 class SampleDataset(Dataset[Sample]):
-    """Clips or images cut out of videos and image files.
+    """Samples cut out of video and image files: clips for a clip model, single frames or images for an image model.
 
-    With `augment`, samples are random: a function of (seed, epoch, number). Without, they are the centre clip and crop.
-    A file that cannot be read is named in the sample and replaced by the next one. A labelled validation sample is not
-    replaced but gets the label UNREADABLE_LABEL, which counts as a wrong answer.
+    With `augment`, samples are random, as a function of (seed, epoch, number). Without it, each sample is the centre
+    crop of the centre clip.
 
-    With `augment.repeats`, that many neighbours in the order are the same clip, decoded once and augmented differently.
+    A file that cannot be read is named in the sample and replaced by the next one in the list. A labelled validation
+    sample is not replaced: it gets the label UNREADABLE_LABEL and so counts as a wrong answer.
+
+    With `augment.repeats` above 1, that many consecutive samples are the same clip, decoded once and augmented
+    independently.
     """
 
     def __init__(
@@ -121,9 +126,10 @@ class SampleDataset(Dataset[Sample]):
             self.mixture = Mixture([MixtureSource(compact_entries(entries), self.repeats)])
         self.last_decoded: tuple[Address, Tensor | DecodeError] | None = None
         self.given_up: dict[int, str] = {}
-        """Files, by their first sample number, that workers died of and that are not opened again; and the reason."""
+        """Files that killed their worker and are not opened again: first sample number of the file -> reason."""
         self.in_hand: FilesInHand | None = None
-        """Set by the loader for its workers: which file, by its first sample number, each of them is reading."""
+        """The table in which each worker records the file that it is reading, by its first sample number. The loader
+        sets it before it starts workers."""
         self.data = data
         self.size = size
         self.seed = seed
@@ -138,15 +144,17 @@ class SampleDataset(Dataset[Sample]):
         return len(self.mixture)
 
     def __getitem__(self, address: Address) -> Sample:
-        """The sample at (epoch, number); UserError if no file at all can be read."""
+        """The sample at (epoch, number). Raises UserError if no file at all can be read."""
         started = time.perf_counter()
         epoch, number = address
         broken: list[str] = []
+        # The first attempt is the sample asked for, the following ones are its substitutes. Further samples of a file
+        # that has just failed fail at once, since `_read` remembers the error.
         for step in range(self.mixture.distinct_samples):
             origin = self.mixture[number + step]
             label = origin.entry.label
-            # Seeded by the number asked for, also where the next file stands in, and again on each attempt: what a
-            # broken file drew before it failed does not shift the draws of its replacement.
+            # Always seeded with the number asked for, even when another file is substituted, and seeded again for each
+            # attempt, so that random draws made before a file failed do not shift those of its substitute.
             with seeded(self.seed, epoch, number) as generator:
                 try:
                     pixels = self.transform(self._read(origin, epoch))
@@ -154,6 +162,7 @@ class SampleDataset(Dataset[Sample]):
                     broken.append(str(error))
                     if self.random or label < 0:
                         continue
+                    # Labelled validation: a substitute would count twice, so keep a black clip that scores as wrong.
                     label = UNREADABLE_LABEL
                     pixels = torch.zeros((self.data.frames or 1, 3, *self.size), dtype=torch.uint8)
                 mask = random_mask(self.cells, self.mask_ratio, generator) if self.cells else None
@@ -164,7 +173,7 @@ class SampleDataset(Dataset[Sample]):
         raise UserError(f"{broken[0]}; nor can any other of the {len(broken)} files be read: check the data set")
 
     def name(self, number: int) -> str:
-        """The file that a sample number stands for."""
+        """The path of the file that a sample number refers to; for an image in a tar, tar/member."""
         entry = self.mixture[number].entry
         return f"{entry.path}/{entry.name}" if isinstance(entry, TarMember) else str(entry.path)
 
@@ -174,8 +183,9 @@ class SampleDataset(Dataset[Sample]):
         return patience_seconds(self.data.decode_seconds, GRACE_SECONDS)
 
     def _read(self, origin: SampleOrigin, epoch: int) -> Tensor:
-        """(T, 3, H, W) uint8: a clip, or T = 1 for an image model."""
-        # The samples of one file are neighbours in the order, so remembering the last decoding serves nearly all.
+        """The pixels of one sample before augmentation, uint8 (T, 3, H, W); T is 1 for an image model."""
+        # All samples of a file are neighbours in the order of an epoch, so nearly every further one hits this cache of
+        # one decoded file. An error is kept too, so that a broken file is not opened for each of its samples.
         key = (epoch, origin.first)
         if self.last_decoded is None or self.last_decoded[0] != key:
             self.last_decoded = key, self._decode(origin, key)
@@ -185,15 +195,17 @@ class SampleDataset(Dataset[Sample]):
         return clips[origin.nth // self.repeats]
 
     def _decode(self, origin: SampleOrigin, key: Address) -> Tensor | DecodeError:
-        """All clips of a file in this epoch, (clips, T, 3, H, W) uint8, in one pass; or what is wrong with it."""
+        """All clips of a file in this epoch, uint8 (clips, T, 3, H, W), decoded in one pass; or the error."""
         entry = origin.entry
         file = origin.first % self.mixture.distinct_samples
         if file in self.given_up:
             return DecodeError(f"{entry.path}: {self.given_up[file]}", "timeout")
+        # Only a loader worker may be killed for hanging. In the main process there is no alarm, so a hang stays one.
         in_worker = self.in_hand is not None and get_worker_info() is not None
         watched = self.in_hand.reading(file, self.patience_seconds) if self.in_hand and in_worker else nullcontext()
         try:
             with watched:
+                # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.
                 if isinstance(entry, TarMember):
                     return read_tar_member(entry)[None, None]
                 if is_image_file(entry.path):
@@ -208,7 +220,9 @@ class SampleDataset(Dataset[Sample]):
         with VideoReader(origin.entry.path, time_limit_seconds=self.data.decode_seconds) as video:
             clips = [centre_clip(len(video), frames, stride)] * count
             if self.random:
+                # Seeded with the file's first sample: the clips do not depend on which sample of it is read first.
                 with seeded(self.seed, *key):
                     clips = [spread_clip(len(video), frames, stride, nth, count) for nth in range(count)]
+            # One request for all clips: the reader decodes forward only once, and each distinct frame only once.
             pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side)
         return pixels.unflatten(0, (count, frames))  # (count * T, 3, H, W) -> (count, T, 3, H, W)

@@ -1,17 +1,17 @@
-"""Frames of one video file by their real presentation time, through PyAV.
+"""Video reader: gives the frames of one video file by index, with their true presentation times, through PyAV.
 
-Letters: n frames of the video; H W pixels as shown, that is with rotation applied and square pixels.
+Letters: n frames of the video; H W pixels as shown, that is, after rotation and with square pixels.
 
-Nothing here seeks and nothing believes a header. The packets of a file are demuxed once and kept, and a frame is
-reached by decoding forward from the key packet before it: container seeks land on the wrong frame in several formats,
-and frame counts in headers lie.
+The reader never seeks in the container and never trusts frame counts in headers: seeks land on the wrong frame in
+several formats, and the counts are often wrong. Instead it demuxes all packets of the file once, keeps them in memory,
+and reaches a frame by decoding forward from the key packet before it.
 
-How a frame gets its index. A packet is a compressed picture; it carries `pts`, the time at which the picture is shown,
-and packets come in decoding order, which differs from the order shown if there are B-frames. The index of a frame is
-the rank of its pts among the packets that are shown. An edit list (MP4's way to trim without encoding again) makes
-FFmpeg mark packets before the start as "discard": they are decoded, since later pictures refer to them, but they are
-not shown and have no index. In formats whose packets mislead, the whole file is decoded once and its frames are
-counted.
+How a frame gets its index. A packet holds one compressed picture and carries its `pts`, the time at which the picture
+is shown. Packets come in decoding order, which differs from presentation order if there are B-frames. The index of a
+frame is therefore the rank of its pts among all packets that are shown. An edit list (MP4's way to trim a video without
+re-encoding it) makes FFmpeg mark the packets before the new start as "discard": they have to be decoded, since later
+pictures refer to them, but they are not shown and get no index. In formats whose packets are unreliable in this
+respect, the whole file is decoded once and its frames are counted.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from numpy.typing import NDArray
 
-# Containers that store a presentation time per picture, and codecs in which every packet is one shown picture. In
-# others packets mislead: AVI carries decoding times, MPEG-TS may have one packet per field, VP8 packets may show
-# nothing.
+# Containers that store a presentation time for each picture, and codecs in which every packet is exactly one shown
+# picture. In others, packets cannot be counted as frames: AVI stores decoding times, MPEG-TS may have one packet per
+# field, and a VP8 packet may show nothing.
 TIMED_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 ONE_PICTURE_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
-MAX_RETAINED_BYTES = 256 * 2**20  # of packets kept in memory; those of a larger file are read again when needed
+MAX_RETAINED_BYTES = 256 * 2**20  # limit of packets kept in memory; a larger file is demuxed again for each request
 
 
 class DecodeError(UserError):
-    """A video that cannot be read; `reason` is missing, empty, not_video, no_frames, decode_error or timeout."""
+    """A file that cannot be read.
+
+    `reason` is one of missing, empty, not_video, not_image, no_frames, decode_error and timeout.
+    """
 
     def __init__(self, message: str, reason: str = "decode_error") -> None:
         super().__init__(message)
@@ -57,10 +60,14 @@ class DecodeError(UserError):
 class VideoReader:
     """One open video file; a context manager.
 
-    `times`: float64 (n,), seconds, strictly ascending, one per frame that exists. `fps`: the average frame rate.
-    `codec`: FFmpeg's name of it. `stand_ins`: how many of the frames asked for so far could not be decoded, so that a
-    neighbour stood in for them. `time_limit_seconds` applies to each call separately. Raises DecodeError, whose message
-    begins with the path, for what cannot be read.
+    Attributes:
+        times: float64 (n,), presentation time of each frame in seconds, strictly ascending.
+        fps: the average frame rate.
+        codec: FFmpeg's name of the decoder.
+        stand_ins: how many of the frames requested so far could not be decoded and were replaced by a neighbour.
+
+    `time_limit_seconds` applies to opening and to each later call separately. Raises DecodeError, whose message begins
+    with the path, for a file that cannot be read.
     """
 
     def __init__(self, path: Path, *, time_limit_seconds: float = 60.0) -> None:
@@ -91,7 +98,7 @@ class VideoReader:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels as shown. Decodes the first frame if none has been decoded yet."""
+        """(height, width) in pixels as shown. Decodes the first frame if none has been decoded so far."""
         if self._display.size is None:
             self._start_clock()
             for _ in self._decode(0):
@@ -101,57 +108,63 @@ class VideoReader:
         return self._display.size
 
     def close(self) -> None:
-        """Close the file; PyAV leaks memory otherwise."""
+        """Close the file. Without this, PyAV leaks memory."""
         self._packets = []
         self._container.close()
 
     def frames(self, indices: Sequence[int], short_side: int | None = None) -> torch.Tensor:
-        """Frames by index, in any order, repeats allowed -> uint8 (len(indices), 3, H, W) RGB.
+        """Decode the frames with the given indices -> uint8 (len(indices), 3, H, W), RGB.
 
-        With `short_side`, frames are resized, up as well as down, so that their short side has exactly that many
-        pixels. A frame that cannot be decoded is replaced, see `decode_damaged`. Raises IndexError for an index outside
-        0..n-1 and DecodeError if nothing can be decoded.
+        Indices may come in any order and repeat. With `short_side`, frames are resized, up or down, so that their short
+        side has exactly that many pixels. A frame that cannot be decoded is replaced (see `decode_damaged`). Raises
+        IndexError for an index outside 0..n-1 and DecodeError if nothing can be decoded.
         """
-        import torch  # not at the top: data_prep uses this file and starts without torch
+        import torch  # not at the top: data_prep imports this file and has to start without loading torch
 
         wanted = sorted(set(indices))
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
         self._start_clock()
         images = self._collect(wanted, short_side)
+        # Whatever the fast way did not yield is tried again from the start of the file, and replaced as a last resort.
         damaged = [index for index in wanted if index not in images]
         images |= {index: self.picture(frame, short_side) for index, frame in self._decode_damaged(damaged)}
         unique = np.stack([images[index] for index in wanted])  # (distinct frames, H, W, 3)
-        rows = np.searchsorted(wanted, np.asarray(indices))  # `wanted` is sorted: the row of each index asked for
+        rows = np.searchsorted(wanted, np.asarray(indices))  # row of each requested index in `unique`, (len(indices),)
+        # (len(indices), H, W, 3) -> (len(indices), 3, H, W)
         return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
 
     def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Every frame that can be decoded, from the key frame before `first` on, with its index, in the order shown.
+        """(index, frame) for every frame that can be decoded, in presentation order.
 
-        Frames are as decoded, neither turned nor resized; `picture` does both.
+        Starts at the key frame before `first`, so earlier frames may come first. Frames are as decoded, neither rotated
+        nor resized; `picture` does both.
         """
         self._start_clock()
-        # From the first packet, not the first key packet: frames before that decode partly, but they do exist.
+        # For `first` = 0, start at the first packet even if it is no key packet: frames before the first key packet
+        # decode only partly, but they exist and have indices.
         packet = next(self._runs([first]))[0] if first else 0
         return self._decode(packet)
 
     def decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames, ascending, that could not be decoded when started from the key frame before them, with their indices.
+        """Second attempt at frames that could not be decoded from the key frame before them: (index, frame) for each.
 
-        A frame that is lost when decoding starts at a key frame may be there when it starts at the first. If it is not,
-        the nearest earlier frame that can be decoded stands in for it, or the next one at the start of the file;
-        `stand_ins` counts these. Raises DecodeError if no frame at all can be decoded.
+        `damaged` are their indices, ascending. A frame that is lost when decoding starts at a key frame may be intact
+        when decoding starts at the beginning of the file. If it is not, it is replaced by the nearest earlier frame
+        that can be decoded, or by the next one if there is no earlier one; `stand_ins` counts these replacements.
+        Raises DecodeError if no frame at all can be decoded.
         """
         self._start_clock()
         return self._decode_damaged(damaged)
 
     @property
     def orientation(self) -> Orientation:
-        """How a frame of `sequence` has to be turned for display."""
+        """How a frame from `sequence` has to be rotated or mirrored for display."""
+        # `size` is read for its side effect: it decodes a frame if necessary, which sets the orientation.
         return self._display.orientation if self.size else Orientation()
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
-        """A frame of `sequence` as shown -> uint8 (H, W, 3), its short side resized to `short_side`."""
+        """A frame from `sequence` as shown -> uint8 (H, W, 3), RGB, its short side resized to `short_side`."""
         return self._display.picture(frame, short_side)
 
     def _error(self, what: str, reason: str = "decode_error") -> DecodeError:
@@ -172,13 +185,15 @@ class VideoReader:
         if not self.path.stat().st_size:
             raise self._error("is empty (0 bytes)", "empty")
         try:
-            # absolute: FFmpeg reads a bare `name:rest` as a protocol and `-name` as an option
+            # Absolute, because FFmpeg takes a relative `name:rest` for a protocol and `-name` for an option. Metadata
+            # that is not UTF-8 is common in old files and must not make them unreadable, hence "replace".
             container = av.open(str(self.path.absolute()), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as fault:
             raise self._error(f"is not a video FFmpeg can open ({_one_line(fault)})", "not_video") from fault
+        # The first video stream that is not a cover picture, which music and some MP4 files carry as video.
         for stream in container.streams.video:
             if not stream.disposition & Disposition.attached_pic:
-                # Decoder threads deadlock in loader workers (PyAV#1849, #1962): parallelise over videos instead.
+                # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
                 stream.codec_context.thread_type = "NONE"
                 stream.codec_context.thread_count = 1
                 return container, stream
@@ -186,7 +201,7 @@ class VideoReader:
         raise self._error("has no video stream", "not_video")
 
     def _index_frames(self) -> None:
-        """Demux the file once, keep its packets and number its frames; see the head of this file."""
+        """Demux the file once, keep its packets and number its frames (see the docstring of this file)."""
         packets, size = [], 0
         for packet in self._demuxed(self._container, self._stream):
             size += packet.size
@@ -194,10 +209,10 @@ class VideoReader:
             if self._packets is not None:
                 self._packets.append(packet)
             if size > MAX_RETAINED_BYTES:
-                self._packets = None  # read again from the start of the file whenever frames are asked for
+                self._packets = None  # too large to keep: `_packets_from` demuxes the file again for every request
         shown = [pts for pts, _, discard in packets if not discard and pts is not None]
         formats = set(self._container.format.name.split(","))  # FFmpeg gives "mov,mp4,m4a,3gp,3g2,mj2" for all of them
-        # Packets are trusted if every one that is shown has a time and no two have the same.
+        # Packets are trusted if every packet that is shown has a pts and no two have the same one.
         by_packet = (
             bool(formats & TIMED_CONTAINERS)
             and self._stream.codec_context.name in ONE_PICTURE_CODECS
@@ -205,7 +220,8 @@ class VideoReader:
         )
         self._index_of_pts: dict[int, int] | None = None  # None: frames are counted as they are decoded
         # Key packets, by position in the file and by pts, both ascending. Decoding may start at any of them. The first
-        # packet counts as one, shown before everything, so that every frame has a key packet before it.
+        # packet is always listed, with the smallest possible pts, so that every frame has a key packet before it.
+        # Where packets are not trusted it stays the only one, and every request decodes from the start of the file.
         self._key_packets = [0]
         self._key_pts = [-(2**63)]
         if by_packet:
@@ -218,21 +234,22 @@ class VideoReader:
             self._pts = shown
         else:
             decoded = [frame.pts for _, frame in self._decode(0)]
-            # AVI frames come in the order shown but carry decoding times: once sorted, those are the times shown.
-            # Frames without a time go to the end, where `_set_times` spreads them.
+            # AVI frames leave the decoder in presentation order but carry decoding times; sorted, these are the
+            # presentation times. Frames without a time are appended with the last known one; `_set_times` spreads them.
             self._pts = sorted(pts for pts in decoded if pts is not None)
             self._pts += [self._pts[-1] if self._pts else 0] * (len(decoded) - len(self._pts))
         self._set_times()
 
     def _set_times(self) -> None:
-        """From pts to `times` in seconds, strictly ascending, and `fps`."""
+        """Convert the pts of all frames to `times` in seconds, strictly ascending, and compute `fps`."""
         if not self._pts:
             raise self._error("no frame can be decoded", "no_frames")
         base = float(self._stream.time_base or Fraction(1, 90000))
-        rate = float(self._stream.average_rate or 0) or 25.0
+        rate = float(self._stream.average_rate or 0) or 25.0  # 25 frames per second if the file does not say
         times = np.array(self._pts, dtype=np.float64) * base
         for i in np.flatnonzero(np.diff(times) <= 0) + 1:
-            # A time that is missing or occurs twice: one frame period later, but never past the next known time.
+            # A missing or repeated time becomes the previous one plus a frame period, but at most half the way to the
+            # next larger time, so that times stay strictly ascending.
             later = times[i + 1 :][times[i + 1 :] > times[i - 1]]
             times[i] = times[i - 1] + min(1 / rate, (later[0] - times[i - 1]) / 2 if len(later) else np.inf)
         self.times: NDArray[np.float64] = times
@@ -242,10 +259,12 @@ class VideoReader:
         try:
             for packet in container.demux(stream):
                 self._check_clock()
-                if packet.size:
+                if (
+                    packet.size
+                ):  # PyAV ends a stream with an empty packet to flush the decoder; `_decode` does it itself
                     yield packet
         except (av.FFmpegError, OSError, ValueError):
-            return  # a truncated file: what comes before the damage is the video
+            return  # a truncated or damaged file: the packets before the damage are used as the video
 
     def _packets_from(self, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets of the file from position `start` on."""
@@ -256,14 +275,16 @@ class VideoReader:
             yield from islice(self._demuxed(container, container.streams.video[self._stream_place()]), start, None)
 
     def _stream_place(self) -> int:
+        """The position of the stream among the video streams; `stream.index` counts audio and others too."""
         return [stream.index for stream in self._container.streams.video].index(self._stream.index)
 
     def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) in the order shown, decoding forward from packet `start`; damaged packets are skipped."""
+        """(index, frame) in presentation order, decoding forward from packet `start`. Skips damaged packets."""
         codec = self._stream.codec_context
-        codec.flush_buffers()  # of what an earlier call left in the decoder
+        codec.flush_buffers()  # a request that stopped early leaves frames in the decoder
         count = 0
-        for packet in chain(self._packets_from(start), (None,)):  # None flushes the frames that the decoder holds back
+        # Decoders hold frames back to reorder them; the final None makes this one release the rest.
+        for packet in chain(self._packets_from(start), (None,)):
             self._check_clock()
             try:
                 decoded = codec.decode(packet)
@@ -271,14 +292,14 @@ class VideoReader:
                 continue
             for frame in decoded:
                 self._display.note(frame)
-                # A frame whose pts has no index is one that the edit list discards.
+                # A frame whose pts has no index is discarded by the edit list.
                 index = count if self._index_of_pts is None else self._index_of_pts.get(frame.pts or 0)
                 count += 1
                 if index is not None:
                     yield index, frame
 
     def _collect(self, wanted: list[int], short_side: int | None) -> dict[int, NDArray[np.uint8]]:
-        """Those wanted frames that can be decoded, uint8 (H, W, 3) each, in one forward pass per run (see `_runs`)."""
+        """The wanted frames that can be decoded, uint8 (H, W, 3) each, with one forward pass per run (see `_runs`)."""
         images: dict[int, NDArray[np.uint8]] = {}
         for start, run in self._runs(wanted):
             left = set(run)
@@ -286,19 +307,22 @@ class VideoReader:
                 if index in left:
                     images[index] = self.picture(frame, short_side)
                     left.remove(index)
+                # Beyond the last wanted frame, whatever is still missing was lost to damage.
                 if not left or index > run[-1]:
                     break
         return images
 
     def _runs(self, wanted: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """Wanted frames, ascending, in runs: (key packet to start decoding from, the frames to reach from there).
+        """Divide the wanted frames, ascending, into runs: (key packet to start decoding at, frames to reach from it).
 
-        A group of pictures is what lies between two key frames. A run ends where whole groups hold no wanted frame: it
-        is cheaper to start again at a later key packet then, while the next group follows without starting again.
+        A group of pictures is what lies between two key frames. A run continues into the next group, but ends when at
+        least one whole group in between holds no wanted frame, since restarting at a later key packet is then cheaper
+        than decoding the group.
         """
         run: list[int] = []
         first = last = -1
         for index in wanted:
+            # The group of a frame: that of the last key packet whose pts is not later than the frame's.
             group = int(np.searchsorted(self._key_pts, self._pts[index], side="right")) - 1
             if run and group > last + 1:
                 yield self._key_packets[first], run
@@ -308,13 +332,13 @@ class VideoReader:
         yield self._key_packets[first], run
 
     def _decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """`decode_damaged` within the time limit of the call that is running."""
+        """`decode_damaged` without restarting the clock, for use inside another call."""
         if not damaged:
             return
         waiting = list(damaged)
         before: av.VideoFrame | None = None
         for index, frame in self._decode(0):
-            while waiting and waiting[0] < index:  # passed without having been decoded
+            while waiting and waiting[0] < index:  # the decoder has passed this frame without yielding it
                 self.stand_ins += 1
                 yield waiting.pop(0), before or frame
             if waiting and waiting[0] == index:
@@ -330,5 +354,5 @@ class VideoReader:
 
 
 def _one_line(fault: BaseException) -> str:
-    """The message of a library's error, in one line and without the path."""
+    """The message of a library's error on one line, without the path that PyAV adds to it."""
     return (getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).splitlines()[0]

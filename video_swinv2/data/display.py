@@ -1,10 +1,10 @@
-"""From a decoded frame to the picture as shown: turned, with square pixels, resized.
+"""Converts a decoded frame to the picture that a player shows: rotated, with square pixels, and resized.
 
 Letters: H W pixels as shown, C channels.
 
-Two things separate a decoded frame from what a player shows. Phones store frames as the sensor reads them and attach a
-display matrix that turns or mirrors them. And pixels need not be square: with a sample aspect ratio (SAR) of 4:3, a
-frame of 480 x 540 stored pixels (H x W) is shown as 480 x 720. The ratio applies to the stored width, before turning.
+A decoded frame differs from what a player shows in two ways. Phones store frames as the sensor reads them and attach a
+display matrix that rotates or mirrors them. And pixels need not be square: with a sample aspect ratio (SAR) of 4:3, a
+frame of 480 x 540 stored pixels (H x W) is shown as 480 x 720. The ratio applies to the stored width, before rotation.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from numpy.typing import NDArray
 
-PLAUSIBLE_PIXEL_ASPECT = (Fraction(1, 8), Fraction(8))  # outside, a header is taken to be wrong and pixels square
+# Width / height of a pixel. A ratio outside this range is taken for a damaged header, and pixels for square.
+PLAUSIBLE_PIXEL_ASPECT = (Fraction(1, 8), Fraction(8))
 
 
 class Orientation(NamedTuple):
-    """How decoded pixels become the picture as shown: swap the axes first, then mirror."""
+    """How to turn decoded pixels into the picture as shown: first swap the axes, then mirror."""
 
     transpose: bool = False
     flip_x: bool = False
@@ -33,12 +34,13 @@ class Orientation(NamedTuple):
 
     def apply(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W, C) as decoded -> (H, W, C) as shown."""
+        # Views only: nothing is copied.
         if self.transpose:
             image = image.swapaxes(0, 1)
         return image[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1]
 
 
-# Of a counter-clockwise rotation, as PyAV counts it. A quarter turn is a transposition and one mirroring.
+# By angle in degrees, counter-clockwise as PyAV reports it. A quarter turn is a transposition and then one mirroring.
 _BY_ROTATION = {
     90: Orientation(transpose=True, flip_y=True),
     180: Orientation(flip_x=True, flip_y=True),
@@ -47,22 +49,23 @@ _BY_ROTATION = {
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """The display matrix of a frame, rounded to quarter turns and mirrorings.
+    """The orientation in the display matrix of a frame, rounded to quarter turns and mirrorings.
 
     The matrix maps a decoded pixel (x, y) to x' = a x + c y, y' = b x + d y (QuickTime file format, "matrices"). If |b|
-    is larger than |a|, x' depends mostly on y: the axes are swapped, and the signs of c and b say whether x' and y' are
-    mirrored; otherwise those of a and d do. PyAV's `frame.rotation` is not enough: it reports a mirrored picture as a
-    half turn.
+    is larger than |a|, x mostly determines y': the axes are swapped, and the signs of c and b tell whether x' and y'
+    are mirrored. Otherwise the signs of a and d do. PyAV's `frame.rotation` cannot be used, since it reports a mirrored
+    picture as a half turn.
     """
     try:
-        attached: Any = frame.side_data  # declared a TypedDict, is a Mapping by kind
+        attached: Any = frame.side_data  # PyAV's stubs declare a TypedDict, but it is a Mapping with SideDataType keys
     except ValueError:
-        # PyAV cannot list side data of a kind it has no name for, such as EXIF in the JPEG frames of cameras.
+        # PyAV fails on side data of a type that it has no name for, such as EXIF in the JPEG frames of cameras. Fall
+        # back on its rotation, which is right for everything but mirrored pictures.
         return _BY_ROTATION.get(frame.rotation % 360, Orientation())
     if SideDataType.DISPLAYMATRIX not in attached:
         return Orientation()
     data = attached[SideDataType.DISPLAYMATRIX]
-    # Nine fixed-point numbers, row by row: a b u, c d v, x y w. Only signs and relative sizes matter here.
+    # The matrix is nine fixed-point int32, row by row: a b u, c d v, x y w. Only signs and relative sizes matter here.
     a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
     if abs(b) > abs(a):
         return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
@@ -70,7 +73,7 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 
 
 def size_for(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    """(height, width) with the short side as asked, the aspect ratio kept, the long side rounded to even."""
+    """(height, width) after resizing `shown` to a given short side; keeps the aspect ratio, with an even long side."""
     if short_side is None:
         return shown
     scale = short_side / min(shown)
@@ -79,9 +82,11 @@ def size_for(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 
 
 class Display:
-    """How the frames of one stream are shown; decided by its first frame.
+    """How the frames of one stream are shown. Size and orientation are those of its first frame.
 
-    `size`: (height, width) as shown, None before the first frame. `orientation`: how frames are turned.
+    Attributes:
+        size: (height, width) as shown; None before the first frame.
+        orientation: how frames are rotated and mirrored.
     """
 
     def __init__(self, stream: VideoStream) -> None:
@@ -91,7 +96,7 @@ class Display:
         self._reformatter = VideoReformatter()
 
     def note(self, frame: av.VideoFrame) -> tuple[int, int]:
-        """Take note of a frame, of which only the first matters; returns `size`."""
+        """Take size and orientation from the first frame; a no-op for later ones. Returns `size`."""
         if self.size is None:
             aspect = self._stream.sample_aspect_ratio or Fraction(1)
             if not PLAUSIBLE_PIXEL_ASPECT[0] <= aspect <= PLAUSIBLE_PIXEL_ASPECT[1]:
@@ -102,12 +107,13 @@ class Display:
         return self.size
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
-        """The frame as shown, uint8 (H, W, 3), its short side resized to `short_side`, up as well as down."""
+        """The frame as shown, uint8 (H, W, 3), RGB, its short side resized, up or down, to `short_side`."""
         height, width = size_for(self.note(frame), short_side)
-        # Resized as decoded and turned afterwards: a turn of the small picture is a view of it and costs nothing.
+        # Resize in the orientation as decoded and rotate afterwards: rotating an array is a view of it and costs
+        # nothing. This step also makes pixels square, since `size` includes the pixel aspect ratio.
         if self.orientation.transpose:
             height, width = width, height
-        # One thread: on small pictures the scaler's own threads cost five times the work itself.
+        # One thread, because for small pictures starting the scaler's threads costs five times the scaling itself.
         picture = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
         )
