@@ -1,4 +1,4 @@
-"""Image files: decoded as they should be shown, whatever their format, and found in folders of any size."""
+"""Image files: decodes them to RGB as a viewer would show them, and finds them in folders of any size."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".t
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether the name of a file is that of an image."""
+    """Whether a file is an image, judged by its suffix."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as it should be shown, uint8 (3, H, W) RGB; DecodeError if it is missing, truncated or no image."""
+    """Decode an image file to uint8 (3, H, W), RGB. Raises DecodeError if it is missing, truncated or not an image."""
     return _decode(path, str(path))
 
 
 def read_tar_member(member: TarMember) -> Tensor:
-    """An image in a tar, as `read_image`.
+    """Decode an image in a tar, like `read_image`.
 
-    The tar is opened each time, which takes 20 us, so that a worker keeps no handles.
+    Opens the tar for each image, which takes 20 us, so that workers need not keep a file handle per shard.
     """
     try:
         with member.path.open("rb") as file:
@@ -59,36 +59,38 @@ def read_tar_member(member: TarMember) -> Tensor:
 
 def _decode(file: Path | BinaryIO, name: str) -> Tensor:
     try:
-        # Pillow warns of odd EXIF data, odd palettes and large pictures: a flood with millions of files.
+        # Pillow warns about unusual EXIF data, palettes and sizes, which with millions of files would flood the log.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
-                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     except FileNotFoundError as error:
         raise DecodeError(f"{name}: no such file", "missing") from error
     except UnidentifiedImageError as error:
         empty = not (file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END))
         what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
         raise DecodeError(f"{name}: {what}", "empty" if empty else "not_image") from error
-    except Exception as error:  # a damaged file makes Pillow's readers raise whatever struct, zlib or indexing raise
+    except Exception as error:  # for a damaged file, Pillow lets through whatever struct, zlib or indexing raise
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise DecodeError(f"{name}: not a readable image ({fault})") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3); of an animation, the first picture.
+    """Convert an image to RGB, uint8 (H, W, 3); an animation gives its first picture.
 
-    Transparent pixels are composited on white, as a page shows them: dropping alpha would reveal colours that nobody
-    sees. Colour profiles are not applied, as in torchvision and timm, with whose numbers released weights were trained
-    and tested.
+    Transparent pixels are composited on white, as on a web page: dropping the alpha channel would reveal colours that
+    no viewer shows. Colour profiles are not applied. torchvision and timm do not apply them either, and released
+    weights were trained and tested on pixels that were read that way.
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    ImageOps.exif_transpose(image, in_place=True)  # cameras store a rotation in EXIF instead of rotating the pixels
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow's own conversion clips everything above 255 to white; 65535 / 255 = 257.
+        # 16-bit grey. Pillow's conversion to RGB would clip everything above 255 to white, so scale by
+        # 65535 / 255 = 257 here; adding 128 before the division rounds to the nearest value.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("its 32-bit samples have no agreed range; save it with 8 or 16 bits")
+    # Alpha is a channel of its own, or (palette images, PNG and GIF) a transparent colour named in `info`.
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         shown = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
@@ -96,10 +98,10 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def image_tree(root: Path) -> ImageCollection | None:
-    """The images below a folder, in splits and classes; None if there is none.
+    """The images below a folder, with the splits and classes that the folder names give; None if there are no images.
 
-    The layout is ROOT/CLASS/..., or ROOT/train|val|test/CLASS/... as ImageNet is kept, or images without class folders.
-    Raises UsageError where the meaning is unclear: images beside videos or tars, or splits beside other folders.
+    The layout is ROOT/CLASS/..., or ROOT/train|val|test/CLASS/... as for ImageNet, or images without class folders.
+    Raises UsageError for ambiguous contents: images beside videos or tars, or split folders beside other folders.
     """
     index = open_index("images", root, "", partial(scan_folders, root))
     if not len(index):
@@ -110,6 +112,7 @@ def image_tree(root: Path) -> ImageCollection | None:
                 f"{root}: holds images and other data ({os.path.join(folder, other)}): both images and videos or tars; "
                 "move one kind elsewhere, or add a train.txt"
             )
+    # The split and class of each folder, from its path relative to the root: (), ("train",), ("train", "cat"), ...
     folders = [tuple(name.split("/")) if name else () for name in index.containers]
     has_splits = _top_folders_are_splits(root, folders, index)
     splits: list[str] = []
@@ -119,9 +122,10 @@ def image_tree(root: Path) -> ImageCollection | None:
         splits.append(top if top in SPLITS else "train")
         below = parts[1:] if top in SPLITS else parts
         classes.append(below[0] if below else "")
+    # Only folders that directly contain images define a class; their labels are then repeated for each of the images.
     names = tuple(sorted({name for name, count in zip(classes, index.counts, strict=True) if name and count}))
     position = {name: place for place, name in enumerate(names)}
-    labels = np.array([position.get(name, -1) for name in classes], dtype=np.int32)  # of each folder
+    labels = np.array([position.get(name, -1) for name in classes], dtype=np.int32)  # (folders,)
     tree = ImageCollection(
         root,
         index,
@@ -137,10 +141,11 @@ def image_tree(root: Path) -> ImageCollection | None:
 
 
 def _top_folders_are_splits(root: Path, folders: list[tuple[str, ...]], index: FileIndex) -> bool:
-    """Whether the folders just below the root are splits, not classes; UsageError if some are and some are not."""
+    """Whether the folders directly below the root are splits rather than classes. Raises UsageError for a mixture."""
     tops = {parts[0] if parts else "" for parts, count in zip(folders, index.counts, strict=True) if count}
     found = {SPLIT_SYNONYMS.get(top, top) for top in tops}
-    # A class may well be called "train"; a root with nothing but splits, or with a val, has splits.
+    # A class may well be called "train". The folders are taken for splits if all of them have the name of a split, or
+    # if one of them is val.
     has_splits = "val" in found or found <= set(SPLITS)
     beside = sorted(top for top in tops if SPLIT_SYNONYMS.get(top, top) not in SPLITS)
     if has_splits and "train" in found and beside:
@@ -149,32 +154,36 @@ def _top_folders_are_splits(root: Path, folders: list[tuple[str, ...]], index: F
 
 
 def _empty_class_folder(kinds: list[tuple[str, str]], index: FileIndex) -> str:
-    """A folder whose (split, class) has no image in any folder of that kind; '' if there is none."""
+    """The first folder of a (split, class) that has no image in any of its folders; '' if every class has images."""
     filled = {kind for kind, count in zip(kinds, index.counts, strict=True) if count}
     bare = (name for name, kind in zip(index.containers, kinds, strict=True) if kind[1] and kind not in filled)
     return next(bare, "")
 
 
 def scan_folders(root: Path, previous: FileIndex | None) -> Iterator[ContainerContents | int]:
-    """Every folder below `root`, itself first, with its image files; hidden ones are skipped.
+    """List `root` and all folders below it, each with its image files; hidden files and folders are skipped.
 
-    A folder that has not changed since `previous` is given as its number there and is not listed: one `stat` per
-    folder. `about` names a video or tar that lies in the folder too. Raises UserError for a folder that cannot be read.
+    For a folder that has not changed since `previous` was made, yields its number there instead of its contents, which
+    costs one `stat`. `about` names a video or tar in the folder, or is ''. Raises UserError for a folder that cannot be
+    read.
     """
     known = {} if previous is None else {name: place for place, name in enumerate(previous.containers)}
     stamps = [] if previous is None else [tuple(stamp) for stamp in previous.stamps.tolist()]
-    # The folders in a folder that has not changed are those it had: its own stamp covers them, but not their contents.
+    # An unchanged folder still has the subfolders it had, because adding or removing one changes its stamp. The stamp
+    # does not cover what is inside them, so each subfolder is visited all the same.
     known_subfolders: dict[str, list[str]] = defaultdict(list)
     for name in known:
         if name:
             known_subfolders[os.path.dirname(name)].append(name)
+    # A stack of folders to visit, each with the identities (device, inode) of all folders above it. A path of names
+    # would not reveal a symbolic link that leads back to a folder above.
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         folder, above = waiting.pop()
         path = root / folder
         state = path.stat()
         identity = (state.st_dev, state.st_ino)
-        if identity in above:  # a link to a folder that it lies in: all of it is listed already
+        if identity in above:  # a link to one of its parent folders, all of which are listed anyway
             continue
         stamp, place = change_stamp(path), known.get(folder)
         if place is not None and stamp == stamps[place] != UNSETTLED:
@@ -183,12 +192,12 @@ def scan_folders(root: Path, previous: FileIndex | None) -> Iterator[ContainerCo
         else:
             contents, below = _list_folder(path, folder, stamp)
             yield contents
-        # The last one pushed is visited first, so this walks depth first in the order of the names.
+        # The stack is popped from its end, so pushing in reverse order visits the folders depth first, sorted by name.
         waiting += [(name, above | {identity}) for name in sorted(below, reverse=True)]
 
 
 def _list_folder(path: Path, folder: str, stamp: ChangeStamp) -> tuple[ContainerContents, list[str]]:
-    """The contents of one folder, and the folders in it."""
+    """The contents of one folder, and the paths of its subfolders relative to the root."""
     images, below, other = [], [], ""
     top = f"{folder}/" if folder else ""
     try:

@@ -1,14 +1,15 @@
-"""The saved index of a source of images: what its folders or tar shards hold, listed once and memory-mapped after that.
+"""The cached index of an image source: the contents of its folders or tar shards, listed once and then memory-mapped.
 
-A *container* is a folder or a tar. An index lists the containers of a source, and the images in each, as a handful of
-arrays: millions of entries are a few objects, which loader workers share.
+A *container* is a folder or a tar. An index holds the containers of a source, and the images in each of them, as a
+handful of arrays, so that millions of entries are a few objects, which loader workers share.
 
-An index is kept in the user's cache folder, never among the data: a folder of ours in a tree of class folders would be
-a class to other tools, and a file of ours would change the times by which a changed folder is recognised. Every
-container is listed together with a stamp: its times of change and its size. Opening an index compares all stamps and
-lists again what differs, so it costs one `stat` per container and is never silently out of date. A container that
-changed within two seconds before it was listed gets no stamp and is listed again next time, since a second change could
-bear the same time.
+The index is kept in the user's cache folder, never among the data: other tools would take a folder of ours in a tree of
+class folders for a class, and writing a file there would change the modification times that changes are detected by.
+
+Every container is stored with a stamp: its times of change and its size. Opening an index compares all stamps and lists
+only the containers whose stamp differs, so it costs one `stat` per container, and an index is never silently out of
+date. A container that changed within the two seconds before it was listed gets no valid stamp and is listed again next
+time, because a later change within the resolution of the clock could leave the same time.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
 
 FORMAT = "1"
-SETTLED_SECONDS = 2.0  # the coarsest clock of any file system in use (FAT)
+SETTLED_SECONDS = 2.0  # the coarsest time resolution of any file system in use (FAT)
 REPORT_EVERY_SECONDS = 15.0
-UNSETTLED = (0, 0, 0)  # the stamp of what changed just now; two of them do not mean that nothing changed
+UNSETTLED = (0, 0, 0)  # the stamp of a container that changed just now; it never counts as equal to another stamp
 ChangeStamp = tuple[int, ...]
 T = TypeVar("T")
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose items are made when they are asked for; a subclass gives `__len__` and `item`."""
+    """A sequence that creates its items on access. A subclass implements `__len__` and `item`."""
 
     def item(self, place: int) -> T:
         """The item at position `place`, from 0 to len - 1."""
@@ -58,23 +59,25 @@ class LazySequence(Sequence[T]):
     def __getitem__(self, place: int | slice) -> T | list[T]:
         if isinstance(place, slice):
             return [self.item(i) for i in range(len(self))[place]]
-        return self.item(range(len(self))[place])
+        return self.item(range(len(self))[place])  # `range` resolves negative indices and raises IndexError
 
 
 def as_tensors(*arrays: NDArray[Any]) -> tuple[Tensor, ...]:
-    """The arrays as they go into a pickle: torch passes tensors to spawned workers in shared memory, without a copy.
+    """Wrap arrays as tensors for pickling: torch sends tensors to spawned workers through shared memory, uncopied.
 
-    The sender has to keep them until the worker runs. Freeing the last one closes its file handle, and the handle is
-    passed on only after pickling.
+    The caller has to keep the returned tensors until the worker runs. Once the last reference is gone, the file handle
+    of the shared memory is closed, but the worker receives the handle only after pickling. The `__reduce__` methods of
+    this file therefore store them in `self._sent`.
     """
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
 class NameTable(LazySequence[str]):
-    """Many names as two arrays, of their bytes and of where they end: a million names are two objects.
+    """A list of names stored in two arrays, so that a million names are two objects.
 
-    `text` uint8 (bytes,), each name followed by NUL; `ends` int64 (names,), the position of each NUL. A NUL cannot
-    occur in a file name.
+    Attributes:
+        text: uint8 (bytes,), the encoded names, each followed by NUL, which no file name contains.
+        ends: int64 (names,), the position of each NUL in `text`.
     """
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
@@ -87,8 +90,9 @@ class NameTable(LazySequence[str]):
 
     @classmethod
     def from_names(cls, text: bytes | Iterable[str]) -> NameTable:
-        """From names, or from their bytes with a NUL after each name."""
+        """Build a table from names, or from their encoded bytes with a NUL after each name."""
         if not isinstance(text, bytes):
+            # fsencode keeps names that are not valid UTF-8 intact, as surrogate escapes.
             text = b"".join(os.fsencode(name) + b"\0" for name in text)
         array = np.frombuffer(bytearray(text), dtype=np.uint8)
         return cls(torch.from_numpy(array), torch.from_numpy(np.flatnonzero(array == 0).astype(np.int64)))
@@ -101,10 +105,11 @@ class NameTable(LazySequence[str]):
         return os.fsdecode(self.bytes(place, place + 1)[:-1])
 
     def __iter__(self) -> Iterator[str]:
+        # Much faster than one `item` at a time. The text ends with NUL, so the last piece of the split is empty.
         return map(os.fsdecode, self.text.tobytes().split(b"\0")[:-1])
 
     def bytes(self, first: int, last: int) -> bytes:
-        """The bytes of the names from `first` to `last` (exclusive), a NUL after each."""
+        """The encoded names from `first` to `last` (exclusive), each followed by NUL."""
         start = self.ends[first - 1] + 1 if first else 0
         stop = self.ends[last - 1] + 1 if last else 0
         return self.text[start:stop].tobytes()
@@ -112,9 +117,14 @@ class NameTable(LazySequence[str]):
 
 @dataclass(frozen=True)
 class ContainerContents:
-    """One folder or tar as it was listed: the names in it, each followed by NUL, and `columns` of one number per name.
+    """The listing of one folder or tar.
 
-    `about` is one string per container, whose meaning is that of the kind of source.
+    Attributes:
+        container: its path relative to the root of the source; '' for the root.
+        stamp: its `change_stamp` from before it was listed.
+        names: the names of the images in it, each followed by NUL.
+        columns: int64 (names,) each: numbers that are stored per image, such as `hash`, `offset`, `size` or `label`.
+        about: a note on the container: a file of another kind for folders, JSON with labels and damage for tars.
     """
 
     container: str
@@ -125,10 +135,12 @@ class ContainerContents:
 
 
 class FileIndex:
-    """All containers of a source and their entries, in the order of the containers.
+    """All containers of a source and their entries, the entries in the order of their containers.
 
-    Per container: its name, `stamps` int64 (containers, 3) and a string `about`. Per entry: its name and `columns` of
-    int64 numbers. `starts` int64 (containers + 1,): entries starts[i] to starts[i + 1] are those of container i.
+    Attributes:
+        containers, stamps, about: one name, stamp (int64 (containers, 3)) and note per container.
+        starts: int64 (containers + 1,); container i holds the entries from starts[i] to starts[i + 1] (exclusive).
+        names, columns: one name per entry, and arrays int64 (entries,) of numbers per entry.
     """
 
     def __init__(
@@ -157,7 +169,7 @@ class FileIndex:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Entries per container, int64 (containers,)."""
+        """The number of entries in each container, int64 (containers,)."""
         return np.diff(self.starts)
 
     def container_of(self, entry: int) -> int:
@@ -165,7 +177,7 @@ class FileIndex:
         return int(self.starts.searchsorted(entry, side="right")) - 1
 
     def contents(self, container: int) -> ContainerContents:
-        """One container as it was listed."""
+        """The listing of one container, as it went into the index."""
         first, last = self.starts[container : container + 2].tolist()
         columns = {key: column[first:last] for key, column in self.columns.items()}
         stamp, about = tuple(self.stamps[container].tolist()), self.about[container]
@@ -173,36 +185,37 @@ class FileIndex:
 
 
 ScanSource = Callable[[FileIndex | None], Iterator[ContainerContents | int]]
-"""Lists a source: given the previous index, yields the contents of each container that is new or changed, and for every
-other one its number in that index."""
+"""A function that lists a source. Given the previous index or None, it yields one item per container, in a fixed order:
+the contents of a container that is new or has changed, or the number in the previous index of one that has not."""
 
 
 def change_stamp(path: Path) -> ChangeStamp:
-    """Times of change and size of a folder or file; UNSETTLED if it changed just now.
+    """Modification time, inode change time (both in ns) and size of a folder or file; UNSETTLED if it just changed.
 
-    Has to be taken before the container is listed: a change in between is then noticed next time.
+    Call it before listing the container, so that a change during the listing is noticed next time.
     """
     state = path.stat()
     latest = max(state.st_mtime_ns, state.st_ctime_ns)
-    # Both times: tools that copy files set the modification time back, but nothing sets that of the inode.
+    # Both times, because tools that copy files set the modification time back, but nothing can set the inode's.
     settled = latest < time.time_ns() - int(SETTLED_SECONDS * 1e9)
     return (state.st_mtime_ns, state.st_ctime_ns, state.st_size) if settled else UNSETTLED
 
 
 def name_hashes(names: Iterable[bytes]) -> NDArray[np.int64]:
-    """32 bits of sha256 per name, int64 (names,): a random order that is the same on every machine."""
+    """The first 32 bits of each name's sha256, int64 (names,): a random order that is the same on every machine."""
     return np.fromiter((int.from_bytes(hashlib.sha256(name).digest()[:4], "big") for name in names), np.int64)
 
 
 def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
-    """The up-to-date index of a source, created or updated if necessary; processes that start together do it once.
+    """Open the index of a source, and create or update it first if necessary.
 
-    `kind` and `key` tell sources with the same root apart. If the cache folder cannot be written, the index is made in
-    memory.
+    Of several processes that start together, one does the work and the others wait for it. `kind` and `key` distinguish
+    sources with the same root. If the cache folder cannot be written, the index is built in memory and not saved.
     """
     path = _index_path(kind, root, key)
     previous = _load(path)
-    # Without a lock: reading is safe, since an index is replaced as a whole, and most often nothing has changed.
+    # No lock is needed up to here: an index file is always replaced as a whole, so what was read is complete. Usually
+    # nothing has changed, and this is all.
     if previous is not None and _unchanged(scan(previous), previous):
         return previous
     with contextlib.ExitStack() as stack:
@@ -211,7 +224,7 @@ def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
         except OSError as fault:
             print(f"{path}: cannot be written ({fault}), so {root} is listed again at every start", file=sys.stderr)
             return _assemble(list(_with_progress(scan(None), root)), None)
-        # Another process may have updated the index while this one waited for the lock.
+        # Another process may have updated the index while this one waited for the lock, so load it again.
         previous = _load(path)
         found = list(_with_progress(scan(previous), root))
         if previous is not None and _unchanged(found, previous):
@@ -222,21 +235,22 @@ def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
         except UserError as fault:
             print(f"{fault}; {root} is listed again at every start", file=sys.stderr)
             return index
-        return _load(path) or index  # memory-mapped, so that processes share it
+        return _load(path) or index  # reloaded because the saved one is memory-mapped, and so shared by processes
 
 
 def _index_path(kind: str, root: Path, key: str) -> Path:
-    # The inode too: another folder mounted or moved to the same path is another source.
+    # The inode is included because another folder that is mounted or moved to the same path is another source.
     identity = f"{kind}\n{root.absolute()}\n{root.stat().st_ino}\n{key}"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user without a home directory, as in containers
+    if cache.startswith("~"):  # `expanduser` changes nothing for a user without a home directory, as in containers
         cache = tempfile.gettempdir()
     return Path(cache, "video-swinv2", "index", hashlib.sha256(os.fsencode(identity)).hexdigest()[:32])
 
 
 def _unchanged(found: Iterable[ContainerContents | int], previous: FileIndex) -> bool:
-    """Whether the containers are exactly those of `previous`; stops at the first that is not."""
+    """Whether the containers found are exactly those of `previous`, in order. Stops at the first difference."""
     number = -1
+    # An unchanged source yields 0, 1, 2, ... up to the last container of `previous`.
     for number, item in enumerate(found):
         if item != number:
             return False
@@ -244,7 +258,7 @@ def _unchanged(found: Iterable[ContainerContents | int], previous: FileIndex) ->
 
 
 def _with_progress(found: Iterator[ContainerContents | int], root: Path) -> Iterator[ContainerContents | int]:
-    """The same items; prints a line now and then if they take long."""
+    """Pass the items on, and print a line every REPORT_EVERY_SECONDS."""
     reported, entries = time.monotonic(), 0
     for item in found:
         yield item
@@ -255,6 +269,7 @@ def _with_progress(found: Iterator[ContainerContents | int], root: Path) -> Iter
 
 
 def _assemble(found: Sequence[ContainerContents | int], previous: FileIndex | None) -> FileIndex:
+    """Concatenate all containers, new ones as listed and unchanged ones copied from the previous index."""
     contents = [item if isinstance(item, ContainerContents) else _unchanged_contents(previous, item) for item in found]
     counts = [one.names.count(0) for one in contents]
     keys = contents[0].columns if contents else ()
@@ -276,9 +291,10 @@ def _unchanged_contents(previous: FileIndex | None, container: int) -> Container
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of an index file. The lock is a file beside it, since the index file itself gets replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by the death of the process
         yield
 
 
@@ -292,7 +308,7 @@ def _save(index: FileIndex, path: Path) -> None:
 
 
 def _load(path: Path) -> FileIndex | None:
-    """The index in a file, its tensors mapped and not read; None if there is none, or one of another format."""
+    """Open a saved index, memory-mapped; None if the file is missing, damaged or of another FORMAT."""
     try:
         with safe_open(path, "pt") as file:
             if file.metadata() != {"format": FORMAT}:
@@ -309,7 +325,7 @@ def _load(path: Path) -> FileIndex | None:
 
 @dataclass(frozen=True)
 class TarMember:
-    """One image inside a tar: `size` bytes of the file `path`, starting at `offset`; the rest as in Entry."""
+    """One image in a tar: `size` bytes at `offset` of the file `path`; `name` and `label` as in Entry."""
 
     name: str
     path: Path
@@ -322,9 +338,12 @@ AnyEntry = Entry | TarMember
 
 
 class IndexedEntries(LazySequence[AnyEntry]):
-    """Some entries of an index, made into objects when asked for.
+    """A selection of the entries of an index, which become objects only on access.
 
-    rows: which ones, int64 (n,). labels: int32 (n,), -1 for none.
+    Args:
+        root: the folder that the names of the index are relative to.
+        rows: the entry numbers of the selection, int64 (n,).
+        labels: int32 (n,), -1 for no label.
     """
 
     def __init__(self, root: Path, index: FileIndex, rows: Tensor, labels: Tensor) -> None:
@@ -346,14 +365,14 @@ class IndexedEntries(LazySequence[AnyEntry]):
         container = self.file_index.containers[self.file_index.container_of(row)]
         name = self.file_index.names[row]
         shown = f"{container}/{name}" if container else name
-        if "offset" not in self.file_index.columns:
+        if "offset" not in self.file_index.columns:  # containers are folders, and an entry is a file of its own
             return Entry(shown, self.root / shown, label)
         offset, size = int(self.file_index.columns["offset"][row]), int(self.file_index.columns["size"][row])
         return TarMember(shown, self.root / container, label, offset, size)
 
 
 class CompactEntries(LazySequence[AnyEntry]):
-    """The entries of a list in a few arrays, as `IndexedEntries` are: loader workers share them and copy no objects."""
+    """The entries of a list in a few arrays, like `IndexedEntries`, so that loader workers share them."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.names = NameTable.from_names(entry.name for entry in entries)
@@ -369,5 +388,9 @@ class CompactEntries(LazySequence[AnyEntry]):
 
 
 def compact_entries(entries: Sequence[Entry]) -> Sequence[AnyEntry]:
-    """The same entries in a form that loader workers share; their own objects would be copied into each worker."""
+    """The same entries in arrays that loader workers share.
+
+    A list of Python objects would be copied into each worker, even a forked one: every access writes to the reference
+    counts, and so copies the memory page.
+    """
     return entries if isinstance(entries, (IndexedEntries, CompactEntries)) else CompactEntries(entries)

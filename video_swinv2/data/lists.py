@@ -1,4 +1,4 @@
-"""Lists of videos in the layouts people keep, and walks over folders: which video is in which split, and where."""
+"""Readers of video lists: text files and CSVs in the usual layouts, and folders of videos with or without classes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"}
     | {".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 )
+# Files that data_prep writes: a folder with one of them holds a prepared data set, or one in preparation.
 PREPARED_MARKERS = frozenset({"dataset.json", "prep.sqlite", ".prep.lock"})
-# The path is everything before the last separator, so it may itself hold spaces and commas.
+# `path label` or `path,label`. The label is what follows the last separator, so paths may contain spaces and commas.
 LIST_LINE = re.compile(r"^(?P<path>.+?)[\s,]+(?P<label>-?\d+)$")
 SPLIT_SYNONYMS = {"validate": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 class ListedVideo(NamedTuple):
-    """A line of a list, or a file of a folder.
+    """One video of a list or folder.
 
-    `path` is absolute; `label` a class name, an index into the classes or None; `where` names file and line.
+    `name` is relative to the root of the source and `path` is absolute. `label` is a class name, an index into the
+    classes, or None. `where` names the file and line, for messages.
     """
 
     name: str
@@ -36,7 +38,7 @@ class ListedVideo(NamedTuple):
 
 
 class KineticsLine(NamedTuple):
-    """A line of a Kinetics list: from which second to which of a YouTube video; `label` is '' if it has none."""
+    """A line of a Kinetics list: a YouTube video from `start` to `end`, in seconds; `label` is '' if it has none."""
 
     youtube_id: str
     start: float
@@ -46,7 +48,7 @@ class KineticsLine(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The name of its file without the suffix: the id and two times of six digits."""
+        """The conventional name of its file without suffix: the id and both times in seconds, with six digits."""
         return f"{self.youtube_id}_{int(self.start):06d}_{int(self.end):06d}"
 
 
@@ -56,7 +58,7 @@ def root_folder(source: Path) -> Path:
 
 
 def split_sources(source: Path, annotations: Sequence[Path] = ()) -> dict[str, list[Path]]:
-    """What defines each split, in the order train, val, test, others: list files, or a folder to walk.
+    """The list files or the folder that define each split, in the order train, val, test, others.
 
     Raises UsageError if `source` or one of `annotations` does not exist or holds no lists.
     """
@@ -70,6 +72,8 @@ def split_sources(source: Path, annotations: Sequence[Path] = ()) -> dict[str, l
     elif source.is_file():
         found = _splits_of_file(source)
     else:
+        # Lists take precedence over folders. A prepared data set (dataset.json) without lists has no splits: its
+        # folders must not be walked in their place.
         found = _lists_in(source) or _lists_in(source / "annotations")
         if not found and not (source / "dataset.json").is_file():
             found = [(split, source / split) for split in SPLITS if (source / split).is_dir()] or [("train", source)]
@@ -85,8 +89,9 @@ def _existing(source: Path) -> Path:
 
 
 def _lists_in(folder: Path) -> list[tuple[str, Path]]:
-    """The lists of a folder; .txt wins over .csv, as it is the complete one of Kinetics-600's official lists."""
+    """The lists of a folder. A .txt is preferred to a .csv, since of Kinetics-600's official lists it is complete."""
     found: dict[str, Path] = {}
+    # Later files replace earlier ones of the same split: .txt replaces .csv, and train.csv replaces training.csv.
     for word in (*SPLIT_SYNONYMS, *SPLITS):
         for suffix in (".csv", ".txt"):
             path = folder / f"{word}{suffix}"
@@ -96,14 +101,14 @@ def _lists_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _splits_of_file(path: Path) -> list[tuple[str, Path]]:
-    """The splits of one list: those of its column `split`, else the one in its file name, else train."""
+    """The splits of one list: the values of its column `split`, or the split in its file name, or train."""
     words = re.findall(r"[a-z]+", path.stem.lower())
     named = next((split for word in words if (split := SPLIT_SYNONYMS.get(word, word)) in SPLITS), "train")
     return [(split, path) for split in sorted(split_column(path))] or [(named, path)]
 
 
 def split_column(path: Path) -> set[str]:
-    """The values of the column `split`; none if there is no such column. Raises UsageError."""
+    """The values of the column `split`, if there is one. Raises UsageError if only some lines have a value."""
     if not _is_table(path) or "split" not in _header(path):
         return set()
     words = {word.strip() for _, (word,) in _table(path, "split")}
@@ -113,7 +118,10 @@ def split_column(path: Path) -> set[str]:
 
 
 def read_listed_videos(root: Path, source: Path, split: str) -> Iterator[ListedVideo]:
-    """The lines of one list that belong to `split`, or the videos of a folder. Raises UsageError naming the line."""
+    """The lines of one list that belong to `split`, or the videos of a folder.
+
+    Raises UsageError, naming the line, for one that cannot be understood.
+    """
     if source.is_dir():
         return _walk(root, source)
     if is_kinetics_list(source):
@@ -122,7 +130,7 @@ def read_listed_videos(root: Path, source: Path, split: str) -> Iterator[ListedV
 
 
 def labels_in(root: Path, source: Path) -> set[str | int]:
-    """All labels of a list, whatever their split, or of a folder."""
+    """All labels of a list, whatever their split, or of the videos of a folder."""
     if source.is_dir():
         return {row.label for row in _walk(root, source) if row.label is not None}
     if _is_table(source):
@@ -131,7 +139,7 @@ def labels_in(root: Path, source: Path) -> set[str | int]:
 
 
 def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
-    """Class folders of videos, or a flat folder of unlabelled ones."""
+    """The videos of a folder: labelled with the top folder they are in, or all unlabelled in a flat folder."""
     shown = videos_below(folder)
     loose = [name for name in shown if "/" not in name]
     if loose and len(loose) < len(shown):
@@ -143,10 +151,11 @@ def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
 
 
 def videos_below(folder: Path) -> list[str]:
-    """The videos anywhere below a folder, relative to it, in order.
+    """All videos below a folder, at any depth, as sorted paths relative to it.
 
-    Hidden files and folders are skipped, and so are prepared data sets: otherwise a second run would take the output of
-    the first for its input. Raises UsageError for a folder that cannot be read, whose videos would count as missing.
+    Skips hidden files and folders, and prepared data sets, so that a second preparation does not take the output of the
+    first for input. Raises UsageError for a folder that cannot be read, since its videos would otherwise silently be
+    missing.
     """
 
     def refuse(fault: OSError) -> None:
@@ -154,6 +163,7 @@ def videos_below(folder: Path) -> list[str]:
 
     shown: list[str] = []
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # Assigning to the slice makes `os.walk` skip the others; it reads the list that it has yielded.
         folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
         if parent != str(folder) and not PREPARED_MARKERS.isdisjoint(files):
             folders.clear()
@@ -162,7 +172,8 @@ def videos_below(folder: Path) -> list[str]:
         for name in files:
             if not name.startswith(".") and name[name.rfind(".") :].lower() in VIDEO_SUFFIXES:
                 shown.append(f"{top}/{name}" if top else name)
-    # Folder by folder: NUL sorts before any character that a name can contain.
+    # Sort by folder first. "/" is replaced by NUL, which sorts before every character of a name; with "/" itself, the
+    # folder "a-b" would come before the folder "a", because "-" sorts before "/".
     return sorted(shown, key=lambda name: name.replace("/", "\0"))
 
 
@@ -171,7 +182,7 @@ def _list_rows(root: Path, path: Path) -> Iterator[ListedVideo]:
         text = line.strip()
         if text:
             match = LIST_LINE.match(text)
-            name = match["path"] if match else text
+            name = match["path"] if match else text  # a line without a label is a path
             yield ListedVideo(name, str(root / name), int(match["label"]) if match else None, f"{path}, line {number}")
 
 
@@ -182,9 +193,9 @@ def _path_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
 
 
 def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
-    """The lines of a Kinetics list with their files ID_START_END, wherever below `root` those lie.
+    """The lines of a Kinetics list with their files, which are called ID_START_END and may be anywhere below `root`.
 
-    A file that does not exist keeps the name it should have, so that it is reported as missing.
+    For a file that does not exist, gives the name that it should have, so that it is reported as missing.
     """
     files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
@@ -193,12 +204,12 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
 
 
 def is_kinetics_list(path: Path) -> bool:
-    """Whether a list, whatever its suffix, has Kinetics' columns of a YouTube id and two times."""
+    """Whether a list has the columns of Kinetics (YouTube id, start and end), whatever its suffix."""
     return {"youtube_id", "time_start", "time_end"} <= set(_header(path))
 
 
 def read_kinetics_lines(path: Path, split: str) -> Iterator[KineticsLine]:
-    """The lines of a Kinetics list that belong to `split`. Raises UsageError naming the line."""
+    """The lines of a Kinetics list that belong to `split`. Raises UsageError, naming the line, for invalid times."""
     for number, (youtube_id, first, last, label, word) in _table(
         path, "youtube_id", "time_start", "time_end", "label", "split"
     ):
@@ -223,17 +234,19 @@ def videos_by_stem(videos: Sequence[str]) -> dict[str, list[str]]:
 
 
 def choose_copy(names: Sequence[str], folder: str) -> str:
-    """Of several copies of a video, the one below the folder of its split or class, else the first."""
+    """Choose among copies of a video: the one in a folder named `folder` (its split or class), or else the first."""
     if len(names) == 1:
         return names[0]
     return next((name for name in names if f"/{folder}/" in f"/{name}"), names[0])
 
 
 def _in_split(word: str, split: str) -> bool:
+    """Whether a line whose column `split` is `word` belongs to `split`; lines without a value belong to every split."""
     return word in ("", split) or SPLIT_SYNONYMS.get(word.strip(), word.strip()) in ("", split)
 
 
 def _header(path: Path) -> list[str]:
+    """The fields of the first line. The encoding "utf-8-sig" drops the byte-order mark that Excel writes."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return next(csv.reader(file), [])
@@ -242,25 +255,26 @@ def _header(path: Path) -> list[str]:
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a file is a CSV with a header; SlowFast and VideoMAE call bare lists .csv too."""
+    """Whether a file is a CSV with a header. The suffix does not tell: SlowFast and VideoMAE call bare lists .csv."""
     header = set(_header(path))
     return "path" in header or {"youtube_id", "time_start", "time_end"} <= header
 
 
 def _table(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
-    """For every record, its line number and the fields of `columns`; '' if there is no such column or field."""
+    """The line number and the fields of `columns` for each record; '' for a column or field that does not exist."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
             header = next(reader, [])
-            # -1 is the empty field that is appended to every record below.
+            # Every record is padded below to at least one field more than the header. The place -1 of a column that
+            # does not exist therefore selects an empty field.
             places = [header.index(column) if column in header else -1 for column in columns]
             for fields in reader:
                 if len(fields) > len(header):
                     raise UsageError(
                         f"{path}, line {reader.line_num}: too many fields; quote names that contain commas"
                     )
-                if fields:
+                if fields:  # not a blank line
                     fields += [""] * (len(header) + 1 - len(fields))
                     yield reader.line_num, [fields[place] for place in places]
         except (UnicodeDecodeError, csv.Error) as fault:

@@ -1,6 +1,6 @@
-"""The order of samples, and loaders that keep it: a function of (seed, step), whatever the processes and workers.
+"""Data loaders whose order of samples is a function of (seed, step), whatever the number of processes and workers.
 
-How the stream of samples is cut, for a global batch of 8, 2 processes and micro-batches of 2:
+How the stream of samples is divided, for a global batch of 8, 2 processes and micro-batches of 2:
 
     position of a sample in the stream   0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15 | 16 ...
     step                                 0               | 1                     | 2
@@ -9,14 +9,15 @@ How the stream of samples is cut, for a global batch of 8, 2 processes and micro
 
     position p -> epoch p // n, the (p % n)-th number of that epoch's permutation of n samples
 
-Nothing here depends on what was read before, so a run resumes from the number of its step alone, and a run on another
-number of processes sees the same global batches. An epoch ends within a step when n is not a multiple of the batch.
+Nothing here depends on what was read before, so the step number is all that is needed to resume a run, and a run on
+another number of processes sees the same global batches. If n is not a multiple of the batch, an epoch ends within a
+step, and the rest of the step comes from the next epoch.
 
-Workers get the data set by fork on Linux, through torch's shared memory elsewhere; what it knows of its entries is a
-handful of tensors (`index.py`), so a worker copies none of it however many there are.
+Workers receive the data set by fork on Linux, and through torch's shared memory elsewhere. The data set holds its
+entries in a handful of tensors (`index.py`), so workers share them instead of copying them, however many there are.
 
-A worker that dies or hangs costs time and at most the file it was reading: all workers are started again, and what was
-not yet delivered is read again, so the order stays what it was (`Loader`).
+A worker that dies or hangs costs time and at most the file that it was reading: all workers are restarted, and the
+batches that were not yet delivered are read again, so the order does not change (see `Loader`).
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ from video_swinv2.data.datasets import Address, Batch, SampleDataset, collate
 from video_swinv2.data.workers import FilesInHand, is_worker_death, start_loader
 from video_swinv2.errors import UsageError, UserError
 
-PREFETCH = 4  # micro-batches that a worker may be ahead; times their size, all the memory that loading takes
-MAX_DEATHS = 5  # of workers without a single batch in between; beyond that the machine is at fault, not a file
+# Micro-batches that each worker reads ahead. Loading takes about workers x PREFETCH x size of a micro-batch in memory.
+PREFETCH = 4
+# Worker deaths without a single batch in between after which loading gives up. By then, the machine is at fault (it is
+# out of memory, for example) and not a single file.
+MAX_DEATHS = 5
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch of a step is divided: `world` equal shares, each read in `accumulation` micro-batches."""
+    """How the global batch of a step is divided: into `world` equal shares of `accumulation` micro-batches each.
+
+    `batch` and `micro` are numbers of samples, `world` is the number of processes.
+    """
 
     batch: int
     world: int
@@ -48,16 +55,17 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per step and process."""
+        """The number of micro-batches, and so of forward passes, per step and process."""
         return self.batch // self.world // self.micro
 
 
 def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> BatchPlan:
     """Divide a global batch into the largest micro-batches of at most `micro_batch` samples that divide a share evenly.
 
-    All `repeats` of a clip go into one micro-batch, so that the clip is decoded once. Raises UsageError if `batch`
+    All `repeats` of a clip go into the same micro-batch, so that the clip is decoded once. Raises UsageError if `batch`
     cannot be divided among `world` processes, or if a micro-batch cannot hold the repeats of one clip.
     """
+    # From here on, everything is counted in clips of `repeats` samples each.
     if batch % (world * repeats):
         shared = f"{world} processes" + (f" in {repeats} repeats of a clip" if repeats > 1 else "")
         raise UsageError(
@@ -76,8 +84,12 @@ def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> Ba
 class StepSampler(Sampler[list[Address]]):
     """The micro-batches of one process from step `first` to step `last` (exclusive), as addresses (epoch, number).
 
-    samples: the length of an epoch. order: epoch -> its permutation, int64 (samples,). All epochs form one endless
-    stream, of which step s takes positions s * batch to (s + 1) * batch; the head of this file has an example.
+    All epochs form one endless stream, of which step s takes the positions from s * batch to (s + 1) * batch
+    (exclusive). The docstring of this file has an example.
+
+    Args:
+        samples: the length of an epoch.
+        order: gives the sample numbers of an epoch in their order, int64 (samples,).
     """
 
     def __init__(
@@ -108,7 +120,8 @@ class StepSampler(Sampler[list[Address]]):
             for micro_start in range(share_start, share_start + share, self.plan.micro):
                 addresses = []
                 for position in range(micro_start, micro_start + self.plan.micro):
-                    # Positions ascend, so each permutation is made once; the epoch may change within a micro-batch.
+                    # Positions ascend, so each epoch's permutation is computed once. The epoch may change within a
+                    # micro-batch.
                     if position // self.samples != epoch:
                         epoch = position // self.samples
                         order = self.order(epoch)
@@ -117,11 +130,12 @@ class StepSampler(Sampler[list[Address]]):
 
 
 class Loader:
-    """The batches of the given addresses, in their order, whatever happens to the workers that read them.
+    """Iterates over the batches at the given addresses, in order, and survives the death of worker processes.
 
-    When a worker dies, all are started again from the first batch that was not delivered. The file that it was reading
-    is given up if it was the second worker to die of it, or if it hung (the worker's own alarm ends it); a file given
-    up is named and replaced like any unreadable one. Raises UserError when workers die one after the other.
+    When a worker dies, all workers are restarted from the first batch that was not delivered. The file that the dead
+    worker was reading is given up if a worker died while reading it before, or if the worker hung, in which case its
+    own alarm killed it. A file that was given up is reported and replaced like any other unreadable file. Raises
+    UserError after MAX_DEATHS deaths without a batch in between.
     """
 
     def __init__(self, dataset: SampleDataset, addresses: Sequence[list[Address]] | StepSampler, pin: bool) -> None:
@@ -144,7 +158,7 @@ class Loader:
                     yield batch
             except (RuntimeError, EOFError, OSError) as error:
                 if not is_worker_death(error, self.dataset.in_hand):
-                    raise
+                    raise  # a real error, raised by the data set in a worker
                 deaths += 1
                 self.restarts += 1
                 if deaths >= MAX_DEATHS:
@@ -152,13 +166,15 @@ class Loader:
                         f"data.workers: {deaths} loader workers died one after the other; if memory or /dev/shm is "
                         f"short, lower data.workers ({self.dataset.data.workers}) or optim.micro_batch"
                     ) from error
-                self._judge_abandoned_files()  # before the other workers are ended too
-            del batches  # ends the workers
+                # Before `del batches`, which stops the other workers: they would then look dead too.
+                self._judge_abandoned_files()
+            del batches  # stops the workers
 
     def _start(self, delivered: int) -> Iterator[Batch]:
         """Start workers that continue after the first `delivered` batches."""
         workers = self.dataset.data.workers
-        # A new table each time, set before the workers are forked: the old one still names the dead.
+        # A new table for each start, because the old one still contains the dead workers. It has to be set before the
+        # workers are forked, which is how they get it.
         self.dataset.in_hand = FilesInHand(workers) if workers else None
         return start_loader(
             self.dataset,
@@ -170,7 +186,7 @@ class Loader:
         )
 
     def _judge_abandoned_files(self) -> None:
-        """Give up the files that hung, and those that a second worker died of; the others get another chance."""
+        """Give up files that hung and files whose reader has died twice. Any other file gets a second chance."""
         if self.dataset.in_hand is None:
             return
         patience = self.dataset.patience_seconds
@@ -185,7 +201,7 @@ class Loader:
 
 
 class RemainingAddresses(Sampler[list[Address]]):
-    """The addresses without the first `skip`."""
+    """The given batches of addresses without the first `skip`, which were delivered before a restart."""
 
     def __init__(self, addresses: Sequence[list[Address]] | StepSampler, skip: int) -> None:
         self.addresses = addresses
@@ -201,12 +217,15 @@ class RemainingAddresses(Sampler[list[Address]]):
 def training_loader(
     dataset: SampleDataset, plan: BatchPlan, *, seed: int, rank: int, first: int, last: int, pin: bool
 ) -> Loader:
-    """The micro-batches of this process from step `first` to `last` (exclusive); workers live as long as the loop."""
+    """The micro-batches of this process from step `first` to `last` (exclusive). Workers live as long as the loop."""
     order = partial(dataset.mixture.order, seed)
     return Loader(dataset, StepSampler(len(dataset), order, plan, rank=rank, first=first, last=last), pin)
 
 
 def validation_loader(dataset: SampleDataset, micro_batch: int, *, rank: int, world: int, pin: bool) -> Loader:
-    """This process's share of the validation samples: rank, rank + world, ..., each exactly once, without padding."""
+    """This process's share of the validation samples: rank, rank + world, ..., each exactly once, without padding.
+
+    Shares may therefore differ by one sample between processes. Every sample has epoch 0, as validation is not random.
+    """
     mine = [(0, index) for index in range(rank, len(dataset), world)]
     return Loader(dataset, [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)], pin)
