@@ -1,1 +1,1 @@
-"""The model: one SwinV2 for images and clips, and SimMIM around it. Imports torch and nothing else of ours."""
+"""The models: SwinV2 for images and clips, and SimMIM built on it. Imports torch and no other package of ours."""

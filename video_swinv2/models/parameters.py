@@ -1,4 +1,4 @@
-"""What an optimizer needs to know about a parameter, from its name: its depth, and whether weight decay applies."""
+"""Depth and weight decay of a parameter, derived from its name, for building optimizer parameter groups."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+# State-dict names of SwinV2, with an optional "encoder." prefix when SimMIM wraps the model (removed before matching).
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
 _DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
 _UNDECAYED_NAMES = ("absolute_pos_embed", "mask_token")
@@ -16,8 +17,9 @@ _UNDECAYED_PARTS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 def layer_id(name: str, depths: Sequence[int]) -> int:
     """Depth of a parameter, from 0 (patch embedding) to ``sum(depths) + 1`` (final norm, head, decoder).
 
-    As ``get_swin_layer`` in Microsoft's SimMIM: block k of the network, counted from 0, has depth k + 1, and the patch
-    merging after a stage has the depth of the stage's last block. ValueError for a block that ``depths`` lacks.
+    This is ``get_swin_layer`` of Microsoft's SimMIM: block k of the network, counted from 0, has depth k + 1, and the
+    patch merging after a stage has the depth of the stage's last block. Raises ValueError for a block that is not in a
+    model with these ``depths``.
     """
     name = name.removeprefix("encoder.")
     if name.startswith("patch_embed.") or name == "mask_token":
@@ -35,19 +37,22 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
 
 
 def stage_id(name: str, depths: Sequence[int]) -> int:
-    """The coarse depth: 0 for the patch embedding, i + 1 for stage i and its merging, then final norm and head."""
+    """Depth by stage: 0 for the patch embedding, i + 1 for stage i and its merging, then final norm and head."""
     layer = layer_id(name, depths)
+    # Count the stages that begin below this layer. The final norm and the head lie beyond all of them.
     return sum(layer > sum(depths[:stage]) for stage in range(len(depths) + 1))
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, the mask token, the logit scales and the log-CPB networks.
+    """Whether weight decay applies. It skips biases, norms, the mask token, logit scales and log-CPB networks.
 
-    This is what SwinV2's ``no_weight_decay`` lists intend. Microsoft's SimMIM pre-training looks for
-    ``encoder.cpb_mlp``, which no parameter name contains, and therefore decays logit scales and log-CPB networks.
+    This is what SwinV2's ``no_weight_decay`` lists intend. Microsoft's SimMIM pre-training code looks for
+    ``encoder.cpb_mlp``, which no parameter name contains, and therefore does decay logit scales and log-CPB networks.
     """
     name = name.removeprefix("encoder.")
-    axes = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in a parameter's place
+    # Under ZeRO-3 a partitioned parameter is an empty tensor, and `ds_shape` is its full shape.
+    axes = len(getattr(parameter, "ds_shape", parameter.shape))
+    # One axis or none: biases and the weights of norms.
     if axes <= 1 or name.endswith(".bias") or name in _UNDECAYED_NAMES:
         return False
     return not any(part in name for part in _UNDECAYED_PARTS)

@@ -1,12 +1,14 @@
-"""Log-spaced continuous position bias (log-CPB) over offsets with any number of axes.
+"""Log-spaced continuous position bias (log-CPB) for windows with any number of axes.
 
-SwinV2 (arXiv 2111.09883), section 3.3, with the constants of the released weights: offsets are scaled to 8, the
-logarithm is base 2 over 3, and the bias is 16 * sigmoid(MLP). Letters: N tokens in a window, G heads, R offsets in a
-window, prod(2w - 1) over its axes.
+The source is SwinV2 (arXiv 2111.09883), section 3.3, with the constants of the released weights: offsets are scaled to
+the range -8..8, the logarithm is log2(1 + |u|) / 3, and the bias is 16 * sigmoid(MLP).
 
-Two tokens of a window get a bias that depends on their offset alone. There are far fewer offsets than pairs: for a
-window of (8, 7, 7), R = 15 * 13 * 13 = 2,535 offsets and N^2 = 392^2 = 153,664 pairs. So the bias is computed per
-offset (`bias_table`, G x R) and then copied to the pairs (`expand_table`, G x N x N) or looked up (`token_codes`).
+Letters: N tokens in a window, G heads, R offsets in a window, which is the product of 2w - 1 over its axes.
+
+The bias of a pair of tokens depends only on the offset between them, and there are far fewer offsets than pairs. A
+window of (8, 7, 7) has R = 15 * 13 * 13 = 2,535 offsets and N^2 = 392^2 = 153,664 pairs. The bias is therefore computed
+once per offset (`bias_table`, G x R) and then copied to all pairs (`expand_table`, G x N x N) or looked up for each
+(`token_codes`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 
 def window_offsets(window: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Every offset query - key inside a window, in row-major order: (R, axes) float32, from -(w - 1) to w - 1."""
+    """All offsets (query minus key) in a window, in row-major order: (R, axes) float32, each from -(w - 1) to w - 1."""
     ranges = [torch.arange(1 - w, w, dtype=torch.float32, device=device) for w in window]
     # 2-D: two grids (2h - 1, 2w - 1), stacked to (2h - 1, 2w - 1, 2), flattened to (R, 2)
     return torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, len(window))
@@ -28,20 +30,22 @@ def window_offsets(window: Sequence[int], device: torch.device | None = None) ->
 def log_coordinates(offset: Tensor, norm: Sequence[int]) -> Tensor:
     """Offsets in tokens (..., axes) -> the log-spaced coordinates that the bias MLP takes.
 
-    Per axis u = 8 d / max(norm - 1, 1), then sign(u) log2(1 + |u|) / 3. `norm` is the window the weights were trained
-    with and not the window in use: it belongs to the weights. (The maximum avoids a division by zero for an axis of
-    norm 1, whose only offset is 0.)
+    For an offset d along one axis, u = 8 d / max(norm - 1, 1), and the coordinate is sign(u) log2(1 + |u|) / 3. The
+    maximum avoids a division by zero for an axis of norm 1, whose only offset is 0. `norm` is the window that the
+    weights were trained with. It belongs to the weights and may differ from the window in use.
     """
+    # The divisor 3 is log2(8), as in Microsoft's code.
     scale = torch.tensor([8.0 / max(n - 1, 1) for n in norm], dtype=offset.dtype, device=offset.device)
     scaled = offset * scale
     return scaled.sign() * torch.log2(1 + scaled.abs()) / 3
 
 
 class NarrowLinear(nn.Linear):
-    """A Linear with very few inputs, such as coordinates: same numbers, but the gradient's product is 14 times as fast.
+    """A Linear for very few inputs, such as coordinates. Same results, but the weight's gradient is 14 times as fast.
 
-    Autograd computes the weight's gradient in the layout in which the weight entered the product. With the layout it is
-    stored in, that product has a result of three columns, the worst case of a CPU's BLAS: 1 % of a training step.
+    Autograd computes the gradient of a weight in the memory layout that the weight had in the forward product. In the
+    layout that nn.Linear uses, the result of that product has only two or three columns, which is the worst case for a
+    CPU's BLAS and costs 1 % of a training step. The transposed copy gives two or three rows instead.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,8 +55,7 @@ class NarrowLinear(nn.Linear):
 def bias_table(mlp: nn.Module, window: Sequence[int], norm: Sequence[int], device: torch.device) -> Tensor:
     """(G, R): 16 * sigmoid(mlp(log coordinates)) for every row of `window_offsets(window)`, in fp32 or wider.
 
-    Computed outside autocast: the output of the sigmoid is multiplied by 16, which would magnify the rounding of half
-    precision.
+    It is computed outside autocast, because the factor of 16 would magnify the rounding errors of half precision.
     """
     dtype = next(mlp.parameters()).dtype
     with without_autocast(device):
@@ -63,17 +66,19 @@ def bias_table(mlp: nn.Module, window: Sequence[int], norm: Sequence[int], devic
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A region of full precision. The meta device, which only tracks shapes, has no autocast to switch off."""
+    """A context without autocast. The meta device, which only tracks shapes, has no autocast to switch off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def token_codes(window: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, int]:
-    """(N,) int64 and a constant: query i and key j use row code[i] - code[j] + constant of the bias table.
+    """Codes (N,) int64 and a constant: the pair of query i and key j has entry code[i] - code[j] + constant of R.
 
-    The code of a token is its position read as a number with one digit per axis, in base 2w - 1 of that axis, so that
-    the digits of a difference never carry. In 2-D, the token (y, x) has code y * (2w - 1) + x, and the constant, the
-    row of offset (0, 0), is (h - 1) * (2w - 1) + (w - 1).
+    The code of a token is its position in the window, read as a number with one digit per axis. The digit of an axis
+    of length w has base 2w - 1, the number of offsets along it, so that differences of digits never overlap. In 2-D,
+    the token (y, x) of a window (h, w) has the code y * (2w - 1) + x. The constant is the entry of the offset (0, 0),
+    which is (h - 1) * (2w - 1) + (w - 1).
     """
+    # Horner's scheme, one axis at a time: () -> (T,) -> (T * H,) -> (T * H * W,)
     code = torch.zeros((), dtype=torch.int64, device=device)
     constant = 0
     for w in window:
@@ -83,34 +88,37 @@ def token_codes(window: Sequence[int], device: torch.device | None = None) -> tu
 
 
 def expand_table(table: Tensor, window: Sequence[int]) -> Tensor:
-    """The bias of every pair from the bias of every offset: (G, R) -> (G, N, N), query first.
+    """Expand the bias of every offset to the bias of every pair of tokens: (G, R) -> (G, N, N), query first.
 
-    Along one axis the bias of a pair depends on i - j alone, so the row of query i is a slice of the reversed table.
-    For w = 3 the table holds the offsets -2 -1 0 1 2, reversed 2 1 0 -1 -2, and
+    Along one axis, the bias of a pair depends only on i - j, so the row of query i is a slice of the reversed table.
+    For w = 3 the table holds the offsets -2 -1 0 1 2. Reversed, they are 2 1 0 -1 -2, and
 
-        query 0   needs  0 -1 -2   the slice from 2
-        query 1   needs  1  0 -1   the slice from 1
-        query 2   needs  2  1  0   the slice from 0
+        query 0   needs  0 -1 -2   the slice that starts at position 2
+        query 1   needs  1  0 -1   the slice that starts at position 1
+        query 2   needs  2  1  0   the slice that starts at position 0
 
-    Axes are expanded one after the other, the last first, so what is copied are slices of ever larger blocks. No index
-    is needed; it would be as large as the bias itself.
+    The axes are expanded one after another, starting with the last. Every step copies whole slices, of blocks that grow
+    with each axis. The usual alternative, a gather, needs an index tensor as large as the bias itself.
     """
-    # 2-D: (G, R) -> (G, 2h - 1, 2w - 1, 1, 1); the last two axes hold the pairs of the axes that are done
+    # 2-D: (G, R) -> (G, 2h - 1, 2w - 1, 1, 1) -> (G, 2h - 1, w, w) -> (G, h * w, h * w). The last two axes always hold
+    # the queries and keys of the axes that are already expanded, n of each.
     x = table.reshape(-1, *(2 * w - 1 for w in window), 1, 1)
     for axis in range(len(window), 0, -1):
         w, tokens = window[axis - 1], x.shape[-1]
         reverse = x.flip(axis)
-        # For each query i of this axis: (G, ..., w, n, n) -> (G, ..., n, w, n), this axis's keys beside the other keys
+        # For each query i of this axis, slice its w keys and move them next to the keys of the expanded axes:
+        # (G, ..., w, n, n) -> (G, ..., n, w, n)
         rows = [reverse.narrow(axis, w - 1 - i, w).transpose(axis, -2) for i in range(w)]
-        # Stack over the queries: (G, ..., w, n, w, n) -> (G, ..., w * n, w * n)
+        # Stack the queries: (G, ..., w, n, w, n) -> (G, ..., w * n, w * n)
         x = torch.stack(rows, dim=axis).reshape(*x.shape[:axis], w * tokens, w * tokens)
     return x
 
 
 def reduce_to_table(grad: Tensor, window: Sequence[int]) -> Tensor:
-    """The transpose of `expand_table`: gradients of the pairs' bias (G, N, N) -> gradients of the table (G, R).
+    """The transpose of `expand_table`, for its backward pass: (G, N, N) gradients of pairs -> (G, R) of the table.
 
-    Undoes the axes in the opposite order, the first first, and adds up what `expand_table` has copied.
+    It handles the axes in the opposite order, starting with the first, and sums the gradients of all copies that
+    `expand_table` made of an entry.
     """
     x = grad
     for axis, w in enumerate(window, start=1):
@@ -119,7 +127,7 @@ def reduce_to_table(grad: Tensor, window: Sequence[int]) -> Tensor:
         x = x.reshape(*x.shape[:axis], w, tokens, w, tokens)
         reverse = x.new_zeros(*x.shape[:axis], 2 * w - 1, tokens, tokens)
         for i in range(w):
-            # The gradients of query i belong to the slice of the reversed table that it was copied from.
+            # Query i was copied from the slice at w - 1 - i of the reversed table, so its gradients go there.
             reverse.narrow(axis, w - 1 - i, w).add_(x.select(axis, i).transpose(axis, -2))
         x = reverse.flip(axis)
     return x.flatten(1)

@@ -1,10 +1,13 @@
-"""Swin Transformer V2 (arXiv 2111.09883) for any number of axes: (H, W) is the image model, (T, H, W) the clip model.
+"""Swin Transformer V2 (arXiv 2111.09883) for any number of axes: (H, W) for images, (T, H, W) for clips.
 
 Letters: B batch, C channels, *S the grid (tokens per axis), *P pixels (and frames) per axis.
 
     (B, 3, *P) -> PatchEmbed -> (B, *S, C)
     for each stage: blocks at (B, *S, C), then PatchMerging to half of H and W and twice C; T is never merged
     -> LayerNorm -> mean over all tokens -> head -> (B, num_classes)
+
+Module names (`layers`, `downsample`, `attn`, `cpb_mlp`, ...) are Microsoft's and must stay: they are the keys of
+released checkpoints.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ from video_swinv2.models.windows import (
 )
 
 IntOrPerAxis = int | Sequence[int]
-"""An int for every axis, or one number per axis: (H, W) or (T, H, W)."""
+"""One int that applies to all axes, or one number per axis: (H, W) or (T, H, W)."""
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample; surviving branches are scaled by 1 / (1 - rate).
+    """Stochastic depth, drawn per sample. Surviving branches are scaled by 1 / (1 - rate).
 
-    A dropped branch is computed all the same and multiplied by 0: under ZeRO, a rank that skipped the branch would
-    leave the others waiting in its collectives.
+    A dropped branch is still computed and then multiplied by 0. Under ZeRO, a rank that skipped it would miss the
+    collectives of its parameters, and the other ranks would wait for it forever.
     """
 
     def __init__(self, rate: float) -> None:
@@ -52,12 +55,13 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         survival = 1 - self.rate
+        # (B, 1, ..., 1): one draw per sample, the same for all tokens and channels.
         mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < survival
         return x * mask.to(x.dtype) / survival
 
 
 class Mlp(nn.Module):
-    """Linear to four times the width, exact GELU, Linear back."""
+    """The feed-forward network of a block: Linear to four times the width, exact GELU, Linear back."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -69,7 +73,10 @@ class Mlp(nn.Module):
 
 
 class BranchNorm(nn.LayerNorm):
-    """LayerNorm at the end of a residual branch, initialised to zero: a fresh block is the identity."""
+    """LayerNorm at the end of a residual branch, initialised to zero, so that a fresh block is the identity.
+
+    `nn.LayerNorm` calls `reset_parameters` in its constructor. The zeros are Microsoft's initialisation.
+    """
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -77,9 +84,11 @@ class BranchNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """x + DropPath(norm1(attention(x))), then x + DropPath(norm2(mlp(x))): residual post-norm, equation 2 of the paper.
+    """One transformer block with residual post-norm: attention within windows, then an MLP.
 
-    `extra_norm` adds the LayerNorm on the main branch that the huge and giant models have (section 3.2).
+    The norm is the last operation of each residual branch, before the addition: x + DropPath(norm1(attention(x))), then
+    x + DropPath(norm2(mlp(x))). `extra_norm` adds a LayerNorm on the main branch, as in the huge and giant models. Both
+    are in section 3.2 of the paper.
     """
 
     def __init__(
@@ -101,14 +110,16 @@ class Block(nn.Module):
         return self.enorm(x) if hasattr(self, "enorm") else x
 
     def _attend(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
-        # (B, *S, C) -> (B, *padded, C) -> (B, W, N, C), and back; windows.py shows an example
+        # (B, *S, C) -> (B, *padded, C), rolled so that shifted windows begin at a multiple of the window
         x = roll(pad_to(x, layout.padded), [-s for s in layout.shift])
+        # -> (B, W, N, C) and attention within each window. windows.py works through an example.
         x = self.attn(window_partition(x, layout.window), layout, norm)
+        # -> (B, *padded, C), rolled back -> (B, *S, C), without the padding
         return crop_to(roll(window_reverse(x, layout.window, layout.padded), layout.shift), layout.grid)
 
 
 class PatchMerging(nn.Module):
-    """Merges 2 x 2 neighbours in space into one token of twice the width: Linear, then LayerNorm. T stays as it is.
+    """Merges 2 x 2 neighbours in space into one token of twice the width: Linear, then LayerNorm. T is not merged.
 
     Odd heights and widths are padded with zero tokens, as in timm and Hugging Face.
     """
@@ -122,13 +133,17 @@ class PatchMerging(nn.Module):
         """(B, ..., H, W, C) -> (B, ..., ceil(H / 2), ceil(W / 2), 2C)."""
         if x.shape[-2] % 2 or x.shape[-3] % 2:  # F.pad would copy even when there is nothing to pad
             x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
-        # Microsoft's order: the row varies first, then the column. (B, ..., H/2, W/2, C) four times -> 4C
+        # Four tensors (B, ..., H/2, W/2, C), concatenated to 4C. The order (row, column) = 00, 10, 01, 11 is
+        # Microsoft's, and the released weights of `reduction` depend on it.
         corners = [x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)]
         return self.norm(self.reduction(torch.cat(corners, dim=-1)))
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, every second one with shifted windows, and the merging that follows them."""
+    """The blocks of one resolution, every second one with shifted windows, and the patch merging that follows them.
+
+    `forward` does not apply the merging, so that `SwinV2` can also return the features before it.
+    """
 
     def __init__(self, blocks: Sequence[Block], dim: int, window: PerAxis, norm: PerAxis, merging: bool) -> None:
         super().__init__()
@@ -139,11 +154,17 @@ class Stage(nn.Module):
         self._kept_layouts: tuple[object, tuple[WindowLayout, WindowLayout]] | None = None
 
     def forward(self, x: Tensor, recomputed: int) -> Tensor:
-        """(B, *S, C) -> (B, *S, C), before merging; the first `recomputed` blocks recompute their activations."""
+        """(B, *S, C) -> (B, *S, C), before merging.
+
+        The first `recomputed` blocks recompute their activations in the backward pass; the number may be negative.
+        """
         layouts = self._layouts(tuple(x.shape[1:-1]), x.device)
         for index, block in enumerate(self.blocks):
+            # Blocks 0, 2, ... have plain windows, blocks 1, 3, ... shifted ones.
             arguments = (x, layouts[index % 2], self.norm_window)
             if index < recomputed and torch.is_grad_enabled():
+                # The reentrant variant would lose all gradients if no input of the block required one, as behind a
+                # frozen patch embedding.
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
@@ -152,7 +173,8 @@ class Stage(nn.Module):
     def _layouts(self, grid: PerAxis, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
         """The layouts without and with shift, shared by all blocks and kept until grid, window or device change."""
         key = (grid, self.window, device)
-        if torch.compiler.is_compiling():  # a graph that writes to its module is compiled again at the second call
+        if torch.compiler.is_compiling():
+            # Nothing is kept here: a graph that writes to its module would be compiled again at the second call.
             return window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device)
         if self._kept_layouts is None or self._kept_layouts[0] != key:
             pair = (window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device))
@@ -163,8 +185,8 @@ class Stage(nn.Module):
 class PatchEmbed(nn.Module):
     """Turns non-overlapping patches into tokens: convolution, then LayerNorm.
 
-    An input that does not divide into whole patches is extended by repeating its last row, column or frame. A single
-    frame given to a model with patches of two frames is therefore a still clip.
+    An input that does not divide into whole patches is padded by repeating its last row, column or frame. A model with
+    patches of two frames therefore accepts a single frame, which becomes a still clip of two.
     """
 
     def __init__(self, dim: int, patch_size: PerAxis) -> None:
@@ -177,23 +199,25 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, *P) -> (B, *S, C)."""
         missing = [-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
+        # F.pad takes (before, after) for each axis, starting with the last one.
         if any(missing):
             x = F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
+        # (B, C, *S) -> (B, *S, C): from here on channels are last, as LayerNorm and Linear need them.
         return self.norm(self.proj(x).movedim(1, -1))
 
 
 class SwinV2(nn.Module):
     """Swin Transformer V2 with residual post-norm, scaled cosine attention and log-CPB.
 
-    State-dict names are Microsoft's; an image model's state dict equals Microsoft's, without the derived buffers. Sizes
-    are an int, (H, W) or (T, H, W). `create_model` builds the known variants. Raises ValueError for sizes that do not
-    fit together.
+    `create_model` builds the named variants and documents the arguments. The state dict of an image model has the same
+    keys as Microsoft's, except for the derived buffers, which are computed instead. Sizes are an int, (H, W) or
+    (T, H, W). Raises ValueError for sizes that do not fit together.
     """
 
-    # timm and Hugging Face users look for these two on the class. Reading and writing files is the task of weights/,
-    # which must not be imported here: weights/pretrained.py attaches both when it is imported.
+    # Users of timm and Hugging Face expect these two methods on the class. Reading and writing files is the task of
+    # weights/, which must not be imported here. Instead, weights/pretrained.py attaches both when it is imported.
     from_pretrained: ClassVar[Callable[..., SwinV2]]
-    """Build a model from a file or Hub folder of any known layout; see `weights.pretrained.from_pretrained`."""
+    """Build a model from a file or Hub folder in any supported layout; see `weights.pretrained.from_pretrained`."""
     save_pretrained: ClassVar[Callable[..., None]]
     """Write `model.safetensors` and `config.json` to a folder; see `weights.pretrained.save_pretrained`."""
 
@@ -221,6 +245,7 @@ class SwinV2(nn.Module):
             raise ValueError(f"attention: {attention!r} is not one of {', '.join(BACKENDS)}")
         if len(depths) != len(num_heads):
             raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} differ in length")
+        # The number of axes is the only difference between an image and a clip model.
         axes = 2 if frames is None else 3
         self.name = name
         self.embed_dim = embed_dim
@@ -235,12 +260,14 @@ class SwinV2(nn.Module):
         self.attention: Backend = attention
         self.checkpoint_blocks = checkpoint_blocks
         self.extra_norm_every = extra_norm_every
+        # The log-CPB normaliser is a property of the weights. Fresh weights belong to the window they are created with.
         norms = self._native_windows() if cpb_norm is None else cpb_norm
         if len(norms) != len(self.depths):
             raise ValueError(f"cpb_norm: {len(norms)} normalisers for {len(self.depths)} stages")
 
         self.patch_embed = PatchEmbed(embed_dim, self.patch_size)
-        # Drop path grows linearly from 0 at the first block to `drop_path` at the last.
+        # The drop path rate grows linearly from 0 at the first block to `drop_path` at the last. It is computed on the
+        # CPU even inside `with torch.device("meta")`, where `tolist` would fail.
         rates = torch.linspace(0, drop_path, sum(self.depths), device="cpu").tolist()
         stages = []
         for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
@@ -252,6 +279,7 @@ class SwinV2(nn.Module):
                     axes,
                     rates[first + j],
                     attention,
+                    # The huge and giant models have an extra norm after every sixth block of a stage.
                     bool(extra_norm_every) and (j + 1) % extra_norm_every == 0,
                 )
                 for j in range(depth)
@@ -267,7 +295,7 @@ class SwinV2(nn.Module):
 
     @property
     def cpb_norm(self) -> list[PerAxis]:
-        """The log-CPB normaliser of every stage, per axis. It belongs to the weights, whatever the window in use."""
+        """The log-CPB normaliser of every stage, per axis. It belongs to the weights, not to the window in use."""
         return [stage.norm_window for stage in self.stages()]
 
     @cpb_norm.setter
@@ -284,7 +312,7 @@ class SwinV2(nn.Module):
         return [stage for stage in self.layers if isinstance(stage, Stage)]
 
     def architecture(self) -> dict[str, object]:
-        """The constructor arguments as plain data, including the log-CPB normaliser."""
+        """The constructor arguments as plain data, to build an equal model. `cpb_norm` is always given explicitly."""
         return {
             "name": self.name,
             "embed_dim": self.embed_dim,
@@ -312,15 +340,15 @@ class SwinV2(nn.Module):
         return self.encode(self.embed(x))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """(B, *S, C) -> mean over all tokens -> (B, num_classes)."""
+        """(B, *S, C) -> mean over all tokens -> (B, num_classes), or the mean (B, C) of a model without a head."""
         return self.head(self.head_drop(features.flatten(1, -2).mean(dim=1)))
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, *P) -> the output of each stage before merging, (B, C_i, *S_i); the final norm is not applied."""
+        """(B, 3, *P) -> the output of each stage i before merging, (B, C_i, *S_i), without the final norm."""
         return [tokens.movedim(-1, 1) for tokens in self._run_stages(self.embed(x))]
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, *P) -> patch tokens (B, *S, C), where SimMIM puts its mask token; ValueError for other shapes."""
+        """(B, 3, *P) -> patch tokens (B, *S, C), some of which SimMIM replaces. Raises ValueError for other shapes."""
         if x.ndim != 2 + len(self.window) or x.shape[1] != 3:
             wanted = "(B, 3, H, W)" if len(self.window) == 2 else "(B, 3, T, H, W)"
             raise ValueError(f"{self.name} takes {wanted}, not {tuple(x.shape)}")
@@ -331,6 +359,8 @@ class SwinV2(nn.Module):
         return self.norm(self._run_stages(tokens)[-1])
 
     def _run_stages(self, x: Tensor) -> list[Tensor]:
+        """Patch tokens (B, *S, C) -> the output of each stage before merging, (B, *S_i, C_i)."""
+        # `checkpoint_blocks` counts through the whole network: each stage uses up as many as it has blocks.
         outputs, recomputed = [], self.checkpoint_blocks
         for stage in self.stages():
             outputs.append(stage(x, recomputed))
@@ -339,8 +369,9 @@ class SwinV2(nn.Module):
         return outputs
 
     def _native_windows(self) -> list[PerAxis]:
-        """The window of every stage at the input size the model is built for, shrunk to the stage's grid."""
+        """The window of every stage at the input size that the model is built for, shrunk to the grid of the stage."""
         pixels = self.image_size if self.frames is None else (self.frames, *self.image_size)
+        # Grids are rounded up, because PatchEmbed and PatchMerging pad.
         grid = tuple(math.ceil(size / patch) for size, patch in zip(pixels, self.patch_size, strict=True))
         windows = []
         for _ in self.depths:
@@ -349,26 +380,30 @@ class SwinV2(nn.Module):
         return windows
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one for other classes, on the same device and in the same dtype; 0 removes it."""
+        """Replace the head with a freshly initialised one for `num_classes` classes; 0 removes it.
+
+        The new head has the device and the dtype of the model.
+        """
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        # `to` with a tensor adopts both its device and its dtype.
         self.head.to(self.norm.weight).apply(_initialise)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Make all blocks recompute their activations in the backward pass, or none."""
+        """Make either all blocks or none recompute their activations in the backward pass. The name is timm's."""
         self.checkpoint_blocks = sum(self.depths) if enable else 0
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay, including one-dimensional ones."""
+        """Names of all parameters without weight decay, including biases and norms. The name is timm's."""
         return {name for name, parameter in self.named_parameters() if not decays(name, parameter)}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """A function from a parameter's name to its depth, by block or (coarse) by stage, for timm's optimizers."""
+        """A function from a parameter name to its depth, per block or (coarse) per stage, for timm's optimizers."""
         return partial(stage_id if coarse else layer_id, depths=self.depths)
 
 
 def per_axis(key: str, value: IntOrPerAxis, axes: int) -> PerAxis:
-    """One positive int per axis, from an int for all axes or a sequence; ValueError naming `key` otherwise."""
+    """Expand an int to all axes, or check a sequence. Raises ValueError, naming `key`, unless all are positive ints."""
     sizes = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(sizes) != axes or any(not isinstance(n, int) or n < 1 for n in sizes):
         order = "(H, W)" if axes == 2 else "(T, H, W)"
@@ -377,10 +412,10 @@ def per_axis(key: str, value: IntOrPerAxis, axes: int) -> PerAxis:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Initialise Linear weights from a normal distribution of deviation 0.02 and their biases to zero.
+    """Initialise Linear weights from a normal distribution with standard deviation 0.02, and biases with zero.
 
-    Microsoft truncates at +-2, which is 100 deviations and has no effect. Convolutions and LayerNorms keep torch's own
-    initialisation.
+    The distribution is truncated at -2 and 2, as in Microsoft's code. That is 100 standard deviations, so it has no
+    effect. Convolutions and LayerNorms keep torch's default initialisation.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""The named variants of SwinV2, and `create_model`."""
+"""The named variants of SwinV2, and `create_model`, which builds a model from a name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 @dataclass(frozen=True)
 class Variant:
-    """The numbers that distinguish the variants; every head has 32 channels."""
+    """The hyperparameters that differ between variants.
+
+    `extra_norm_every` adds a LayerNorm on the main branch after every so many blocks of a stage; 0 adds none.
+    """
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -20,19 +23,20 @@ class Variant:
 
     @property
     def num_heads(self) -> tuple[int, ...]:
-        """Heads per stage."""
+        """Heads per stage. Every head has 32 channels, and the width doubles from stage to stage."""
         return tuple(self.embed_dim * 2**i // 32 for i in range(len(self.depths)))
 
 
+# Widths and depths are those of the paper, except where noted. The order, smallest first, is that of `list_models`.
 VARIANTS = {
-    "swinv2_nano": Variant(32, (2, 2, 2, 2)),  # ours, 2.3 M parameters: for demonstrations, tests and laptops
+    "swinv2_nano": Variant(32, (2, 2, 2, 2)),  # not in the paper; 2.3 M parameters, for demos, tests and laptops
     "swinv2_tiny": Variant(96, (2, 2, 6, 2)),
     "swinv2_small": Variant(96, (2, 2, 18, 2)),
     "swinv2_base": Variant(128, (2, 2, 18, 2)),
     "swinv2_large": Variant(192, (2, 2, 18, 2)),
     "swinv2_huge": Variant(352, (2, 2, 18, 2), extra_norm_every=6),
-    "swinv2_giant": Variant(512, (2, 2, 42, 4), extra_norm_every=6),  # the paper's 3.0 B
-    "swinv2_giant_1b": Variant(448, (2, 2, 18, 2), extra_norm_every=6),  # the released SimMIM "giant"
+    "swinv2_giant": Variant(512, (2, 2, 42, 4), extra_norm_every=6),  # 3.0 B parameters in the paper
+    "swinv2_giant_1b": Variant(448, (2, 2, 18, 2), extra_norm_every=6),  # released as the SimMIM "giant"
 }
 
 
@@ -42,7 +46,7 @@ def list_models() -> list[str]:
 
 
 def find_variant(name: str) -> Variant:
-    """The variant called `name`; ValueError with the closest name if there is none."""
+    """The variant called `name`. Raises ValueError, with the closest known name, if there is none."""
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
         raise ValueError(
@@ -53,7 +57,7 @@ def find_variant(name: str) -> Variant:
 
 
 def variant_name(embed_dim: int, depths: Sequence[int]) -> str:
-    """The name of the variant with these numbers, `swinv2_custom` if there is none."""
+    """The name of the variant with this width and these depths, or `swinv2_custom` if there is none."""
     sizes = {(variant.embed_dim, variant.depths): name for name, variant in VARIANTS.items()}
     return sizes.get((embed_dim, tuple(depths)), "swinv2_custom")
 
@@ -76,19 +80,20 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: rows of the head; 0 omits the head.
+        num_classes: number of outputs of the head; 0 omits the head.
         frames: frames per clip; omit for an image model.
-        image_size: pixels, an int or (H, W).
+        image_size: pixels, as an int or (H, W).
         patch_size: an int for every axis, (H, W) or (T, H, W); by default 4 in space and 2 in time.
-        window: the same in tokens; by default 7 in space and 8 in time.
-        cpb_norm: the log-CPB normaliser per stage; by default the windows the model is built with, shrunk to the grid
-            of each stage.
-        drop_path: stochastic depth of the last block; earlier blocks have less, linearly.
-        head_dropout: dropout before the head.
-        attention: the backend: auto, eager, sdpa, flex or sequential.
-        checkpoint_blocks: how many blocks, from the first on, recompute their activations in the backward pass.
+        window: attention window in tokens, in the same form; by default 7 in space and 8 in time.
+        cpb_norm: the log-CPB normaliser per stage, (H, W) or (T, H, W) tokens; by default this model's window, shrunk
+            to the grid of each stage.
+        drop_path: rate of stochastic depth at the last block; it grows linearly from 0 at the first block.
+        head_dropout: rate of dropout before the head.
+        attention: the attention backend: auto, eager, sdpa, flex or sequential.
+        checkpoint_blocks: number of blocks, counted from the first, that recompute their activations in the backward
+            pass to save memory.
 
-    Raises ValueError for an unknown name or sizes that do not fit.
+    Raises ValueError for an unknown name or for sizes that do not fit together.
     """
     variant = find_variant(name)
     return SwinV2(

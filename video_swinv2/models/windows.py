@@ -1,19 +1,21 @@
-"""Windows over a token grid with any number of axes: shrink, pad, shift, partition, and which tokens see each other.
+"""Attention windows over a token grid with any number of axes: their sizes, partition, shift and masks.
 
 Letters: B batch, *S the grid (T, H, W or H, W), C channels, W windows, N tokens in a window.
 
-A stage cuts its grid into windows and attends inside each. Every second block shifts the windows by half their size,
-so that information crosses their borders. For a grid of (H, W) = (6, 6) and windows of (4, 4), the shifted block does
+A block divides its grid into windows and attends within each of them. Every second block shifts the windows by half
+their size, so that information crosses their borders. For a grid of (H, W) = (6, 6) and windows of (4, 4), the shifted
+block proceeds as follows:
 
-    pad      (B, 6, 6, C) -> (B, 8, 8, C)          zeros at the end, up to whole windows
+    pad      (B, 6, 6, C) -> (B, 8, 8, C)          zeros at the end of each axis, up to whole windows
     roll     by (-2, -2)                           the first two rows and columns move to the end
     split    (B, 8, 8, C) -> (B, 4, 16, C)         four windows of sixteen tokens
     attend   within each window and each region    see `region_labels`
     join, roll back, crop                          the same steps in reverse
 
-Two kinds of tokens share a window there without being neighbours: those from opposite ends of an axis, which the roll
-has brought together, and padding. Both are separated by labels rather than by large negative numbers added to the
-logits: a token attends only to tokens with its own label, so the result does not depend on the padding at all.
+A shifted window can contain tokens that are not neighbours: tokens from opposite ends of an axis, which the roll has
+brought together, and padding. They are told apart by labels, and a token attends only to tokens with its own label.
+Microsoft instead adds -100 to the logits of such pairs, which leaves a small influence. Here the result does not depend
+on the padding at all.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ PerAxis = tuple[int, ...]
 
 
 def shrink_window(window: Sequence[int], grid: Sequence[int]) -> tuple[PerAxis, PerAxis]:
-    """The window and the shift that a grid really gets, axis by axis.
+    """The window and the shift that are used for a grid, decided axis by axis.
 
-    An axis that is no longer than the window is covered by a single window of its own length and is not shifted: there
-    is no border to cross. Video Swin and timm do the same. Microsoft's image code decides by the smaller of both axes,
-    which is equal on square images.
+    An axis that is not longer than the window is covered by a single window of its own length. It is not shifted, since
+    there is no border to cross. Video Swin and timm do the same. Microsoft's image code decides by the smaller of the
+    two axes, which makes no difference for square images.
     """
     shrunk = tuple(min(w, s) for w, s in zip(window, grid, strict=True))
     shift = tuple(0 if s <= w else w // 2 for w, s in zip(window, grid, strict=True))
@@ -44,30 +46,31 @@ def shrink_window(window: Sequence[int], grid: Sequence[int]) -> tuple[PerAxis, 
 
 
 def padded_grid(grid: Sequence[int], window: Sequence[int]) -> PerAxis:
-    """The grid rounded up to whole windows."""
+    """The grid, with every axis rounded up to a multiple of the window."""
     return tuple(math.ceil(s / w) * w for s, w in zip(grid, window, strict=True))
 
 
 def pad_to(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Append zeros to every axis: (B, *S, C) -> (B, *grid, C)."""
+    """Append zeros to the end of every axis: (B, *S, C) -> (B, *grid, C)."""
     present = x.shape[1:-1]
     if tuple(present) == tuple(grid):
         return x
-    amounts = [0, 0]  # F.pad counts from the last axis, which is C
+    # F.pad takes (before, after) for each axis, starting with the last, C, which is not padded.
+    amounts = [0, 0]
     for length, target in zip(reversed(present), reversed(grid), strict=True):
         amounts += [0, target - length]
     return F.pad(x, amounts)
 
 
 def crop_to(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Keep the first tokens of every axis: (B, *S, C) -> (B, *grid, C)."""
+    """Keep the first tokens of every axis, undoing `pad_to`: (B, *S, C) -> (B, *grid, C)."""
     for axis, length in enumerate(grid, start=1):
         x = x.narrow(axis, 0, length)
     return x
 
 
 def roll(x: Tensor, shift: Sequence[int]) -> Tensor:
-    """Shift every grid axis of (B, *S, C) cyclically; positive numbers move tokens towards the end."""
+    """Roll every grid axis of (B, *S, C) cyclically; positive numbers move tokens towards the end."""
     if not any(shift):
         return x
     return torch.roll(x, tuple(shift), tuple(range(1, 1 + len(shift))))
@@ -77,10 +80,10 @@ def window_partition(x: Tensor, window: Sequence[int]) -> Tensor:
     """(B, *S, C) -> (B, W, N, C); the windows, and the tokens within each, are in row-major order."""
     batch, *grid, channels = x.shape
     axes = len(window)
-    # 2-D: (B, H, W, C) -> (B, H/h, h, W/w, w, C): every axis splits into (which window, where in it).
+    # 2-D: (B, H, W, C) -> (B, H/h, h, W/w, w, C): every axis is split into the window and the position within it.
     split = [n for s, w in zip(grid, window, strict=True) for n in (s // w, w)]
     x = x.reshape(batch, *split, channels)
-    # -> (B, H/h, W/w, h, w, C): the odd axes count windows, the even ones count tokens within a window.
+    # -> (B, H/h, W/w, h, w, C): the odd axes, which count windows, come before the even ones, which count tokens.
     x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
     # -> (B, H/h * W/w, h * w, C)
     return x.reshape(batch, -1, math.prod(window), channels)
@@ -93,17 +96,17 @@ def window_reverse(windows: Tensor, window: Sequence[int], grid: Sequence[int]) 
     counts = [s // w for s, w in zip(grid, window, strict=True)]
     # 2-D: (B, W, N, C) -> (B, H/h, W/w, h, w, C)
     x = windows.reshape(batch, *counts, *window, channels)
-    # -> (B, H/h, h, W/w, w, C): each axis's window count beside its position within the window.
+    # -> (B, H/h, h, W/w, w, C): for each axis, the window is followed by the position within it.
     order = [axis for pair in zip(range(1, axes + 1), range(axes + 1, 2 * axes + 1), strict=True) for axis in pair]
     # -> (B, H, W, C)
     return x.permute(0, *order, 2 * axes + 1).reshape(batch, *grid, channels)
 
 
 def axis_bands(length: int, window: int, shift: int) -> list[int]:
-    """A label for every position of one padded and shifted axis: -1 for padding, otherwise its band.
+    """A label for every position of one padded and shifted axis: -1 for padding, otherwise the band of its token.
 
-    After the roll, the last window of an axis holds its end and, behind it, its beginning. Band 1 is that beginning,
-    band 0 everything else. For length 6, window 4 and shift 2, the padded axis has 8 positions:
+    After the roll, the last window of an axis contains the end of the axis followed by its beginning. That beginning is
+    band 1, and everything else is band 0. For length 6, window 4 and shift 2, the padded axis has 8 positions:
 
         position after the roll   0  1  2  3 | 4  5  6  7
         token                     2  3  4  5 | -  -  0  1
@@ -115,26 +118,26 @@ def axis_bands(length: int, window: int, shift: int) -> list[int]:
 
 
 def region_labels(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """(W, N) int64: a label for every token after padding and shifting; tokens see each other only within one label.
+    """(W, N) int64: the label of every token after padding and shifting. Tokens attend only to their own label.
 
-    A token's label combines its bands along all axes. Padding is a region of its own, -1: no real token ever attends
-    to it. Padding attends to padding, which keeps its softmax finite; its output is cropped away.
+    The label of a token combines its bands along all axes. Padding has the label -1, so no real token attends to it.
+    Padding attends to padding, which keeps its softmax finite, and its output is cropped away.
     """
     label = torch.zeros((), dtype=torch.int64)
     real = torch.ones((), dtype=torch.bool)
     for length, w, s in zip(grid, window, shift, strict=True):
         band = torch.tensor(axis_bands(length, w, s))
-        # Outer combination, one axis more per turn: () -> (T,) -> (T, H) -> (T, H, W). Two bands per axis make the
-        # label a binary number with one digit per axis.
+        # Each iteration adds an axis by broadcasting: () -> (T,) -> (T, H) -> (T, H, W). With two bands per axis, the
+        # label is a binary number with one digit per axis.
         label = label[..., None] * 2 + band
         real = real[..., None] & (band >= 0)
-    # (*S) -> (1, *S, 1) -> (1, W, N, 1) -> (W, N)
+    # Labels travel like tokens: (*S) -> (1, *S, 1) -> (1, W, N, 1) -> (W, N)
     return window_partition(label.where(real, -1)[None, ..., None], window)[0, ..., 0]
 
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """How the blocks of a stage cut a grid into windows: everything that depends on sizes alone."""
+    """How a block divides a grid into windows: everything that depends only on sizes and not on the tokens."""
 
     grid: PerAxis
     padded: PerAxis
@@ -143,16 +146,19 @@ class WindowLayout:
     label: Tensor | None
     """(W, N) int64, `region_labels`; None when every token may see all tokens of its window."""
     divided: tuple[bool, ...] = ()
-    """For every window, whether it contains more than one label. Most windows do not, and need no mask."""
+    """For each of the W windows, whether it contains more than one label. Most do not, and need no mask."""
 
     @property
     def allowed(self) -> Tensor | None:
-        """(W, N, N) bool, True where the query (first) may see the key; computed on each call, because it is large."""
+        """(W, N, N) bool, True where the query (first) may attend to the key. None if there are no restrictions.
+
+        It is computed on each access rather than stored, because it is large.
+        """
         return None if self.label is None else same_region(self.label)
 
 
 def same_region(label: Tensor) -> Tensor:
-    """(W, N) labels -> (W, N, N) bool: whether query (first) and key have the same label."""
+    """(W, N) labels -> (W, N, N) bool, True where the query (first) and the key have the same label."""
     return label[:, :, None] == label[:, None, :]
 
 
@@ -164,11 +170,12 @@ def window_layout(grid: PerAxis, window: Sequence[int], shifted: bool, device: t
     padded = padded_grid(grid, shrunk)
     if not any(shift) and padded == tuple(grid):
         return WindowLayout(tuple(grid), padded, shrunk, shift, None)
-    # A window is divided if any axis brings two bands into it. Counted on the host from short lists, since reading it
-    # back from the labels would synchronise a GPU.
+    # A window is divided if it contains two bands of any axis. This is computed on the host from short lists, because
+    # reading it back from the labels would synchronise with the GPU.
     divided_per_axis = []
     for length, w, s in zip(grid, shrunk, shift, strict=True):
         bands = axis_bands(length, w, s)
         divided_per_axis.append([len(set(bands[i : i + w])) > 1 for i in range(0, len(bands), w)])
+    # The product combines one entry per axis, in the row-major order of `window_partition`.
     divided = tuple(any(along_axes) for along_axes in itertools.product(*divided_per_axis))
     return WindowLayout(tuple(grid), padded, shrunk, shift, region_labels(grid, shrunk, shift).to(device), divided)
