@@ -1,1 +1,1 @@
-"""How steps are computed: the plain and the DeepSpeed engine behind one surface, optimizer, offload and checkpoints."""
+"""How a training step is computed: the plain and DeepSpeed engines, the optimizer, offloading and checkpoints."""

@@ -1,15 +1,17 @@
 """Checkpoints: whole weights and moments by parameter name, independent of ZeRO stage, world size and DeepSpeed.
 
-A checkpoint is a folder ``step-000123`` of safetensors files, and of ``state.json``, which records the size and sha256
-of each of them. It is complete or absent, never half written, whenever the process is killed:
+A checkpoint is a folder such as ``step-000123``. It contains safetensors files and ``state.json``, which records the
+size and sha256 of each of them. The folder is either complete or absent, whenever the process is killed, because it is
+written in four steps:
 
-1. all files are written into ``step-000123.tmp``, each synced to disk; ``state.json`` comes last,
-2. the folder itself is synced, so that its entries are on disk too,
-3. one rename gives it its final name, which file systems do atomically,
-4. the parent folder is synced, and only then are older checkpoints removed.
+1. All files are written into ``step-000123.tmp``, and each is synced to disk; ``state.json`` comes last.
+2. The folder is synced, so that the names of the files are on disk too.
+3. The folder is renamed to its final name, which file systems do atomically.
+4. The parent folder is synced, and only then are older checkpoints removed.
 
-A kill before 3 leaves a ``.tmp`` folder, which no reader looks at and the next save removes. What a disk damages later
-is found by the hashes, and the next older checkpoint is used.
+If the process is killed before step 3, it leaves a ``.tmp`` folder, which no reader looks at and the next save removes.
+If the disk damages a file later, the hash reveals it when the checkpoint is read, and the run resumes from the one
+before.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from video_swinv2.files import sha256, sync_to_disk
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
+# Increased when older versions of this program could no longer read what is written.
 FORMAT = 1
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -40,27 +43,27 @@ _LEFTOVER = re.compile(r"step-\d{6,}\.tmp")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything of a training run that cannot be recomputed: whole CPU tensors by name, the same for every engine."""
+    """The tensors and counters of a run that cannot be recomputed: whole CPU tensors by name, whatever the engine."""
 
     weights: dict[str, Tensor]
-    """Parameters and buffers; fp32 if floating-point."""
+    """All parameters, frozen ones included, and persistent buffers; fp32 if floating-point."""
     exp_avg: dict[str, Tensor]
     """Adam's first moments of the trained parameters, fp32."""
     exp_avg_sq: dict[str, Tensor]
     """Adam's second moments of the trained parameters, fp32."""
     optimizer_step: int
-    """Adam's count of applied steps, which skipped steps do not increase."""
+    """Adam's own step count, for its bias correction; skipped steps do not increase it."""
     ema: dict[str, Tensor] = field(default_factory=dict)
-    """Averaged weights of the trained parameters, fp32; empty if none are kept."""
+    """Moving averages of the trained parameters, fp32; empty if none are kept."""
     loss_scale: tuple[float, int] | None = None
-    """The fp16 loss scale, and for how many steps it has held; None in other precisions."""
+    """The fp16 loss scale and the number of applied steps since it last changed; None in other precisions."""
 
 
 class Checkpoints:
-    """A run's ``checkpoints`` folder: saves in a background thread, keeps the newest few, finds the newest.
+    """A run's ``checkpoints`` folder: saves in a background thread, keeps the newest ``keep``, finds the newest.
 
-    Only rank 0 saves; every rank may read. ``report`` is called with a line for each damaged checkpoint that is
-    skipped.
+    Only rank 0 may save; every rank may read. ``report`` is called with one line for each damaged checkpoint that
+    `newest` skips.
     """
 
     def __init__(self, folder: Path, keep: int = 2, report: Callable[[str], None] = print) -> None:
@@ -70,37 +73,40 @@ class Checkpoints:
         self.keep = keep
         self._report = report
         self._writer: threading.Thread | None = None
+        # What the writer thread failed with. An exception in a thread reaches nobody, so `wait` raises it later.
         self._error: Exception | None = None
 
     def save(self, state: TrainingState, run_state: Mapping[str, JSON], *, step: int) -> None:
-        """Hand a checkpoint to the writer thread, after waiting for the one before it; raises that one's UserError.
+        """Start writing a checkpoint in the background, after waiting for the previous one to be on disk.
 
-        The tensors of ``state`` must not change afterwards (``engine.training_state()`` returns copies). If there is a
-        complete checkpoint of the same step, it is kept and nothing is written.
+        The tensors of ``state`` must not change afterwards (``engine.training_state()`` returns copies). If a complete
+        checkpoint of the same step exists, it is kept and nothing is written. Raises UserError if the previous
+        checkpoint could not be written.
         """
         self.wait()
-        # Serialised here and not in the thread: the caller may change its dict, and should see the error if it put in
-        # a value that JSON cannot represent.
+        # Serialised here rather than in the thread, because the caller may change its dict afterwards, and because a
+        # value that JSON cannot represent should raise in the caller.
         text = json.dumps(run_state)
-        # Not a daemon, so that the checkpoint is completed even if the program ends with an error elsewhere.
+        # Not a daemon: Python then waits for the checkpoint to be written even if the main thread ends with an error.
         self._writer = threading.Thread(target=self._write, args=(state, text, step), name="checkpoint-writer")
         self._writer.start()
 
     def wait(self) -> None:
-        """Wait until the last save is on disk; raises UserError naming the folder if it could not be written."""
+        """Wait until the last save is on disk. Raises UserError naming the folder if it could not be written."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
         if self._error is not None:
+            # Cleared first, so that one failure is raised once and the next save can try again.
             error, self._error = self._error, None
             raise error
 
     def newest(self) -> tuple[int, TrainingState, dict[str, JSON]] | None:
         """Step, training state and run state of the newest undamaged checkpoint; None if the run has none yet.
 
-        Every file is compared with its recorded size and sha256. A damaged checkpoint is reported and skipped. If all
-        are damaged, UserError is raised, because starting over is for the user to decide. Changes nothing on disk, so
-        any rank, and any other run, may call this.
+        The size and sha256 of every file are compared with those recorded. Damaged checkpoints are reported and
+        skipped. If all of them are damaged, UserError is raised, because whether to start over is the user's decision.
+        Nothing on disk changes, so any rank and any other run may call this.
         """
         self.wait()
         present = self._folders(_NAME)
@@ -123,41 +129,46 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _folders(self, pattern: re.Pattern[str]) -> list[Path]:
+        """The folders whose names match, oldest first. Sorted by number: from 10^6 steps on, names sort differently."""
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=_step_of)
 
     def _write(self, state: TrainingState, run_state: str, step: int) -> None:
+        """The body of the writer thread: the four steps described at the top of this file."""
         final = self._path(step)
         partial = final.with_suffix(".tmp")
         try:
+            # Writing it again could only lose it: the existing one would have to be removed first.
             if final.exists() and _is_undamaged(final):
                 return
             for leftover in self._folders(_LEFTOVER):
-                # Left by a killed run. Removed before writing, because it takes as much space as this checkpoint.
+                # Left by a killed run. Removed before writing, because it takes as much space as a whole checkpoint.
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
             _write_files(partial, state, run_state, step)
-            if final.exists():  # damaged, or it would have been kept above
+            # Damaged, or it would have been kept above. Removed because a rename cannot replace a folder with files.
+            if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
             sync_to_disk(self.folder)
             self._prune(step)
-        except (OSError, SafetensorError) as error:  # a full disk raises either
-            shutil.rmtree(partial, ignore_errors=True)
+        except (OSError, SafetensorError) as error:  # a full disk raises one or the other
+            shutil.rmtree(partial, ignore_errors=True)  # frees the space for the next attempt
             self._error = UserError(
                 f"{self.folder}: the checkpoint of step {step} could not be written ({error}); free space or fix "
                 "the folder, then start again: training resumes from the previous checkpoint"
             )
             self._error.__cause__ = error
-        except Exception as error:  # a bug rather than the disk; it must not vanish with the thread
+        except Exception as error:  # a bug, not the disk; it must not vanish with the thread
             self._error = error
 
     def _prune(self, newest: int) -> None:
-        """Remove all but the newest ``keep``, counting back from the one just written.
+        """Remove all but the newest ``keep`` checkpoints, counted back from the one just written (step ``newest``).
 
-        Checkpoints of later steps do not count: the run has resumed from an earlier one because they are damaged.
+        Checkpoints of later steps are neither counted nor removed: they can only exist if they are damaged and the run
+        therefore resumed from an earlier one. Counting them would remove undamaged checkpoints instead.
         """
         older = [path for path in self._folders(_NAME) if _step_of(path) <= newest]
         for path in older[: -self.keep]:
@@ -169,6 +180,8 @@ def _step_of(path: Path) -> int:
 
 
 def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) -> None:
+    """Write the safetensors files, then state.json with their sizes and hashes, each synced; then sync the folder."""
+    # Both moments go into one file and are told apart by prefix: exp_avg.head.weight, exp_avg_sq.head.weight.
     moments = {f"exp_avg.{name}": tensor for name, tensor in state.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in state.exp_avg_sq.items()}
     contents = {"weights.safetensors": state.weights, "optimizer.safetensors": moments}
@@ -176,8 +189,10 @@ def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) 
         contents["ema.safetensors"] = state.ema
     files = {}
     for name, tensors in contents.items():
+        # save_file refuses tensors that are not contiguous.
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
-        # safetensors creates files that only their owner can read. The folder has the mode that the user's umask gives.
+        # safetensors creates files that only their owner can read. The folder was created with the user's umask, so
+        # the files get its mode without the execute bits.
         (folder / name).chmod(folder.stat().st_mode & 0o666)
         sync_to_disk(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
@@ -195,6 +210,7 @@ def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) 
 
 
 def _read(folder: Path) -> tuple[TrainingState, dict[str, JSON]]:
+    # Everything is verified before any tensor is parsed, so a damaged file is named instead of failing in safetensors.
     record = _verified_record(folder)
     moments = load_file(folder / "optimizer.safetensors")
     scale = record.get("loss_scale")  # absent in checkpoints written before fp16 was supported
@@ -222,9 +238,10 @@ def _is_undamaged(folder: Path) -> bool:
 
 
 def _verified_record(folder: Path) -> dict[str, Any]:
-    """The parsed state.json, with size and hash of every file in it verified; raises UserError naming a damaged one."""
+    """Parse state.json and verify size and hash of every file it lists; raises UserError naming a damaged one."""
     path = folder / STATE_FILE
     try:
+        # Everything that is used later is accessed here, so that a mangled record raises inside this block.
         record = json.loads(path.read_text(encoding="utf-8"))
         format_number = record["format"]
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
@@ -246,6 +263,7 @@ def _verified_record(folder: Path) -> dict[str, Any]:
 
 def _verify_file(path: Path, size: int, digest: str) -> None:
     try:
+        # The size first: it costs nothing, and a truncated file is the most common damage.
         found = path.stat().st_size
         if found != size:
             raise UserError(f"{path}: has {found} bytes instead of the {size} recorded")

@@ -1,6 +1,6 @@
-"""DeepSpeed's configuration dictionary, built from the run's keys and `engine.deepspeed`.
+"""Builds DeepSpeed's configuration dictionary from the run's configuration.
 
-`config/deepspeed_keys.py` says which of DeepSpeed's keys may be set there.
+Users may add keys of DeepSpeed's own in `engine.deepspeed`; `config/deepspeed_keys.py` lists those that are allowed.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from video_swinv2.config import EngineConfig
 from video_swinv2.config.deepspeed_keys import ZERO
 from video_swinv2.engine.base import StepSettings
 
-# Elements per gradient bucket: 400 MB of fp32. DeepSpeed's own default of 5e8 allocates 2 GB at once. This size still
-# holds the largest matrix of the largest SwinV2 (giant: 4096 x 16384), so that no parameter takes DeepSpeed's separate
-# path for tensors larger than a bucket.
+# Elements per bucket of gradients or weights that are exchanged together: 400 MB of fp32. DeepSpeed's default of 5e8
+# allocates 2 GB at once. This size still holds the largest matrix of the largest SwinV2 (giant: 4096 x 16384), so no
+# parameter takes DeepSpeed's separate path for tensors larger than a bucket.
 BUCKET_ELEMENTS = 100_000_000
 
 
 def build_deepspeed_config(
     config: EngineConfig, step: StepSettings, *, precision: str, pin_memory: bool
 ) -> dict[str, Any]:
-    """Batch sizes, clipping and precision from the run's keys, then whatever `engine.deepspeed` sets.
+    """Batch sizes, clipping and precision as the run sets them, then the keys of `engine.deepspeed` on top.
 
-    ``precision`` is what the run uses on this device, which may differ from the key; ``pin_memory`` says whether
-    offloaded tensors may be in page-locked host memory.
+    ``precision`` is the one in use, which differs from `engine.precision` on GPUs without bf16. ``pin_memory`` allows
+    offloaded tensors in page-locked host memory, from which GPUs copy faster.
     """
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -34,12 +34,13 @@ def build_deepspeed_config(
     offloads = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     for key, target in offloads.items():
         if target != "none":
-            # For nvme too: we map the files ourselves (offload.py), as DeepSpeed's own way needs libaio and a compiler.
+            # Also for nvme: `offload.py` maps these tensors to files, because DeepSpeed's own NVMe offload needs libaio
+            # and a compiler. Mapped memory cannot be pinned.
             zero[key] = {"device": "cpu", "pin_memory": pin_memory and target == "cpu"}
     section: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": step.micro_batch,
         "gradient_accumulation_steps": step.accumulation,
-        # At ZeRO-0 we clip ourselves, because DeepSpeed does not report the norm there.
+        # At ZeRO-0 `gradients.py` clips, because DeepSpeed does not report the norm there.
         "gradient_clipping": (step.clip_norm or 0.0) if config.zero_stage else 0.0,
         ZERO: zero,
         "torch_autocast": _autocast_section(precision, config.communication),
@@ -48,6 +49,7 @@ def build_deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # torch ships its fused AdamW for CPUs compiled; DeepSpeed does not
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU at every step
     }
+    # The checked keys of `engine.deepspeed`; those below zero_optimization are merged into the section built above.
     for key, value in config.deepspeed.items():
         section[key] = section[key] | {k: _as_int(v) for k, v in value.items()} if key == ZERO else value
     return section
@@ -58,12 +60,12 @@ def _autocast_section(precision: str, communication: str) -> dict[str, Any]:
     if precision != "fp32":
         section["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     if communication == "fp32":
-        # By default DeepSpeed reduces the gradients of Linear and Conv in half precision. An empty list of "safe"
-        # modules keeps all of them in fp32.
+        # By default DeepSpeed reduces the gradients of Linear and Conv layers in the autocast type. With an empty list
+        # of "safe" modules it reduces all gradients in fp32.
         section["lower_precision_safe_modules"] = []
     return section
 
 
 def _as_int(value: Any) -> Any:
-    """YAML reads 5e8 as a float; DeepSpeed wants an int."""
+    """Turn whole floats into ints: YAML reads 5.0e+8 as a float, and DeepSpeed requires an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""Building an engine: the module on its device, AdamW over the parameter groups, and the engine around both."""
+"""Builds an engine: moves the model to the device, creates AdamW over its parameter groups and wraps both."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def make_engine(
     betas: tuple[float, float],
     eps: float,
 ) -> Engine:
-    """Move the module to the device, build AdamW over the groups, and wrap both; all ranks get rank 0's weights.
+    """Move the module to the device, build AdamW over the groups and wrap both in the configured engine.
 
-    ``groups`` come from :func:`optimizer.parameter_groups`. Raises UsageError for the plain engine in several
-    processes.
+    ``groups`` come from :func:`optimizer.parameter_groups`. Afterwards all ranks have rank 0's weights. Raises
+    UsageError if the plain engine is configured and there are several processes.
     """
     if config.engine == "plain" and world.size > 1:
         raise UsageError(
@@ -47,6 +47,7 @@ def make_engine(
     module.to(world.device)
     if config.compile:
         compile_blocks(module)
+    # The groups hold references to the parameters; `module.to` has changed those in place, so they still match.
     optimizer = build_optimizer(groups, betas=betas, eps=eps, device=world.device)
     write_hyperparameters(optimizer, lr)
     if config.engine == "plain":
@@ -55,9 +56,9 @@ def make_engine(
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
-    """Apply torch.compile to each transformer block, in place: parameter names and checkpoints do not change.
+    """Apply torch.compile to each transformer block in place, which changes neither parameter names nor checkpoints.
 
-    Compiling block by block lets all blocks of a stage share one compilation, and keeps activation checkpointing
+    Compiling block by block lets the blocks of a stage share one compilation and keeps activation checkpointing
     outside the compiled region.
     """
     for part in module.modules():

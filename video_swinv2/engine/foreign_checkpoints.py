@@ -1,9 +1,9 @@
-"""Runs to continue from: our own checkpoints, and DeepSpeed's universal checkpoints turned into the same form.
+"""Finds the newest checkpoint of a run, and reads DeepSpeed's universal checkpoints as if they were our own.
 
-A universal checkpoint holds whole tensors, in one folder per parameter: ``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt``.
-Counts and shapes are in the ``*_model_states.pt`` files beside them. The pickles are read without executing anything.
-DeepSpeed's own loading is not used: with several parameter groups it mixes up their settings and advances Adam's step
-count once per group.
+A universal checkpoint has whole tensors in one folder per parameter, ``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt``. Step
+counts and shapes are in ``*_model_states.pt`` files next to the ``zero`` folder. All of them are pickles, which are
+read without executing anything. DeepSpeed's own loader is not used: with several parameter groups it mixes up their
+settings and advances Adam's step count once per group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from video_swinv2.errors import UserError
 from video_swinv2.weights.formats import DERIVED, PREFIXES
 from video_swinv2.weights.unpickle import read_inert
 
-# DeepSpeed's tool that turns its partitioned checkpoints into universal ones.
+# DeepSpeed's tool that converts its partitioned checkpoints into universal ones.
 CONVERT_COMMAND = (
     "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
     " --input_folder {} --output_folder {}_universal"
@@ -29,9 +29,10 @@ CONVERT_COMMAND = (
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, TrainingState, dict[str, JSON] | None] | None:
-    """Step, training state and run state of a run folder's newest checkpoint, or of a universal one (run state None).
+    """Step, training state and run state of the newest checkpoint in a folder; None if there is none.
 
-    None if there is neither. Raises UserError, with the command that converts it, for a partitioned DeepSpeed one.
+    The folder is a run folder or a universal checkpoint. A universal checkpoint has no run state, so that is None.
+    Raises UserError for a partitioned DeepSpeed checkpoint, with the command that converts it.
     """
     universal = _universal_folder(folder)
     if universal is not None:
@@ -40,12 +41,18 @@ def newest_checkpoint(folder: Path) -> tuple[int, TrainingState, dict[str, JSON]
 
 
 def _universal_folder(folder: Path) -> Path | None:
-    """The folder itself, or the one that the `latest_universal` file in it names."""
+    """The universal checkpoint that `folder` is or points to; None if it is no DeepSpeed checkpoint at all.
+
+    `latest_universal` and `latest` are DeepSpeed's text files with the name of the newest checkpoint's folder.
+    Raises UserError for a partitioned checkpoint.
+    """
     pointer = folder / "latest_universal"
     if pointer.is_file():
+        # The last part alone: the file must not lead out of the folder that the user named.
         folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
     if (folder / "zero").is_dir():
         return folder
+    # Not universal. If it is what DeepSpeed's save_checkpoint writes, tell the user how to convert it.
     latest = folder / "latest"
     partitioned = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
     if any(partitioned.glob("*_model_states.pt")):
@@ -58,10 +65,15 @@ def _universal_folder(folder: Path) -> Path | None:
 
 
 def _read_universal(folder: Path) -> tuple[int, TrainingState]:
+    """Step and training state of a universal checkpoint."""
+    # Any of the model_states files will do: counts, shapes and buffers are the same in all of them. The name after the
+    # comma is that of ZeRO-1 and -2, for the error message if there is none.
     model_states = _mapping(next(iter(sorted(folder.glob("*_model_states.pt"))), folder / "mp_rank_00_model_states.pt"))
     shapes = _shapes(model_states)
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("fp32", *MOMENTS)}
     for path in sorted((folder / "zero").rglob("*.pt")):
+        # zero/module.layers.0.norm.weight/exp_avg.pt: the folder names the parameter, the file the kind of tensor.
+        # Other files (step.pt, for example) and tensors that the model computes itself are passed over.
         name = PREFIXES.sub("", path.parent.relative_to(folder / "zero").as_posix())
         if path.stem in found and not name.endswith(DERIVED):
             found[path.stem][name] = _tensor(path, shapes.get(name))
@@ -75,7 +87,7 @@ def _read_universal(folder: Path) -> tuple[int, TrainingState]:
 def _content(path: Path) -> Any:
     try:
         return read_inert(path)
-    except Exception as error:  # what is raised depends on the bytes of the damaged file
+    except Exception as error:  # a damaged file can raise anything, depending on its bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: cannot be read as part of a universal checkpoint ({reason}); convert again"
@@ -83,6 +95,7 @@ def _content(path: Path) -> Any:
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:
+    """The content of a model_states file; UserError if it is something else."""
     content = _content(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: does not contain the model states of a DeepSpeed checkpoint; convert again")
@@ -90,6 +103,7 @@ def _mapping(path: Path) -> Mapping[str, Any]:
 
 
 def _tensor(path: Path, shape: tuple[int, ...] | None) -> Tensor:
+    """The tensor in a file, in fp32 and in `shape` if that is known. DeepSpeed saves it alone or under "param"."""
     content = _content(path)
     tensor = content.get("param") if isinstance(content, Mapping) else content
     if not isinstance(tensor, Tensor):
@@ -102,14 +116,15 @@ def _tensor(path: Path, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def _shapes(model_states: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained parameters by name; DeepSpeed records them group by group."""
+    """Shapes of the trained parameters by name. DeepSpeed records a list of dictionaries, one per parameter group."""
     groups = model_states.get("param_shapes") or []
     groups = groups if isinstance(groups, list) else [groups]
-    # The inert reader leaves torch.Size as a placeholder that keeps the arguments of the call.
+    # `read_inert` leaves each torch.Size as a placeholder, which has the arguments of the pickled call.
     return {PREFIXES.sub("", name): tuple(size.arguments[0]) for group in groups for name, size in group.items()}
 
 
 def _buffers(model_states: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's buffers by name, which have no folder below ``zero``; without those that the model computes."""
     names = set(model_states.get("buffer_names") or [])
     module = model_states.get("module") or {}
     kept = {PREFIXES.sub("", name): tensor for name, tensor in module.items() if name in names}
@@ -117,7 +132,10 @@ def _buffers(model_states: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _adam_steps(folder: Path, model_states: Mapping[str, Any]) -> int:
-    """Adam's own step count, which does not include skipped steps; ZeRO-3 writes no file for it."""
+    """Adam's own step count, which excludes skipped steps.
+
+    It is in any `step.pt`. ZeRO-3 writes no such file, so there it is computed from DeepSpeed's counters.
+    """
     for path in sorted((folder / "zero").rglob("step.pt")):
         content = _content(path)
         count = content.get("param") if isinstance(content, Mapping) else content

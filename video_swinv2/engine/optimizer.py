@@ -1,4 +1,4 @@
-"""AdamW and what it is set to, as pure functions: groups by depth, weight decay by name, learning rate by step."""
+"""AdamW and its settings: parameter groups by depth, weight decay by parameter name, learning rate by step."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from video_swinv2.models.swinv2 import DropPath, SwinV2
 def parameter_groups(
     module: nn.Module, depths: Sequence[int], *, weight_decay: float, layer_decay: float = 1.0, backbone_lr: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups, shallow to deep, each with ``name params parameter_names lr_scale weight_decay``.
+    """The trainable parameters as optimizer groups, from shallow to deep.
 
-    A layer's ``lr_scale`` is ``layer_decay ** (sum(depths) + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for
-    everything but the head (Video Swin). Without either there are at most two groups, decayed and not, because each
-    group costs a collective per step. Raises UserError if there is nothing to train, ValueError for a name that does
-    not fit ``depths``, and UsageError for a layer decay outside (0, 1].
+    Each group has ``name params parameter_names lr_scale weight_decay``. ``lr_scale`` is ``layer_decay ** (sum(depths)
+    + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for everything but the head (Video Swin). If both are 1,
+    there are at most two groups, with and without weight decay. Raises UserError if there is nothing to train,
+    ValueError for a parameter name that does not fit ``depths``, and UsageError for a layer decay outside (0, 1].
     """
     if not 0.0 < layer_decay <= 1.0:
         raise UsageError(f"optim.layer_decay: {layer_decay} is not in (0, 1]; use 1 to disable it")
-    last = sum(depths) + 1  # the layer id of norm and head: patch embedding 0, then one per block
-    # Members by (layer, full learning rate, weight decay). Without layer decay all share one layer, because each group
-    # costs a collective per step.
+    last = sum(depths) + 1  # layer ids: 0 patch embedding, 1 to sum(depths) the blocks, then norm and head
+    # Parameters by (layer, whether at the full learning rate, whether decayed). Without layer decay all count as the
+    # last layer, which keeps the number of groups small: each group costs a collective per step.
     members: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            layer = layer_id(name, depths)  # always, because it refuses names that do not fit
+            layer = layer_id(name, depths)  # always called, because it refuses names that do not fit
             at_full_rate = backbone_lr == 1.0 or name.startswith("head.")
             key = (layer if layer_decay < 1.0 else last, at_full_rate, decays(name, parameter))
             members.setdefault(key, []).append((name, parameter))
     if not members:
         raise UserError("optim.frozen_stages: no parameter is left to train; freeze fewer stages")
     groups = []
-    # Shallow to deep, and within a layer the decayed group first.
+    # Shallow to deep; within a layer the backbone before the head, then the decayed group before the other.
     for (layer, full, decayed), named in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2])):
+        # For example "layer_07_backbone_no_decay", or "all_layers_decay" if neither factor is used.
         label = f"layer_{layer:02d}" if layer_decay < 1.0 else "all_layers"
         label += "" if backbone_lr == 1.0 else "_head" if full else "_backbone"
         group_decay = weight_decay if decayed else 0.0
@@ -54,7 +55,8 @@ def parameter_groups(
                 "parameter_names": [name for name, _ in named],
                 "lr_scale": layer_decay ** (last - layer) * (1.0 if full else backbone_lr),
                 "weight_decay": group_decay,
-                # write_hyperparameters restores weight_decay from this, because optimizers may write to weight_decay.
+                # `write_hyperparameters` copies this to weight_decay before every step, because an optimizer may write
+                # to weight_decay, for example when it restores a state.
                 "configured_weight_decay": group_decay,
             }
         )
@@ -63,9 +65,9 @@ def parameter_groups(
 
 
 def freeze_stages(encoder: SwinV2, stages: int) -> None:
-    """Freeze the patch embedding and the first `stages` stages, without drop path; UsageError if there are fewer.
+    """Freeze the patch embedding and the first `stages` stages, and switch off drop path in those stages.
 
-    No stages leaves the patch embedding trainable too.
+    With 0 stages the patch embedding stays trainable too. Raises UsageError if the model has fewer stages.
     """
     if stages > len(encoder.depths):
         raise UsageError(
@@ -74,9 +76,9 @@ def freeze_stages(encoder: SwinV2, stages: int) -> None:
     if not stages:
         return
     for name, parameter in encoder.named_parameters():
-        if stage_id(name, encoder.depths) <= stages:
+        if stage_id(name, encoder.depths) <= stages:  # 0 is the patch embedding, i + 1 is stage i
             parameter.requires_grad_(False)
-    # Drop path would be the only randomness left in them: without it a frozen stage computes what it does in eval mode.
+    # Drop path is the only randomness in a stage. Without it, frozen stages compute the same as in eval mode.
     for stage in encoder.stages()[:stages]:
         for part in stage.modules():
             if isinstance(part, DropPath):
@@ -84,11 +86,13 @@ def freeze_stages(encoder: SwinV2, stages: int) -> None:
 
 
 def linear_scaling(optim: OptimConfig) -> float:
-    """The factor of the linear scaling rule, batch / lr_batch (Goyal et al. 2017); 1 if `lr_batch` is not set."""
+    """Factor on learning rates by the linear scaling rule, batch / lr_batch (Goyal et al. 2017); 1 without lr_batch."""
     return optim.batch / optim.lr_batch if optim.lr_batch else 1.0
 
 
 def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError unless the groups contain every trainable parameter exactly once."""
+    # Compared by identity, because tensors compare element by element. Equal lengths exclude duplicates.
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     if len(grouped) != len(wanted) or set(grouped) != wanted:
@@ -99,21 +103,21 @@ def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate as a function of the optimizer step: linear warm-up, then cosine or multi-step decay.
+    """The learning rate as a function of the optimizer step: linear warm-up, then cosine or multi-step decay.
 
-    Raises UsageError for values that do not make a schedule.
+    A function of the step alone: nothing has to be saved for a run to resume. Raises UsageError for invalid values.
     """
 
     lr: float
-    """The peak."""
+    """The peak, reached at the end of the warm-up."""
     steps: int
-    """Length of the whole run."""
+    """Number of steps of the whole run, warm-up included."""
     warmup_steps: int
     min_lr: float = 0.0
     warmup_lr: float = 0.0
     kind: str = "cosine"
     milestones: tuple[int, ...] = ()
-    """Steps from which the learning rate is multiplied by `factor` once more."""
+    """For multistep: steps from which on the learning rate is multiplied by `factor` once more."""
     factor: float = 0.1
 
     def __post_init__(self) -> None:
@@ -133,12 +137,18 @@ class Schedule:
             )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: ``warmup_lr`` at step 0 of a warm-up, ``min_lr`` after the end."""
+        """The learning rate of a step, counted from 0.
+
+        With a warm-up, step 0 has ``warmup_lr`` and step ``warmup_steps`` the peak. After the last step of the cosine
+        schedule the rate stays at ``min_lr``; multistep never falls below ``min_lr``.
+        """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "multistep":
-            # bisect_right counts the milestones that have been reached: a milestone's own step is already multiplied.
+            # bisect_right counts the milestones <= step: the step of a milestone already has the lower rate.
             return max(self.min_lr, self.lr * self.factor ** bisect_right(self.milestones, step))
+        # Half a cosine period over the steps after the warm-up. The check also excludes a division by 0, if all steps
+        # are warm-up.
         if step >= self.steps:
             return self.min_lr
         progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
@@ -146,7 +156,7 @@ class Schedule:
 
 
 def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
-    """The schedule of a run of `steps` steps; durations in epochs of `samples` samples become steps."""
+    """The schedule of a run of `steps` steps. The configuration's epochs, of `samples` samples, become steps."""
 
     def to_steps(epochs: float) -> int:
         return round(epochs * samples / optim.batch)
@@ -164,9 +174,9 @@ def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:
 
 
 def write_hyperparameters(optimizer: Any, lr: float) -> None:
-    """Write learning rate and weight decay into every group of a torch or DeepSpeed optimizer; called at every step.
+    """Write learning rate and weight decay into every group of a torch or DeepSpeed optimizer, before every step.
 
-    They come from the configuration, never from a checkpoint, so a run that is resumed with other values uses those.
+    Both always come from the configuration and never from a checkpoint, so a run resumed with other values uses them.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -176,5 +186,5 @@ def write_hyperparameters(optimizer: Any, lr: float) -> None:
 def build_optimizer(
     groups: Sequence[dict[str, Any]], *, betas: tuple[float, float], eps: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW over the groups, as one fused kernel on CUDA; its learning rate is 0 until `write_hyperparameters`."""
+    """AdamW over the groups, fused on CUDA. Its learning rate is 0 until `write_hyperparameters` sets it."""
     return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, fused=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""The plain engine: PyTorch alone in one process. Every ZeRO stage is compared with it, and one GPU needs no more."""
+"""The plain engine: PyTorch alone, in one process. Every ZeRO stage is tested against it; one GPU needs no more."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from video_swinv2.engine.zero_layout import (
 
 
 class PlainEngine:
-    """PyTorch alone in one process; see :class:`base.Engine` for what each method promises."""
+    """PyTorch alone, in one process; :class:`base.Engine` documents the methods.
+
+    With one process every method that is collective in DeepSpeed is a local operation, and this process is rank 0.
+    """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.AdamW, step: StepSettings, world: World, *, precision: str
@@ -36,20 +39,22 @@ class PlainEngine:
         self._optimizer = optimizer
         self._step = step
         self._device = world.device
+        # None for fp32, which runs without autocast.
         self._dtype = AUTOCAST_DTYPES.get(precision)
         self._scale = LossScale() if precision == "fp16" else None
-        self._micro_batches = 0
+        self._micro_batches = 0  # since the engine was built
         self._partitions = [WholeParameter(parameter) for parameter in optimized_parameters(optimizer)]
         self._average = WeightAverage(self._partitions, step.ema) if step.ema else None
 
     def forward(self, *inputs: Any) -> Any:
         """See :class:`base.Engine`."""
-        # The order matters: torch.autocast reads whether the cache is enabled when it is constructed.
+        # The order matters: torch.autocast reads the cache setting when it is constructed.
         with without_autocast_cache(), torch.autocast(self._device.type, self._dtype) if self._dtype else nullcontext():
             return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """See :class:`base.Engine`."""
+        # One factor for both: the loss scale, and the division that makes the sum over micro-batches their mean.
         scale = self._scale.scale if self._scale else 1.0
         torch.autograd.backward(poison_if_not_finite(loss) * (scale / self._step.accumulation))
 
@@ -58,6 +63,7 @@ class PlainEngine:
         self._micro_batches += 1
         if self._micro_batches % self._step.accumulation:
             return None
+        # If a gradient is not finite this removes all of them, and the optimizer's step then changes nothing.
         outcome = unscale_check_and_clip(self.module, self._step.clip_norm, self._scale)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

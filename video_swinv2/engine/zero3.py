@@ -1,11 +1,15 @@
-"""ZeRO-3 from the first parameter on: building models that no process ever holds whole, and loading weights into them.
+"""Construction and loading of models that are partitioned by ZeRO-3 from the start, so that no process holds one whole.
 
-A parameter of such a model is an empty tensor. DeepSpeed keeps this rank's slice (`ds_tensor`), the whole's number of
-elements (`ds_numel`) and its shape (`ds_shape`) as attributes. Reading or writing it means gathering it first.
+A parameter of such a model is an empty tensor. DeepSpeed stores this rank's slice (`ds_tensor`) and the number of
+elements (`ds_numel`) and the shape (`ds_shape`) of the whole parameter as attributes of it. To read or write the
+parameter, the ranks have to gather it first.
 
-Loading a checkpoint needs whole shapes, for example to inflate a kernel, so it goes through a copy of the model on the
-meta device: `meta_copy` has the shapes and no memory, `capture_loaded_values` keeps what is loaded into it, and
-`write_whole_weights` distributes the values, one parameter at a time.
+Loading a checkpoint needs whole shapes, for example to inflate a kernel. It therefore goes through a copy of the model
+on the meta device:
+
+1. `meta_copy` builds the copy, which has shapes but no memory.
+2. `capture_loaded_values` collects the tensors that are loaded into the copy.
+3. `write_whole_weights` distributes them to the partitioned model, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ from video_swinv2.models.swinv2 import SwinV2
 
 @contextmanager
 def partitioned_construction(config: EngineConfig, world: World) -> Iterator[None]:
-    """With ZeRO-3, each module built inside is partitioned as soon as it is complete; otherwise a no-op.
+    """Under ZeRO-3, each module constructed inside is partitioned as soon as it is complete; otherwise a no-op.
 
-    The values are rank 0's, and equal those of an ordinary construction with the same seed. Build nothing but the model
-    inside: meanwhile DeepSpeed redirects every `torch.tensor` to the GPU.
+    The initial values are those of rank 0, the same as without this context and with the same seed. Construct nothing
+    but the model inside, because DeepSpeed redirects every `torch.tensor` to the GPU there.
     """
     if config.engine != "deepspeed" or config.zero_stage != 3:
         yield
@@ -36,57 +40,63 @@ def partitioned_construction(config: EngineConfig, world: World) -> Iterator[Non
     zero: dict[str, object] = {"stage": 3}
     if config.offload_parameters != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-    # DeepSpeed takes the precision from this dictionary; without a precision section it is fp32. Its `dtype` argument
-    # would be ignored on CPUs in favour of bf16.
+    # Init takes the type of the weights from this dictionary: fp32 if there is no precision section. Its `dtype`
+    # argument cannot be used instead, because on CPUs it is ignored and the weights become bf16. The batch size is
+    # required but not used.
     section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    # mem_efficient_linear would replace nn.Linear's function by one that does not know autocast.
+    # mem_efficient_linear would replace the function of nn.Linear by one that ignores autocast.
     with deepspeed.zero.Init(config_dict_or_path=section, mem_efficient_linear=False):
         yield
 
 
 def is_partitioned(module: nn.Module) -> bool:
-    """Whether any parameter was built partitioned."""
+    """Whether the module was built inside `partitioned_construction` under ZeRO-3."""
     return any(hasattr(parameter, "ds_numel") for parameter in module.parameters())
 
 
 def whole_numel(parameter: Tensor) -> int:
-    """Number of elements of a parameter over all ranks, partitioned or not."""
+    """Number of elements of the whole parameter, whether it is partitioned or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def meta_copy(encoder: SwinV2) -> SwinV2:
-    """The same model on the meta device: whole shapes without memory, to check a checkpoint against."""
+    """The same model on the meta device: whole shapes, but no memory."""
     with torch.device("meta"):
         copy = SwinV2(**encoder.architecture())  # type: ignore[arg-type]  # plain data, the constructor's own
+        # SimMIM adds this parameter to an encoder that has already been built, so the constructor does not create it.
         if hasattr(encoder, "mask_token"):
             copy.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
     return copy
 
 
 def capture_loaded_values(copy: nn.Module) -> dict[str, Tensor]:
-    """A dict that fills, by name, with the tensors that are loaded into `copy`, which has no memory for them itself."""
+    """Return a dictionary that collects, by name, every tensor that is later loaded into the meta model `copy`."""
     values: dict[str, Tensor] = {}
 
     def keep_and_strip(module: nn.Module, state: dict[str, Tensor], *rest: object) -> None:
         for name, tensor in state.items():
             if not tensor.is_meta:
                 values[name] = tensor
-                # load_state_dict copies meta onto meta, which checks the shape and does nothing else.
+                # load_state_dict then copies a meta tensor to a meta tensor, which checks the shape and nothing else.
                 state[name] = tensor.to("meta")
 
-    # Runs with the whole state dict, before any tensor is copied.
+    # The hook is called with the whole state dict before any tensor is copied.
     copy.register_load_state_dict_pre_hook(keep_and_strip)
     return values
 
 
 @torch.no_grad()
 def write_whole_weights(module: nn.Module, values: Mapping[str, Tensor], world: World) -> None:
-    """Write rank 0's whole values, by name, into a partitioned module, one parameter at a time. Collective."""
+    """Write rank 0's whole values by name into a partitioned module, one parameter at a time. Collective.
+
+    Parameters that are not in ``values`` keep their initial values.
+    """
     deepspeed = import_deepspeed(world)
     for name, parameter in module.named_parameters():
         if name in values:
             partitioned = hasattr(parameter, "ds_numel")
-            # Inside, the parameter is whole on every rank; on leaving, rank 0's values are broadcast and partitioned.
+            # Inside the context the parameter is whole on every rank. Leaving it broadcasts rank 0's values and
+            # partitions them again.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
                 if world.rank == 0 or not partitioned:
                     parameter.copy_(values[name])

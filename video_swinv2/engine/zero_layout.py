@@ -1,28 +1,30 @@
-"""Where ZeRO keeps what AdamW updates: whole tensors by parameter name out of, and into, the partitions of each rank.
+"""ZeRO's memory layout: converts between whole tensors by parameter name and the partitions that each rank updates.
 
-An engine hands AdamW one tensor per *partition*, and AdamW keeps its two moments under that tensor, in its shape. So
-everything about moments and averages reduces to one question per stage: which elements of which parameters does this
-rank's tensor hold? For R = 3 ranks and a parameter group of a (7 elements) and b (10 elements):
+An engine gives AdamW one tensor per *partition*, and AdamW keeps two moments of the same shape for each of these
+tensors. Saving and restoring moments and averages at a stage therefore comes down to one question: which elements of
+which parameters does this rank's tensor contain? For R = 3 ranks and a group of parameters a (7 elements) and b (10
+elements), with 0 for padding:
 
-    plain, ZeRO-0   WholeParameter        one tensor per parameter, the parameter itself, the same on every rank:
+    plain, ZeRO-0   WholeParameter        one tensor per parameter, the parameter itself, the same on all ranks:
 
                         every rank: a a a a a a a    b b b b b b b b b b
 
-    ZeRO-1, -2      GroupPartition        the group's parameters end to end in one buffer, padded and cut in R slices:
+    ZeRO-1, -2      GroupPartition        the group's parameters end to end, padded and cut into R equal slices:
 
                         rank 0: a a a a a a
                         rank 1: a b b b b b
                         rank 2: b b b b b 0
 
-    ZeRO-3          ParameterPartitions   each parameter padded and cut in R slices; a rank's slices end to end:
+    ZeRO-3          ParameterPartitions   each parameter padded and cut into R slices; a rank's slices end to end:
 
                         rank 0: a a a b b b b
                         rank 1: a a a b b b b
                         rank 2: a 0 0 b b 0 0
 
-Why not DeepSpeed's ``safe_get/set_full_optimizer_state``: in ZeRO-1/2 they fail for every group but the first, in
-ZeRO-3 setting fails unless the world size divides the parameter, and neither works before the first step. The state of
-AdamW itself is torch's own and looks the same at every stage.
+DeepSpeed has ``safe_get_full_optimizer_state`` and ``safe_set_full_optimizer_state`` for this, but they are not usable:
+at ZeRO-1 and 2 they fail for every group but the first, at ZeRO-3 setting fails unless the world size divides the
+number of elements, and neither works before the first step. AdamW's own state is torch's and looks the same at every
+stage, so this file reads and writes that.
 """
 
 from __future__ import annotations
@@ -38,25 +40,29 @@ from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import TrainingState
 from video_swinv2.errors import UserError
 
+# Keys of the moments in the state of torch's AdamW; `TrainingState` has fields of the same names.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# Elements per gather, over all ranks together: the most that rank 0's device receives at a time (256 MB of fp32).
+# Elements per gather, summed over all ranks: as much as rank 0's device receives at a time (256 MB of fp32).
 GATHER_ELEMENTS = 1 << 26
 
 
 class Partition(Protocol):
-    """A tensor that AdamW updates on this rank, and how it relates to whole parameters."""
+    """A tensor that AdamW updates on this rank, and the conversion between its layout and whole parameters."""
 
     local: Tensor
-    """What AdamW updates here: the key of its state."""
+    """The tensor that AdamW updates, which is also the key of its state."""
     parameters: Sequence[nn.Parameter]
-    """The parameters, in order, that `local` holds elements of."""
+    """The parameters of which `local` may contain elements, in the order in which they are stored."""
 
     def slice_of(self, wholes: Sequence[Tensor]) -> Tensor:
-        """This rank's elements of whole CPU tensors, one per parameter; in the layout of `local`."""
+        """This rank's elements of ``wholes``, one whole CPU tensor per parameter, in the layout of `local`."""
 
     def gather(self, local: Tensor) -> list[Tensor]:
-        """The whole CPU tensors, one per parameter, of every rank's `local`; on rank 0, else empty. Collective."""
+        """Assemble every rank's ``local``, which is laid out like `self.local`, into whole tensors. Collective.
+
+        Returns one CPU tensor per parameter on rank 0 and an empty list elsewhere.
+        """
 
 
 class WholeParameter:
@@ -71,24 +77,24 @@ class WholeParameter:
         return wholes[0]
 
     def gather(self, local: Tensor) -> list[Tensor]:
-        """See :class:`Partition`; all ranks hold the same, so there is nothing to communicate."""
+        """See :class:`Partition`. All ranks have the same values, so each returns them and nothing is communicated."""
         return [local.detach().to("cpu", copy=True)]
 
 
 class GroupPartition:
-    """ZeRO-1/2: a group's parameters lie end to end in one buffer, and each rank updates one equal slice of it."""
+    """ZeRO-1 and 2: a group's parameters lie end to end in one buffer, of which each rank updates an equal slice."""
 
     def __init__(self, local: Tensor, parameters: Sequence[nn.Parameter], buffer: Tensor, world: World) -> None:
         self.local = local  # (n,) with n = buffer.numel() / world.size
         self.parameters = parameters
         self._world = world
-        # DeepSpeed chooses order and padding. We need not know how: the parameters are views of the buffer, so their
-        # storage offsets say where each one starts.
+        # DeepSpeed chooses the order of the parameters and the padding. We do not have to know its rules, because the
+        # parameters are views of the buffer: their storage offsets give the element at which each one starts.
         self._offsets = [parameter.storage_offset() - buffer.storage_offset() for parameter in parameters]
 
     def slice_of(self, wholes: Sequence[Tensor]) -> Tensor:
         """See :class:`Partition`."""
-        # Rebuild the whole buffer (R * n,), zeros in the padding, and take row `rank` of it as (R, n).
+        # Rebuild the whole buffer, (R * n,) with zeros as padding, view it as (R, n) and take row `rank`.
         flat = torch.zeros(self.local.numel() * self._world.size)
         for offset, whole in zip(self._offsets, wholes, strict=True):
             flat[offset : offset + whole.numel()] = whole.flatten()
@@ -96,11 +102,11 @@ class GroupPartition:
 
     def gather(self, local: Tensor) -> list[Tensor]:
         """See :class:`Partition`."""
-        # (n,) per rank -> rows (R, n) on rank 0 -> the whole buffer (R * n,): equal slices, so rows follow each other.
+        # (n,) per rank -> rows (R, n) on rank 0 -> the whole buffer (R * n,), because its slices are the rows in order.
         flat = _gather_rows(local, self._world).flatten()
-        if not flat.numel():  # not rank 0
+        if not flat.numel():  # on ranks other than 0
             return []
-        # Cloned, because safetensors refuses tensors that share memory.
+        # Cut the parameters out again. Cloned, because safetensors refuses tensors that share memory.
         return [
             flat[offset : offset + parameter.numel()].view(parameter.shape).clone()
             for offset, parameter in zip(self._offsets, self.parameters, strict=True)
@@ -110,12 +116,12 @@ class GroupPartition:
 class ParameterPartitions:
     """ZeRO-3: each parameter is cut into equal slices, the last one padded, and a rank's slices lie end to end.
 
-    The parameters themselves are empty tensors; DeepSpeed keeps their number of elements and shape beside them
-    (`ds_numel`, `ds_shape`), and the length of a slice as `partition_numel()`.
+    The parameters themselves are empty tensors. DeepSpeed adds the number of elements (`ds_numel`), the shape
+    (`ds_shape`) and the length of a slice (`partition_numel()`) to them.
     """
 
     def __init__(self, local: Tensor, parameters: Sequence[Any], world: World) -> None:
-        self.local = local  # (sum of lengths,)
+        self.local = local  # (sum of self._lengths,)
         self.parameters = parameters
         self._world = world
         self._lengths = [int(parameter.partition_numel()) for parameter in parameters]
@@ -124,7 +130,7 @@ class ParameterPartitions:
         """See :class:`Partition`."""
         slices = []
         for length, whole in zip(self._lengths, wholes, strict=True):
-            # Any shape -> (R * length,), zeros at the end -> row `rank` of (R, length).
+            # Any shape -> flat, padded to (R * length,) with zeros -> row `rank` of (R, length).
             padded = torch.zeros(length * self._world.size)
             padded[: whole.numel()] = whole.flatten()
             slices.append(padded.view(self._world.size, length)[self._world.rank])
@@ -132,11 +138,12 @@ class ParameterPartitions:
 
     def gather(self, local: Tensor) -> list[Tensor]:
         """See :class:`Partition`."""
-        rows = _gather_rows(local, self._world)  # (R, sum of lengths)
-        if not rows.numel():  # not rank 0
+        rows = _gather_rows(local, self._world)  # (R, sum of self._lengths)
+        if not rows.numel():  # on ranks other than 0
             return []
-        # A parameter is a block of columns (R, length), one slice per row. Row-major flattening puts the slices in rank
-        # order, (R * length,); dropping the padding leaves (ds_numel,), which has the parameter's shape.
+        # A parameter is a block of columns (R, length) with one rank's slice in each row. Flattening it row by row puts
+        # the slices in the order of the ranks, (R * length,). Without the padding that is (ds_numel,), the flattened
+        # parameter.
         columns = torch.split(rows, self._lengths, dim=1)
         return [
             column.flatten()[: parameter.ds_numel].view(parameter.ds_shape).clone()
@@ -145,14 +152,14 @@ class ParameterPartitions:
 
 
 def _gather_rows(local: Tensor, world: World) -> Tensor:
-    """Every rank's (n,) as rows (world.size, n) on the CPU of rank 0, an empty tensor elsewhere. Collective.
+    """Gather every rank's (n,) as rows (world.size, n) on rank 0's CPU; an empty tensor elsewhere. Collective.
 
     Gathered in chunks, so that the device of rank 0 never holds the moments of all ranks at once.
     """
     rows = torch.empty(world.size, local.numel()) if world.rank == 0 else torch.empty(0)
-    length = max(1, GATHER_ELEMENTS // world.size)
+    length = max(1, GATHER_ELEMENTS // world.size)  # elements that one rank sends per chunk
     for start in range(0, local.numel(), length):
-        # Offloaded tensors are on the CPU, where NCCL cannot send from.
+        # Offloaded tensors are on the CPU, from where NCCL cannot send.
         chunk = local.detach()[start : start + length].to(world.device)
         received = [torch.empty_like(chunk) for _ in range(world.size)] if world.rank == 0 else None
         dist.gather(chunk, received)
@@ -162,26 +169,31 @@ def _gather_rows(local: Tensor, world: World) -> Tensor:
 
 
 def optimized_parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """The parameters that an optimizer was given, group by group."""
+    """The parameters in an optimizer's groups, group by group."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def names_by_id(module: nn.Module) -> dict[int, str]:
-    """Parameter names by the parameter's `id`: tensors compare by element, so they cannot be looked up themselves."""
+    """Parameter names by `id` of the parameter, because a partition knows its parameters but not their names."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def read_moments(
     module: nn.Module, optimizer: torch.optim.Optimizer, partitions: Sequence[Partition]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both moments by parameter name on rank 0, empty elsewhere; zeros for what was never updated. Collective."""
+    """Both moments by parameter name on rank 0; zeros where AdamW has taken no step yet. Collective.
+
+    On other ranks the result is empty, or at ZeRO-0, where every rank has everything, the same as on rank 0.
+    """
     names = names_by_id(module)
     found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for moment, into in zip(MOMENTS, found, strict=True):
         for partition in partitions:
-            # optimizer.state is a defaultdict: do not create an entry by looking for one.
+            # `in` first: optimizer.state is a defaultdict, and reading a missing key would create an empty state, which
+            # must not exist before AdamW's own first step.
             held = optimizer.state[partition.local].get(moment) if partition.local in optimizer.state else None
             wholes = partition.gather(torch.zeros_like(partition.local) if held is None else held)
+            # Not strict: `wholes` is empty on ranks other than 0.
             into.update({names[id(p)]: whole for p, whole in zip(partition.parameters, wholes, strict=False)})
     return found
 
@@ -189,29 +201,36 @@ def read_moments(
 def write_moments(
     module: nn.Module, optimizer: torch.optim.Optimizer, partitions: Sequence[Partition], state: TrainingState
 ) -> None:
-    """Restore AdamW's moments and step count; in place if there are any already, as DeepSpeed keeps links to them."""
+    """Restore AdamW's moments and step count from whole tensors; every rank writes its own partitions.
+
+    Existing moments are overwritten in place, because DeepSpeed keeps references to them.
+    """
     names = names_by_id(module)
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for partition in partitions:
         held = optimizer.state[partition.local]
-        # AdamW keeps its step count on the device when fused and on the CPU otherwise.
+        # AdamW keeps its step count, a tensor of one element, on the parameter's device if fused and else on the CPU.
         count_device = partition.local.device if fused else torch.device("cpu")
         held["step"] = torch.tensor(float(state.optimizer_step), device=count_device)
         for moment in MOMENTS:
             wholes = getattr(state, moment)
             values = partition.slice_of([wholes[names[id(parameter)]] for parameter in partition.parameters])
-            if moment not in held:
+            if moment not in held:  # no step has been taken yet; create what AdamW would create
                 held[moment] = torch.zeros_like(partition.local, memory_format=torch.preserve_format)
             held[moment].copy_(values)
 
 
 def applied_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Adam's count of applied steps; 0 before the first."""
+    """Adam's count of applied steps; 0 before the first.
+
+    Adam counts per parameter. The maximum is taken because a parameter without a gradient is not counted.
+    """
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def check_state_fits(module: nn.Module, state: TrainingState) -> None:
-    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
+    """Raise UserError for the first tensor that is missing from the checkpoint or the model, or has another shape."""
+    # What is expected and what the checkpoint has, for each kind of tensor. Frozen parameters have no moments.
     named = module.state_dict(keep_vars=True)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     expected: tuple[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]], ...] = (
@@ -223,7 +242,7 @@ def check_state_fits(module: nn.Module, state: TrainingState) -> None:
         expected = (*expected, ("ema", trained, state.ema))
     fix = "it was written by another model or with other frozen layers; resume with the configuration that wrote it"
     for kind, ours, theirs in expected:
-        if different := sorted(ours.keys() ^ theirs.keys()):
+        if different := sorted(ours.keys() ^ theirs.keys()):  # names that only one of the two has
             absent_from = "checkpoint" if different[0] in ours else "model"
             raise UserError(f"checkpoint {kind}: {different[0]} is not in the {absent_from}; {fix}")
         for name, tensor in ours.items():
