@@ -1,1 +1,1 @@
-"""What is learned, and when: the one training loop, its tasks, and what a run records about itself."""
+"""Training: the loop that all tasks share, the tasks themselves, and what a run records about itself."""

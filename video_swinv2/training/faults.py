@@ -1,4 +1,8 @@
-"""Faults of a run: full memory and disks, explained in one line; broken files and skipped steps, recorded."""
+"""What can go wrong during a run: exhausted memory and disks, broken files, and steps that were skipped.
+
+Running out of memory or disk space ends the run with one line that names the setting to change. Broken files and
+skipped steps are survived and recorded; only too many of them end the run.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,16 @@ from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
 
+# Disk full, quota exceeded, file too large, read-only file system, and a failing disk.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# How PyTorch's CPU allocator (the first two), PyTorch on GPUs and C++ word a failed allocation.
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 GIB = 2**30
 
 
 @contextmanager
 def explain_exhaustion(config: Config, world: World) -> Iterator[None]:
-    """Turn running out of memory or disk space into a UserError that names the setting to change."""
+    """Inside, running out of memory or disk space raises a UserError that names the setting to change."""
     try:
         yield
     except OSError as error:
@@ -38,8 +44,8 @@ def explain_exhaustion(config: Config, world: World) -> Iterator[None]:
             "training resumes from its newest checkpoint"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError exists for GPUs only: a failed allocation on the CPU is a plain RuntimeError, and each
-        # library words it differently. Both types are recognised by the same words.
+        # PyTorch raises torch.OutOfMemoryError, a RuntimeError, for GPUs only. A failed allocation on the CPU is a
+        # plain RuntimeError, and every library words it differently, so the message decides.
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in MEMORY_WORDS):
             raise
         raise UserError(
@@ -48,6 +54,7 @@ def explain_exhaustion(config: Config, world: World) -> Iterator[None]:
 
 
 def _describe_memory(world: World) -> str:
+    """Whose memory is exhausted; for a GPU also how much its tensors held and how much is free."""
     if world.device.type != "cuda":
         return "of the host"
     free, total = torch.cuda.mem_get_info(world.device)
@@ -56,9 +63,11 @@ def _describe_memory(world: World) -> str:
 
 
 def _memory_advice(config: Config, world: World) -> str:
-    """The setting to change next, the one that costs least first."""
+    """The next setting to change, cheapest first: smaller micro-batches, then recomputation or more partitioning."""
     optim = config.optim
+    # What the run really uses: the largest size up to optim.micro_batch that divides a process's share of the batch.
     micro = plan_batch(optim.batch, optim.micro_batch, world.size, config.augment.repeats).micro
+    # All repeats of a clip have to fit into one micro-batch, so it cannot be smaller than augment.repeats.
     if micro > config.augment.repeats:
         smaller = max(micro // 2, config.augment.repeats)
         return (
@@ -74,19 +83,21 @@ def _memory_advice(config: Config, world: World) -> str:
 
 
 class Faults:
-    """The faults that a run has survived, and its slowest file.
+    """The faults that a run has survived so far, and the file that was slowest to read.
 
-    Each process records its own; `synchronise` merges them, before a checkpoint and after a validation.
+    Each process records the faults of its own samples. `synchronise` merges them, which happens before each checkpoint
+    and after each validation. Checkpoints contain the merged state, so a resumed run continues the counts.
     """
 
     def __init__(self, config: Config, world: World, samples: SampleDataset) -> None:
         self.broken: dict[str, None] = {}
-        """Broken files, one line each; a dict because sets do not keep their order."""
+        """One line for each broken file. The keys of a dict are an ordered set; the values mean nothing."""
         self.broken_samples = 0
-        """Training samples of this process that stand in for one from a broken file."""
+        """How many training samples of this process came from a broken file and were replaced by another sample."""
         self.skipped = self.skipped_in_row = 0
+        """Skipped steps of the whole run, and how many of the latest steps were skipped in a row."""
         self.slowest = (0.0, "")
-        """Seconds and name of the file that took longest to read."""
+        """The longest time in seconds that it took to read a training sample, and the file it came from."""
         self._config, self._world, self._samples = config, world, samples
         self._folder = Path(config.out)
 
@@ -94,23 +105,30 @@ class Faults:
         """Record the broken files and the slowest file of a training batch."""
         self.broken_samples += len(batch.broken)
         self._report_new(batch.broken, "the next sample takes its place")
+        # Only the slowest sample of a batch can set a new record, so only its name is looked up.
         seconds = max(batch.seconds)
         if seconds > self.slowest[0]:
             self.slowest = seconds, self._samples.name(batch.numbers[batch.seconds.index(seconds)])
 
     def record_unread(self, lines: Sequence[str]) -> None:
-        """Record files that could not be read in a validation."""
+        """Record the validation files that could not be read, one line each."""
         self._report_new(lines, "it does not count as a right answer")
 
     def _report_new(self, lines: Sequence[str], consequence: str) -> None:
-        """Print each broken file once per run, also after a resumption."""
+        """Print the broken files that this process does not know yet, and what happens to their samples.
+
+        Known files include those that earlier parts of a resumed run reported, and those merged from other processes.
+        """
         for line in lines:
             if line not in self.broken:
                 self.broken[line] = None
                 print(f"broken: {line}; {consequence}", flush=True)
 
     def check_broken_share(self, broken: int, drawn: int) -> None:
-        """Raise UserError if more than data.max_broken of the samples drawn by all processes were broken."""
+        """Raise UserError if the share of broken samples exceeds data.max_broken.
+
+        broken, drawn: sums over all processes, so that either all of them raise or none does.
+        """
         if broken > self._config.data.max_broken * drawn:
             raise UserError(
                 f"{self._folder}: {broken} of {drawn} samples came from broken files, more than data.max_broken="
@@ -118,15 +136,18 @@ class Faults:
             )
 
     def record_step(self, step: int, skipped: bool, inputs: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
-        """Count a step; for a skipped one, report it and write down its inputs. Collective.
+        """Count a finished step. If it was skipped, report it and append its inputs to skipped.jsonl.
 
-        inputs: sample numbers and loss of each micro-batch of this process. `skipped` must be the same on every
-        process: the collective below would otherwise wait forever. Raises UserError after max_skipped in a row.
+        inputs: the sample numbers and the loss of each micro-batch of this process.
+
+        Collective if the step was skipped, so `skipped` must be the same on every process: otherwise those that
+        gather would wait forever. Raises UserError after max_skipped skipped steps in a row.
         """
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         if not skipped:
             return
         self.skipped += 1
+        # float() waits for the GPU, which is acceptable here because skipped steps are rare.
         mine = [
             (self._world.rank, float(loss), [self._samples.name(number) for number in numbers])
             for numbers, loss in inputs
@@ -145,32 +166,35 @@ class Faults:
             )
 
     def synchronise(self) -> None:
-        """Merge the broken files and the slowest file of all processes. Collective."""
+        """Give every process the broken files and the slowest file of all processes. Collective."""
         found = all_gather_objects(self._world, (list(self.broken), self.slowest))
+        # Sorted, so that the order does not depend on which process met a file first.
         self.broken = dict.fromkeys(sorted({line for lines, _ in found for line in lines}))
         self.slowest = max(slowest for _, slowest in found)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, the same for any number of processes. Collective."""
+        """What a checkpoint stores: totals over all processes, so that any number of them can resume. Collective."""
         self.synchronise()
         (samples,) = all_reduce_sum(self._world, [self.broken_samples])
         counts = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "broken_samples": samples}
         return {**counts, "broken": list(self.broken), "slowest": list(self.slowest)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state in a checkpoint; old checkpoints lack some keys."""
+        """Continue from the `state` of a checkpoint. Checkpoints of older versions lack some of its keys."""
         self.skipped, self.skipped_in_row = state.get("skipped", 0), state.get("skipped_in_row", 0)
         self.broken = dict.fromkeys(state.get("broken", ()))
         self.slowest = tuple(state.get("slowest", self.slowest))
-        # The checkpoint holds the sum over all processes, which later reductions must count once: rank 0 takes it all.
+        # The checkpoint stores the sum over all processes. If each process restored it, the next sum would count it
+        # once per process, so rank 0 takes all of it and the others start from 0.
         if self._world.rank == 0:
             self.broken_samples = int(state.get("broken_samples", 0))
 
 
 def write_skipped(folder: Path, step: int, micro_batches: Sequence[tuple[int, float, Sequence[str]]]) -> None:
-    """Append a skipped step to `skipped.jsonl`, with (process, loss, files) of each of its micro-batches.
+    """Append one line for a skipped step to the run folder's `skipped.jsonl`.
 
-    JSON has no NaN and no infinity, so a loss that is not finite is written as text.
+    micro_batches: the process, the loss and the files of each micro-batch of the step. JSON has neither NaN nor
+    infinity, so a loss that is not finite is written as text ("nan", "inf").
     """
     rows = [
         {"process": rank, "loss": loss if math.isfinite(loss) else str(loss), "files": list(files)}

@@ -1,21 +1,21 @@
-"""The training loop: images and clips, every task, one process or many.
+"""The one training loop: for images and clips, for every task, in one process or many.
 
-A run is a folder, and the same command on the same folder resumes where the run stopped, exactly: losses and weights
-are those of a run that never stopped. That works because everything random is a pure function of numbers that a
-resumed run knows again, so a checkpoint needs weights, moments and the step, but no generator state and no position in
-the data:
+A run lives in a folder. Starting the same command on the same folder again resumes the run exactly: losses and weights
+are those of a run that was never interrupted. This works because everything random is a pure function of numbers that
+a resumed run knows too. A checkpoint therefore contains the weights, Adam's moments and the step, but no generator
+state and no position in the data:
 
-* the order of samples: all epochs, each permuted by (seed, epoch), form one endless stream. With a global batch of n,
-  step s takes the positions s n to (s + 1) n - 1 of it, each process its share of them, rank after rank, and each
-  micro-batch its part of the share (`data.loading.StepSampler`). Only the shares depend on the number of processes;
-  the batch of a step does not;
-* augmentation of a sample: (seed, epoch, index);
-* drop path, mixup and CutMix: the global generators, seeded from (seed, step, micro-batch, rank) before each forward
-  pass (`seed_step`);
-* the learning rate: the step (`Schedule.lr_at`).
+* The order of samples: all epochs, each permuted by (seed, epoch), form one endless stream. With a global batch of n,
+  step s takes positions s n to (s + 1) n - 1 of it. The processes take equal shares of these in rank order, and cut
+  their shares into micro-batches (`data.loading.StepSampler`). The number of processes changes the shares, but not the
+  global batch of a step.
+* The augmentation of a sample depends on (seed, epoch, sample number).
+* Drop path, mixup and CutMix draw from the global generators, which are seeded from (seed, step, micro-batch, rank)
+  before each forward pass (`seed_step`).
+* The learning rate depends on the step (`Schedule.lr_at`).
 
-`self.step` counts finished optimizer steps, so it is also the index of the next one, and the only number from which a
-run resumes.
+`TrainingRun.step` is the number of finished optimizer steps. It is also the index of the next step, counted from 0, and
+the only number that a run needs in order to resume.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from video_swinv2.training.validation import evaluation_mode, validate
 
 
 class StoppedError(UserError):
-    """The run was asked to stop and has saved a checkpoint; the same command resumes it."""
+    """The run was asked to stop and has saved a checkpoint, so the same command resumes it."""
 
     exit_code = EXIT_RESTART
 
 
 def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
-    """Train to the last step and return the run folder.
+    """Train until the last step, or until the run ends early, and return the run folder.
 
-    Raises UserError or UsageError for what the user can fix, and StoppedError after SIGTERM, SIGUSR1 or SIGINT, once
-    the checkpoint is on disk. If one of several processes dies or fails, all of them end; the error is raised or
-    printed by rank 0 alone.
+    Raises UserError or UsageError for problems that the user can fix, and StoppedError after SIGTERM, SIGUSR1 or
+    SIGINT, once the checkpoint is on disk. If one of several processes dies or fails, all of them end, and only rank 0
+    raises or prints the error.
     """
     world = join_world(config.engine.device)
     fix = f"start the same command again to resume from the newest checkpoint of {config.out}"
@@ -74,34 +74,38 @@ def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
                 with explain_exhaustion(config, world):
                     _run(config, make_task, world)
             except UserError as error:
-                # An expected error has one line to show, which rank 0 prints for whichever process met it.
+                # The user needs to see one line, which rank 0 prints, whichever process the error occurred in.
                 lifeline.fail(str(error).strip().splitlines()[-1], error.exit_code)
                 raise
             except Exception:
-                # An unexpected one may be the echo of another process's death, such as a broken collective: wait a
-                # moment for the lifeline to report that instead of showing a misleading traceback.
+                # An unexpected error may only be a consequence of another process's death, such as a broken collective.
+                # Give the lifeline a moment to report the death, so that no misleading traceback is shown.
                 lifeline.wait_for_verdict()
                 raise
     finally:
-        gc.unfreeze()  # see _train_steps
+        gc.unfreeze()  # undoes the gc.freeze of _train_steps, for programs that go on after the run
         leave_world()
     return Path(config.out)
 
 
 def _run(config: Config, make_task: Callable[[Config], Task], world: World) -> None:
+    """Build the task and train it; signals become a request to stop from the construction of the task on."""
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
-    torch.manual_seed(config.seed)  # for the fresh weights only; later every step seeds itself
+    torch.manual_seed(config.seed)  # for the initial weights only; each forward pass is seeded separately
     with StopSignal() as signals:
-        # Nothing but the task may be built inside: ZeRO-3's construction redirects every new tensor.
+        # Build nothing but the task here: under ZeRO-3 this context makes DeepSpeed redirect every new tensor.
         with partitioned_construction(config.engine, world):
             task = make_task(config)
         TrainingRun(config, task, world, signals).train()
 
 
 class TrainingRun:
-    """One run: its folder, model and engine, and how far it has got."""
+    """One run: its folder, model and engine, and its progress.
+
+    Constructing it finds the start of the run and loads it, so that afterwards `step` is the number of finished steps.
+    """
 
     def __init__(self, config: Config, task: Task, world: World, signals: StopSignal) -> None:
         self.config, self.task, self.world, self.signals = config, task, world, signals
@@ -123,14 +127,18 @@ class TrainingRun:
         self.provenance = start.provenance
         self.seconds_before = start.seconds
         self.faults.restore(start.faults)
-        # The engine is built around the module as it is now; only then can it load a checkpoint's moments.
+        # The order matters. ZeRO copies the module's weights when the engine is built, so those of `init` are in the
+        # module already. A checkpoint is loaded afterwards, by the engine, which alone knows where the moments belong.
         self.engine = self._make_engine()
         if start.checkpoint:
             self.engine.load(start.checkpoint)
         self.started = self.saved = time.monotonic()
 
     def train(self) -> None:
-        """Take all steps that are left."""
+        """Take the remaining steps, and print the outcome and the command to run next.
+
+        Does nothing but print a line if the run had finished before, at its last step or early.
+        """
         if self.step >= self.steps or (self.cadence.validates_at(self.step) and self._is_stale()):
             self._print(f"{self.folder}: finished at step {self.step}; choose another out or more optim.epochs")
             return
@@ -141,28 +149,33 @@ class TrainingRun:
             log = MetricLog(self.folder, self.step, self.config.wandb)
         try:
             if self.step == 0:
-                # Shows what the start is worth, and lets a broken validation fail now rather than hours later.
+                # Measures the initial weights, and makes a broken validation fail now rather than hours later.
                 self._validate(log)
             self._train_steps(log)
         finally:
             if log:
                 log.close()
+            # Also after an error: the checkpoint that is being written is what the next start resumes from.
             self.checkpoints.wait()
         self._write_record()
         self._print(end_table(self.folder, self._record(), self.last_metrics))
         self._print(f"next: {self.task.next_command(self.folder)}")
 
     def _train_steps(self, log: MetricLog | None) -> None:
+        """Take steps until the last one, the early end, or a request to stop (StoppedError).
+
+        After each step, in this order: agree with the other processes, log, validate, save, stop.
+        """
         waits = WaitTimer()
         batches = waits.iterate(self._load_batches())
         interval = LogInterval()
         self.engine.module.train()
         batch, rank = self.plan.batch, self.world.rank
-        total, done = self.steps * batch, self.step * batch
+        total, done = self.steps * batch, self.step * batch  # in samples of all processes
         with Progress(self.folder.name, total, unit="samples", shown=rank == 0, done=done) as progress:
             while self.step < self.steps:
                 outcome = self._take_step(batches, interval)
-                # From here on the step counts as done: whatever is saved or logged below belongs to its end.
+                # The step is finished: everything that is logged or saved below describes the state after it.
                 self.step += 1
                 stopping, saving = self._decide_together(outcome, interval)
                 progress.advance(batch, waits.seconds, f"loss {interval.last_loss:.4f}")
@@ -170,10 +183,13 @@ class TrainingRun:
                     self._log(log, interval, waits.seconds)
                     interval = LogInterval(waits.seconds)
                 if self.step == 1:
-                    # What is alive after one step stays alive: model, optimizer, data set. Frozen, it is skipped by
-                    # every later garbage collection, which would otherwise walk through all of it again.
+                    # Objects that are alive after the first step (model, optimizer, data set) stay alive for the whole
+                    # run. Freezing excludes them from every later garbage collection, which would otherwise traverse
+                    # all of them again.
                     gc.collect()
                     gc.freeze()
+                # A validation is always followed by a checkpoint, so that best and last weights, metrics and checkpoint
+                # agree and a resumed run does not validate this step again.
                 if self.cadence.validates_at(self.step):
                     started = time.perf_counter()
                     self._validate(log)
@@ -188,7 +204,7 @@ class TrainingRun:
                     self._stop()  # raises StoppedError
 
     def _load_batches(self) -> Iterator[Batch]:
-        """Every micro-batch that this process still has to take, in order."""
+        """The micro-batches of this process from the current step to the last one, in order."""
         return iter(
             training_loader(
                 self.task.train_samples,
@@ -203,15 +219,16 @@ class TrainingRun:
 
     def _take_step(self, batches: Iterator[Batch], interval: LogInterval) -> StepOutcome:
         """One optimizer step: forward and backward of each micro-batch, then the update."""
-        # Written every step from the config, never restored: a run resumed with other values uses those.
+        # Set at every step from the config and never restored, so a run that is resumed with other values uses them.
         self.engine.set_lr(self.schedule.lr_at(self.step))
         outcome = None
         interval.begin_step()
         for micro in range(self.plan.accumulation):
             batch = next(batches)
             self.faults.record_batch(batch)
-            # Before the forward pass, since mixing and drop path draw from the generators that this seeds.
+            # Before the loss, because mixing and drop path draw from the generators that this call seeds.
             seed_step(self.config.seed, self.step, micro, self.world.rank)
+            # A scalar, the mean over the micro-batch.
             loss = self.task.loss(self.engine.forward, batch.to(self.world.device))
             self.engine.backward(loss)  # the engine divides by the number of micro-batches
             interval.add(batch, loss.detach())
@@ -222,29 +239,33 @@ class TrainingRun:
         return outcome
 
     def _decide_together(self, outcome: StepOutcome, interval: LogInterval) -> tuple[bool, bool]:
-        """Whether to stop and whether to write a checkpoint after this step, the same on every process.
+        """Whether to stop and whether to write a checkpoint after this step: the same answer on every process.
 
-        Signals reach processes at different moments and clocks differ, but stopping and saving are collective: one
-        process doing them alone would wait for the others forever. So every flag is reduced by one collective per
-        step, and each process acts if any process has the flag set.
+        Signals reach the processes at different times, and their clocks differ. But stopping and saving are collective:
+        a process that did either alone would wait for the others forever. So each step has one collective that takes
+        the maximum of every flag, and all processes act if any of them has the flag set.
         """
         due = time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
-        # A step that was skipped only because fp16's loss scale was too high is no fault of the data.
+        # fp16 skips a step now and then to lower its loss scale. That is normal and not recorded as a fault.
         fault = not outcome.applied and not outcome.rescaled
         stopping, saving, skipped = all_reduce_max(self.world, float(self.signals.requested), float(due), float(fault))
         self.faults.record_step(self.step, bool(skipped), interval.step_inputs)
         return bool(stopping), bool(saving)
 
     def _log(self, log: MetricLog | None, interval: LogInterval, waited_seconds: float) -> None:
-        """Write a line of training metrics, averaged over all processes. Collective."""
+        """Write a line of training metrics for the interval. Collective.
+
+        The loss is the mean over the micro-batches of all processes. The speed is the one that rank 0 measures.
+        """
         loss, micro_batches, broken = all_reduce_sum(
             self.world, [interval.loss_sum(), interval.micro_batches, self.faults.broken_samples]
         )
-        # At least one epoch's worth, or the first broken file of a run would already be too large a share.
+        # The share is taken of at least one epoch, or the first broken file of a run would already exceed it. All
+        # processes have the same sums here, so either all of them raise or none does.
         self.faults.check_broken_share(int(broken), max(self.step * self.plan.batch, self.samples))
         if log is None:
             return
-        # Micro-batches of this process / accumulation = steps; each step takes a global batch.
+        # The number of steps is that of this process's micro-batches / accumulation; each step takes a global batch.
         samples = interval.micro_batches / self.plan.accumulation * self.plan.batch
         seconds = time.perf_counter() - interval.started
         speed = self.throughput.add_interval(samples, seconds, waited_seconds - interval.waited_seconds)
@@ -253,7 +274,7 @@ class TrainingRun:
         values = {
             "epoch": self.step * self.plan.batch / self.samples,
             "train/loss": loss / micro_batches,
-            "train/lr": self.schedule.lr_at(self.step - 1),  # of the step just taken
+            "train/lr": self.schedule.lr_at(self.step - 1),  # of the step just finished, whose index is step - 1
             "train/grad_norm": interval.grad_norm,
             "train/skipped_steps": self.faults.skipped,
             "train/broken_samples": broken,
@@ -262,9 +283,13 @@ class TrainingRun:
         log.write(self.step, values)
 
     def _validate(self, log: MetricLog | None) -> None:
-        """Measure on the whole validation split, write the last weights and, if they are the best so far, those too."""
+        """Validate, then write `last.safetensors` and, if these weights are the best so far, `model.safetensors`.
+
+        Before the first step nothing is written but metrics and a picture. Collective.
+        """
         metrics: dict[str, float] = {}
         task, engine, samples = self.task, self.engine, self.task.val_samples
+        # Everything that needs the averaged weights in the module happens inside, on all processes.
         with evaluation_mode(engine, averaged=self.config.optim.ema > 0) as weights:
             if samples is not None:
                 metrics = validate(task, engine, samples, self.plan.micro, self.world, self.faults.record_unread)
@@ -278,16 +303,19 @@ class TrainingRun:
         note = " (best so far)" if self.step and metrics and is_best else ""
         shown = ", ".join(f"{key} {number:.4f}" for key, number in metrics.items()) or "no validation split"
         self._print(f"step {self.step}/{self.steps}: {shown}{note}")
-        self.faults.synchronise()
+        self.faults.synchronise()  # the record below lists the broken files of all processes
         if self.step and weights is not None:
             self._write_weights(weights, metrics, is_best)
         self._write_record()
 
     def _update_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics are the best so far; without a validation split the newest weights always are."""
+        """Whether these metrics are the best so far, which are remembered with their step.
+
+        Without a validation split the newest weights always count as the best.
+        """
         value = metrics.get(self.task.best_metric)
         is_best = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
-        if self.step and value is not None and is_best:  # the weights before the first step are not a candidate
+        if self.step and value is not None and is_best:  # the initial weights are no candidate
             self.best, self.best_step = value, self.step
         return is_best
 
@@ -295,6 +323,7 @@ class TrainingRun:
         return self.cadence.is_stale(self.step, self.best, self.best_step)
 
     def _write_weights(self, weights: Mapping[str, Tensor], metrics: Mapping[str, float], is_best: bool) -> None:
+        """Write the model files with everything that their readers may want to know about where they come from."""
         ema = self.config.optim.ema
         provenance = self.provenance | {
             "task": self.task.name,
@@ -308,11 +337,14 @@ class TrainingRun:
             self.task.save(self.folder / "model.safetensors", weights, provenance)
 
     def _save(self) -> None:
-        """Start writing a checkpoint. Collective: the engine gathers its partitions, the faults are merged."""
+        """Gather a checkpoint and hand it to the thread that writes it, so that training continues meanwhile.
+
+        Collective: the engine gathers its partitions, and the faults of all processes are merged.
+        """
         tensors = self.engine.training_state()
         faults = self.faults.state()
         self.saved = time.monotonic()
-        if tensors is None:  # not rank 0
+        if tensors is None:  # only rank 0 gets the tensors, and only rank 0 writes
             return
         state: dict[str, Any] = {
             "step": self.step,
@@ -320,6 +352,7 @@ class TrainingRun:
             "best_step": self.best_step,
             "faults": faults,
             "seconds": self._seconds(),
+            # Compared by find_start when the run is resumed.
             "identity": self._identity(),
             "provenance": self.provenance,
             "cpb_norm": [list(norm) for norm in self.task.encoder.cpb_norm],
@@ -327,11 +360,11 @@ class TrainingRun:
         self.checkpoints.save(tensors, state, step=self.step)
 
     def _stop(self) -> None:
-        """Wait for the checkpoint, leave the restart marker and end the run with StoppedError."""
+        """Wait until the checkpoint is on disk, write the restart marker and raise StoppedError. Collective."""
         self.checkpoints.wait()
         if self.world.rank == 0:
             write_restart_marker(self.folder)
-        # A barrier: the first process to exit makes the launcher end the others, and rank 0 may still be writing.
+        # Used as a barrier: when the first process exits, the launcher ends the others, while rank 0 may still write.
         all_reduce_max(self.world, 0.0)
         raise StoppedError(
             f"{self.folder}: stopped at step {self.step} of {self.steps} by {self.signals.name or 'another process'}; "
@@ -339,17 +372,18 @@ class TrainingRun:
         )
 
     def _seconds(self) -> float:
-        """Wall time of this run, including its interrupted parts."""
+        """Wall time of this run in seconds, including the parts before interruptions."""
         return self.seconds_before + time.monotonic() - self.started
 
     def _identity(self) -> dict[str, object]:
-        """What must not change when a run is resumed, because it decides which samples a step sees."""
+        """The values that decide which samples a step sees, and so must not change when a run is resumed."""
         return {"samples": self.samples, "batch": self.plan.batch, "seed": self.config.seed}
 
     def _print(self, text: str) -> None:
         print_on_rank_zero(self.world, text)
 
     def _make_engine(self) -> Engine:
+        """Build the engine around the task's module, and print how batch and learning rate come about."""
         optim, engine = self.config.optim, self.config.engine
         groups = parameter_groups(
             self.task.module,
@@ -371,7 +405,7 @@ class TrainingRun:
             write_record(self.folder, self.config, self._record())
 
     def _record(self) -> dict[str, Any]:
-        """What run.json holds: what this run is, how far it has got, and what it has cost."""
+        """The contents of run.json: what this run is, its progress, and what it has cost so far."""
         seconds = self._seconds()
         return {
             "step": self.step,

@@ -1,4 +1,4 @@
-"""The metrics of a run and where they go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""The metrics of a run: collected between log lines, written to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ from video_swinv2.files import atomic_write
 
 
 class MetricLog:
-    """metrics.jsonl and TensorBoard events of a run, continued from `step`; later lines are removed first.
+    """Appends to the metrics.jsonl and the TensorBoard events of a run folder; only rank 0 has one.
 
-    With `wandb`, the name of a project, the numbers also go to Weights & Biases, one run there per run folder.
+    step: the step from which the run continues. Lines after it, left by an interrupted run, are removed.
+    wandb: the name of a Weights & Biases project that also gets the numbers; each run folder is one run there.
     """
 
     def __init__(self, folder: Path, step: int, wandb: str | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            # Lines past the checkpoint that the run resumes from will be measured again. A run that starts from step 0
-            # validates its start again, so not even the lines of step 0 stay. A kill may have cut off the last line.
+            # The steps after the checkpoint are taken again, and so are their measurements. A run that starts from step
+            # 0 also validates its initial weights again, so nothing is kept. If the process was killed while it wrote,
+            # the last line lacks its closing brace and is dropped.
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # TensorBoard hides the events that an interrupted run wrote for purge_step and later steps.
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._wandb: Any = open_wandb(wandb, folder) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line, and one point per value; keys are like `train/loss` and `val/top1`."""
+        """Write the values of a step, under keys such as `train/loss`: one line, and one point of each curve."""
+        # Opened and closed for each line, so that a killed process loses at most the line that it was writing.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
@@ -48,72 +52,78 @@ class MetricLog:
             self._wandb.log(dict(values), step=step)
 
     def write_picture(self, step: int, pixels: torch.Tensor) -> None:
-        """Write a picture (3, H, W) uint8 as PNG into the run folder's `pictures`, and to TensorBoard."""
+        """Write a picture, (3, H, W) uint8, as a PNG in the run folder's `pictures` and as a TensorBoard image."""
         path = self.path.parent / "pictures" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as part:
+            # (3, H, W) -> (H, W, 3). PIL cannot infer the format, because the partial file ends in .part.
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(part, format="PNG")
         self._board.add_image("val/picture", pixels, step)
 
     def close(self) -> None:
-        """Flush the TensorBoard events."""
+        """Flush the TensorBoard events and finish the Weights & Biases run."""
         if self._wandb is not None:
             self._wandb.finish()
         self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl."""
+    """All lines of a run folder's metrics.jsonl, oldest first: `step` and the values measured then."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise UsageError if a project is named and the package is not installed."""
+    """Raise UsageError if a Weights & Biases project is configured but its package is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UsageError(f"wandb: {project!r} needs the package wandb; install it, or omit the key")
 
 
 def open_wandb(project: str, folder: Path) -> Any:
-    """Open the Weights & Biases run of a run folder: the same id, and so the same curves, every time it is resumed."""
+    """Open the Weights & Biases run of a run folder.
+
+    Its id is derived from the folder's absolute path, so a resumed run continues the same curves.
+    """
+    # Imported by name, because the package is optional and its import takes time.
     wandb = importlib.import_module("wandb")
     identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=folder.name, id=identity, dir=str(folder), resume="allow")
 
 
 class LogInterval:
-    """Losses and time between two log lines.
+    """The losses of this process and the time since the last log line.
 
-    Losses stay on the device until the interval is logged: reading one waits for the GPU. `step_inputs` holds the
-    sample numbers and the loss of each micro-batch of the current step, to be written down if the step is skipped.
+    Losses stay on the device as tensors until they are needed, because reading one waits for the GPU.
     """
 
     def __init__(self, waited_seconds: float = 0.0) -> None:
-        self.started = time.perf_counter()
+        self.started = time.perf_counter()  # moved forward by the loop after a validation, to leave its time out
         self.waited_seconds = waited_seconds
-        """Reading of the run's WaitTimer when the interval began."""
+        """The run's total wait for samples, by its WaitTimer, when the interval began."""
         self.losses: list[torch.Tensor] = []
         self.step_inputs: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        """Sample numbers and loss of each micro-batch of the current step, in case the step is skipped."""
         self.grad_norm = math.nan
+        """Gradient norm of the latest step."""
 
     def begin_step(self) -> None:
-        """Forget the inputs of the step before."""
+        """Forget the inputs of the previous step."""
         self.step_inputs.clear()
 
     def add(self, batch: Batch, loss: torch.Tensor) -> None:
-        """Keep the loss of one micro-batch."""
+        """Record the loss and the sample numbers of a micro-batch."""
         self.losses.append(loss)
         self.step_inputs.append((batch.numbers, loss))
 
     @property
     def micro_batches(self) -> int:
-        """Number of micro-batches so far."""
+        """How many micro-batches this process has taken in this interval."""
         return len(self.losses)
 
     @property
     def last_loss(self) -> float:
-        """The newest loss; NaN before the first."""
+        """The loss of the latest micro-batch; NaN before the first one. Waits for the GPU."""
         return float(self.losses[-1]) if self.losses else math.nan
 
     def loss_sum(self) -> float:
-        """Sum of the losses, in float64."""
+        """The sum of the losses, in float64: one read from the GPU for the whole interval."""
         return float(torch.stack(self.losses).double().sum())

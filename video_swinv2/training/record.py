@@ -1,4 +1,4 @@
-"""What a run records about itself: config.yaml and run.json, versions and git state, and the table at its end."""
+"""What a run records about itself: config.yaml, run.json with versions and git state, and the table at its end."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from video_swinv2.data.loading import BatchPlan
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
 
+# Packages whose version can change a result.
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
 
 
 def write_record(folder: Path, config: Config, record: Mapping[str, Any]) -> None:
-    """Write config.yaml and run.json, each atomically: what this run is, and what it has cost so far."""
+    """Write config.yaml and run.json, replacing older ones.
+
+    run.json holds `record`, the environment (git state, package versions) and the config once more, so that this one
+    file describes the run. Each file is written atomically, so a kill leaves the old or the new one, never half of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = to_yaml(config)
     with atomic_write(folder / "config.yaml") as part:
         part.write_text(text, encoding="utf-8")
+    # Read back from the text, so that run.json and config.yaml hold the same plain values.
     environment = {"git": git_state(), "versions": package_versions(), "config": yaml.safe_load(text)}
     write_json(folder / "run.json", {**record, **environment})
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
+    """The installed version of Python and of each of PACKAGES, by name."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -41,7 +47,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> str:
-    """The commit of the running code, with `-dirty` if files differ from it; "" outside a git checkout."""
+    """The commit of the running code, with `-dirty` if tracked files were changed; "" outside a git checkout."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         here = Path(__file__).parent
@@ -51,7 +57,7 @@ def git_state() -> str:
 
 
 def describe_batch(config: Config, plan: BatchPlan) -> str:
-    """The global batch as the product that it is."""
+    """One line that shows the global batch as processes x micro-batch x accumulation."""
     repeats, micro_batch = config.augment.repeats, f"{plan.micro} samples"
     if repeats > 1:
         micro_batch = f"{plan.micro // repeats} clips x {repeats} repeats"
@@ -59,7 +65,7 @@ def describe_batch(config: Config, plan: BatchPlan) -> str:
 
 
 def describe_learning_rate(optim: OptimConfig) -> str:
-    """The peak learning rate, and by what rule it was scaled."""
+    """One line with the peak learning rate and how it was scaled to the batch, if it was."""
     if not optim.lr_batch:
         return f"peak learning rate {optim.lr:g}, as configured for this batch"
     scaled = f"optim.lr {optim.lr:g} x batch {optim.batch} / optim.lr_batch {optim.lr_batch}"
@@ -67,7 +73,10 @@ def describe_learning_rate(optim: OptimConfig) -> str:
 
 
 def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> str:
-    """The outcome of a finished run as lines of text; `last` holds the metrics of the last validation."""
+    """The outcome of a finished run as lines of text.
+
+    record: the contents of run.json. last: the metrics of the last validation, empty without a validation split.
+    """
     speed = record["speed"]
     rows = [("last", ", ".join(f"{key} {value:.4f}" for key, value in last.items()) or "no validation split")]
     if record["best"] is not None:

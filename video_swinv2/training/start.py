@@ -1,4 +1,7 @@
-"""Where a run starts: its own checkpoint, another run's, a file's weights, or scratch; and where those came from."""
+"""Where a run starts: at its own checkpoint, another run's checkpoint, the weights of a file, or from scratch.
+
+Also records the provenance of the weights: the chain of files that they come from.
+"""
 
 from __future__ import annotations
 
@@ -24,29 +27,41 @@ Ancestor = dict[str, object]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts, once the weights of `init` or the normaliser of a checkpoint are in the model."""
+    """The state in which a run starts.
+
+    The weights of `init` are already in the model then. A checkpoint's weights are not, since the engine has to load
+    them, but its log-CPB normaliser is.
+    """
 
     step: int = 0
-    """Optimizer steps that lie behind."""
+    """Optimizer steps that were finished before."""
     checkpoint: TrainingState | None = None
-    """The tensors for the engine to load; None if the model holds its weights already."""
+    """The tensors for the engine to load; None if the model already holds its initial weights."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the initial weights came from, for run.json and model files; see `initialise`."""
     best: float | None = None
-    """The best validation so far, by the task's `best_metric`."""
+    """The best validation so far, by the task's `best_metric`; None before the first one."""
     best_step: int = 0
     seconds: float = 0.0
-    """Wall time that the interrupted parts of the run have taken."""
+    """Wall time of the earlier, interrupted parts of the run."""
     faults: Mapping[str, Any] = field(default_factory=dict)
+    """For `Faults.restore`."""
 
 
 def find_start(
     task: Task, config: Config, checkpoints: Checkpoints, identity: Mapping[str, object], steps: int, world: World
 ) -> Start:
-    """The run's own newest checkpoint, else the newest of the run named by `resume`, else `init`; prints which.
+    """Find the start of a run and print it.
 
-    steps: the length of the whole run, for that line.
-    identity: what must be the same in the checkpoint for a resumed run to see the same samples at the same steps.
-    Every rank reads the same files, so all of them find the same start. Collective under ZeRO-3.
+    The run's own newest checkpoint comes first, so that an interrupted run continues. Without one it is the newest
+    checkpoint of the run that `resume` names, and without that key the weights that `init` names.
+
+    identity: the values that must be the same in the checkpoint, or else the resumed run would not see the same
+    samples at the same steps.
+    steps: the length of the whole run, for the printed line.
+
+    Every rank reads the same files and so finds the same start. Collective under ZeRO-3. Raises UserError if there is
+    nothing to resume from, or if the checkpoint has another identity.
     """
     found: tuple[int, TrainingState, Any] | None = checkpoints.newest()
     whose = "own checkpoint"
@@ -61,18 +76,19 @@ def find_start(
         return Start(provenance=provenance)
     step, tensors, state = found
     if state is None:
-        # DeepSpeed's own format records weights, moments and steps, but nothing about the data or the validations.
+        # A universal checkpoint of DeepSpeed holds weights, moments and the step, but nothing about data and
+        # validations: there is no identity to check, and the best validation is still to come.
         start = Start(step, tensors, {"init": config.resume}, best_step=step)
     else:
         _check_identity(config.out, state["identity"], identity)
-        # The normaliser of the position bias belongs to the weights, whatever window this config trains with.
+        # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
         task.encoder.cpb_norm = state["cpb_norm"]
         start = Start(
             step,
             tensors,
             state["provenance"],
             best=state["best"],
-            # Checkpoints of the first version lack `best_step` and `faults`.
+            # Checkpoints of the first version do not contain `best_step` and `faults`.
             best_step=state.get("best_step", step),
             seconds=state["seconds"],
             faults=state.get("faults", {}),
@@ -82,22 +98,24 @@ def find_start(
 
 
 def _check_identity(folder: str, then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Raise UserError if a checkpoint was written with other data, batch or seed."""
+    """Raise UserError if a checkpoint was written with other data, another batch or another seed."""
     if then != now:
         changed = "; ".join(f"{key} {then.get(key)} then, {value} now" for key, value in now.items())
         raise UserError(f"{folder}: its checkpoint belongs to other data ({changed}); choose another out")
 
 
 def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str, object]]:
-    """Fill the model as `init` asks. Returns a description to print and the provenance to record.
+    """Fill the model with the weights that `init` names; with `scratch` the model keeps its random ones.
 
-    Collective under ZeRO-3. Raises UserError or UsageError naming what does not fit.
+    Returns a description to print and the provenance to record. Collective under ZeRO-3. Raises UserError or UsageError
+    naming whatever does not fit.
     """
     if config.init == "scratch":
         return "weights: from scratch", {"init": "scratch"}
-    # Under ZeRO-3 the encoder holds no whole tensor to compare shapes with or to write to. A twin on the meta device
-    # stands in: `fill` checks and inflates as usual, a hook keeps what it would have loaded, and each parameter is
-    # then written into the partitioned module on its own.
+    # Under ZeRO-3 no process holds whole parameters, so there are no shapes to check against and nothing to write to. A
+    # copy on the meta device, which has shapes but no memory, stands in for the encoder: `fill_model` checks and
+    # inflates as usual, a hook captures the values that it loads, and `write_whole_weights` writes them into the
+    # partitioned encoder, one parameter at a time.
     partitioned = is_partitioned(task.encoder)
     target = meta_copy(task.encoder) if partitioned else task.encoder
     values = capture_loaded_values(target) if partitioned else {}
@@ -111,9 +129,10 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
         seed=config.seed,
     )
     if partitioned:
+        # `fill_model` has set the normaliser of the copy only.
         write_whole_weights(task.encoder, values, world)
         task.encoder.cpb_norm = target.cpb_norm
-    # Hashing reads the files a second time, and they may be large: only rank 0, which writes the record, does it.
+    # Hashing reads the files once more, and they may be large, so only rank 0 does it, which writes the record.
     digests = {file.name: sha256(file) for file in checkpoint.source.files} if world.rank == 0 else {}
     return str(account), {
         "init": config.init,
@@ -124,12 +143,15 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
 
 
 def ancestors_of(file: str, digests: Mapping[str, str], provenance: Mapping[str, Any]) -> list[Ancestor]:
-    """The chain of files behind `init`, nearest first, each with the keys ``file task steps data sha256``.
+    """The chain of files that the weights of `file` come from, nearest first.
 
-    digests: sha256 of each of the checkpoint's files by name; if there is only one, its bare digest is recorded.
-    provenance: what the file records about itself. What it does not record is None in the chain: released checkpoints
-    record nothing. A converted file also names the file that it was converted from.
+    Each entry has the keys ``file task steps data sha256``.
+
+    digests: the sha256 of each of the checkpoint's files by name. If there is only one, its digest is recorded alone.
+    provenance: what the file records about itself. Values that it does not record are None in the chain; released
+    checkpoints record nothing. A converted file names the file that it was converted from, which comes next.
     """
+    # A conversion is an entry of its own. The original's digests and provenance are stored in the converted file.
     converted = provenance.get("converted_from")
     this: Ancestor = {
         "file": file,

@@ -1,4 +1,7 @@
-"""How fast a run is and what holds it up: samples per second, share of the device's peak, memory, waiting for data."""
+"""The speed of a run and what limits it: samples per second, TFLOP/s, memory, and the time spent waiting for data.
+
+If the loader is the bottleneck, `loader_advice` says which setting to change.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from video_swinv2.memory import peak_memory_bytes
 
 Item = TypeVar("Item")
 
-# Dense bf16 (V100: fp16) matrix products without sparsity, TFLOP/s, from NVIDIA's data sheets. The first name that
-# occurs in the device's name wins, so the special case stands before the general one.
+# Peak TFLOP/s of dense matrix products (no sparsity) in bf16, for the V100 in fp16, from NVIDIA's data sheets. The
+# first key that occurs in the device's name is used, so a key must come before any other key that it contains.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -28,18 +31,19 @@ PEAK_TFLOPS = {
     "V100": 125.0,
     "RTX 4090": 165.0,
 }
-STARVED_SHARE = 0.2  # share of the time spent waiting for samples above which the loader is the bottleneck
+STARVED_SHARE = 0.2  # from this share of the time spent waiting for samples, the loader counts as the bottleneck
 ADVISE_EVERY_SECONDS = 600.0
 
 
 class WaitTimer:
-    """Adds up the seconds that the consumer of an iterable waits for its items."""
+    """Measures how long the consumer of an iterable waits for its items, in seconds altogether."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def iterate(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield every item of `items`, timing each wait."""
+        """Yield every item of `items`; the time that it takes to get each of them is added to `seconds`."""
+        # Not a for loop, because only the call of next() is to be timed, not what the consumer does between two items.
         iterator = iter(items)
         while True:
             started = time.perf_counter()
@@ -53,23 +57,27 @@ class WaitTimer:
 
 
 class Throughput:
-    """Speed of the steps since this process was started, per log interval and overall.
+    """The speed of this process's steps, per log interval and overall; earlier parts of a resumed run are not included.
 
-    flops_per_sample: operations of a sample's forward and backward pass, see `flops.training_flops`.
+    flops_per_sample: the operations of one sample's forward and backward pass, from `flops.training_flops`.
     """
 
     def __init__(self, flops_per_sample: float, config: Config, world: World) -> None:
         self._config, self._world = config, world
-        # Samples are counted over all processes, but TFLOP/s are reported per device.
+        # Samples are counted over all processes, while TFLOP/s are reported per device: hence the division.
         self._tflop_per_sample_and_device = flops_per_sample / 1e12 / world.size
         self._peak_tflops = peak_tflops(world, config.engine.precision)
         self._samples = self._seconds = self._waited_seconds = 0.0
         self._last: dict[str, float] = {}
         self._intervals = 0
+        # In seconds of training time; this value lets the first advice come at once.
         self._advised_at = -ADVISE_EVERY_SECONDS
 
     def add_interval(self, samples: float, seconds: float, waited_seconds: float) -> dict[str, float]:
-        """Count a log interval in which all processes together took `samples`; returns its figures."""
+        """Add a log interval and return its figures.
+
+        samples: taken by all processes together. waited_seconds: the part of `seconds` spent waiting for samples.
+        """
         self._intervals += 1
         self._samples += samples
         self._seconds += seconds
@@ -82,9 +90,9 @@ class Throughput:
         return self._figures(self._samples, self._seconds, self._waited_seconds)
 
     def advice(self, slowest: tuple[float, str]) -> str | None:
-        """`loader_advice` on the last interval, at most once in ten minutes; `slowest` is (seconds, file).
+        """`loader_advice` on the last interval, at most once in ten minutes of training; None if there is none.
 
-        Never on the first interval, in which the loader's workers start.
+        The first interval never gets advice, because the loader's workers start in it. slowest: (seconds, file).
         """
         if self._intervals < 2 or self._seconds - self._advised_at < ADVISE_EVERY_SECONDS:
             return None
@@ -94,6 +102,7 @@ class Throughput:
         return text
 
     def _figures(self, samples: float, seconds: float, waited_seconds: float) -> dict[str, float]:
+        """The figures by the names that follow `speed/` in metrics.jsonl; `utilisation` only if the peak is known."""
         rate = samples / seconds if seconds else 0.0
         figures = {
             "samples_per_second": rate,
@@ -107,7 +116,7 @@ class Throughput:
 
 
 def peak_tflops(world: World, precision: str) -> float | None:
-    """The device's peak for bf16 or fp16 products, TFLOP/s; None if unknown, on CPUs and in fp32."""
+    """The device's peak in TFLOP/s for bf16 or fp16 products; None for an unknown GPU, on CPUs and in fp32."""
     if world.device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(world.device)
@@ -115,19 +124,19 @@ def peak_tflops(world: World, precision: str) -> float | None:
 
 
 def peak_memory_gb(world: World) -> float:
-    """The most memory this process has held so far, GB: of tensors on its GPU, or else in host memory altogether."""
+    """The peak memory of this process so far, in GB (10^9 bytes): of tensors on its GPU, or resident on a CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     return peak_memory_bytes() / 1e9
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use; cluster schedulers often allow fewer than there are."""
+    """The number of CPU cores that this process may use; cluster schedulers often allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def loader_advice(config: Config, waiting: float, slowest: tuple[float, str]) -> str | None:
-    """What to do if the loader starves the device, in one line; None if it keeps up.
+    """One line that says what to change if the device has to wait for the loader; None if the loader keeps up.
 
     waiting: the share of the time spent waiting for samples. slowest: seconds and name of the slowest file so far.
     """
@@ -136,6 +145,7 @@ def loader_advice(config: Config, waiting: float, slowest: tuple[float, str]) ->
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine; torchrun sets it
     workers = config.data.workers
     fix = f"raise data.workers from {workers} ({usable_cores()} cores here)"
+    # Each process starts its own workers. Once they occupy all cores, more of them would not read any faster.
     if workers * processes_here >= usable_cores():
         fix = (
             f"{workers * processes_here} workers keep all {usable_cores()} cores busy, so prepare the clips smaller "

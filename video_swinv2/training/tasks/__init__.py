@@ -1,1 +1,1 @@
-"""What a run learns: one file per task. The training loop is the same for all of them."""
+"""The tasks that a run can learn, one file each. They all share the training loop."""

@@ -1,8 +1,10 @@
-"""What the training loop asks of a task, and what tasks share: the fresh model, normalised pixels, model files.
+"""The interface between the training loop and its tasks, and what tasks share: models, pixels and model files.
 
-The loop knows steps, processes, checkpoints and schedules; a task knows the data, the model, the loss and how a model
-is judged. A new task is a new file beside `classification.py` and `simmim.py` with a class of this protocol, and a
-command that passes the class to `training.loop.run`.
+The loop is responsible for steps, processes, checkpoints and schedules; a task for the data, the model, the loss and
+the metrics. To add a task, write a class with the methods of `Task` in a new file beside `classification.py` and
+`simmim.py`, and a command that passes the class to `training.loop.run`.
+
+Letters: B batch, T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -24,62 +26,63 @@ from video_swinv2.models.variants import create_model
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, save_model
 
 Forward = Callable[..., Tensor]
-"""The engine's forward pass: the task's module in autocast, and whatever ZeRO needs around it."""
+"""`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
 
 
 class Task(Protocol):
-    """What one run learns, as the training loop sees it.
+    """What a run learns, as the training loop sees it.
 
-    A task is constructed from the config alone, with the random seed already set, and inside ZeRO-3's partitioned
-    construction where that is on: parameters of `module` may hold no values of their own afterwards.
+    A task is constructed from the config alone, after the random seed has been set. Under ZeRO-3 it is constructed
+    inside `partitioned_construction`, so afterwards the parameters of `module` are empty outside a gather.
     """
 
     name: str
-    """What is trained on what, such as `SimMIM on clips`; written into model files and later read as their ancestry."""
+    """What is trained on what, such as `SimMIM on clips`. Model files record it as part of their ancestry."""
     module: nn.Module
-    """What the engine trains: the encoder with whatever heads the loss needs."""
+    """What the engine trains: the encoder and whatever else the loss needs, such as a decoder."""
     encoder: SwinV2
-    """The backbone inside `module`, or `module` itself; `init` fills it, and layer decay counts its blocks."""
+    """The backbone: a part of `module`, or `module` itself. `init` loads it, and layer decay counts its blocks."""
     train_samples: SampleDataset
     val_samples: SampleDataset | None
     """None if the data has no validation split."""
     best_metric: str
-    """The validation metric that decides which weights are kept as `model.safetensors`, such as `val/top1`."""
+    """The validation metric, such as `val/top1`, by which the weights for `model.safetensors` are chosen."""
     higher_is_better: bool
     data_facts: dict[str, object]
-    """What run.json and model files record about the data: sources, fingerprints, sizes."""
+    """What run.json and model files record about the data: sources, fingerprints and sizes, as plain JSON values."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names in the order of the head's outputs; None for a task without classes."""
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """The mean training loss of a micro-batch that is on the device already."""
+        """The mean training loss of a micro-batch, a scalar. The batch is already on the device."""
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Sums over a validation micro-batch, which the loop adds up and divides by the sum called `samples`.
+        """Sums over the samples of a validation micro-batch; the key `samples` holds their number.
 
-        Only sums over samples are exact for any split into micro-batches and processes; a mean of means is not.
+        The loop adds up the sums of all micro-batches and processes and divides by `samples`. They are sums because a
+        mean of means would depend on how the samples are split into micro-batches.
         """
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
-        """What the model makes of a few validation samples, (3, H, W) uint8, or None if the task draws nothing.
+        """A picture that shows the model's output on a few validation samples, (3, H, W) uint8; None for none.
 
-        Called on every process alike, because under ZeRO-3 each forward pass is a collective.
+        Called on every process, because under ZeRO-3 each forward pass is a collective.
         """
 
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
-        """Write a model file with these weights in place of the module's own."""
+        """Write a model file with the given weights, which replace those of the module."""
 
     def training_flops(self) -> float:
         """Floating-point operations of one sample's forward and backward pass."""
 
     def next_command(self, folder: Path) -> str:
-        """The command that a user most likely runs after this one, given the run folder."""
+        """The command that a user will most likely run next, for the given run folder."""
 
 
 def build_model(config: Config, num_classes: int) -> SwinV2:
-    """A fresh model as configured; raises UsageError naming the key that is wrong."""
+    """A model with random weights, built from the config. Raises UsageError naming the key that is wrong."""
     model, data = config.model, config.data
     try:
         return create_model(
@@ -100,19 +103,19 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
 
 
 def sample_kind(config: Config) -> str:
-    """What the model is fed, in a word: `images` or `clips`."""
+    """What the model takes: `images` or `clips`."""
     return "images" if config.data.frames is None else "clips"
 
 
 def source_facts(config: Config) -> object:
-    """`data.source` as plain data for JSON: paths become strings, mixtures keep their shares."""
+    """`data.source` as plain JSON values: paths become strings, and mixtures keep their weights."""
     return TypeAdapter(DataConfig).dump_python(config.data, mode="json")["source"]
 
 
 def normalised_pixels(batch: Batch) -> Tensor:
-    """The uint8 pixels of a batch as normalised floats, same shape.
+    """The uint8 pixels of a batch, normalised with ImageNet's mean and deviation: float, (B, 3, [T,] H, W) as before.
 
-    Normalising on the device, not in the loader workers, moves a quarter of the bytes through queues and to the GPU.
+    Done on the device and not in the loader workers, because uint8 is a quarter of the bytes to move to the GPU.
     """
     return normalise(batch.pixels, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -125,7 +128,7 @@ def save_task_model(
     weights: Mapping[str, Tensor],
     provenance: Mapping[str, object],
 ) -> None:
-    """Write a model file that records how its input has to be prepared, so that a test needs nothing but the file."""
+    """Write a model file that also records how its input must be prepared, so that a test needs no config."""
     size = config.data.image_size
     height, width = (size, size) if isinstance(size, int) else size
     preprocessing = Preprocessing(config.data.frames, config.data.frame_stride, (height, width))

@@ -1,4 +1,4 @@
-"""Supervised classification of images or clips: cross-entropy with mixup, CutMix, label smoothing and class weights.
+"""The classification task: cross-entropy on labelled images or clips, with mixup, CutMix and class weights.
 
 Letters: B batch, K classes.
 """
@@ -32,7 +32,7 @@ from video_swinv2.training.tasks.base import (
 
 
 class Classification:
-    """Train the encoder and its linear head on labelled images or clips."""
+    """Trains the encoder and its linear head on labelled images or clips; see `base.Task` for the members."""
 
     best_metric = "val/top1"
     higher_is_better = True
@@ -43,12 +43,13 @@ class Classification:
         train = labelled_manifest(config.data, config.data.train_split)
         self.classes = train.classes
         has_val = config.data.val_split in labelled_splits(config.data)
-        # The training split's class list decides which output of the head is which class, in validation too.
+        # The classes of the training split define the outputs of the head, so the validation split is labelled by them.
         val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
         self.class_weights = class_weights(config.optim.class_weights, train)
         self.val_samples: SampleDataset | None = None
         if val is not None:
+            # Without augmentation: the centre clip and crop of each video.
             self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
         self.data_facts: dict[str, object] = {
             "source": source_facts(config),
@@ -62,19 +63,23 @@ class Classification:
         self.module: nn.Module = self.encoder
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """Cross-entropy of a micro-batch after mixup or CutMix, where the config asks for them."""
-        # `mix` draws from torch's global generator, which the loop seeds from (seed, step, micro-batch, rank).
+        """The mean cross-entropy of a micro-batch, after mixup or CutMix if the config sets them."""
+        # `mix` draws from the global generators, which the loop has seeded from (seed, step, micro-batch, rank).
         inputs, targets = mix(normalised_pixels(batch), batch.labels, len(self.classes), self.config.augment)
         weights = None if self.class_weights is None else self.class_weights.to(inputs.device)
-        # `targets` (B, K) are probabilities. For those cross_entropy divides by B, not by the sum of the class weights
-        # as it does for labels, so the mean over micro-batches and processes equals the mean over the global batch.
+        # The targets (B, K) are class probabilities, even without mixing. For probabilities cross_entropy divides the
+        # weighted sum by B; for integer labels it would divide by the sum of the class weights in the micro-batch. Only
+        # the former makes the mean over micro-batches and processes equal to the mean over the global batch.
         smoothing = self.config.optim.label_smoothing
         return F.cross_entropy(forward(inputs).float(), targets, weight=weights, label_smoothing=smoothing)
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Summed loss and numbers of right answers, on one centre view per sample."""
+        """The summed loss and the numbers of correct answers, on the centre clip and crop of each sample."""
+        # A sample that could not be read has the label UNREADABLE_LABEL (-100): cross_entropy ignores it and no answer
+        # equals it, but it is part of `samples`. So it counts as a wrong answer and adds nothing to the loss.
         logits = forward(normalised_pixels(batch)).float()
-        # (B, 5): column r is true where the answer of rank r is the label; at most one column per row is.
+        # (B, 5), or (B, K) for fewer classes: column r is True where the model's answer number r is the label. At most
+        # one column of a row is True, so the sum over all columns counts the samples with the label among the first 5.
         correct = logits.topk(min(5, len(self.classes)), dim=1).indices == batch.labels[:, None]
         return {
             "samples": float(len(batch.labels)),
@@ -84,10 +89,10 @@ class Classification:
         }
 
     def picture(self, forward: Forward, device: torch.device) -> None:
-        """Classification draws nothing."""
+        """Classification has no picture to draw."""
 
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
-        """Write the classifier with its class list."""
+        """Write a model file that also contains the class names."""
         save_task_model(self.module, path, self.classes, self.config, weights, provenance)
 
     def training_flops(self) -> float:
@@ -95,7 +100,7 @@ class Classification:
         return training_flops(self.encoder, frozen_stages=self.config.optim.frozen_stages)
 
     def next_command(self, folder: Path) -> str:
-        """Test the best weights with the usual protocol for images or clips."""
+        """The command that tests the best weights with the usual protocol for images or clips."""
         model = shlex.quote(str(folder / "model.safetensors"))
         protocol = "center-1x1" if self.config.data.frames is None else "videoswin-4x3"
         data, out = shlex.quote(str(self.config.data.source[0])), shlex.quote(str(folder / "test"))
@@ -103,10 +108,10 @@ class Classification:
 
 
 def class_weights(wanted: str | tuple[float, ...] | None, train: Manifest) -> Tensor | None:
-    """(K,) loss weights of the classes as `optim.class_weights` asks; UsageError if they do not fit the training split.
+    """The weights (K,) of the classes in the loss, from `optim.class_weights`; None without weights.
 
-    `balanced` gives a class the weight samples / (classes x samples of the class), so that the mean weight over all
-    samples is 1 (scikit-learn's formula).
+    `balanced` gives each class the weight samples / (classes x samples of the class), scikit-learn's formula; the mean
+    weight over all training samples is then 1. Raises UsageError if the weights do not fit the training split.
     """
     if wanted is None:
         return None

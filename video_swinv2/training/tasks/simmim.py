@@ -1,6 +1,6 @@
-"""SimMIM pre-training (arXiv 2111.09886) on images, on frames of videos, or on clips; and the pictures it draws.
+"""The SimMIM pre-training task (arXiv 2111.09886) on images, frames of videos or clips, and the pictures it draws.
 
-Letters: B samples, *P pixels per axis (T frames first for clips), *U mask cells per axis, R rows of a picture.
+Letters: B samples, *P pixels per axis (for clips T frames first), *U mask cells per axis, R rows of a picture.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from video_swinv2.training.tasks.base import (
 )
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
 
-PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # samples in a picture
+PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # how many validation samples a picture shows
 GAP = 2  # white pixels between tiles
 
 
 class Pretraining:
-    """Train encoder, mask token and pixel decoder to predict the pixels under a random mask."""
+    """Trains encoder, mask token and decoder to predict the pixels under a random mask; see `base.Task`."""
 
     best_metric = "val/loss"
     higher_is_better = False
@@ -57,18 +57,19 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.name = f"SimMIM on {sample_kind(config)}"
+        # These keys mean nothing here, and ignoring them silently would hide a mistake in the config.
         for key, default in (("frozen_stages", 0), ("class_weights", None), ("backbone_lr", 1.0)):
             if getattr(config.optim, key) != default:
                 raise UsageError(f"optim.{key}: is for `train`; omit it in `pretrain`")
-        self.encoder = build_model(config, 0)
+        self.encoder = build_model(config, 0)  # no classes, hence no head
         mask = resolved_mask(config, self.encoder)
         self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
         self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
         train = unlabelled_mixture(config.data, validation=False, repeats=config.augment.repeats)
         val = unlabelled_mixture(config.data, validation=True)
         self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
-        # Without augmentation a sample and its mask depend on nothing but the seed and its position in the list: every
-        # validation of a run, and of other runs with this seed, hides the same pixels, so their losses can be compared.
+        # Without augmentation a sample and its mask depend only on the seed and the position in the list. So every
+        # validation of this run, and of other runs with this seed, hides the same pixels, and losses can be compared.
         self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, mask)
         self.data_facts: dict[str, object] = {
             "source": source_facts(config),
@@ -77,45 +78,47 @@ class Pretraining:
         }
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """The masked L1 loss of a micro-batch."""
+        """The mean absolute error over the hidden pixels of a micro-batch."""
         inputs, masks, target = self._inputs(batch)
         return masked_l1(forward(inputs, masks), target, masks, self.mask_unit)
 
     def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Summed per-sample losses of the model and, as a yardstick, of `masked_mean`."""
+        """The summed loss of each sample, for the model and for `masked_mean`, the baseline that it has to beat."""
         inputs, masks, target = self._inputs(batch)
         predictions = {"loss": forward(inputs, masks), "mean_loss": masked_mean(target, masks, self.mask_unit)}
         sums = {"samples": float(len(inputs))}
         for key, prediction in predictions.items():
-            # Sample by sample: cells that the border cuts hide fewer pixels, so samples may hide different numbers of
-            # them, and the masked mean over a batch would depend on which samples share it.
+            # One sample at a time. Cells at the border may be cut off, so samples may hide different numbers of pixels,
+            # and the mean over a whole batch would depend on which samples happen to share it.
             samples = zip(prediction.split(1), target.split(1), masks.split(1), strict=True)
             sums[key] = sum(float(masked_l1(p, t, m, self.mask_unit)) for p, t, m in samples)
         return sums
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
-        """The same few validation samples at every call: original, masked and reconstructed, (3, H, W) uint8."""
+        """The same few validation samples at every call, as original, masked and reconstructed: (3, H, W) uint8."""
         if self.val_samples is None:
             return None
         inputs, masks, _ = self._inputs(picture_samples(self.val_samples).to(device))
         prediction = forward(inputs, masks).float()
         if self.config.mask.normalise_target:
-            # The model predicts each pixel relative to the mean and deviation of its surroundings, which it never
-            # sees. They are taken from the original here, so contrast and colour in the picture are the original's.
+            # The model predicts each pixel relative to the mean and deviation of its surroundings, but not these
+            # statistics themselves. They are taken from the original here, so brightness, colour and contrast of the
+            # reconstruction are partly the original's.
             prediction = restore_target(prediction, inputs, self.config.mask.normalise_target)
+        # (B, *U) -> (B, *P)
         hidden = upsample_mask(masks, self.mask_unit, inputs.shape[2:])
         original, reconstructed = (denormalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in (inputs, prediction))
         return draw_reconstruction(original, reconstructed, hidden).cpu()
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised pixels (B, 3, *P), masks (B, *U) and the target (B, 3, *P) of a micro-batch."""
+        """Normalised pixels (B, 3, *P), masks (B, *U) and target (B, 3, *P) of a micro-batch."""
         if batch.masks is None:
             raise TypeError("SimMIM needs samples with masks")
         inputs, patch = normalised_pixels(batch), self.config.mask.normalise_target
         return inputs, batch.masks, normalise_target(inputs, patch) if patch else inputs
 
     def save(self, path: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, object]) -> None:
-        """Write encoder, mask token and decoder."""
+        """Write a model file with encoder, mask token and decoder; it names no classes."""
         save_task_model(self.module, path, (), self.config, weights, provenance)
 
     def training_flops(self) -> float:
@@ -123,12 +126,16 @@ class Pretraining:
         return training_flops(self.encoder, pretraining=True)
 
     def next_command(self, folder: Path) -> str:
-        """Fine-tune from the best weights."""
+        """The command that fine-tunes from the best weights."""
         return f"video-swinv2 train CONFIG.yaml init={shlex.quote(str(folder / 'model.safetensors'))}"
 
 
 def resolved_mask(config: Config, encoder: SwinV2) -> MaskConfig:
-    """The mask settings with a cell that fits the model, a tube's as long as the clip; UsageError naming the key."""
+    """The mask settings with `unit` as one size per axis; for tubes a cell is as long as the clip.
+
+    Raises UsageError, naming the key, for tubes in images, for cells that are not whole patches, and for a mask that
+    would hide everything.
+    """
     mask, data, patch = config.mask, config.data, encoder.patch_size
     if mask.shape == "tube" and data.frames is None:
         raise UsageError("mask.shape: a tube is for clips; set data.frames, or omit mask.shape")
@@ -142,35 +149,39 @@ def resolved_mask(config: Config, encoder: SwinV2) -> MaskConfig:
         raise UsageError(f"mask.unit: {list(unit)} is not a multiple of the model's patch {list(patch)}")
     pixels = encoder.image_size if data.frames is None else (data.frames, *encoder.image_size)
     cells = mask_cells(pixels, unit, len(patch))
+    # The number of hidden cells is rounded up, so with few large cells it may reach all of them.
     if hidden_cells(cells, mask.ratio) == math.prod(cells):
         raise UsageError(f"mask.unit: all {math.prod(cells)} cells would be hidden; use a smaller unit or ratio")
     return dataclasses.replace(mask, unit=unit)
 
 
 def picture_samples(samples: SampleDataset) -> Batch:
-    """A few validation samples, the same at every call, spread evenly over the list."""
+    """A few validation samples, spread evenly over the list and the same at every call."""
     count = min(len(samples), PICTURE_IMAGES if samples.data.frames is None else PICTURE_CLIPS)
     return collate([samples[(0, index * len(samples) // count)] for index in range(count)])
 
 
 def draw_reconstruction(original: Tensor, reconstructed: Tensor, hidden: Tensor) -> Tensor:
-    """(B, 3, *P) uint8 twice and the mask (B, *P) bool, True = hidden -> one picture (3, H, W) uint8.
+    """Two times (B, 3, *P) uint8 and the mask (B, *P) bool, True where hidden -> one picture (3, H, W) uint8.
 
-    Three rows: the original, the original with hidden pixels in grey, and the original with hidden pixels as predicted.
-    Images stand side by side; each clip is a block of three rows with its frames from left to right.
+    The picture has three rows: the original, the original with its hidden pixels in grey, and the original with its
+    hidden pixels as predicted. Images stand side by side. Each clip has three rows of its own, with its frames from
+    left to right.
     """
+    # (3,) -> (1, 3, 1, ...), to broadcast over samples, frames and pixels.
     grey = torch.tensor(GREY, dtype=torch.uint8, device=original.device).view(1, 3, *[1] * (original.ndim - 2))
     masked, rebuilt = (torch.where(hidden[:, None], filling, original) for filling in (grey, reconstructed))
     return contact_sheet([original, masked, rebuilt])
 
 
 def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
-    """R rows of clips (B, 3, T, H, W) -> one sheet (3, B R H, T W); of images (B, 3, H, W) -> (3, R H, B W)."""
+    """Join R rows: clips (B, 3, T, H, W) -> (3, B R H, T W), images (B, 3, H, W) -> (3, R H, B W), plus the gaps."""
     # Images are laid out as the frames of a single clip: (B, 3, H, W) -> (1, 3, T = B, H, W).
     clips = [row.transpose(0, 1)[None] if row.ndim == 4 else row for row in rows]
-    # (B, R, 3, T, H, W), each tile with a white gap at its right and bottom.
+    # R times (B, 3, T, H, W) -> (B, R, 3, T, H, W); each tile gets a white gap at its right and bottom.
     tiles = F.pad(torch.stack(clips, dim=1), (0, GAP, 0, GAP), value=255)
     samples, count, channels, frames, height, width = tiles.shape
-    # (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across it.
+    # -> (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across.
     sheet = tiles.permute(2, 0, 1, 4, 3, 5)
+    # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
     return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]
