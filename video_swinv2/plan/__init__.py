@@ -1,1 +1,1 @@
-"""Memory, work and time of a run, worked out before it is started."""
+"""Predicts the memory, work and time of a training run before it is started."""

@@ -1,8 +1,13 @@
-"""The memory of a forward and backward pass, found by running it on tensors that have shapes but no bytes.
+"""The memory of a forward and backward pass, measured by running it on tensors that have shapes but no memory.
 
 The model runs under torch's FakeTensorMode, operator by operator, and every storage that an operator would allocate is
-counted from its creation to its release. So activations kept for the backward pass, gradients, temporaries and
-recomputation by activation checkpointing are all in, without a formula for any of them.
+counted from its creation to its release. This includes activations kept for the backward pass, gradients, temporaries
+and recomputation by activation checkpointing, without a formula for any of them.
+
+Fake tensors claim to be on the CPU, so where a GPU would take another path (fused attention, LayerNorm in fp32, larger
+pieces of sequential attention), a context in this file makes the CPU path behave like it.
+
+Letters: B batch, W windows, N tokens in a window, G heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -30,29 +35,32 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink_window
 from video_swinv2.training.flops import count_forward_flops
 
-MEASURED_SAMPLES = 4  # the largest batch that is run; beyond it, each further sample takes the same number of bytes
+MEASURED_SAMPLES = 4  # the largest batch that is run; each sample beyond it takes the same number of bytes
 
 
 class PassMemory(NamedTuple):
-    """Peak bytes of a forward and backward pass, beside the weights."""
+    """Peak bytes of a forward and backward pass, not counting the weights."""
 
     activations: int
-    """Without the gradients of weights: for engines that take each gradient away as soon as it is computed."""
+    """Without the gradients of the weights, for engines that move each gradient away as soon as it is computed."""
     together: int
-    """With them. Activations are freed as gradients arrive, so this is less than the sum of both peaks."""
+    """With the gradients of the weights. Activations are freed as gradients appear, so it is less than the sum."""
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages created inside that are alive, now and at the peak, of real and fake tensors.
+    """Counts the bytes of live storages that are created inside, of real and of fake tensors.
 
-    Storages of `known` tensors are not counted. What an operator allocates and frees internally is invisible here.
+    `now` is the current number of bytes and `peak` the largest so far. `peak_without_kept` leaves out the tensors that
+    were passed to `keep`. The storages of `known` tensors are not counted. Memory that an operator allocates and frees
+    internally is invisible here.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.kept = self.peak_without_kept = 0
-        # Storages, not tensors: views share one. By identity and weakly, so that counting keeps nothing alive.
+        # Storages and not tensors, because a view shares the storage of its base. Weak references, so that counting
+        # does not keep anything alive.
         self._seen: Any = WeakIdKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = None
@@ -60,19 +68,20 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator, then count the storages of its outputs that are new."""
+        """Run an operator, then count the storages of its outputs that have not been seen before."""
         out = function(*arguments, **(keywords or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen[storage] = None
                 self.now += storage.nbytes()
+                # Runs when the last tensor on this storage is gone, just as the memory would be released.
                 weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.now)
         self.peak_without_kept = max(self.peak_without_kept, self.now - self.kept)
         return out
 
     def keep(self, tensor: Tensor) -> None:
-        """Count a tensor as one that stays, as gradients do: it is left out of `peak_without_kept` from now on."""
+        """Leave a tensor that stays alive, such as a gradient, out of `peak_without_kept` from now on."""
         self.kept += tensor.untyped_storage().nbytes()
 
     def _free(self, byte_count: int) -> None:
@@ -80,9 +89,10 @@ class Allocations(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Computes scaled dot products by the fused kernel that GPUs use, which keeps no logits for the backward pass.
+    """Makes scaled_dot_product_attention use the fused kernel of GPUs, which keeps no logits for the backward pass.
 
-    Fake tensors claim to be on the CPU, where torch would choose another kernel and the count would be another.
+    torch chooses the kernel by the device of the tensors, and fake tensors claim to be on the CPU. Its kernel there
+    allocates other amounts of memory.
     """
 
     def __torch_function__(
@@ -91,17 +101,19 @@ class _FusedAttention(TorchFunctionMode):
         """Replace scaled_dot_product_attention, and run everything else unchanged."""
         if function is not F.scaled_dot_product_attention:
             return function(*arguments, **(keywords or {}))
-        q, k, v, *rest = arguments
+        q, k, v, *rest = arguments  # (B, G, N, D) each
         bias = rest[0] if rest else (keywords or {})["attn_mask"]
+        # (1, G, N, N) or (B, G, N, N) -> (B, G, N, N), which the kernel requires; expanding allocates nothing.
         bias = bias.expand(*q.shape[:2], q.shape[2], k.shape[2]) if q.ndim == 4 else bias
+        # True: also return the log-sum-exp (B, G, N), which the backward pass needs and which so stays allocated.
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=1.0)[0]
 
 
 def _fuse_attention(encoder: SwinV2) -> None:
-    """Put the forward pass of each attention layer under _FusedAttention.
+    """Make the forward pass of each attention layer run under _FusedAttention.
 
-    Layer by layer, not around the whole pass: a block that is recomputed in the backward pass runs outside of any mode
-    that was active in the forward pass.
+    Each layer enters the mode itself. One mode around the whole forward pass would not be enough: a block that is
+    recomputed in the backward pass runs outside of the modes that were active in the forward pass.
     """
 
     def fused(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -117,7 +129,7 @@ def _fuse_attention(encoder: SwinV2) -> None:
 
 @contextmanager
 def _sequential_as_on_gpus() -> Iterator[None]:
-    """Inside, the sequential backend takes as many windows at once as on GPUs, and keeps no attention weights."""
+    """Inside, the sequential backend takes as many windows at once as on a GPU, and keeps no attention weights."""
     before = sequential.CPU_PIECE, sequential.CPU_KEPT
     sequential.CPU_PIECE, sequential.CPU_KEPT = sequential.PIECE_LIMIT, 0
     try:
@@ -131,17 +143,20 @@ def pass_memory(
 ) -> PassMemory:
     """Peak bytes of a forward and backward pass of `batch` samples, on real or fake tensors.
 
-    inputs: makes the module's arguments for a number of samples. Gradients are removed again before it returns.
+    inputs: a function from a number of samples to the module's arguments. The arguments count as activations. The
+    gradients of the module's parameters are None afterwards.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with Allocations(module.parameters()) as allocations:
+        # Called as soon as the gradient of a parameter is complete.
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda it: allocations.keep(it.grad)) for parameter in trained
         ]
         try:
             arguments = inputs(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):  # as the engine does
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):  # as the engines do
                 out = module(*arguments)
+            # Any scalar made from the output can stand for the loss.
             out.float().square().mean().backward()
         finally:
             for hook in hooks:
@@ -152,7 +167,7 @@ def pass_memory(
 
 
 def micro_batch_memory(module: nn.Module, config: Config, device: str, micro_batch: int) -> PassMemory:
-    """`pass_memory` of a training micro-batch on a device of the kind `device`; call inside `without_memory`."""
+    """`pass_memory` of a micro-batch in training, as on a device of type `device`; call inside `without_memory`."""
     half = config.engine.precision != "fp32"
     encoder = encoder_of(module)
     with ExitStack() as stack:
@@ -164,6 +179,7 @@ def micro_batch_memory(module: nn.Module, config: Config, device: str, micro_bat
         inputs = _input_maker(config, encoder, isinstance(module, SimMIM))
         memory = pass_memory(module, inputs, min(micro_batch, MEASURED_SAMPLES), bf16=half)
         if micro_batch > MEASURED_SAMPLES:
+            # Memory grows linearly from here on, so this difference is what a further sample takes.
             one_less = pass_memory(module, inputs, MEASURED_SAMPLES - 1, bf16=half)
             further = micro_batch - MEASURED_SAMPLES
             memory = PassMemory(*(now + further * (now - less) for now, less in zip(memory, one_less, strict=True)))
@@ -171,12 +187,12 @@ def micro_batch_memory(module: nn.Module, config: Config, device: str, micro_bat
 
 
 def encoder_of(module: nn.Module) -> SwinV2:
-    """The SwinV2 in a task's module."""
+    """The SwinV2 in a task's module: the encoder of SimMIM, or the module itself."""
     return module.encoder if isinstance(module, SimMIM) else module  # type: ignore[return-value]  # the other is one
 
 
 def _input_maker(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int], tuple[Tensor, ...]]:
-    """A function from a number of samples to the module's arguments: pixels, and masks if `masked`."""
+    """A function from a number of samples to the module's arguments: pixels, and masks for SimMIM (`masked`)."""
     frames = () if encoder.frames is None else (encoder.frames,)
     cells = mask_cells((*frames, *encoder.image_size), config.mask.unit, len(encoder.patch_size)) if masked else ()
 
@@ -189,9 +205,10 @@ def _input_maker(config: Config, encoder: SwinV2, masked: bool) -> Callable[[int
 
 @contextmanager
 def without_memory(module: nn.Module) -> Iterator[None]:
-    """Inside, new tensors have shapes but no bytes, and so have the weights of `module`, built on the meta device.
+    """Inside, new tensors have shapes but no memory, and the weights of `module` are replaced by such tensors.
 
-    The fake weights claim to be on the CPU: autocast and attention backends act by device, and know no meta device.
+    `module` has to be built on the meta device. Meta tensors themselves would not do, because autocast and the
+    attention backends depend on the device and do not support that one; fake tensors claim to be on the CPU.
     """
     with FakeTensorMode():
         for part in module.modules():
@@ -204,7 +221,7 @@ def without_memory(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _norms_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Inside, LayerNorms get fp32 inputs, as autocast does it on GPUs but not on CPUs."""
+    """Inside, every LayerNorm gets fp32 inputs. Autocast casts them on GPUs, but not on CPUs."""
 
     def widen(norm: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(argument.float() for argument in arguments)
@@ -219,31 +236,32 @@ def _norms_in_fp32(module: nn.Module) -> Iterator[None]:
 
 
 def forward_giga_macs(module: nn.Module, config: Config) -> float:
-    """Multiply-accumulates of one sample's forward pass, in 10^9; call inside `without_memory`."""
+    """Multiply-accumulates of one sample's forward pass, in 10^9 (GMAC); call inside `without_memory`."""
     inputs = _input_maker(config, encoder_of(module), isinstance(module, SimMIM))
-    return count_forward_flops(module, *inputs(1)) / 2e9
+    return count_forward_flops(module, *inputs(1)) / 2e9  # two operations per multiply-accumulate
 
 
 def _stage_grids(encoder: SwinV2) -> Iterator[tuple[int, ...]]:
-    """The grid of every stage, tokens per axis."""
+    """The grid of each stage: tokens per axis, (H, W) or (T, H, W)."""
     pixels = encoder.image_size if encoder.frames is None else (encoder.frames, *encoder.image_size)
     grid = tuple(math.ceil(size / patch) for size, patch in zip(pixels, encoder.patch_size, strict=True))
     for _ in encoder.depths:
         yield grid
-        grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))  # merging leaves T alone
+        grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))  # patch merging does not change T
 
 
 def choose_backends(encoder: SwinV2, device: str) -> tuple[str, ...]:
-    """The attention backend of each stage on the planned device, which need not exist here; written into the blocks.
+    """Decide the attention backend of each stage for the planned device, and write it into the stage's blocks.
 
-    `auto` would otherwise be decided by the device of the fake tensors.
+    The device need not exist on this machine. Left as `auto`, the backend would be chosen in each pass by the device of
+    the fake tensors, which is always the CPU.
     """
     chosen = []
     for stage, grid in zip(encoder.stages(), _stage_grids(encoder), strict=True):
         backend = encoder.attention
         if backend == "auto":
             window_tokens = math.prod(shrink_window(encoder.window, grid)[0])
-            with torch.enable_grad():  # the choice differs between training and inference
+            with torch.enable_grad():  # `auto` means other backends in inference
                 backend = auto_backend(torch.device(device), window_tokens)  # type: ignore[assignment]  # one of the literals
         for block in stage.blocks:
             block.attn.attention = backend  # type: ignore[union-attr]  # torch types members as Module

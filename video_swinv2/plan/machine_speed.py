@@ -1,4 +1,4 @@
-"""How fast this machine reads samples and computes, measured in a few seconds, for the estimates of `plan`."""
+"""How fast this machine reads samples and computes: measured in a few seconds, for the time estimates of `plan`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,28 @@ from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.distributed.devices import product_dtype
 
-MAX_SAMPLES = 8  # samples to read
-MAX_SECONDS = 4.0  # after which no further sample is begun
-# The share of a large matrix product's speed that training reaches. On CPUs half: docs/results/model-speed.md measures
-# 59 % on one thread. On GPUs this is an assumption of ours, which a measurement by `bench train` should replace.
+MAX_SAMPLES = 8  # samples to read, after a first one that is not counted
+MAX_SECONDS = 4.0  # after this time the pass over the samples ends early
+# Which share of the speed of a large matrix product training is assumed to reach. For CPUs, docs/results/model-speed.md
+# measures 59 % on one thread. For GPUs the number is our assumption; measure with `bench train` and pass --tflops.
 TRAINING_SHARE = {"cpu": 0.5, "cuda": 0.35}
 
 
 @dataclass(frozen=True)
 class ReadingSpeed:
-    """How many samples one core decodes and augments per second, and what was read to find out."""
+    """How fast one core reads samples, and which samples were measured."""
 
     per_second: float
+    """Samples decoded and augmented per second."""
     read: str
 
 
 def measure_reading(config: Config, entries: Sequence[AnyEntry] | Mixture | None) -> ReadingSpeed | None:
-    """Read some of the run's own samples, or a generated clip if the data is not here; None for images that are not."""
+    """Measure how fast one core reads samples.
+
+    entries: the run's own data. If it is None, because the data is not on this machine, a generated clip is read
+    instead. For an image model there is no such substitute, and the result is None.
+    """
     if entries is not None:
         dataset = SampleDataset(entries, config.data, config.augment, config.seed, None)  # type: ignore[arg-type]
         return ReadingSpeed(_samples_per_second(dataset), "of the run's own samples")
@@ -50,11 +55,11 @@ def measure_reading(config: Config, entries: Sequence[AnyEntry] | Mixture | None
 
 
 def _samples_per_second(dataset: SampleDataset) -> float:
-    """By the median; the first sample, during which libraries are loaded, is not counted."""
+    """The median rate; the first sample is not counted, because libraries are loaded while it is read."""
     seconds = []
     began = time.perf_counter()
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_SAMPLES].tolist()
-    # A small data set is read again under another epoch: other clips and crops of the same files.
+    # A data set with fewer samples is read several times, each time as another epoch with other clips and crops.
     for epoch in range(1 + MAX_SAMPLES // max(len(indices), 1)):
         for index in indices:
             started = time.perf_counter()
@@ -66,9 +71,9 @@ def _samples_per_second(dataset: SampleDataset) -> float:
 
 
 def training_flops_per_second(device: str, precision: str, processes: int) -> float | None:
-    """FLOP/s that training is expected to reach on one device of this machine; None if it has no such device.
+    """The FLOP/s that training can be expected to reach on one device of this machine; None if there is no such device.
 
-    On CPUs the processes share the machine.
+    It is a share of the measured speed of a large matrix product. On CPUs the processes divide the machine among them.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return None

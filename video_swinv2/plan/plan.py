@@ -1,7 +1,8 @@
-"""What a training run will take, before it is started: memory of a device, work, steps, files, hours.
+"""The plan of a training run: what it will need of a device's memory, of work, steps, disk space and hours.
 
-Weights, gradients and moments follow from the engine (`state_memory.py`); activations from a micro-batch that is run
-without memory (`activation_memory.py`); how fast this machine reads and computes is measured (`machine_speed.py`).
+The plan is put together from three sources. The memory of weights, gradients and Adam's moments follows from the engine
+(`state_memory.py`). That of activations is found by running a micro-batch without memory (`activation_memory.py`). How
+fast this machine reads and computes is measured (`machine_speed.py`).
 """
 
 from __future__ import annotations
@@ -36,41 +37,43 @@ from video_swinv2.training.tasks.simmim import resolved_mask
 from video_swinv2.training.throughput import usable_cores
 
 Samples = Sequence[AnyEntry] | Mixture
-KINETICS_CLASSES = 400  # assumed if the data is not here and no number of classes was given
+KINETICS_CLASSES = 400  # assumed if the data is not on this machine and no number of classes is given
 
 
 @dataclass(frozen=True)
 class RateGroup:
-    """Parameters that share a learning rate."""
+    """The parameters that share a learning rate: one row of the table that `plan` prints."""
 
     name: str
     parameters: int
+    """Number of elements."""
     decayed: int
-    """How many of these have weight decay."""
+    """How many of these elements have weight decay."""
     lr: float
-    """At its peak, after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """How long a step and the run take; None where the speed of a device is unknown."""
+    """How long a step and the whole run take; values are None if the speed of the device is unknown."""
 
     flops_per_sample: int
-    """Forward and backward, including what activation checkpointing recomputes."""
+    """Operations of the forward and backward pass, including what activation checkpointing recomputes."""
     tflops: float | None
-    """What a device is assumed to reach."""
+    """The TFLOP/s that a device is assumed to reach in training."""
     step_seconds: float | None
     hours: float | None
-    """Of training alone: validation, checkpoints and waiting for samples come on top."""
+    """Training alone; validation, checkpoints and waiting for samples take additional time."""
     samples_per_second: float | None
-    """Samples that the loader of each process has to deliver."""
+    """How many samples the loader of each process has to decode per second."""
     workers: int
+    """`data.workers`, per process."""
     read: ReadingSpeed | None
-    """Of one core here; None if it was not measured."""
+    """The reading speed of one core of this machine; None if it was not measured."""
 
     @property
     def workers_needed(self) -> int | None:
-        """Loader workers per process that keep up with the device, on cores like those of this machine."""
+        """Loader workers that each process needs to keep up with its device, on cores like those of this machine."""
         if self.samples_per_second is None or self.read is None:
             return None
         return math.ceil(self.samples_per_second / self.read.per_second)
@@ -78,7 +81,7 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned run. Bytes are per device; `steps` and `samples` are None if the size of the data is unknown."""
+    """A planned run. Bytes are those of one device, unless stated otherwise."""
 
     model: str
     device: str
@@ -87,26 +90,27 @@ class Plan:
     giga_macs: float
     """Multiply-accumulates of one sample's forward pass, in 10^9."""
     backends: tuple[str, ...]
-    """Attention backend of each stage."""
+    """The attention backend of each stage."""
     engine: str
+    """The engine in words, with precision and offloading."""
     processes: int
     batch: int
     micro_batch: int
     accumulation: int
     samples: int | None
-    """Of an epoch, each of `augment.repeats` counted."""
+    """Samples of an epoch, with each repeat of `augment.repeats` counted; None, as are the steps, if unknown."""
     steps_per_epoch: float | None
     steps: int | None
     layers: tuple[RateGroup, ...]
     states: StateMemory
     activations: int
-    """Peak bytes of forward and backward of a micro-batch, beside the states."""
+    """Peak bytes of the forward and backward pass of a micro-batch, without the states."""
     moments: dict[str, int]
-    """Bytes on the device at the peaks of a step (not Adam's moments, which are part of `states`)."""
+    """Bytes at the two peaks of a step, from `step_peaks`. (Adam's moments are something else: part of `states`.)"""
     checkpoint: int
-    """Bytes of one on disk; the first process holds as much in host memory while it is written."""
+    """Bytes of a checkpoint on disk. The first process holds as much in host memory while it is written."""
     files: int
-    """Peak bytes of a run on disk: the checkpoints kept, one being written, two model files."""
+    """Peak bytes of the run on disk: the checkpoints that are kept, one that is being written, and two model files."""
     pace: TimeEstimate
 
     @property
@@ -125,11 +129,13 @@ def make_plan(
     tflops: float | None = None,
     measuring: bool = False,
 ) -> Plan:
-    """The plan of `train` (or `pretrain`) with this config; give `samples` and `classes` if the data is elsewhere.
+    """The plan of `train` (`pretraining`: of `pretrain`) with this config.
 
-    tflops: what a device reaches in training, as `bench train` measures it. measuring: time reading and, without
-    `tflops`, computing on this machine for a few seconds. `engine.device: auto` is planned as a GPU. Raises UsageError
-    for a config that could not be run.
+    samples, classes: the size of the data set, without repeats, in case the data is not on this machine.
+    tflops: the TFLOP/s that a device reaches in training, as measured by `bench train`.
+    measuring: measure for a few seconds how fast this machine reads and, unless `tflops` is given, computes.
+
+    `engine.device: auto` is planned as a GPU. Raises UsageError for a config that could not be run.
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give 1 or more")
@@ -149,8 +155,9 @@ def make_plan(
     counts = count_parameters(sizes, parameters, processes, batch.accumulation)
     states = state_memory(config.engine, counts, ema=config.optim.ema > 0, device=device)
     steps = None if samples is None else total_steps(config, samples)
-    # All weights, and both moments and perhaps the average of the trained ones.
+    # All weights, frozen ones included; then both moments and, with optim.ema, the average of the trained weights.
     checkpoint = FP32_BYTES * (parameters + (3 if config.optim.ema else 2) * counts.trained)
+    # Recomputed blocks run forward a second time; all blocks are taken to be equally large. Two operations per MAC.
     recomputed = 2e9 * giga_macs * min(config.model.checkpoint_blocks / sum(encoder.depths), 1)
     if tflops is None and measuring:
         speed = training_flops_per_second(device, config.engine.precision, processes)
@@ -185,14 +192,18 @@ def make_plan(
 def _data(
     config: Config, samples: int | None, classes: int | None, pretraining: bool
 ) -> tuple[Samples | None, int | None, int]:
-    """The data set's entries if it is here; the numbers of samples and classes as given, else counted or assumed."""
-    # For a pattern of shards (name-{000..146}.tar) the folder counts.
+    """The entries of the data set, None if it is not on this machine, and the numbers of samples and classes.
+
+    Numbers that are not given are counted. Without the data, the number of samples stays None and that of classes is
+    that of Kinetics-400. The returned number of samples includes the repeats of `augment.repeats`.
+    """
+    # A pattern of shards such as name-{000..146}.tar is no path, so its folder is looked for.
     here = all((Path(source).parent if "{" in str(source) else Path(source)).exists() for source in config.data.source)
     repeats = config.augment.repeats
     entries: Samples | None = None
     if here and pretraining:
         entries = unlabelled_mixture(config.data, validation=False, repeats=repeats)
-        samples = len(entries) if samples is None else samples * repeats  # a mixture counts its repeats itself
+        samples = len(entries) if samples is None else samples * repeats  # the length of a mixture includes repeats
     elif here:
         manifest = labelled_manifest(config.data, config.data.train_split)
         entries = manifest.entries
@@ -204,7 +215,7 @@ def _data(
 
 
 def _model_without_memory(config: Config, classes: int, pretraining: bool) -> tuple[Config, SwinV2, nn.Module]:
-    """The config with its mask resolved, the encoder, and what would be trained, all on the meta device."""
+    """The config with its mask resolved, the encoder, and the module that would be trained, both on the meta device."""
     with torch.device("meta"):
         encoder = build_model(config, 0 if pretraining else classes)
         if pretraining:
@@ -217,7 +228,7 @@ def _model_without_memory(config: Config, classes: int, pretraining: bool) -> tu
 def _rate_groups(
     module: nn.Module, depths: Sequence[int], config: Config
 ) -> tuple[tuple[RateGroup, ...], list[list[int]]]:
-    """The groups that share a learning rate, shallow to deep, and the parameter sizes of each optimizer group."""
+    """The rows of the table of learning rates, shallow to deep, and the parameter sizes of each optimizer group."""
     optim = config.optim
     groups = parameter_groups(
         module,
@@ -227,7 +238,8 @@ def _rate_groups(
         backbone_lr=optim.backbone_lr,
     )
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
-    # The optimizer has two groups for each rate, with and without weight decay; here they are one.
+    # For each learning rate the optimizer has two groups, NAME_decay and NAME_no_decay, which become one row NAME. The
+    # dict keeps the rows in the order of the groups.
     found: dict[str, RateGroup] = {}
     for group, numbers in zip(groups, sizes, strict=True):
         decayed = not group["name"].endswith("_no_decay")
@@ -241,6 +253,7 @@ def _rate_groups(
 
 
 def _describe_engine(config: Config) -> str:
+    """The engine in words, such as "DeepSpeed ZeRO-1, bf16"."""
     engine = config.engine
     name = "plain PyTorch" if engine.engine == "plain" else f"DeepSpeed ZeRO-{engine.zero_stage}"
     offloads = [("optimizer", engine.offload_optimizer), ("weights", engine.offload_parameters)]
@@ -256,14 +269,15 @@ def _estimate_time(
     flops_per_second: float | None,
     read: ReadingSpeed | None,
 ) -> TimeEstimate:
-    share = batch.batch // batch.world  # samples of a process and step
+    """The times that follow from the speed of a device, `flops_per_second`; None where it is unknown."""
+    share = batch.batch // batch.world  # samples of one process in one step
     seconds = None if flops_per_second is None else flops_per_sample * share / flops_per_second
     return TimeEstimate(
         flops_per_sample=flops_per_sample,
         tflops=None if flops_per_second is None else flops_per_second / 1e12,
         step_seconds=seconds,
         hours=None if seconds is None or steps is None else seconds * steps / 3600,
-        # Repeats of a clip are decoded once.
+        # The repeats of a clip are decoded once, so the loader has to read only that fraction of the samples.
         samples_per_second=None if seconds is None else share / seconds / config.augment.repeats,
         workers=config.data.workers,
         read=read,
@@ -271,12 +285,16 @@ def _estimate_time(
 
 
 def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
-    """What will not fit, each with its fix; `memory` is the size of a device in bytes, None if unknown."""
+    """One line, with its fix, for each thing that does not suffice: memory, disk space, loader workers.
+
+    memory: the size of a device in bytes; None if unknown, and then it is not compared.
+    """
     found = []
     if memory is not None and plan.peak > memory:
         found.append(
             f"memory: {plan.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f} GB; {_memory_advice(plan, config)}"
         )
+    # The run folder may not exist yet: take the nearest existing folder above it.
     folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if plan.files > free:
@@ -294,11 +312,13 @@ def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
 
 
 def _memory_advice(plan: Plan, config: Config) -> str:
-    """How to make the largest part of the memory smaller."""
+    """How to reduce the largest part of the memory."""
+    # States dominate: only partitioning or offloading makes them smaller.
     if plan.activations < plan.peak / 2:
         if config.engine.engine == "plain" or plan.processes == 1:
             return "use more devices with engine.engine=deepspeed engine.zero_stage=3, or engine.offload_optimizer=cpu"
         return "use engine.zero_stage=3, more --processes, or engine.offload_optimizer=cpu"
+    # Activations dominate: smaller micro-batches come first, because they change nothing about the steps.
     if plan.micro_batch > 1:
         return (
             f"lower optim.micro_batch from {plan.micro_batch} (the steps stay the same), or raise "
@@ -308,7 +328,10 @@ def _memory_advice(plan: Plan, config: Config) -> str:
 
 
 def memory_here(plan: Plan) -> int | None:
-    """Bytes of a device of the planned kind on this machine, on CPUs a process's share; None if there is none."""
+    """Bytes of a device of the planned kind on this machine; None if it has none or its memory is unknown.
+
+    On CPUs it is the free memory, divided by the number of processes.
+    """
     if plan.device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     free = free_memory_bytes()

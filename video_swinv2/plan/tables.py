@@ -1,4 +1,4 @@
-"""A plan as text for people: facts in lines, learning rates and memory in tables."""
+"""The text that `plan` prints: lines of facts, and tables of learning rates and memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.table import Table
 
 from video_swinv2.plan.plan import Plan
 
-GB = 1e9
-WIDTH = 120  # columns; the same on a terminal and in a file, so that logs of two machines can be compared
+GB = 1e9  # bytes
+WIDTH = 120  # columns, on terminals and in files alike, so that the plans of two machines can be compared
 
 
 def plan_text(plan: Plan, shortfalls: Sequence[str] = (), memory: int | None = None) -> str:
-    """The plan, whether it fits into `memory` bytes, and what will not fit."""
+    """The plan as text, whether it fits into `memory` bytes (unless None), and the lines of `shortfalls`."""
     lines = [*_work(plan), "", _rate_table(plan), "", _memory_table(plan), *_memory_notes(plan), ""]
     lines += [*_files(plan), *_time(plan)]
     if memory is not None:
@@ -43,6 +43,7 @@ def _rate_table(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> str:
+    """The parts of the memory that are not zero."""
     states = plan.states
     parts = [
         ("weights", states.weights),
@@ -60,6 +61,7 @@ def _memory_table(plan: Plan) -> str:
 def _memory_notes(plan: Plan) -> Iterator[str]:
     if plan.states.host:
         yield f"{plan.states.host / GB:.2f} GB of these are offloaded to the host"
+    # The peak is below the sum of the table wherever some parts are freed before others are allocated.
     peaks = ", ".join(f"{value / GB:.2f} GB in the {key}" for key, value in plan.moments.items())
     yield f"peak: {plan.peak / GB:.2f} GB ({peaks}; not all parts are at their peak at once)"
 
@@ -86,12 +88,14 @@ def _time(plan: Plan) -> Iterator[str]:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table without lines or colours, the first column left-aligned, numbers right-aligned."""
+    """A table without lines and colours; the first column is left-aligned, the numbers are right-aligned."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    # Printed into a buffer of fixed width, because rich would otherwise fit the table to the terminal. Cells are padded,
+    # so trailing spaces are removed.
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:
         console.print(table)
