@@ -259,9 +259,8 @@ class VideoReader:
         try:
             for packet in container.demux(stream):
                 self._check_clock()
-                if (
-                    packet.size
-                ):  # PyAV ends a stream with an empty packet to flush the decoder; `_decode` does it itself
+                # PyAV ends a stream with an empty packet that flushes the decoder; `_decode` flushes it by itself.
+                if packet.size:
                     yield packet
         except (av.FFmpegError, OSError, ValueError):
             return  # a truncated or damaged file: the packets before the damage are used as the video

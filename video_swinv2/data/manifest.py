@@ -1,4 +1,4 @@
-"""Which videos a split holds and what they show, from any of the layouts people keep; no video is opened here."""
+"""Manifests: the videos of a split with their labels, read from any of the usual layouts without opening a video."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from video_swinv2.files import check_class_names, read_class_list
 
 @dataclass(frozen=True)
 class Entry:
-    """One video: `name` as listed (unique in its split), absolute `path`, `label` an index into the classes or -1."""
+    """One video or image file.
+
+    `name` is as listed and unique within its split, `path` is absolute, and `label` is an index into the classes, or -1
+    for none.
+    """
 
     name: str
     path: Path
@@ -33,9 +37,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One split of a data set; the `fingerprint` changes when its videos, their order, labels or bytes do.
+    """One split of a data set.
 
-    `failed_in_preparation` videos of the split could not be prepared and so are not among the entries.
+    `fingerprint` identifies the split in results: it changes with the files, their order and their labels, and, for a
+    prepared data set, with the bytes of the files (otherwise only with their sizes, and for images not with them).
+    `failed_in_preparation` counts the videos of the split that could not be prepared and so are not in `entries`.
     """
 
     root: Path
@@ -52,29 +58,33 @@ def class_list_hash(classes: Sequence[str]) -> str:
 
 
 def find_splits(source: Path, annotations: Sequence[Path] = ()) -> tuple[str, ...]:
-    """The splits that `read_manifest` can read from `source`, in the order train, val, test."""
+    """The splits that `read_manifest` can read from `source`, in the order train, val, test, others."""
     return tuple(split_sources(source, annotations))
 
 
 def read_manifest(
     source: Path, split: str, classes: Sequence[str] | None = None, *, annotations: Sequence[Path] = ()
 ) -> Manifest:
-    """One split of a data set in any of these layouts of `source`:
+    """Read one split of a data set. `source` may have any of these layouts:
 
     - a prepared folder (with dataset.json);
     - a folder with lists train, val and test as .txt or .csv, at its top or in its folder `annotations`;
     - a list file: lines `path label_index`, or a CSV with the header `path,label` or Kinetics'
       `label,youtube_id,time_start,time_end,split`;
-    - class folders, with split folders above them or without (then all is train);
+    - class folders, inside split folders or without them (then everything is train);
     - a flat folder of videos (unlabelled).
 
-    annotations: lists, CSVs or folders of them whose paths are relative to the folder `source`. classes: the order of
-    classes wanted, a model's for example; labels are mapped to it by name. Raises UsageError naming file and line.
+    Args:
+        annotations: lists, CSVs or folders of them, whose paths are relative to the folder `source`.
+        classes: the class names to index, in order, such as those of a model. Labels are mapped to them by name.
+
+    Raises UsageError, naming the file and line, for anything that cannot be understood.
     """
     if classes is not None:
         check_class_names(classes, "the class list asked for")
     sources = split_sources(source, annotations)
     source = Path(source).absolute()
+    # A single list without a column `split` serves as whichever split is asked for.
     single = source.is_file() and not split_column(source)
     if split not in sources and not single:
         asked = ", ".join(map(str, annotations)) or source
@@ -84,7 +94,7 @@ def read_manifest(
     rows = [row for path in chosen for row in read_listed_videos(root, path, split)]
     if not rows:
         raise UsageError(f"{chosen[0]}: no videos for split {split!r}")
-    # The classes come from every split: from one alone, train and val would number them differently.
+    # Classes are collected from all splits. If one split lacked a class, train and val would number them differently.
     paths = dict.fromkeys(path for found in sources.values() for path in found)
     listed = (label for path in paths for label in labels_in(root, path))
     own = classes_of_source(root, annotations, listed, classes)
@@ -92,23 +102,24 @@ def read_manifest(
     index = {name: position for position, name in enumerate(wanted)}
     entries = tuple(Entry(row.name, Path(row.path), label_index(row.label, row.where, own, index)) for row in rows)
     _refuse_duplicates(rows)
+    # For a prepared split, take the fingerprint over the bytes of the files, which was computed during preparation.
     recorded = {} if annotations else _recorded_split(root, split)
     fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
     return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)))
 
 
 def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
-    """sha256 over the ordered (name, class name, sha256 of the file) of a prepared split."""
+    """The fingerprint of a prepared split: sha256 over (name, class name, sha256 of the file), in order."""
     return hashlib.sha256("\n".join("\t".join(row) for row in rows).encode()).hexdigest()
 
 
 def classes_of_source(
     root: Path, annotations: Sequence[Path], labels: Iterable[str | int], wanted: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The source's own ordered class names.
+    """The source's own class names, in order.
 
-    Those of dataset.json or classes.txt, else the sorted names among its labels. If all labels are numbers, those index
-    the classes `wanted`, or stand for themselves.
+    They come from dataset.json or classes.txt or, without these, from the labels: the sorted class names among them.
+    Labels that are all numbers index `wanted` or, without it, are themselves the names "0", "1", ...
     """
     if not annotations and (root / "dataset.json").is_file():
         return tuple(_recorded(root)["classes"])
@@ -125,7 +136,16 @@ def classes_of_source(
 
 
 def label_index(label: str | int | None, where: str, own: Sequence[str], index: Mapping[str, int]) -> int:
-    """The class index of a label, which is a name or a position in `own`; -1 for none. Raises UsageError."""
+    """The index of a label among the wanted classes, or -1 for no label.
+
+    Args:
+        label: a class name, a position in `own`, or None or -1 for no label.
+        where: the file and line of the label, for messages.
+        own: the source's own classes.
+        index: the index of each wanted class, by name.
+
+    Raises UsageError if the label is not among the classes.
+    """
     if label is None or label == -1:
         return -1
     if isinstance(label, int):
@@ -148,6 +168,7 @@ def _refuse_duplicates(rows: Sequence[ListedVideo]) -> None:
 
 
 def _recorded(root: Path) -> dict[str, Any]:
+    """The contents of dataset.json, which data_prep writes; UsageError if they are damaged."""
     path = root / "dataset.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +180,7 @@ def _recorded(root: Path) -> dict[str, Any]:
 
 
 def _recorded_split(root: Path, split: str) -> dict[str, Any]:
-    """What dataset.json records of a prepared split; empty if its list was edited since, or if there is no record."""
+    """The record of a split in dataset.json; empty without one, or if the list of the split was edited afterwards."""
     path = root / f"{split}.csv"
     if not (root / "dataset.json").is_file() or not path.is_file():
         return {}
@@ -169,10 +190,11 @@ def _recorded_split(root: Path, split: str) -> dict[str, Any]:
 
 
 def _fingerprint(entries: Sequence[Entry], classes: Sequence[str]) -> str:
-    """sha256 over the ordered (name, class name, file size); a file that does not exist has size -1."""
+    """sha256 over (name, class name, size in bytes) of the files in order; a file that does not exist has size -1."""
     digest = hashlib.sha256()
     for entry in entries:
         size = entry.path.stat().st_size if entry.path.is_file() else -1
         label = classes[entry.label] if entry.label >= 0 else ""
+        # Names that are not valid UTF-8 contain surrogates, which the default "strict" would refuse to encode.
         digest.update(f"{entry.name}\t{label}\t{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

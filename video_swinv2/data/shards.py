@@ -1,9 +1,10 @@
-"""Images in tar shards of the WebDataset layout, read at random: members KEY.jpg and KEY.cls or KEY.json, side by side.
+"""Random access to images in tar shards of the WebDataset layout: members KEY.jpg and KEY.cls or KEY.json.
 
-The `webdataset` library reads shards as streams, and its companion for random access, `wids`, needs an index made by
-its own tool beforehand and is not in the wheel of 1.0. Here a sample is a function of its address, so the
-offset of every image is listed once (`index.py`) and read directly. Which members belong together is decided by the
-library's own `group_by_keys`, and which shards a pattern `{000..146}` stands for by `braceexpand`, which it uses too.
+Here a sample is a function of its address, so the offset of every image in its tar is listed once (`index.py`), and the
+image is then read directly. The `webdataset` library cannot do that: it reads shards as streams, and its companion for
+random access, `wids`, needs an index that its own tool has to make first, and is not in the wheel of 1.0. Parts of the
+library are used nevertheless: its `group_by_keys` decides which members form a sample, and `braceexpand`, on which it
+depends, expands patterns such as `{000..146}`.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from video_swinv2.data.index import (
 from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS
 from video_swinv2.errors import UsageError, UserError
 
-TAR_BLOCK_BYTES = 512
-WEBDATASET_METADATA = re.compile(r"__[^/]*__($|/)")  # the library's own notes inside a tar, which it skips too
+TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
+WEBDATASET_METADATA = re.compile(r"__[^/]*__($|/)")  # members for the library's own use, which it skips too
 ByteRange = tuple[int, int]
 """(offset, size)."""
 
 
 def shard_files(source: str) -> list[Path]:
-    """The tars that a pattern with braces or a single path stands for, or those in and below a folder; may be none.
+    """The tars that a pattern with braces expands to, a single tar, or all tars below a folder; may be empty.
 
-    Raises UsageError for what cannot be read at random, and UserError if a tar of a pattern does not exist.
+    Raises UsageError for sources without random access, and UserError if a tar of the pattern does not exist.
     """
     if "://" in source or source.startswith("pipe:"):
         raise UsageError(f"{source}: shards are read at random, from a disk; copy them to one first")
@@ -65,11 +66,11 @@ def shard_files(source: str) -> list[Path]:
 
 
 def shard_collection(source: str) -> ImageCollection | None:
-    """The images in a source of tar shards; None if it is no such source.
+    """The images in a source of tar shards; None if the source has no tars.
 
-    A tar belongs to the split in its file or folder name (`imagenet1k-validation-00.tar`), else to train. Labels are
-    those of KEY.cls, or of `label` in KEY.json: numbers or names. A damaged shard is reported, and the images before
-    the damage are used.
+    A tar belongs to the split in its file or folder name (`imagenet1k-validation-00.tar`), or else to train. Labels are
+    numbers or names, from KEY.cls or from `label` in KEY.json. A damaged shard is reported, and the images before the
+    damage are used.
     """
     tars = [path.absolute() for path in shard_files(source)]
     if not tars:
@@ -77,6 +78,7 @@ def shard_collection(source: str) -> ImageCollection | None:
     root = Path(os.path.commonpath([path.parent for path in tars]))
     names = [path.relative_to(root).as_posix() for path in tars]
     index = open_index("shards", root, "\n".join(names), partial(_scan_tars, root, names))
+    # `numbers`: label -> number, in the order in which labels are first met in the shards.
     splits, numbers = [], dict[str, int]()
     labels = index.columns["label"].astype(np.int32)
     for place, name in enumerate(names):
@@ -85,11 +87,12 @@ def shard_collection(source: str) -> ImageCollection | None:
         about: dict[str, Any] = json.loads(index.about[place])
         if about["fault"] and os.environ.get("RANK", "0") == "0":
             print(f"broken: {root / name}: {about['fault']}", file=sys.stderr, flush=True)
-        # The index numbers the labels of each tar by themselves: renumber them through all tars. -1, for none, picks
-        # the last element of the table, which is -1 too.
+        # In the index, each tar numbers its labels from 0 on its own, so that a changed tar can be listed alone.
+        # Renumber them across all tars. The label -1 (none) picks the last element of the table, which is -1 as well.
         table = np.array([*(numbers.setdefault(word, len(numbers)) for word in about["labels"]), -1], dtype=np.int32)
         first, last = index.starts[place : place + 2].tolist()
         labels[first:last] = table[labels[first:last]]
+    # Numbers in sorted order do not depend on which tar holds which label.
     label_names = sorted(numbers)
     rank = np.array([*(label_names.index(word) for word in numbers), -1], dtype=np.int32)  # found order -> sorted order
     found = torch.from_numpy(rank[labels])
@@ -97,7 +100,7 @@ def shard_collection(source: str) -> ImageCollection | None:
 
 
 def _scan_tars(root: Path, names: list[str], previous: FileIndex | None) -> Iterator[ContainerContents | int]:
-    """The contents of every tar; of one that has not changed, its number in the previous index."""
+    """The contents of every tar, or the number in the previous index of a tar that has not changed since."""
     known = {} if previous is None else {name: place for place, name in enumerate(previous.containers)}
     for name in names:
         stamp, place = change_stamp(root / name), known.get(name)
@@ -115,14 +118,16 @@ def _list_tar(path: Path, name: str, stamp: ChangeStamp) -> ContainerContents:
     numbers: dict[str, int] = {}
     with path.open("rb") as file:
         members, fault = _tar_members(file)
+        # `group_by_keys` expects members with their data. It is given (offset, size) in its place, so no image is read.
         stream = ({"fname": member, "data": byte_range, "__url__": name} for member, byte_range in members)
         try:
             samples = list(group_by_keys(stream))
         except ValueError as error:
             raise UserError(f"{path}: {error.args[0]}; pack it again with a key for each sample") from error
         if fault:
-            samples = samples[:-1]  # members of the last sample may be lost
+            samples = samples[:-1]  # the last sample may be incomplete
         for sample in samples:
+            # A sample maps suffixes to byte ranges. A suffix may itself contain dots, as in KEY.left.jpg.
             suffix = next((key for key in sample if f".{key.rpartition('.')[2]}" in IMAGE_SUFFIXES), None)
             if suffix is not None:
                 label = _read_label(file, sample, path)
@@ -130,7 +135,7 @@ def _list_tar(path: Path, name: str, stamp: ChangeStamp) -> ContainerContents:
                 images.append((os.fsencode(f"{sample['__key__']}.{suffix}"), *sample[suffix], number))
     if fault:
         fault = f"{fault}; the {len(images)} images before are used"
-    table = np.array([image[1:] for image in images], dtype=np.int64).reshape(-1, 3)
+    table = np.array([image[1:] for image in images], dtype=np.int64).reshape(-1, 3)  # (images, 3), also for none
     top = os.fsencode(name) + b"/"
     columns = {"hash": name_hashes(top + image[0] for image in images)}
     columns |= {key: table[:, column] for column, key in enumerate(("offset", "size", "label"))}
@@ -139,10 +144,10 @@ def _list_tar(path: Path, name: str, stamp: ChangeStamp) -> ContainerContents:
 
 
 def _tar_members(file: BinaryIO) -> tuple[list[tuple[str, ByteRange]], str]:
-    """Name, offset and size of the regular files in a tar; and its fault, '' if it has none.
+    """The (name, (offset, size)) of the regular files in a tar, and what is wrong with the tar, '' if nothing is.
 
-    With a fault, the last member may be incomplete. `tarfile` stops silently at a damaged header, so what it stopped at
-    is checked to be the block of zeros that ends a tar.
+    If something is, the last member may be incomplete. `tarfile` stops silently at a damaged header, so the block at
+    which it stopped is checked to be the block of zeros that ends a tar.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -151,6 +156,7 @@ def _tar_members(file: BinaryIO) -> tuple[list[tuple[str, ByteRange]], str]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory; not in typeshed
+                # The bytes of a sparse member are not contiguous, so they cannot be read as one range.
                 if member.isreg() and not member.issparse() and not WEBDATASET_METADATA.match(member.name):
                     found.append((member.name, (member.offset_data, member.size)))
             end = tar.offset
@@ -163,7 +169,7 @@ def _tar_members(file: BinaryIO) -> tuple[list[tuple[str, ByteRange]], str]:
 
 
 def _read_label(file: BinaryIO, sample: dict[str, Any], path: Path) -> str | None:
-    """The label in the members of a sample; None if there is none."""
+    """The label in KEY.cls or, without that, in KEY.json; None if a sample has neither. Reads these members only."""
     for suffix in ("cls", "json"):
         if suffix not in sample:
             continue

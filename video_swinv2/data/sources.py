@@ -1,4 +1,4 @@
-"""Which entries a run reads: `data.source` of its configuration as a manifest with labels, or as a mixture without."""
+"""Opens `data.source` of a configuration: a manifest for supervised runs, a mixture for self-supervised ones."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from video_swinv2.data.mixture import Mixture, MixtureSource
 from video_swinv2.data.shards import shard_collection
 from video_swinv2.errors import UsageError, UserError
 
-# A folder with one of these is a data set of videos, whatever else it holds.
+# A folder with one of these files is a data set of videos, whatever else it contains.
 VIDEO_LISTS = ("dataset.json", "train.csv", "train.txt")
 
 
 def labelled_manifest(data: DataConfig, split: str, classes: Sequence[str] | None = None) -> Manifest:
-    """The one data set of a supervised run; UsageError if there are several sources or a sample without a label.
+    """The data set of a supervised run. Raises UsageError for several sources, or for a sample without a label.
 
-    Images in folders or in tar shards have a split `val` even if only train is there (one image in twenty of each class
-    is held out), and a split `all`.
+    Images in folders or tar shards always have a split `all`, and a split `val` even if the source has only train: one
+    image in twenty of each class is then held out.
     """
     source = _single_source(data)
     if images := image_collection(source):
@@ -44,10 +44,10 @@ def labelled_splits(data: DataConfig) -> tuple[str, ...]:
 
 
 def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> Mixture:
-    """All samples of a self-supervised run: images, frames or clips of all sources, never of a test split.
+    """All samples of a self-supervised run: images, frames or clips of all sources, but never of a test split.
 
-    In training each source has its weight, a video gives `data.frames_per_video` samples, and each of those comes
-    `repeats` times (`augment.repeats`); in validation every held-out sample comes once.
+    In training, sources are weighted, each video gives `data.frames_per_video` samples, and each of these is repeated
+    `repeats` times (`augment.repeats`). In validation, every entry of the validation split gives one sample.
     """
     repeats = 1 if validation else repeats
     split = data.val_split if validation else data.train_split
@@ -60,11 +60,13 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
         if images := image_collection(path):
             if data.frames is not None:
                 raise UsageError(f"{path}: holds images, but data.frames asks for clips; omit one of the two")
+            # `all` includes the images of a test split, so it is refused like `test` itself if there is one.
             if split == ALL_IMAGES and "test" in images.splits_with_images:
                 raise UsageError(refusal)
             entries: Sequence[AnyEntry] = images.entries(split)
             per_entry = repeats
         else:
+            # A source of videos without this split contributes nothing; only if all are empty is that an error.
             videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
             check_files_exist(videos)
             entries, per_entry = compact_entries(videos), 1 if validation else data.frames_per_video * repeats
@@ -80,7 +82,7 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
 
 
 def image_collection(source: str) -> ImageCollection | None:
-    """The images of a folder or of tar shards; None for a data set of videos (it has lists, or holds videos only)."""
+    """The images of a folder or of tar shards; None for a data set of videos, which has lists or contains no images."""
     path = Path(source)
     if any((path / name).is_file() for name in VIDEO_LISTS) or (path.is_file() and path.suffix != ".tar"):
         return None
@@ -93,7 +95,10 @@ def image_collection(source: str) -> ImageCollection | None:
 
 
 def check_files_exist(entries: Sequence[Entry]) -> None:
-    """UserError naming the first listed file that does not exist: known now, not at the end of the first epoch."""
+    """Raise UserError naming the first listed file that does not exist.
+
+    Checked at the start, because a run would otherwise meet the missing file only when the epoch reaches it.
+    """
     missing = [entry.path for entry in entries if not entry.path.is_file()]
     if missing:
         raise UserError(
