@@ -1,6 +1,7 @@
-"""The verbs of `python -m data_prep`: parse the arguments, call one function, print the result. No logic.
+"""The command line `python -m data_prep`: each verb parses its arguments, calls one function and prints the result.
 
-Each verb imports what it runs only when it runs: `--help` and `status` must not wait for libraries they do not need.
+A verb imports the modules it needs only when it runs, so that `--help` and `status` do not wait for libraries that they
+do not use, such as PyAV and scikit-learn. For the same reason, choices that those modules define are repeated here.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code."""
+    """Run one verb. Returns the exit code: 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
     return run_verb(make_parser(), arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line: the verbs, and the arguments and an example of each."""
+    """The parser of the command line, with help and an example for every verb."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep", description="Turn raw videos into a checked data set that is fast to read."
     )
@@ -66,6 +67,7 @@ def _add_download(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "download Kinetics: lists and archives, and extract the videos; run again to resume after an interruption"
     example = "python -m data_prep download kinetics400 --split val --to raw/k400 --delete-archives"
     verb = add_verb(verbs, "download", _download, text, example)
+    # The keys of cvdf.VERSIONS.
     versions = ("kinetics400", "kinetics600", "kinetics700_2020")
     verb.add_argument("dataset", choices=versions, metavar="DATASET", help=", ".join(versions))
     verb.add_argument(
@@ -161,6 +163,7 @@ def _add_verify(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "check that every prepared video is intact; run again to resume after an interruption"
     verb = add_verb(verbs, "verify", _verify, text, "python -m data_prep verify data/k400 --level full --workers 16")
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
+    # The keys of verify.LEVELS.
     text = "header: the file opens and its index is right; full: every frame decodes; hash (default): header and sha256"
     verb.add_argument("--level", choices=("header", "full", "hash"), default="hash", help=text)
     verb.add_argument("--json", action="store_true", help="print JSON")
@@ -176,6 +179,8 @@ def _add_split(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _add_workers(verb: argparse.ArgumentParser) -> None:
+    # A job of a cluster may use only some of the machine's cores, which cpu_count does not know. macOS has no
+    # sched_getaffinity.
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     verb.add_argument(
         "--workers", type=_positive, default=count, metavar="N", help="worker processes, default one per core"
@@ -183,6 +188,7 @@ def _add_workers(verb: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -237,6 +243,7 @@ def _prepare(options: argparse.Namespace) -> int:
     resources = {"workers": options.workers, "executor": options.executor}
     if options.preflight:
         estimate = estimate_preparation(options.source, options.out, settings, **lists, **resources)
+        # Problems such as a full disk would stop the preparation, so a script can rely on the exit code.
         print(estimate.as_text())
         return 1 if estimate.problems else 0
     report = prepare(
@@ -250,9 +257,11 @@ def _prepare(options: argparse.Namespace) -> int:
         retry_failed=options.retry_failed,
     )
     _print_report(report)
+    # The data set has been written all the same; the exit code says that too much of it is missing.
     share = report.failed_share()
     if share > options.max_fail_rate:
         limit = f"more than --max-fail-rate {options.max_fail_rate:.1%}"
+        # A shard writes no failed.csv; the merge does.
         where = f"see {options.out / 'failed.csv'}" if options.shard is None else "`status` counts them by reason"
         raise UserError(f"{share:.1%} of the videos failed, {limit}; {where}")
     return 0

@@ -1,10 +1,10 @@
-"""Where the CVD Foundation publishes Kinetics, and reading the text files it publishes there.
+"""The layout in which the CVD Foundation (CVDF) publishes Kinetics, and readers for the text files it contains.
 
-The layout, the same in every mirror (from the scripts of github.com/cvdfoundation/kinetics-dataset):
-    400/annotations/val.csv, 600/annotations/val.txt    what the split should contain
-    400/val/k400_val_path.txt                           one URL of an archive per line
+Every mirror has the same layout, as used by the scripts of github.com/cvdfoundation/kinetics-dataset:
+    400/annotations/val.csv, 600/annotations/val.txt    the videos that the split should contain
+    400/val/k400_val_path.txt                           the URLs of the archives of the split, one per line
     400/val/part_0.tar.gz                               videos ID_START_END.mp4; 600 and 700_2020 have some per class
-    400/replacement_for_corrupted_k400.tgz              videos that replace broken ones, of all splits
+    400/replacement_for_corrupted_k400.tgz              videos of all splits that replace broken ones
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ from video_swinv2.files import atomic_write
 
 BASE_URL = "https://s3.amazonaws.com/kinetics"
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+# A plain file name: no separators or control characters, and no leading dot, which would hide the file.
 ARCHIVE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.(tar|tar\.gz|tgz)")
-# A video in its class folder. The id is everything before the last two fields, since it may contain underscores itself.
+# A path CLASS/ID_START_END.mp4, optionally below other folders and followed by more fields. The id is everything before
+# the two times, since it may contain underscores itself.
 CLIP_LINE = re.compile(
     r"(?:(?:.*/)?(?P<label>[^/]+)/)?(?P<id>[^/\s]+)_(?P<start>\d{6})_(?P<end>\d{6})(?:\.\w+)?(?:\s.*)?"
 )
+# A line of the sha256sum program. It separates hash and name by two spaces, or by " *" for a file read in binary mode.
 SUM_LINE = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
 @dataclass(frozen=True)
 class KineticsVersion:
-    """Where a version of Kinetics is below the base URL, and the file names of its annotations."""
+    """Where the files of one version of Kinetics are.
+
+    `folder` is relative to the base URL, and `prefix` begins the names of the lists of archives. `annotations` gives
+    the file name of the annotations by split. `replacement` is the archive with the replacements of broken videos; ''
+    if the version has none.
+    """
 
     folder: str
     prefix: str
@@ -42,7 +50,7 @@ class KineticsVersion:
 ANNOTATION_TABLES = {split: f"{split}.csv" for split in SPLITS}
 VERSIONS = {
     "kinetics400": KineticsVersion("400", "k400", ANNOTATION_TABLES, "replacement_for_corrupted_k400.tgz"),
-    # train.csv and val.csv exist too, but lack half of the videos (issue 33 of kinetics-dataset).
+    # There are also train.csv and val.csv, but half of the videos are missing from them (issue 33 of kinetics-dataset).
     "kinetics600": KineticsVersion("600", "k600", {**ANNOTATION_TABLES, "train": "train.txt", "val": "val.txt"}),
     "kinetics700_2020": KineticsVersion("700_2020", "k700_2020", ANNOTATION_TABLES),
 }
@@ -50,7 +58,11 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive of a split: its path below the base URL as the list spells it, and its file name on disk."""
+    """An archive of a split.
+
+    `path` is relative to the base URL and still percent-encoded, as in the list. `name` is the decoded file name on
+    disk.
+    """
 
     split: str
     path: str
@@ -58,12 +70,13 @@ class Archive:
 
     @property
     def key(self) -> str:
-        """Its path below the download folder; identifies it in archives.json."""
+        """The path relative to the download folder, which also identifies the archive in archives.json."""
         return f"archives/{self.split}/{self.name}"
 
 
 def text_fault(path: Path) -> str:
-    """What is wrong with the file if it is not a UTF-8 list; '' if it is one."""
+    """What is wrong with a file that should be a text list; '' if it can be one."""
+    # The first character shows whether it is HTML or XML, which some servers send with status 200 for an absent file.
     try:
         start = path.read_text(encoding="utf-8-sig").lstrip()[:1]
     except UnicodeDecodeError:
@@ -72,30 +85,36 @@ def text_fault(path: Path) -> str:
 
 
 def read_part_list(path: Path, split: str, folder: str) -> list[Archive]:
-    """The archives in a list of URLs. Raises UserError naming the file and the line.
+    """The archives in a list of URLs, without repetitions. Raises UserError naming the file and the line.
 
-    Only the part of a URL after `/kinetics/` counts, since a mirror has another base. A URL without that part is taken
-    to name a file in `folder`.
+    Only the part of a URL after `/kinetics/` is used, because a mirror has another base but often keeps the original
+    lists. If a URL does not contain `/kinetics/`, its file name is looked for in `folder`.
     """
     archives: dict[str, Archive] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
             continue
         whole_path = urlsplit(line.strip()).path
-        raw = whole_path.rpartition("/")[2]
+        raw = whole_path.rpartition("/")[2]  # still percent-encoded, as it has to be in a request
         below = whole_path.rpartition("/kinetics/")[2] if "/kinetics/" in whole_path else f"{folder}/{raw}"
         archive = Archive(split, below, unquote(raw))
+        # The list comes from the network, so its names must not lead outside the download folder or the source. The
+        # decoded name is checked, because %2e%2e also means "..".
         if not ARCHIVE_NAME.fullmatch(archive.name) or ".." in unquote(below).split("/"):
             raise UserError(
                 f"{path}, line {number}: {line.strip()!r} is not the URL of an archive; fix or remove the line"
             )
+        # A repeated line is harmless. Two archives with the same name would overwrite each other on disk.
         if archives.setdefault(archive.name, archive) != archive:
             raise UserError(f"{path}, line {number}: a second archive named {archive.name!r}; fix or remove the line")
     return list(archives.values())
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """sha256 by file name, in the format of the sha256sum program. Raises UserError naming the file and the line."""
+    """Read a file written by the sha256sum program. Returns the hexadecimal sha256 by file name.
+
+    Raises UserError naming the file and the line.
+    """
     sums = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         match = SUM_LINE.fullmatch(line.strip())
@@ -106,9 +125,11 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def write_list(published: Path, target: Path, split: str) -> str:
-    """Convert a published list to the CSV that `prepare` reads. Returns a remark if its form is unknown, otherwise ''.
+    """Convert a published list to the CSV that `prepare` reads.
 
-    A Kinetics CSV is copied unchanged. Lines that are paths of videos (CLASS/ID_START_END.mp4) are converted to one.
+    A Kinetics CSV is copied unchanged. A list of paths of videos (CLASS/ID_START_END.mp4) is converted to such a CSV.
+    Returns '' if that succeeded. A list in any other form is not converted, and a remark for the user is returned: the
+    videos can be downloaded all the same.
     """
     target.parent.mkdir(exist_ok=True)
     if is_kinetics_list(published):
@@ -123,11 +144,12 @@ def write_list(published: Path, target: Path, split: str) -> str:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for match in matches:
+            # The folder above a video is usually its class, but in a list without classes it may be the split.
             label = "" if match["label"] in (*SPLITS, None) else match["label"]
             writer.writerow((label, match["id"], int(match["start"]), int(match["end"]), split))
     return ""
 
 
 def listed_clips(path: Path, split: str) -> frozenset[str]:
-    """The file names, without suffix, of the videos in a Kinetics CSV; empty if there is no CSV."""
+    """The file names, without suffix, of the videos in a Kinetics CSV; empty if the CSV does not exist."""
     return frozenset(clip.stem for clip in read_kinetics_lines(path, split)) if path.exists() else frozenset()

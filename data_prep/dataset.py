@@ -1,7 +1,13 @@
-"""The files that turn a folder of videos into a data set: dataset.json, one list per split, failed.csv.
+"""Writing the files that make a folder of videos a data set: dataset.json, one list per split, and failed.csv.
 
-Each is replaced in one step, so a reader never sees half of one. dataset.json is written last: it records the hashes of
-the lists, and a folder without it is not yet a data set.
+    SPLIT.csv      path,label of every prepared video of a split, in order
+    failed.csv     path,reason,detail of every video that could not be prepared
+    extra.csv      the videos of the source that no list names; absent if there are none
+    dataset.json   the classes, counts, hashes, settings and versions
+
+Each file is replaced atomically, so a reader never sees an incomplete one. dataset.json is written last, because it
+records the hashes of the lists: a folder without it is not a data set yet, and if a run is killed between two files,
+`verify` notices that a list does not match it.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from video_swinv2.files import atomic_write, write_json
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """A video of the data set: its path relative to the data set, class name ('' for none), and sha256."""
+    """A prepared video: its path relative to the data set, its class name ('' for none), and the sha256 of the file."""
 
     path: str
     label: str
@@ -38,7 +44,7 @@ class PreparedVideo:
 
 @dataclass(frozen=True)
 class FailedVideo:
-    """A video that could not be prepared: its source, the reason (a key of outcomes.REASONS), and the error message."""
+    """A video that could not be prepared: its name in the source, the reason (a key of outcomes.REASONS), a detail."""
 
     path: str
     reason: str
@@ -47,7 +53,7 @@ class FailedVideo:
 
 @dataclass(frozen=True)
 class SplitContent:
-    """The videos of one split by outcome; `excluded` is how many listed videos were not to be prepared."""
+    """The videos of one split by outcome. `excluded` is the number of videos that are listed but not to be prepared."""
 
     ok: Sequence[PreparedVideo]
     failed: Sequence[FailedVideo] = ()
@@ -63,9 +69,10 @@ def write_dataset(
     settings: Mapping[str, Any],
     extra: Sequence[str] = (),
 ) -> None:
-    """Write SPLIT.csv, failed.csv, extra.csv (videos of the source on no list, if there are any), then dataset.json.
+    """Write the lists of all `splits`, failed.csv, extra.csv and finally dataset.json to the folder `out`.
 
-    Raises UserError if the folder cannot be written.
+    `classes` are in label order. `settings` are stored in dataset.json unchanged. `extra` are the videos of the source
+    that no list names. Raises UserError if the folder cannot be written.
     """
     record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
     counts = {split: _write_list(out / f"{split}.csv", content) for split, content in splits.items()}
@@ -73,9 +80,10 @@ def write_dataset(
     write_text(out / "failed.csv", _csv_text(("path", "reason", "detail"), failed))
     if extra:
         write_text(out / "extra.csv", _csv_text(("path",), [(path,) for path in extra]))
-    else:  # left by an earlier run
+    else:  # there may be one of an earlier run
         (out / "extra.csv").unlink(missing_ok=True)
-    # Computed from paths, labels and hashes only: the same videos have the same fingerprint on every machine.
+    # The fingerprint depends on paths, labels and hashes only, not on settings or versions: the same videos have the
+    # same fingerprint on every machine.
     fingerprints = "\n".join(f"{split} {count['fingerprint']}" for split, count in counts.items())
     record["fingerprint"] = hashlib.sha256(fingerprints.encode()).hexdigest()
     record |= {"splits": counts, "extra": len(extra), "settings": dict(settings), "versions": versions()}
@@ -84,10 +92,13 @@ def write_dataset(
 
 def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
     """Write the list of a split. Returns its entry in dataset.json."""
+    # The text is built in memory, since its hash is needed as well.
     text = _csv_text(("path", "label"), [(item.path, item.label) for item in content.ok])
     write_text(path, text)
     reasons = dict(Counter(item.reason for item in content.failed))
     ok, failed, excluded = len(content.ok), len(content.failed), content.excluded
+    # outcome_counts checks that the groups add up to the number listed. "duplicate" stands for all excluded videos,
+    # since only their total is used.
     counts = VideoCounts(
         listed=ok + failed + excluded, ok=ok, pending=0, failed=reasons, excluded={"duplicate": excluded}
     )
@@ -103,7 +114,7 @@ def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
-    """The parsed dataset.json of a folder; None if there is none. Raises UserError if it cannot be read."""
+    """The parsed dataset.json of a folder; None if it has none. Raises UserError if the file cannot be read as JSON."""
     path = out / "dataset.json"
     if not path.is_file():
         return None
@@ -115,7 +126,8 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that decides the bytes of a prepared video."""
+    """The versions of all software that influences the bytes of a prepared video."""
+    # PyAV's wheels contain their own FFmpeg, so the version of libavcodec is not that of the system.
     codec = ".".join(str(number) for number in av.library_versions["libavcodec"])
     return {
         "video_swinv2": __version__,
@@ -127,12 +139,14 @@ def versions() -> dict[str, str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, synced to disk. Raises UserError naming the file."""
+    """Write a text file atomically and sync it to disk. Raises UserError naming the file."""
+    # newline="" writes the text unchanged, so that the hash of the text is also that of the file.
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
 def _csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The text of a CSV file with `\\n` line ends, in place of the csv module's default `\\r\\n`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

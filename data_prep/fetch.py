@@ -1,13 +1,16 @@
-"""One file from a server or a folder: resumed by byte range, checked against what the server said, whole or absent.
+"""Fetch one file from a server or a folder, resuming by byte range. The file is complete and checked, or absent.
 
-While a file NAME is incomplete it is `.NAME.part`, and `.NAME.part.json` beside it holds what the server said of the
-whole file (size, ETag, date). Half a file is only worth something together with the other half of the same file, so a
-request for the rest carries `If-Range`: if the file has changed, the server sends all of it, and we start over.
+An incomplete file NAME is stored as `.NAME.part`. The note `.NAME.part.json` beside it records what the server reported
+about the complete file (size, ETag, date). The two halves of a download must come from the same version of the file, so
+the request for the rest carries `If-Range`: if the file has changed since, the server sends all of it, and the download
+starts over.
 
-urllib3's Retry counts the attempts and computes the pauses, but the loop around them is ours, because a Retry inside an
-HTTPAdapter cannot resume. It repeats a request only until the response headers have arrived, while most failures of a
-large download come in the body; it would repeat the same `Range` header, although more bytes are on disk by then; and
-it would count attempts that made progress, so that a connection that drops after every 100 MB would never finish.
+urllib3's Retry counts the attempts and computes the pauses, but the loop around it is our own. A Retry inside an
+HTTPAdapter cannot resume, for three reasons:
+
+- It repeats a request only until the response headers have arrived, while a large download mostly fails in the body.
+- It would repeat the same `Range` header, although more bytes are on disk by then.
+- It would also count attempts that made progress, so a connection that drops after every 100 MB would never finish.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path, write_json
 
 CONNECT_SECONDS = 10.0
-READ_SECONDS = 30.0  # without a byte; also the longest that Ctrl-C may have to wait
-MAX_ATTEMPTS = 8  # in a row without progress: a minute or two in all
+READ_SECONDS = 30.0  # without receiving a byte; also the longest that Ctrl-C may have to wait
+MAX_ATTEMPTS = 8  # in a row without progress; the pauses between them add up to about two minutes
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 60.0
 PROGRESS_BYTES = 1 << 20  # an attempt that adds less than this made no progress
-BLOCK = 1 << 16  # bytes; what can be lost when a connection is reset
+BLOCK = 1 << 16  # bytes read at a time; at most this much is lost when a connection is reset
+# Timeout, too early, too many requests, and the errors of an overloaded or restarting server.
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -44,15 +48,15 @@ class AbsentError(UserError):
 
 
 class DiskError(UserError):
-    """The disk cannot be written; every other file would fail too."""
+    """The disk cannot be written, so every other file would fail as well."""
 
 
 class StopError(Exception):
-    """The work was stopped by the caller."""
+    """The caller has asked for the work to stop, by setting `stop`."""
 
 
 class _TransientError(Exception):
-    """A failure that may go away by itself; `wait_seconds` is how long the server asks us to wait."""
+    """A failure that may not happen again; `wait_seconds` is how long the server asks us to wait, 0 if it does not."""
 
     def __init__(self, text: str, wait_seconds: float = 0.0) -> None:
         super().__init__(text)
@@ -61,7 +65,10 @@ class _TransientError(Exception):
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A complete file; the fields are stored in archives.json."""
+    """A file that was fetched completely. The fields are stored in archives.json.
+
+    `size` is in bytes and `sha256` hexadecimal. `etag` and `last_modified` are the server's headers, '' if unknown.
+    """
 
     address: str
     size: int
@@ -72,7 +79,10 @@ class FetchedFile:
 
 @dataclass(frozen=True)
 class _RemoteFile:
-    """What the server says of the whole file; stored beside the partial file."""
+    """What the server reports about the complete file; stored as a note beside the partial file.
+
+    `size` is in bytes, None if the server did not announce it. The strings are '' if unknown.
+    """
 
     address: str
     size: int | None
@@ -81,9 +91,10 @@ class _RemoteFile:
     md5: str
 
     def validator(self) -> str:
-        """The value for If-Range: a strong ETag, otherwise the date; '' if the file cannot be recognised again.
+        """The value for the header If-Range: the ETag if it is strong, otherwise the date of the last modification.
 
-        A weak ETag (`W/"..."`) does not promise equal bytes, so RFC 9110 forbids it here.
+        '' if the server sent neither; the partial file then cannot be resumed. A weak ETag (`W/"..."`) does not promise
+        identical bytes, so RFC 9110, section 13.1.5, does not allow it in If-Range.
         """
         return self.etag if self.etag.startswith('"') else self.last_modified
 
@@ -97,39 +108,45 @@ def fetch_file(
     stop: threading.Event | None = None,
     on_bytes: Callable[[int], None] = lambda size: None,
 ) -> FetchedFile:
-    """Bring a file, by URL or path, to `target`. If it is already there it is only checked.
+    """Fetch the file at `address`, a URL or a path, to `target`. If the target exists, it is only checked.
 
-    `find_fault` inspects the complete file before it gets its name, and says what is wrong with it ('' if nothing);
-    `sha256`, if given, must match; `on_bytes` is called with the size of every block received. Setting `stop` ends the
-    work with StopError, and the next call resumes.
+    `find_fault` inspects the complete file before it is renamed to `target`, and returns what is wrong with it, or ''.
+    `sha256`, if given, must match. `on_bytes` is called with the size of every block received. Setting `stop` ends the
+    call with StopError, and the next call resumes a download.
 
-    Raises UserError naming the address; AbsentError if the source has no such file; DiskError naming the target.
+    Raises AbsentError if the source does not have the file; DiskError, naming the target, if it cannot be written;
+    otherwise UserError, naming the address, or the target if that already exists but is wrong.
     """
     stop = stop or threading.Event()
     partial, remote = partial_path(target), _RemoteFile(address, None, "", "", "")
     with as_disk_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        # An existing target takes the place of the partial file, so that it goes through the same checks below.
         if target.is_file():
             partial = target
         elif is_url(address):
             remote = _download(address, partial, stop, on_bytes)
         else:
             _copy(Path(address), partial, stop, on_bytes)
+        # Hashed from the disk rather than while receiving: a resumed file has parts that this process never received.
         hashes = _hash_file(partial, stop)
         fault = _hash_difference(hashes, sha256, remote.md5) or find_fault(partial)
+        # A file that was there before is never deleted here, since it may be the user's own. A bad download is deleted,
+        # or the next call would resume it.
         if fault and partial == target:
             raise UserError(f"{target}: {fault}; remove it to fetch it again")
         if fault:
             _discard(partial)
             raise UserError(f"{address}: {fault}; run again or try another source")
         if partial != target:
+            # The note is deleted last. If it is left behind, it does no harm without a partial file.
             commit_file(partial, target)
             _note_path(partial).unlink(missing_ok=True)
         return FetchedFile(address, target.stat().st_size, hashes[0], remote.etag, remote.last_modified)
 
 
 def is_url(address: str) -> bool:
-    """Whether the address is that of a server rather than a path."""
+    """Whether an address is an HTTP or HTTPS URL rather than a path."""
     return address.startswith(("http://", "https://"))
 
 
@@ -146,7 +163,7 @@ def as_disk_error(path: Path) -> Iterator[None]:
 
 
 def require_free_space(folder: Path, size: int) -> None:
-    """Raises DiskError if `size` more bytes do not fit."""
+    """Raise DiskError if the file system of `folder` has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if size > free:
         problem = f"{size / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB are free"
@@ -154,18 +171,22 @@ def require_free_space(folder: Path, size: int) -> None:
 
 
 def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
-    """Make attempts until the partial file is complete, with growing pauses, as long as attempts make progress."""
+    """Repeat attempts, with growing pauses, until the partial file is complete.
+
+    Raises UserError after MAX_ATTEMPTS in a row without progress, and StopError.
+    """
     retries, most = _new_retries(), 0  # `most`: bytes on disk after the best attempt so far
     while True:
         try:
             return _attempt(address, partial, stop, on_bytes)
         except _TransientError as error:
-            # Compared with the best attempt, not with the last one: a server that cannot resume sends the same first
-            # bytes every time, and that is no progress.
+            # Progress is measured against the best attempt, not the last one: a server that cannot resume sends the
+            # same first bytes every time, which is no progress.
             size = _size(partial)
             if size >= most + PROGRESS_BYTES:
                 retries = _new_retries()
             most = max(most, size)
+            # increment returns a copy with one attempt fewer, or raises if none is left.
             try:
                 retries = retries.increment(error=error)
             except urllib3.exceptions.MaxRetryError:
@@ -174,12 +195,16 @@ def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Call
                 ) from error
             pause = max(retries.get_backoff_time(), min(error.wait_seconds, MAX_PAUSE_SECONDS))
             print(f"{address}: {error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
-            if stop.wait(pause):  # not Retry.sleep, which nothing can interrupt
+            if stop.wait(pause):  # rather than Retry.sleep, which another thread cannot interrupt
                 raise StopError from error
 
 
 def _new_retries() -> urllib3.Retry:
-    """Pauses of 0, 2, 4, 8, ... seconds; the jitter keeps workers that failed together from returning together."""
+    """A full count of attempts, with pauses of 0, 2, 4, 8, ... seconds between them, at most MAX_PAUSE_SECONDS.
+
+    A random extra of up to a second (jitter) keeps workers whose connections failed together from returning at the same
+    moment. The first attempt is not a retry, hence MAX_ATTEMPTS - 1.
+    """
     return urllib3.Retry(
         MAX_ATTEMPTS - 1,
         backoff_factor=FIRST_PAUSE_SECONDS,
@@ -189,12 +214,17 @@ def _new_retries() -> urllib3.Retry:
 
 
 def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
-    """One request for what the partial file still lacks. Raises _TransientError if it may be worth another attempt."""
+    """Request the bytes that the partial file still lacks, and append them. Returns what is known of the whole file.
+
+    Raises _TransientError if another attempt may succeed; AbsentError, DiskError, UserError, StopError.
+    """
     remote = _read_note(partial, address)
-    # Without a validator nothing can tell whether the bytes on disk belong to the file the server has now.
+    # Without a validator there is no way to tell whether the bytes on disk belong to the server's current file.
     have = _size(partial) if remote and remote.validator() else 0
+    # Complete already: the earlier run was interrupted after the last byte. A request for the rest would fail with 416.
     if remote and have and have == remote.size:
         return remote
+    # "identity": no compression in transit, because offsets and sizes must be those of the file itself.
     headers = {"Accept-Encoding": "identity"}
     if remote and have:
         headers |= {"Range": f"bytes={have}-", "If-Range": remote.validator()}
@@ -203,7 +233,8 @@ def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Calla
         if remote.size is not None:
             require_free_space(partial.parent, remote.size - offset)
         if not offset:
-            # In this order: when killed in between, there must never be bytes beside a note that describes other bytes.
+            # The whole file is coming, so the old bytes and their note are deleted before the new note is written. In
+            # this order, a run killed in between never leaves bytes beside a note that describes another file.
             _discard(partial)
             write_json(_note_path(partial), asdict(remote))
         with partial.open("ab" if offset else "wb") as file:
@@ -217,6 +248,7 @@ def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Calla
                     raise UserError(f"{address}: sent more than the {remote.size} bytes announced; try another source")
                 file.write(block)
                 on_bytes(len(block))
+    # A connection that closes early looks like the regular end of the body, so the count has to be compared.
     if remote.size is not None and written < remote.size:
         raise _TransientError(f"the connection ended after {written} of {remote.size} bytes")
     return remote
@@ -225,13 +257,17 @@ def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Calla
 def _interpret(
     response: requests.Response, address: str, known: _RemoteFile | None, have: int, partial: Path
 ) -> tuple[int, _RemoteFile]:
-    """Where in the file the body begins (0 or `have`), and what is known of the whole file.
+    """The offset in the file at which the body begins (0 or `have`), and what is known of the whole file.
 
-    Raises _TransientError, AbsentError.
+    `known` is the note of the partial file, which has `have` usable bytes. Raises _TransientError, AbsentError.
     """
     status = response.status_code
-    if status == 200:  # the whole file: the first request, or the file has changed, or the server cannot resume
+    # 200: the body is the whole file. Either that was requested, or the file has changed, or the server cannot resume.
+    if status == 200:
         return 0, _remote_file(response, address, _to_int(response.headers.get("Content-Length")))
+    # 206: the body is a range. In case the server ignores If-Range, the range is accepted only if it begins exactly at
+    # our offset and neither the ETag nor the size shows a change. Content-Range is `bytes FIRST-LAST/SIZE`, with `*`
+    # for an unknown size.
     if status == 206 and known is not None and have:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         size = (_to_int(span[2]) if span else None) or known.size
@@ -239,20 +275,23 @@ def _interpret(
         if span and int(span[1]) == have and same_file:
             return have, replace(known, size=size)
     if status in (206, 416):
-        # Part of another file, another range, or a range beyond the end: start over.
+        # The range is of another file or begins elsewhere, or (416) the file now ends before our offset: start over.
         _discard(partial)
         raise _TransientError(f"the server's reply ({status}) does not fit the bytes fetched before")
     reason = f"the server answers {status} {response.reason or ''}".strip()
+    # Retry-After may also be a date; it is then ignored, and the usual pause applies.
     if status in TRANSIENT_STATUS:
         raise _TransientError(reason, _to_int(response.headers.get("Retry-After")) or 0)
     raise AbsentError(f"{address}: {reason}; check the source and the name")
 
 
 def _remote_file(response: requests.Response, address: str, size: int | None) -> _RemoteFile:
+    """What the headers of a response with status 200 say of the file."""
     headers = response.headers
     etag = headers.get("ETag", "")
-    # On S3 the ETag is the MD5 of the bytes, unless the file was uploaded in several pieces (then it contains a dash)
-    # or is encrypted with a key of its owner. On other servers it may be anything.
+    # On S3 the ETag is the MD5 of the content, with two exceptions: files uploaded in several parts (the ETag then
+    # contains a dash, which the pattern does not match) and files encrypted with KMS. On other servers the ETag may be
+    # anything, so the header x-amz-request-id has to show that this is S3.
     is_md5 = "x-amz-request-id" in headers and "kms" not in headers.get("x-amz-server-side-encryption", "")
     md5 = re.fullmatch(r'"([0-9a-f]{32})"', etag) if is_md5 else None
     return _RemoteFile(address, size, etag, headers.get("Last-Modified", ""), md5[1] if md5 else "")
@@ -260,6 +299,7 @@ def _remote_file(response: requests.Response, address: str, size: int | None) ->
 
 @contextlib.contextmanager
 def _request(address: str, headers: dict[str, str]) -> Iterator[requests.Response]:
+    """Yield the response to a GET request, whose body has not been read yet. Raises _TransientError, UserError."""
     try:
         response = requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
     except (requests.ConnectionError, requests.Timeout) as error:
@@ -271,7 +311,11 @@ def _request(address: str, headers: dict[str, str]) -> Iterator[requests.Respons
 
 
 def _blocks(response: requests.Response) -> Iterator[bytes]:
-    """The body exactly as sent. Decoding a Content-Encoding would unzip what S3 labels as a gzipped tar."""
+    """The body in blocks, exactly as sent. Raises _TransientError if the connection fails.
+
+    `response.iter_content` would decode a Content-Encoding. If S3 labels a .tar.gz as gzip-encoded, it would return the
+    uncompressed tar, with other offsets and another hash.
+    """
     while True:
         try:
             block = response.raw.read(BLOCK, decode_content=False)
@@ -283,6 +327,7 @@ def _blocks(response: requests.Response) -> Iterator[bytes]:
 
 
 def _copy(source: Path, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> None:
+    """Copy a file of a source folder, from the beginning. Raises AbsentError, DiskError, StopError."""
     try:
         with partial.open("wb") as copy:
             for block in _blocks_of_file(source, partial.parent):
@@ -291,11 +336,13 @@ def _copy(source: Path, partial: Path, stop: threading.Event, on_bytes: Callable
                 copy.write(block)
                 on_bytes(len(block))
     except (AbsentError, StopError):
-        partial.unlink()  # a copy is not resumed: nothing would show that both halves are of the same file
+        partial.unlink()  # a copy is never resumed: there is no ETag to show that both halves are of the same file
         raise
 
 
 def _blocks_of_file(source: Path, target_folder: Path) -> Iterator[bytes]:
+    """The content of a file in blocks. Raises AbsentError; DiskError if it does not fit into `target_folder`."""
+    # A function of its own, so that an OSError from reading is not taken for one from writing (see as_disk_error).
     try:
         with source.open("rb") as file:
             require_free_space(target_folder, source.stat().st_size)
@@ -306,7 +353,8 @@ def _blocks_of_file(source: Path, target_folder: Path) -> Iterator[bytes]:
 
 
 def _hash_file(path: Path, stop: threading.Event) -> tuple[str, str]:
-    """(sha256, MD5) of a file, read back from the disk."""
+    """(sha256, MD5) of a file in hexadecimal, read from the disk. Raises StopError."""
+    # usedforsecurity=False: MD5 is only compared with an ETag; without it, Python refuses MD5 on FIPS systems.
     digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -318,18 +366,19 @@ def _hash_file(path: Path, stop: threading.Event) -> tuple[str, str]:
 
 
 def _hash_difference(hashes: tuple[str, str], sha256: str, md5: str) -> str:
-    """How the hashes differ from the expected ones; '' if they agree, or nothing is expected."""
+    """How `hashes` (sha256, MD5) differ from the expected ones; '' if they agree. Expected hashes of '' are ignored."""
     if sha256 and hashes[0] != sha256:
         return f"its sha256 begins {hashes[0][:12]}, but the one recorded or published begins {sha256[:12]}"
     return f"its MD5 is not {md5}, which its ETag announced" if md5 and hashes[1] != md5 else ""
 
 
 def _note_path(partial: Path) -> Path:
+    """The path of the note beside a partial file."""
     return partial.with_name(f"{partial.name}.json")
 
 
 def _read_note(partial: Path, address: str) -> _RemoteFile | None:
-    """What the server said of a partial file; None if the note is unreadable or about another address."""
+    """The note of a partial file; None if it is absent or unreadable, or if it is about another address."""
     try:
         remote = _RemoteFile(**json.loads(_note_path(partial).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -338,6 +387,7 @@ def _read_note(partial: Path, address: str) -> _RemoteFile | None:
 
 
 def _discard(partial: Path) -> None:
+    # The note first: bytes without a note are never resumed.
     _note_path(partial).unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
 
@@ -347,11 +397,14 @@ def _size(path: Path) -> int:
 
 
 def _to_int(text: str | None) -> int | None:
+    """The value of a header as an integer; None if it is absent or anything else than digits."""
     return int(text) if text and text.isdecimal() else None
 
 
 def _innermost_message(error: BaseException) -> str:
-    """The innermost of a chain of library errors, in one line."""
+    """The innermost of a chain of library errors, on one line."""
+    # requests wraps the errors of urllib3, which wrap those of the socket, in `reason` or in `args`. The outer messages
+    # repeat the inner ones and contain the addresses of objects in memory.
     inner: object = error
     while isinstance(inner, BaseException):
         text = f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__

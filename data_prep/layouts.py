@@ -1,7 +1,8 @@
-"""The official lists of Kinetics, UCF101, HMDB51 and Something-Something V2, and finding the videos they name.
+"""Readers for the official lists of Kinetics, UCF101, HMDB51 and Something-Something V2.
 
-The lists name videos in their own ways (a YouTube id and two times, CLASS/NAME.avi, a number), and copies of a data set
-differ in where the files are. So a list is read against a VideoTree, which finds a file by its stem wherever it is.
+Every data set names its videos differently (a YouTube id and two times, CLASS/NAME.avi, or a number), and people keep
+the files in different folders. A list is therefore read together with a VideoTree, which finds a file by its stem
+anywhere below the source.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from video_swinv2.data.lists import ListedVideo, choose_copy, read_kinetics_line
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_text_lines
 
-# Folders in which the official lists end up when unpacked beside the videos; "" is the folder of the videos itself.
+# Folders, relative to the videos, in which people unpack the official lists. "" is the folder of the videos itself.
 LIST_FOLDERS = ("", "annotations", "labels", "splits", "ucfTrainTestlist", "testTrainMulti_7030_splits")
 OFFICIAL_FILE = re.compile(
     r"classInd\.txt|(train|test)list0\d\.txt|.+_test_split\d\.txt|(something-something-v2-)?(labels|train|validation|test)\.json"
 )
-# ID_START_END. An id may itself contain underscores, so only the two times show where it ends.
+# ID_START_END with times in whole seconds. An id may contain underscores itself, so it ends before the two times.
 KINETICS_NAME = re.compile(r"(?P<origin>.+)_\d{6}_\d{6}")
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+# v_CLASS_gGG_cCC. The videos of a group gGG are cut from the same longer video.
 UCF101_NAME = re.compile(r"v_(?P<origin>.+_g\d{2})_c\d{2}")
-# What follows the film's name and the class: visible parts, camera motion, people, viewpoint, quality, number.
+# FILM_CLASS, followed by HMDB51's tags: visible body part, camera motion, people, viewpoint, quality, number.
 HMDB51_NAME = re.compile(r"(?P<origin>.+)_[hufl]_(?:cm|nm)_np\d_(?:fr|ri|le|ba)_(?:goo|med|bad)_\d+")
 
 
 class SourceVideo(NamedTuple):
-    """A video as the list of a source names it.
+    """One video of a source, as a list names it.
 
-    `name` is its path below the root, or the path it should have if it is absent; `path` is absolute. `label` as in
-    `ListedVideo`. `where` names the list and the line, for messages. `origin` is the video it was cut from, for example
-    a YouTube id; '' if unknown. `start` and `end`, in seconds, bound the segment to cut out; None for the whole video.
+    `name` is the path relative to the root of the source; if the file is absent, the path it should have. `path` is the
+    absolute path. `label` is as in `ListedVideo`. `where` gives the list and the line for error messages. `origin`
+    identifies the longer video that this one was cut from, for example by a YouTube id; '' if unknown. `start` and
+    `end`, in seconds, bound the segment that is to be cut out; None means the whole file.
     """
 
     split: str
@@ -51,21 +54,25 @@ class SourceVideo(NamedTuple):
 
 
 class VideoTree:
-    """The videos below a folder, which is walked once, and finding them by stem (file name without suffix)."""
+    """All videos below a folder, indexed by stem (file name without suffix). The folder is walked once."""
 
     def __init__(self, root: Path) -> None:
         self.prefix = f"{root}/"
         self.videos = videos_below(root)
         self._by_stem = videos_by_stem(self.videos)
+        # Filled on first use: only UCF101 needs it.
         self._by_folded_stem: dict[str, list[str]] = {}
 
     def find(self, stem: str, folder: str) -> str | None:
-        """The path, below the root, of the video with this stem; of several, the one in `folder`. None if absent."""
+        """The path, relative to the root, of the video with this stem; None if there is no such video.
+
+        If several videos have it, one below a folder named `folder` (a split or a class) is preferred.
+        """
         names = self._by_stem.get(stem)
         return choose_copy(names, folder) if names else None
 
     def find_ignoring_case(self, stem: str, folder: str) -> str | None:
-        """As `find`, but ignoring case if no video has exactly this stem."""
+        """Like `find`, but compares without case if no video has exactly this stem."""
         if stem in self._by_stem:
             return self.find(stem, folder)
         if not self._by_folded_stem:
@@ -77,10 +84,10 @@ class VideoTree:
 
 @dataclass(frozen=True)
 class SourceListing:
-    """Everything the lists of a source name: the ordered classes and the videos.
+    """The content of all lists of a source.
 
-    `tree` is None if there is no list and the folder itself is the source. `unused` are videos that the lists name but
-    assign to no split.
+    `classes` are in label order. `tree` is None if the source has no lists, so that its folders define the videos.
+    `unused` holds the names of videos that the lists mention without assigning them to a split.
     """
 
     root: Path
@@ -91,10 +98,11 @@ class SourceListing:
 
 
 def read_official_lists(source: Path, annotations: Sequence[Path], number: int) -> SourceListing | None:
-    """The listing of UCF101, HMDB51 (official split `number`) or Something-Something V2; None if none of them is found.
+    """The listing of UCF101, HMDB51 (both with official split `number`) or Something-Something V2.
 
-    The lists are looked for in the folders `annotations`, otherwise in `source` and in LIST_FOLDERS below it. Raises
-    UsageError.
+    The lists are searched for in the folders `annotations` if given, otherwise in LIST_FOLDERS below `source`. Returns
+    None if there are no such lists. Raises UsageError if one of the arguments is a single official list instead of
+    their folder, or if a list cannot be read.
     """
     for path in (source, *annotations):
         if path.is_file() and OFFICIAL_FILE.fullmatch(path.name):
@@ -113,18 +121,20 @@ def read_official_lists(source: Path, annotations: Sequence[Path], number: int) 
 
 
 def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[SourceVideo]:
-    """The videos of a Kinetics list: files already trimmed (ID_START_END), or segments of whole videos (ID).
+    """The videos of a Kinetics list: trimmed files (ID_START_END), or segments to be cut from whole videos (ID, v_ID).
 
-    They are found anywhere in the tree. A video that is absent gets the name it should have, and later fails as
-    missing. Raises UsageError naming the line.
+    The files may be anywhere in the tree. A video that is absent gets the name it should have, and later fails with the
+    reason `missing`. Raises UsageError naming the line.
     """
     for clip in read_kinetics_lines(path, split):
+        # label, where, origin, youtube_id: the fields of SourceVideo that are the same in both cases below.
         fields = (clip.label or None, clip.where, clip.youtube_id, clip.youtube_id)
         stem = clip.stem
+        # A trimmed file wins over a whole video, because nothing has to be cut.
         trimmed = tree.find(stem, split)
         whole = None if trimmed else tree.find(clip.youtube_id, split) or tree.find(f"v_{clip.youtube_id}", split)
         if whole:
-            # The usual stem holds whole seconds; segments with fractional times must not collide under it.
+            # The usual stem rounds times down to whole seconds, so two segments with fractional times could share it.
             if not (clip.start.is_integer() and clip.end.is_integer()):
                 stem = f"{clip.youtube_id}_{clip.start:010.3f}_{clip.end:010.3f}"
             yield SourceVideo(split, f"{stem}.mp4", _absolute(tree, whole), *fields, clip.start, clip.end)
@@ -134,24 +144,32 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
 
 
 def video_from_row(row: ListedVideo, split: str) -> SourceVideo:
-    """The video of a line of any other list, or of a file in a folder. Only its name can reveal its origin."""
+    """The video of a line of any other list, or of a file in a folder. Its origin is guessed from the file name."""
     origin = origin_of(_stem(row.name), row.label)
+    # Other data sets use names of the same form, so the origin must also look like a YouTube id.
     youtube_id = origin if KINETICS_NAME.fullmatch(_stem(row.name)) and YOUTUBE_ID.fullmatch(origin) else ""
     return SourceVideo(split, row.name, row.path, row.label, row.where, origin, youtube_id)
 
 
 def origin_of(stem: str, label: str | int | None = None) -> str:
-    """The video a file was cut from, by the naming rules of Kinetics, UCF101 and HMDB51; '' for any other name."""
+    """The longer video a file was cut from, by the naming rules of Kinetics, UCF101 and HMDB51; '' for other names.
+
+    `label` is the class name, which HMDB51 includes in its file names.
+    """
     for form in (KINETICS_NAME, UCF101_NAME):
         if match := form.fullmatch(stem):
             return match["origin"]
     match = HMDB51_NAME.fullmatch(stem)
-    # FILM_CLASS. Where a name abbreviates the class, the abbreviation stays part of the origin.
+    # Remove the class from FILM_CLASS, since one film has scenes of several classes. Some file names abbreviate the
+    # class; the abbreviation then stays part of the origin.
     return match["origin"].removesuffix(f"_{label}") if match else ""
 
 
 def _ucf101(source: Path, folder: Path, number: int) -> SourceListing:
-    """Lines `Class/v_Class_g01_c02.avi 1`; classInd.txt numbers the classes from 1. The test lists omit the number."""
+    """Read UCF101: classInd.txt numbers the classes from 1, and trainlist01.txt to testlist03.txt name the videos.
+
+    Their lines are `Class/v_Class_g01_c02.avi 1`; the test lists omit the class number, so the folder gives the class.
+    """
     numbered = [line.split(maxsplit=1) for line in read_text_lines(folder / "classInd.txt") if line.strip()]
     try:
         classes = tuple(name.strip() for _, name in sorted((int(place), name) for place, name in numbered))
@@ -162,14 +180,17 @@ def _ucf101(source: Path, folder: Path, number: int) -> SourceListing:
         for where, line in _numbered_lines(folder / f"{split}list0{number}.txt"):
             listed = line.split()[0]
             label = listed.partition("/")[0]
-            # The lists spell v_HandStandPushups what some copies of the videos spell v_HandstandPushups.
+            # The lists spell v_HandStandPushups, while some copies of the videos spell v_HandstandPushups.
             name = tree.find_ignoring_case(_stem(listed), label) or listed
             videos.append(SourceVideo(split, name, _absolute(tree, name), label, where, origin_of(_stem(name))))
     return SourceListing(source, classes, videos, tree)
 
 
 def _hmdb51(source: Path, folder: Path, number: int) -> SourceListing:
-    """One file per class, CLASS_test_split1.txt, with lines `name.avi 1`: 1 is train, 2 is test, 0 is neither."""
+    """Read HMDB51: one list per class, CLASS_test_split1.txt, with lines `name.avi 1`.
+
+    The number is 1 for train, 2 for test, and 0 for videos that the split does not use.
+    """
     ending = f"_test_split{number}.txt"
     paths = sorted(folder.glob(f"*{ending}"))
     classes = tuple(sorted(path.name.removesuffix(ending) for path in paths))
@@ -179,7 +200,7 @@ def _hmdb51(source: Path, folder: Path, number: int) -> SourceListing:
     for path in paths:
         label = path.name.removesuffix(ending)
         for where, line in _numbered_lines(path):
-            listed, _, use = line.rpartition(" ")
+            listed, _, use = line.rpartition(" ")  # from the right, in case the name contains spaces
             if use not in ("0", "1", "2") or not listed:
                 raise UsageError(f"{where}: must be `name 0`, `name 1` or `name 2`")
             name = tree.find(_stem(listed.strip()), label) or f"{label}/{listed.strip()}"
@@ -192,9 +213,11 @@ def _hmdb51(source: Path, folder: Path, number: int) -> SourceListing:
 
 
 def _something_v2(source: Path, folder: Path) -> SourceListing:
-    """labels.json numbers the classes; the other lists hold {id, template}. A template without its brackets is a class.
+    """Read Something-Something V2: labels.json numbers the classes, and the other lists hold {id, template} objects.
 
-    The test list has no templates. Its classes are in test-answers.csv, with lines `id;class`, if that is present.
+    The class is the template without its brackets: "Pushing [something]" is of class "Pushing something". The test list
+    has no templates. Its classes are in test-answers.csv, with lines `id;class`; without that file the test videos have
+    no label.
     """
     numbers: dict[str, Any] = _read_json(_json_file(folder, "labels"))
     classes = tuple(sorted(numbers, key=lambda name: int(numbers[name])))
@@ -213,12 +236,13 @@ def _something_v2(source: Path, folder: Path) -> SourceListing:
 
 
 def _json_file(folder: Path, word: str) -> Path:
-    """The path of a list: with the prefix of the first release, or without it as in the second."""
+    """The path of a list: with the file name prefix of the first release, or without it as in the second."""
     long = folder / f"something-something-v2-{word}.json"
     return long if long.is_file() else folder / f"{word}.json"
 
 
 def _read_json(path: Path) -> Any:
+    """The parsed content of a JSON file. Raises UsageError naming it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -226,7 +250,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(list and line number, for messages; text) of every line that is not blank."""
+    """Pairs of ("PATH, line N" for error messages, stripped text), one for every line that is not blank."""
     for number, line in enumerate(read_text_lines(path), start=1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
@@ -237,4 +261,5 @@ def _stem(name: str) -> str:
 
 
 def _absolute(tree: VideoTree, name: str) -> str:
+    # String concatenation, because creating Path objects is slow for lists as long as those of Kinetics.
     return name if name.startswith("/") else tree.prefix + name

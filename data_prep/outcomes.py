@@ -1,7 +1,8 @@
-"""What can happen to a listed video, and how the outcomes of a whole list add up.
+"""The possible outcomes of a listed video, and counts of them.
 
-Every video that a list names ends up in exactly one of these groups: ok, missing, broken, too_short, excluded, or it is
-still pending. The groups always add up to the number listed, so no video can disappear from a report unnoticed.
+Every video that a list names is in exactly one of these groups: ok, missing, broken, too_short, excluded, or pending if
+it has not been prepared yet. The groups always add up to the number of listed videos, so no video can disappear from a
+report unnoticed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 
 from video_swinv2.errors import UserError
 
-# Why a video failed. The words are stored in prep.sqlite and failed.csv; the texts are shown beside them.
+# Why a video failed. The keys are stored in prep.sqlite and failed.csv, and are the values of --retry-failed. The texts
+# explain them to the user. Reports show the reasons in this order.
 REASONS = {
     "missing": "the source file does not exist",
     "empty": "the source file has 0 bytes",
@@ -24,17 +26,21 @@ REASONS = {
     "encode_error": "the encoder rejected it",
     "check_failed": "the written file did not read back as intended",
 }
-# Why a listed video is not prepared at all.
+# Why a listed video is not prepared at all. The keys are stored in prep.sqlite.
 EXCLUDED = {"duplicate": "the same video is in another list or split"}
-# These two say something about the copy or the list. Every other reason means a damaged file and counts as "broken".
+# Groups of their own in reports: these two say something about the user's copy or the list, not about the file. All
+# other reasons are counted together as "broken".
 REPORTED_SEPARATELY = ("missing", "too_short")
-# The groups whose videos were wanted but are not in the data set.
+# The groups of videos that were to be prepared but are not in the data set.
 LOST = ("missing", "broken", "too_short")
 
 
 @dataclass(frozen=True)
 class VideoCounts:
-    """Videos listed, and how many of them are ok, still pending, failed and excluded (the last two by reason)."""
+    """The number of listed videos, and how many of them are ok, pending, failed and excluded.
+
+    `failed` and `excluded` are counts by reason (keys of REASONS and EXCLUDED).
+    """
 
     listed: int
     ok: int
@@ -44,9 +50,9 @@ class VideoCounts:
 
 
 def outcome_counts(counts: VideoCounts) -> dict[str, int]:
-    """The number of videos listed, then how many are ok, missing, broken, too_short, excluded and pending.
+    """The number of videos by group: "listed", then ok, missing, broken, too_short, excluded and pending.
 
-    Raises UserError if the groups do not add up to the number listed: the state is then damaged, and none of its
+    Raises UserError if the groups do not add up to the number listed. The state is then damaged, and none of its
     numbers can be trusted.
     """
     groups = {
@@ -64,13 +70,13 @@ def outcome_counts(counts: VideoCounts) -> dict[str, int]:
 
 
 def count_lost(counts: VideoCounts) -> int:
-    """Videos that were wanted but are missing, broken or too short."""
+    """The number of videos that were to be prepared but are missing, broken or too short."""
     groups = outcome_counts(counts)
     return sum(groups[group] for group in LOST)
 
 
 def add_counts(counts: Iterable[VideoCounts]) -> VideoCounts:
-    """The sum of several counts, for example of all splits or of the same split in all shards."""
+    """The sum of several counts, for example of all splits, or of one split in all shards."""
     terms = list(counts)
     return VideoCounts(
         listed=sum(term.listed for term in terms),
@@ -82,14 +88,15 @@ def add_counts(counts: Iterable[VideoCounts]) -> VideoCounts:
 
 
 def sort_by_reason(counts: VideoCounts) -> dict[str, int]:
-    """Failed and excluded videos by reason, in the order in which the reasons are documented above."""
+    """The numbers of failed and excluded videos by reason, in the order of REASONS and EXCLUDED."""
+    # A state written by another version may have reasons that are unknown here; these come last.
     known = counts.failed | counts.excluded
     order = {reason: index for index, reason in enumerate(REASONS | EXCLUDED)}
     return dict(sorted(known.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def split_order(split: str) -> tuple[int, str]:
-    """A sort key that puts train, val and test before any other split."""
+    """A sort key for split names: train, val and test first, then all others in alphabetical order."""
     usual = ("train", "val", "test")
     return (usual.index(split) if split in usual else len(usual), split)
 

@@ -1,9 +1,13 @@
-"""The plan of a preparation: every listed video, its split, class and segment, and the path it will have.
+"""Planning a preparation: every listed video with its split, class, segment and path in the data set.
 
-list       read the lists of any known layout                      (layouts.py, video_swinv2/data/lists.py)
-merge      a line that repeats an earlier one is dropped, one that contradicts it is refused
-exclude    duplicates between lists, and training videos whose YouTube id is held out
-place      a path in the data set for each video: safe on every file system, and unique
+The plan is made in four steps:
+
+list       read the lists of the source, in any known layout       (layouts.py, video_swinv2/data/lists.py)
+merge      drop lines that repeat an earlier line, and refuse lines that contradict one
+exclude    mark duplicates between lists, and training videos whose YouTube id is held out
+place      give each video a path in the data set that is unique and valid on every file system
+
+No video is opened here. Whether the files can be read is found out when they are transcoded.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ from video_swinv2.data.lists import (
 from video_swinv2.data.manifest import classes_of_source, label_index
 from video_swinv2.errors import UsageError
 
+# File systems allow 255 bytes. The rest leaves room for the hash, the suffix, and the affixes of a partial file.
 MAX_NAME_BYTES = 150
-# Separators, control characters, and a leading dot, which would hide the file.
+# Path separators, control characters, and a leading dot, which would hide the file.
 UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
 
 
@@ -45,8 +50,8 @@ UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
 class PreparationPlan:
     """What the data set should contain.
 
-    The ordered classes; every listed video, including excluded ones; the videos of the source that no list names
-    (`extra`, paths relative to it); and remarks for the user.
+    `classes` are in label order. `videos` holds every listed video, including the excluded ones. `extra` holds the
+    videos of the source that no list names, as paths relative to the source. `notes` are remarks for the user.
     """
 
     classes: list[str]
@@ -58,13 +63,16 @@ class PreparationPlan:
 def plan_preparation(
     source: Path, annotations: Sequence[Path] = (), *, held_out: Sequence[Path] = (), official_split: int = 1
 ) -> PreparationPlan:
-    """Plan the preparation of what `source` lists, or of what `annotations` (lists, or folders of them) list of it.
+    """Plan the preparation of the videos in `source`, as listed by `annotations` (lists, or folders of lists) if given.
 
-    Layouts are those of `read_manifest`; also Kinetics lists over whole videos, from which segments are cut; and
-    UCF101, HMDB51 (both with `official_split` 1, 2 or 3) and Something-Something V2, recognised by their official
-    lists. Several lists are joined, and the classes are all of their classes. Two kinds of videos are excluded: those
-    that an earlier list has in the same split, and training videos whose YouTube id occurs in another split of any list
-    or in one of the lists `held_out`. Raises UsageError naming the line.
+    All layouts of `read_manifest` are supported. In addition, Kinetics lists may refer to whole videos, from which
+    segments will be cut, and UCF101, HMDB51 (both with `official_split` 1, 2 or 3) and Something-Something V2 are
+    recognised by their official lists. If there are several lists, the plan contains the videos and classes of all.
+
+    Two kinds of videos are listed but excluded: those that an earlier list already has in the same split, and training
+    videos whose YouTube id occurs in another split of any list, or in one of the lists `held_out`.
+
+    Raises UsageError naming the line.
     """
     source = Path(source).absolute()
     annotations = [Path(path).absolute() for path in annotations]
@@ -72,7 +80,10 @@ def plan_preparation(
     if not listing.videos:
         raise UsageError(f"{source}: no videos found; give a folder of videos, a folder of lists, or a CSV")
     videos, notes = _merge_repeated(listing.videos)
+    # Segments of one YouTube video look alike, so a model would be tested on what it has seen in training if they were
+    # on both sides.
     held_out_ids, more = _held_out_ids(videos, listing.tree is not None, held_out)
+    # A name that differs from the video's own marks a duplicate: _merge_repeated has appended " (2)" or higher.
     excluded = [
         name != video.name or (video.split == "train" and video.youtube_id in held_out_ids) for video, name in videos
     ]
@@ -82,14 +93,15 @@ def plan_preparation(
 
 
 def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
-    """Every layout other than the official ones."""
+    """Read a source in any layout other than those of `read_official_lists`."""
     sources = split_sources(source, annotations)
     root = root_folder(source)
-    # Folders of classes need no tree: they are their own list.
+    # A folder of class folders needs no tree: its files are the list. Walking a large data set takes a while.
     tree = VideoTree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
     videos: list[SourceVideo] = []
     for split, paths in sources.items():
         for path in paths:
+            # read_listed_videos can read Kinetics lists too, but only finds trimmed videos, not whole ones.
             if tree and path.is_file() and is_kinetics_list(path):
                 videos += read_kinetics_list(path, split, tree)
             else:
@@ -99,9 +111,11 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
 
 
 def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVideo, str]], list[str]]:
-    """Each video with a name that is unique in its split: its own name, or `NAME (2)` if an earlier list has it.
+    """Drop repeated lines. Returns (video, name) pairs with names that are unique per split, and remarks.
 
-    A line that repeats an earlier line of the same list is dropped; one that contradicts it is refused.
+    `name` is the video's own name, or `NAME (2)`, `NAME (3)`, ... if an earlier list has the same video in this split.
+    A line that repeats an earlier line of the same list is dropped. Raises UsageError if the two lines contradict each
+    other.
     """
     first: dict[tuple[str, str], SourceVideo] = {}
     copies: Counter[tuple[str, str]] = Counter()
@@ -113,9 +127,11 @@ def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVid
         if earlier is video:
             kept.append((video, video.name))
             continue
-        # Kinetics lists of different versions share videos, so a repetition between two lists is normal: the later one
-        # gets a row of its own, which will be excluded.
+        # The lists of different Kinetics versions share videos, so a repetition between two of them is normal, even
+        # with another label. The later line keeps a row of its own, which will be excluded, so that the counts of
+        # every list still add up. Lists without YouTube ids must not contradict each other.
         same_list = _list_of(video) == _list_of(earlier)
+        # The first four fields are split, name, path and label. `where` always differs.
         same = video[:4] == earlier[:4] and (video.start, video.end) == (earlier.start, earlier.end)
         if not same and (same_list or not video.youtube_id):
             where = f"is also listed in {earlier.where}, with another label or segment"
@@ -129,27 +145,27 @@ def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVid
 
 
 def _list_of(video: SourceVideo) -> str:
-    """The list that names the video: `where` without the line."""
+    """The path of the list that names the video, that is `where` without the line number or the id."""
     return re.split(r", (?:line|id) \d+$", video.where)[0]
 
 
 def _held_out_ids(
     videos: Sequence[tuple[SourceVideo, str]], lists: bool, held_out: Sequence[Path]
 ) -> tuple[set[str], list[str]]:
-    """The YouTube ids that must not be in train, and remarks about them."""
+    """The YouTube ids that must not be in train, and remarks about them. `lists`: whether the source has any list."""
     by_split: dict[str, set[str]] = {}
-    if lists:  # the splits of a folder tree without lists are taken as they are
+    if lists:  # without lists, whoever sorted the files into split folders has decided, and nothing is excluded
         for video, _ in videos:
             if video.youtube_id:
                 by_split.setdefault(video.split, set()).add(video.youtube_id)
-    by_split.pop("train", None)  # what is left is val and test, which train must not contain
+    by_split.pop("train", None)  # val and test remain, and train must not share any id with them
     both = by_split.get("val", set()) & by_split.get("test", set())
     notes = [f"{len(both)} YouTube videos are in both val and test, and are kept in both"] if both else []
     return set().union(*by_split.values(), *map(_youtube_ids, held_out)), notes
 
 
 def _youtube_ids(path: Path) -> set[str]:
-    """The YouTube ids that a list names in any split. Raises UsageError if it names none."""
+    """The YouTube ids of all splits of a list, or of a folder of lists or videos. Raises UsageError if it has none."""
     path = Path(path).absolute()
     ids: set[str] = set()
     for split, lists in split_sources(path).items():
@@ -160,19 +176,25 @@ def _youtube_ids(path: Path) -> set[str]:
                 ids.update(
                     video_from_row(row, split).youtube_id for row in read_listed_videos(root_folder(path), one, split)
                 )
+    # '' comes from files whose name does not contain a YouTube id.
     if not ids - {""}:
         raise UsageError(f"{path}: contains no YouTube ids; --held-out needs a Kinetics list")
     return ids - {""}
 
 
 def _unlisted(listing: SourceListing) -> list[str]:
-    """The videos below the root that no list names, except in folders of splits for which no list was given."""
+    """The videos below the root that no list names, as paths relative to it.
+
+    If no list was given for a split, the videos in the folder of that split are not reported: the user prepares, for
+    example, only val of a complete download.
+    """
     if listing.tree is None:
         return []
     prefix = f"{listing.root}/"
+    # Lists may spell a path in several ways, such as `./a.mp4` or `b/../a.mp4`.
     used = {os.path.normpath(video.path).removeprefix(prefix) for video in listing.videos} | listing.unused
     others = set(SPLITS) - {video.split for video in listing.videos}
-    # Names that are not UTF-8 are escaped, so that extra.csv can be written.
+    # A file name may contain bytes that are not UTF-8. They are escaped, since extra.csv is written as UTF-8.
     return [
         name.encode(errors="backslashreplace").decode()
         for name in listing.tree.videos
@@ -181,6 +203,7 @@ def _unlisted(listing: SourceListing) -> list[str]:
 
 
 def _notes(videos: Sequence[tuple[SourceVideo, str]], excluded: Sequence[bool], extra: Sequence[str]) -> list[str]:
+    """Remarks for the user: what is excluded and why, what will be cut, and what no list names."""
     duplicates = Counter(video.split for video, name in videos if name != video.name)
     held_out = sum(excluded) - sum(duplicates.values())
     segments = sum(video.start is not None for video, _ in videos)
@@ -199,7 +222,10 @@ def _notes(videos: Sequence[tuple[SourceVideo, str]], excluded: Sequence[bool], 
 def _assign_targets(
     classes: Sequence[str], videos: Sequence[tuple[SourceVideo, str]], excluded: Sequence[bool]
 ) -> list[PlannedVideo]:
-    """The planned videos, each with a target of its own. Raises UsageError for a label that is not a class."""
+    """The planned videos, each with a unique target. Raises UsageError for a label that is not a class.
+
+    The target is videos/SPLIT/CLASS/NAME.mp4, without the class folder if the video has no label.
+    """
     index = {name: number for number, name in enumerate(classes)}
     labels = [label_index(video.label, video.where, classes, index) for video, _ in videos]  # -1: no label
     folders = _folder_names(classes)
@@ -208,6 +234,7 @@ def _assign_targets(
         for (video, _), label in zip(videos, labels, strict=True)
     ]
     files = _file_names([name for _, name in videos], homes, excluded)
+    # The position of a video in its split keeps the prepared lists in the order of the source's lists.
     position: Counter[str] = Counter()
     planned: list[PlannedVideo] = []
     for (video, name), label, home, file, is_excluded in zip(videos, labels, homes, files, excluded, strict=True):
@@ -231,9 +258,9 @@ def _assign_targets(
 
 
 def _folder_names(names: Iterable[str]) -> dict[str, str]:
-    """A folder name for each class: the class name itself, wherever a file system allows it."""
+    """A unique folder name for each class: the class name itself if file systems allow it, otherwise a variant."""
     safe = {name: _safe(name) for name in names}
-    # casefold: "Run" and "run" are one folder on file systems that ignore case.
+    # casefold, because "Run" and "run" are one folder on file systems that ignore case.
     taken = Counter(folder.casefold() for folder in safe.values())
     return {
         name: folder if taken[folder.casefold()] == 1 else _with_hash(folder, name) for name, folder in safe.items()
@@ -241,13 +268,15 @@ def _folder_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _file_names(names: Sequence[str], homes: Sequence[str], excluded: Sequence[bool]) -> list[str]:
-    """A file name (no suffix) for each video: its own, unless two prepared videos would collide in one folder.
+    """A file name without suffix for each video: its own stem, plus a hash if two would collide in one folder.
 
-    Names that differ only in case collide too: some file systems do not distinguish them.
+    `names`, `homes` (target folders) and `excluded` are parallel. Names that differ only in case collide as well, since
+    some file systems do not distinguish them.
     """
     stems = [_safe(os.path.splitext(os.path.basename(name))[0]) for name in names]
     keys = [(home, stem.casefold()) for home, stem in zip(homes, stems, strict=True)]
-    # Excluded videos are never written, so they must not push a prepared one off its own name.
+    # Excluded videos are never written, so a prepared one keeps its own name even if an excluded one shares it. The
+    # excluded one gets the hash, because targets are UNIQUE in prep.sqlite even for videos that are not prepared.
     taken = Counter(key for key, is_excluded in zip(keys, excluded, strict=True) if not is_excluded)
     return [
         stem if taken[key] == 1 and not is_excluded else _with_hash(stem, name)
@@ -256,8 +285,9 @@ def _file_names(names: Sequence[str], homes: Sequence[str], excluded: Sequence[b
 
 
 def _safe(name: str) -> str:
-    """The name without separators, control characters or a leading dot, and short enough for any file system."""
+    """The name with unsafe characters replaced by `_`, shortened to MAX_NAME_BYTES plus a hash if it is too long."""
     clean = UNSAFE.sub("_", name) or "_"
+    # "ignore" drops the remainder of a multi-byte character that the cut has divided.
     return (
         clean
         if len(clean.encode()) <= MAX_NAME_BYTES
@@ -266,11 +296,13 @@ def _safe(name: str) -> str:
 
 
 def _with_hash(name: str, whole: str) -> str:
-    """A name made unique by a hash of the original name."""
+    """The name plus eight hexadecimal digits of the sha256 of `whole`, the original name, which makes it unique."""
     return f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _refuse_undecodable_name(path: str) -> None:
+    """Raise UsageError if a path is not valid UTF-8, since neither prep.sqlite nor a CSV could store it."""
+    # Python represents such bytes as lone surrogates, which cannot be encoded. isascii is a fast path for most names.
     if path.isascii():
         return
     try:

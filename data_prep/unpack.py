@@ -1,9 +1,10 @@
-"""Extract videos from an untrusted tar: only regular files are written, and only under their bare names.
+"""Extract the videos of an untrusted tar archive. Only regular files are written, and only under their bare names.
 
-A tar can name files outside the folder (absolute paths, `..`), hold links that redirect later members, devices, sparse
-files that claim terabytes, or headers that make a reader allocate gigabytes; and a gzip can expand a thousandfold. None
-of these is needed for an archive of videos, so each is refused, before any byte of that member is written. The caller
-gives a folder of its own to extract into and discards it after any error, so a refused archive leaves nothing behind.
+A hostile tar may contain names outside the folder (absolute paths, `..`), links that redirect later members, devices,
+sparse files that claim terabytes, or headers that make a reader allocate gigabytes, and a gzip may expand a
+thousandfold. An archive of videos needs none of these, so each is refused before any byte of that member is written.
+The caller provides a folder for this archive alone and deletes it after any error, so nothing of a refused archive
+remains.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from video_swinv2.data.lists import VIDEO_SUFFIXES
 from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path, sha256
 
-# Far beyond Kinetics, with videos of ten seconds and archives of a few gigabytes with a few thousand of them.
+# The limits are far above Kinetics, whose archives hold a few thousand videos of ten seconds in a few gigabytes.
 MAX_MEMBER_BYTES = 1 << 30
 MAX_TOTAL_BYTES = 64 << 30
 MAX_MEMBERS = 100_000
 MAX_NAME_BYTES = 200
-MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory in one piece
-BLOCK = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory as a whole
+BLOCK = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What an archive contained: the file names of its videos, how many of these have 0 bytes, how many other files."""
+    """What an archive contained.
+
+    `names` are the file names of its videos, `empty` is how many of these have 0 bytes, and `other` is the number of
+    files that are not videos.
+    """
 
     names: tuple[str, ...]
     empty: int
@@ -46,17 +51,19 @@ class DamagedError(UserError):
 
 
 class _RefusedError(Exception):
-    """The archive contains or claims something that no archive of videos should."""
+    """The archive contains or claims something that has no place in an archive of videos."""
 
 
 class _Header(tarfile.TarInfo):
-    """Headers as tarfile reads them, except that a damaged header is an error.
+    """A tar header that is read as tarfile does, except that a damaged header is an error.
 
-    tarfile takes a damaged header for the end of the archive, so the members after it would be lost silently.
+    After the first member, tarfile takes a damaged header for the end of the archive, and the members that follow would
+    be lost silently.
     """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Parse the 512 bytes of a header. Raises tarfile.ReadError if it is damaged; _RefusedError."""
         if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
             return super().frombuf(
                 buf, encoding, errors
@@ -65,14 +72,16 @@ class _Header(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
-        # Long names and extended headers are members whose content tarfile reads itself, before we see the member.
+        # Long names and extended headers are stored as members of their own. tarfile reads their content itself, before
+        # it returns the member that they describe, so _check_member would be too late.
         if header.size < 0 or (header.size > MAX_HEADER_BYTES and not header.isreg()):
             raise _RefusedError(f"member {header.name!r} is a header that claims to have {header.size} bytes")
         return header
 
 
 def archive_fault(path: Path) -> str:
-    """What is wrong with the file unless it begins like a tar, plain or gzipped; '' if it does. Ignores the name."""
+    """What is wrong with a file that should be a tar, plain or gzipped; '' if it begins like one, whatever its name."""
+    # 1f 8b begins every gzip; a tar header has "ustar" at byte 257.
     with path.open("rb") as file:
         start = file.read(512)
     if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
@@ -82,14 +91,14 @@ def archive_fault(path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> Unpacked:
-    """Extract every video of the archive into `folder`, without its path. Other files are only counted.
+    """Extract every video of the archive into `folder`, directly and without its path. Other files are only counted.
 
-    `folder` is created here, and the caller discards it after any error. Folders inside the archive are dropped: they
-    are class names, and the classes come from the lists.
+    `folder` is created here, and the caller deletes it after any error. Folders inside the archive are not kept: they
+    only repeat the class names, which come from the lists.
 
-    Raises UserError for an absolute name or one that leads outside, a link, a device, a sparse file, sizes and numbers
-    beyond the limits above, two different videos with one file name, data after the end of the tar, or no video at all;
-    DamagedError for an archive that is truncated or unreadable; DiskError; StopError.
+    Raises UserError for a name that is absolute or leads outside the folder, a link, a device, a sparse file, sizes or
+    numbers beyond the limits above, two different videos with the same file name, data after the end of the tar, or an
+    archive without any video; DamagedError for an archive that is truncated or unreadable; DiskError; StopError.
     """
     stop = stop or threading.Event()
     with as_disk_error(folder):
@@ -98,12 +107,14 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
     empty = other = total = count = 0
     try:
         with _opened(archive) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
-            # Streamed: members are checked and written one by one, in the order of the archive.
+            # Members are read, checked and written one at a time, in the order of the archive. Reading the list of all
+            # members first (`getmembers`) would decompress the whole archive twice. Mode "r:" means without
+            # compression, since _opened has already removed it.
             for member in tar:
                 count, total = count + 1, total + member.size
                 _check_member(member, count, total)
                 name = PurePosixPath(member.name).name
-                # Hidden files: macOS adds "._NAME.mp4" with metadata for every NAME.mp4.
+                # Hidden files are skipped: macOS adds a "._NAME.mp4" with metadata for every NAME.mp4.
                 video = not name.startswith(".") and PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
                 if member.isdir() or not video:
                     other += member.isreg()
@@ -115,6 +126,8 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
             _check_end(stream)
     except _RefusedError as error:
         raise UserError(f"{archive}: {error}; nothing of it is used, replace or remove it") from error
+    # EOFError, zlib.error and OSError (gzip.BadGzipFile) come from the decompression. Errors from writing have already
+    # become DiskErrors.
     except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
         message = " ".join(str(error).split())
         raise DamagedError(
@@ -132,7 +145,10 @@ def same_content(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[IO[bytes]]:
-    """The tar stream. Decided by content, since Kinetics-400 has had a plain tar under the name part_120.tar.gz."""
+    """Yield the uncompressed tar stream of an archive.
+
+    The content decides whether it is gzipped, not the name: part_120.tar.gz of Kinetics-400 has been a plain tar.
+    """
     with archive.open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -144,10 +160,13 @@ def _opened(archive: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
-    """Raises _RefusedError. `count` and `total` (bytes) include this member."""
+    """Raise _RefusedError if a member may not be extracted.
+
+    `count` (members) and `total` (bytes) are the sums up to and including this one.
+    """
     path = PurePosixPath(member.name)
-    # Only the last part of the name is used, so such a member would be harmless here; but nobody who publishes videos
-    # needs one, so it means that the archive is not what it should be.
+    # Such a name would be harmless here, because only its last part is used. But a publisher of videos has no reason to
+    # use one, so the archive is not what it should be.
     if path.is_absolute() or ".." in path.parts:
         raise _RefusedError(f"member {member.name!r} leads outside the folder")
     if not (member.isreg() or member.isdir()) or member.issparse():
@@ -156,6 +175,7 @@ def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
     # isprintable is False for control characters, NUL, and bytes that are not UTF-8.
     if not path.name.isprintable() or len(path.name.encode()) > MAX_NAME_BYTES:
         raise _RefusedError(f"member {member.name[:300]!r} has an impossible file name")
+    # Sizes are checked as claimed in the header. tarfile never returns more bytes of a member than that.
     if member.size > MAX_MEMBER_BYTES:
         raise _RefusedError(
             f"member {member.name!r} claims to have {member.size / 1e9:.1f} GB, far more than any video"
@@ -167,7 +187,10 @@ def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
 
 
 def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -> bool:
-    """Write one video. False if the same video is there already; _RefusedError if another one has that name."""
+    """Write one video. Returns False if the same video is already there.
+
+    Raises _RefusedError if a different video has that name, DiskError, StopError.
+    """
     partial = partial_path(target)
     with as_disk_error(target):
         require_free_space(target.parent, size)
@@ -176,6 +199,7 @@ def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -
         while block := content.read(BLOCK):
             if stop.is_set():
                 raise StopError
+            # Only the write is wrapped: an OSError from content.read means a damaged archive, not a full disk.
             with as_disk_error(target):
                 file.write(block)
     with as_disk_error(target):
@@ -189,7 +213,11 @@ def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -
 
 
 def _check_end(stream: IO[bytes]) -> None:
-    """Read the rest of the stream: after a tar come only zeros, and at its end gzip verifies its checksum."""
+    """Read the rest of the stream and raise _RefusedError if it contains anything but zeros.
+
+    A tar ends with blocks of zeros, which tarfile does not read to the end. gzip verifies its checksum only when it
+    reaches the end of the stream, so a damaged archive could pass without this.
+    """
     while block := stream.read(BLOCK):
         if block.strip(b"\0"):
             raise _RefusedError("has other data after the end of the tar")

@@ -1,12 +1,14 @@
-"""Check that a prepared data set is still what it was when it was prepared.
+"""Check that the videos of a prepared data set have not changed since they were prepared.
+
+There are three levels:
 
     header   opens each file and compares its index with the record: stream, size, number of frames, and whether the
-             file is long enough for its last frame. Reads a few kB per file; misses damage inside the frames
-    full     header, then decodes every frame and compares their number and the duration. Misses damage that decodes
-    hash     header, then compares the sha256 of the file with the record, and the fingerprint of each split with
-             dataset.json. Finds every changed byte, but does not decode: it relies on the check made when preparing
+             file is long enough for its last frame. Reads a few kB per file, and misses damage inside the frames.
+    full     header, then decodes every frame and compares their number and duration. Misses damage that still decodes.
+    hash     header, then compares the sha256 of each file with the record, and the fingerprint of each split with
+             dataset.json. Finds every changed byte. It does not decode, but relies on the check after preparing.
 
-What was found is saved in verify.sqlite while the check runs, so an interrupted check can be resumed.
+Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ LEVELS = {
     "full": "header, and every frame decodes, as many and as long as written",
     "hash": "header, and the sha256 is that of the file written: the only level that finds a flipped bit",
 }
+# What can be wrong with a file or, for the last two, with a list. The words are written to verify.csv; the texts are
+# shown beside them.
 FAULTS = {
     "missing": "listed, but there is no file",
     "empty": "has 0 bytes",
@@ -57,6 +61,7 @@ FAULTS = {
     "list": "a list was removed or changed since the preparation",
     "fingerprint": "some file of the split has changed since the preparation",
 }
+# Columns of prep.sqlite, in the order of the fields of ExpectedFile.
 COLUMNS = ("frames", "height", "width", "duration_seconds", "sha256")
 VERIFY_STATE_NAME = "verify.sqlite"
 WORKER_MEMORY_GIB = 8.0
@@ -65,7 +70,10 @@ SAVE_EVERY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """What the preparation recorded about a file; None where that is unknown."""
+    """What the preparation recorded about a file. A field is None if it is unknown and is then not compared.
+
+    `height` and `width` are in pixels; `sha256` is hexadecimal.
+    """
 
     frames: int | None = None
     height: int | None = None
@@ -76,7 +84,7 @@ class ExpectedFile:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """A file to check; `name` is its path in the list."""
+    """A file to check at a level. `name` is its path in the list, relative to the data set; `path` is absolute."""
 
     name: str
     path: Path
@@ -86,7 +94,11 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result for one file: `reason` is '' or a key of FAULTS; `size` in bytes, None if there is no file."""
+    """The result for one file, and a row of verify.sqlite.
+
+    `reason` is '' if nothing is wrong, otherwise a key of FAULTS. `size` (in bytes) and `mtime_ns` identify the version
+    of the file that was checked; both are None if there is no file. `sha256` is set at level hash only.
+    """
 
     name: str
     reason: str = ""
@@ -98,7 +110,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """`checked` files, `before` of them by an interrupted run; the bad ones; and files on disk that no list names."""
+    """The result for a data set.
+
+    `checked` is the number of files checked, `before` of them by an earlier, interrupted run. `bad` holds the findings
+    about bad lists and files, and `extra` the paths of files on disk that no list names.
+    """
 
     level: str
     checked: int
@@ -107,7 +123,7 @@ class VerifyResult:
     extra: tuple[str, ...]
 
     def as_json(self) -> dict[str, object]:
-        """The result for programs."""
+        """The result as JSON-compatible values; of each bad file the path, the reason and the detail."""
         bad = [{"path": item.name, "reason": item.reason, "detail": item.detail} for item in self.bad]
         return asdict(self) | {"bad": bad}
 
@@ -121,19 +137,19 @@ class MismatchError(Exception):
 
 
 def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
-    """Check every file in the lists of a prepared data set, and write the bad ones to verify.csv.
+    """Check every file in the lists of the data set `out`, and write the bad ones to verify.csv.
 
-    Files checked by an interrupted run of the same level are not checked again if their size and mtime are unchanged.
-    After a run that finished, everything is checked again. Raises UsageError if nothing has been prepared, UserError if
-    a record cannot be read or written.
+    If the last run of the same level was interrupted, files that it checked are skipped as long as their size and
+    modification time are unchanged. After a run that finished, everything is checked again. Raises UsageError if `out`
+    is not a prepared data set, UserError if a record cannot be read or written.
     """
     out = out.absolute()
     record = read_record(out)
     if record is None:
         raise UsageError(f"{out}: no dataset.json, so this is not a prepared data set; run `prepare SRC {out}` first")
     rows, bad_lists = _listed(out, record)
-    # Without prep.sqlite (a data set that was copied without it) sizes, frames and hashes of single files are unknown.
-    # Form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
+    # A data set may have been copied without prep.sqlite. The size, frames and hash of each file are then unknown, but
+    # form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
     expected = _expected(out)
     checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
     found: dict[str, Finding] = {}
@@ -146,17 +162,19 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
         }
         before = len(found)
         todo = [check for check in checks if check.name not in found]
+        # In processes that can be killed: a damaged file may make FFmpeg hang, crash or allocate all memory.
         done = run_jobs(
             check_file, todo, workers=workers, seconds_for=_time_limit_seconds, memory_gib=WORKER_MEMORY_GIB
         )
         for check, outcome in track(done, f"verify {level}", len(todo), "files"):
-            if isinstance(outcome, Lost):  # the process hung or died on this file: that is a finding too
+            if isinstance(outcome, Lost):  # the process hung or died on this file, which is a finding as well
                 outcome = Finding(check.name, outcome.reason, outcome.detail, *_stat(check.path))
             found[check.name] = outcome
             ledger.write(outcome)
         ledger.end()
     bad = [found[name] for _, name, _ in rows if found[name].reason]  # in list order, not in the order of completion
-    # Only if nothing else is wrong: a missing file or a changed list changes the fingerprint as well.
+    # The fingerprint is compared only if nothing else is wrong: any bad file or list changes it too, so that a second
+    # finding would say nothing new.
     if level == "hash" and not bad and not bad_lists:
         bad_lists = _wrong_fingerprints(rows, found, record)
     verified = VerifyResult(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
@@ -165,7 +183,7 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
 
 
 def as_text(result: VerifyResult, out: Path) -> str:
-    """The result for people: the number of files, the first bad ones, and what to do about them."""
+    """The result as text: the number of files, the first ten bad ones, and what to do about them."""
     before = f", {result.before} of them by an earlier run" if result.before else ""
     lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
     for item in result.bad[:10]:
@@ -179,7 +197,10 @@ def as_text(result: VerifyResult, out: Path) -> str:
 
 
 def check_file(check: FileCheck, allow: Allow) -> Finding:
-    """Check one file. Never raises."""
+    """Check one file, in a worker process. Errors become findings; nothing is raised for a bad file.
+
+    `allow` extends the time limit of the job (see pool.py).
+    """
     size, mtime_ns = _stat(check.path)
     digest = None
     try:
@@ -187,12 +208,13 @@ def check_file(check: FileCheck, allow: Allow) -> Finding:
         if check.level == "full":
             _check_frames(check.path, check.expected, allow)
         if check.level == "hash":
-            digest = sha256(check.path)  # recorded even if nothing is expected: the fingerprint is computed from it
+            digest = sha256(check.path)  # recorded even if no hash is expected, since the fingerprint needs it
             if check.expected.sha256 not in (None, digest):
                 raise MismatchError("hash", f"sha256 is {digest[:12]}..., {check.expected.sha256[:12]}... was written")
     except MismatchError as error:
         return Finding(check.name, error.reason, error.detail, size, mtime_ns, digest)
     except DecodeError as error:
+        # The message is "PATH: what is wrong", and the finding already has the path.
         return Finding(check.name, error.reason, str(error).partition(": ")[2], size, mtime_ns)
     except OSError as error:
         return Finding(check.name, "decode_error", error.strerror or str(error), size, mtime_ns)
@@ -200,7 +222,7 @@ def check_file(check: FileCheck, allow: Allow) -> Finding:
 
 
 def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
-    """Check what the index of the file says, without decoding. Raises MismatchError."""
+    """Check the index of a file without decoding anything. `size` is in bytes, None if absent. Raises MismatchError."""
     if size is None:
         raise MismatchError("missing", "")
     if not size:
@@ -210,7 +232,7 @@ def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MismatchError("not_video", getattr(error, "strerror", None) or str(error)) from error
     with container:
-        # Exactly one stream, so no sound and no subtitles.
+        # Exactly one stream: the prepared form has neither sound nor subtitles.
         kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
         if kinds != ["video h264"]:
             raise MismatchError("form", f"contains {', '.join(kinds) or 'no stream'}")
@@ -224,15 +246,18 @@ def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
         ):
             if recorded not in (None, (None, None), found):
                 raise MismatchError(reason, f"{found} in the index, {recorded} written")
-        # A truncated file still has its whole index, since that comes first. Its last frames are then beyond the end.
+        # In the prepared form the index comes first, so a truncated file still has all of it and opens normally. The
+        # index then points beyond the end of the file. `pos` is the byte offset of a frame.
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if not end or end > size:
             raise MismatchError("cut_short", f"{size} bytes, but the last frame ends at {end}")
 
 
 def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
-    """Decode every frame. Raises MismatchError, DecodeError."""
+    """Decode every frame, and compare their number and the duration. Raises MismatchError, DecodeError."""
+    # The reader's own time limit is turned off, since the pool kills this process if it takes too long.
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
+        # `times` are the times at which frames appear, so the display time of the last frame is added.
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
         # The duration is known now, so the job can be given a time limit that fits.
         allow(encode_limit_seconds(duration, reader.size[0] * reader.size[1]))
@@ -241,16 +266,21 @@ def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
             raise MismatchError("decode_error", f"{decoded} of {len(reader)} frames decode")
         if expected.frames not in (None, decoded):
             raise MismatchError("frames", f"{decoded} frames decode, {expected.frames} written")
-        # Cutting a segment or converting to a constant rate may shift each end by one frame.
+        # Cutting a segment or converting to a constant rate may shift each end by one frame, hence two frames. The
+        # remaining 0.01 s cover the rounding of times.
         if expected.duration_seconds is not None and abs(duration - expected.duration_seconds) > 2 / reader.fps + 0.01:
             raise MismatchError("duration", f"{duration:.3f} s, {expected.duration_seconds:.3f} s written")
 
 
 class VerifyLedger:
-    """verify.sqlite: the findings so far, by file and level, so that an interrupted run can be resumed.
+    """verify.sqlite: the findings so far, by file and level, from which an interrupted run can be resumed.
 
-    A context manager. Committed once per second; whatever a crash loses is simply checked again. The table `ended`
-    holds the levels whose last run finished.
+    A context manager for one run at one level. Findings are committed about once per second and at the end, also after
+    Ctrl-C. Those that a crash loses are checked again. The table `ended` holds the levels whose last run finished:
+
+        begin, level not in `ended`   the last run was interrupted: its findings are kept
+        begin, level in `ended`       its findings are deleted, and so is the entry in `ended`
+        end                           the level is added to `ended`, in the same transaction as the last findings
     """
 
     def __init__(self, path: Path, level: str) -> None:
@@ -259,6 +289,7 @@ class VerifyLedger:
 
     def __enter__(self) -> VerifyLedger:
         try:
+            # isolation_level=None: BEGIN and COMMIT are executed explicitly below.
             self._db = sqlite3.connect(self._path, isolation_level=None)
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS files (path TEXT, level TEXT, reason TEXT, detail TEXT, size INTEGER,"
@@ -272,6 +303,7 @@ class VerifyLedger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Commit even after an error or Ctrl-C: every finding in the open transaction is complete.
         try:
             if self._db.in_transaction:
                 self._db.execute("COMMIT")
@@ -283,10 +315,11 @@ class VerifyLedger:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> UserError:
+        """The error for the user in place of one of SQLite."""
         return UserError(f"{self._path}: {error}; make its folder writable, or remove the file if it is damaged")
 
     def begin(self) -> dict[str, Finding]:
-        """The findings of an unfinished run of this level, by name; those of a finished run are deleted."""
+        """Start a run. Returns the findings of an interrupted run by name; those of a finished run are deleted."""
         self._db.execute("BEGIN IMMEDIATE")
         if self._db.execute("SELECT 1 FROM ended WHERE level = ?", (self._level,)).fetchone():
             self._db.execute("DELETE FROM files WHERE level = ?", (self._level,))
@@ -296,8 +329,9 @@ class VerifyLedger:
         return {row[0]: Finding(*row) for row in self._db.execute(query, (self._level,))}
 
     def write(self, found: Finding) -> None:
-        """Record a finding."""
-        # One transaction spans all findings of a second: a commit per file would cost more than checking its header.
+        """Record a finding. It is on disk after the next commit, about a second later."""
+        # One transaction spans the findings of a second: a commit for each file would take longer than checking its
+        # header.
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         row = (found.name, self._level, found.reason, found.detail, found.size, found.mtime_ns, found.sha256)
@@ -307,12 +341,15 @@ class VerifyLedger:
             self._saved = time.monotonic()
 
     def end(self) -> None:
-        """Mark the run as finished: the next one starts from the beginning."""
+        """Mark the run as finished, so that the next one checks everything again."""
         self._db.execute("INSERT OR REPLACE INTO ended VALUES (?)", (self._level,))
 
 
 def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """(split, path, label) of every listed file; and a finding for each list that was removed or changed."""
+    """Read SPLIT.csv of every split. Returns (split, path, label) of every file, and a finding for each bad list.
+
+    A list is bad if it was removed, cannot be read, or has changed since the preparation.
+    """
     rows: list[tuple[str, str, str]] = []
     bad = []
     for split, known in record.get("splits", {}).items():
@@ -324,14 +361,14 @@ def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str
         except (OSError, ValueError, KeyError, csv.Error) as error:
             bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
-        # A changed list is reported, and the files it names now are still checked.
+        # A changed list is reported, and the files that it names now are checked all the same.
         if known.get("list_sha256") not in (None, hashlib.sha256(data).hexdigest()):
             bad.append(Finding(path.name, "list", "was changed since the preparation"))
     return rows, bad
 
 
 def _expected(out: Path) -> dict[str, ExpectedFile]:
-    """By path, what the state records about the prepared videos; empty if the data set came without its state."""
+    """What prep.sqlite records about each prepared video, by its path in the list; empty if there is no prep.sqlite."""
     if not (out / STATE_NAME).is_file():
         return {}
     with PreparationState(out) as state:
@@ -344,7 +381,10 @@ def _expected(out: Path) -> dict[str, ExpectedFile]:
 def _wrong_fingerprints(
     rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: dict[str, Any]
 ) -> list[Finding]:
-    """The splits whose content does not match dataset.json. Without a state, this is the only check of the bytes."""
+    """A finding for each split whose content does not match its fingerprint in dataset.json.
+
+    `rows` are (split, path, label). Without prep.sqlite, this is the only check of the bytes.
+    """
     wrong = []
     for split, known in record["splits"].items():
         content = [
@@ -356,6 +396,8 @@ def _wrong_fingerprints(
 
 
 def _write_bad(path: Path, verified: VerifyResult) -> None:
+    """Write verify.csv, also if nothing is bad, so that no result of an earlier run remains."""
+    # surrogateescape: a detail may quote a path with bytes that are not UTF-8, and they are written unchanged.
     with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "level", "reason", "detail"))
@@ -363,9 +405,9 @@ def _write_bad(path: Path, verified: VerifyResult) -> None:
 
 
 def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
-    """The files below videos/ that no list names."""
+    """The paths of all files below videos/ that no list names, sorted by folder."""
     for parent, folders, files in os.walk(out / "videos"):
-        folders.sort()
+        folders.sort()  # in place: os.walk visits the folders in this order
         for name in sorted(files):
             path = Path(parent, name).relative_to(out).as_posix()
             if path not in listed:
@@ -373,7 +415,8 @@ def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
 
 
 def _stat(path: Path) -> tuple[int | None, int | None]:
-    """(size in bytes, mtime in ns) of a regular file; (None, None) for anything else."""
+    """(size in bytes, mtime in ns) of a regular file; (None, None) if there is none."""
+    # A named pipe counts as missing, since opening it would block forever.
     try:
         status = path.stat()
     except OSError:
@@ -382,9 +425,11 @@ def _stat(path: Path) -> tuple[int | None, int | None]:
 
 
 def _untouched(path: Path, before: Finding) -> bool:
+    """Whether a file has the size and mtime that it had when it was checked. A missing file is always checked again."""
     size, mtime_ns = _stat(path)
     return size is not None and (size, mtime_ns) == (before.size, before.mtime_ns)
 
 
 def _time_limit_seconds(check: FileCheck) -> float:
+    """The time limit of a job, by the size of its file. Level full replaces it once the duration is known."""
     return index_limit_seconds(_stat(check.path)[0] or 0)
