@@ -397,7 +397,7 @@ def _size(path: Path) -> int:
 
 
 def _to_int(text: str | None) -> int | None:
-    """The value of a header as an integer; None if it is absent or anything else than digits."""
+    """The value of a header as an integer; None if it is absent or is anything other than digits."""
     return int(text) if text and text.isdecimal() else None
 
 

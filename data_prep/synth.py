@@ -45,8 +45,8 @@ VERSION = 2
 # In pairs: the second class of each pair is the first one played backwards.
 CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "approaching", "receding")
 FPS = 16
-# Ranges (low, high) from which each clip draws its speed, per frame. The speeds are large enough for the motion to be
-# clear in 8 of 16 frames.
+# Ranges (low, high) from which each clip draws. The first three are speeds, per frame, and large enough for the motion
+# to be clear in 8 of 16 frames.
 SHIFT = (0.035, 0.07)  # image widths moved
 TURN = (0.10, 0.20)  # radians turned
 GROWTH = (0.045, 0.075)  # growth of log(radius)
@@ -221,7 +221,7 @@ def _render(rng: np.random.Generator, motion: str, level: Level, size: int, fram
     surface = _sample(_texture(rng), 0.25 * a, 0.25 * b) + SHADE[level] * a[..., None]
     # Composite the shape on the background: (T, H, W, 3).
     images = behind + mask * (colour + surface * contrast - behind)
-    # Noise with a standard deviation of 2 to 8 grey levels, which also keeps values off the rounding boundaries.
+    # Noise with a standard deviation of 2 to 8 grey levels, which also makes the values continuous (see above).
     images += rng.standard_normal(images.shape) * rng.uniform(2, 8)
     return np.clip(np.rint(images), 0, 255).astype(np.uint8)
 
@@ -305,7 +305,7 @@ def _texture(rng: np.random.Generator, size: int = 64) -> Floats:
 def _inks(rng: np.random.Generator, level: Level) -> list[tuple[Floats, Floats]]:
     """(mean colour, contrast), each (3,) in grey levels of R, G and B, of the background and of the shape.
 
-    At level hard both have the same, so that only the motion separates the shape from the background.
+    At level hard both have the same, so that colour does not separate the shape from the background.
     """
 
     def ink(low: float, high: float, contrast: float) -> tuple[Floats, Floats]:
