@@ -1,11 +1,11 @@
-"""Work in a process of its own that can be killed: if it hangs, crashes or eats all memory, only that work is lost.
+"""A killable process: runs a function in a process of its own, so that a hang, a crash or a lack of memory stays there.
 
-`KillableProcess` runs one function at the far end of a pipe. The three users differ only in what travels through it:
-the pool of `data_prep` (jobs and results), a watched stream (segments and answers) and the second reading of a video in
-a test (one record).
+`KillableProcess` runs one function at the other end of a pipe. It has three users, which differ only in the messages
+that they send through the pipe: the pool of `data_prep` (jobs and results), a watched stream (segments and answers),
+and the second reading of a video in a test (one record).
 
-`pebble`, whose pool also kills workers, is not used: its deadlines are fixed when a job is submitted and cannot be
-extended by the job, its `map` submits all jobs at once, and a worker cannot converse with its parent.
+`pebble`, whose pool can also kill workers, is not used: its deadlines are fixed when a job is submitted and cannot be
+extended by the job, its `map` submits all jobs at once, and its workers cannot exchange messages with their parent.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from multiprocessing.context import DefaultContext
 from typing import Any, Literal
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-REAP_SECONDS = 5.0  # for a process whose pipe has closed to end by itself, so that its own exit code is seen
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+# How long a process whose pipe has closed may take to end by itself. If it were killed at once, its exit code would be
+# SIGKILL instead of the signal or code that tells what happened.
+REAP_SECONDS = 5.0
 
 
 class ProcessDiedError(Exception):
-    """The process ended before it answered; `str()` names the signal or the exit code."""
+    """The process ended before it answered. The message names the signal or the exit code."""
 
     def __init__(self, exit_code: int | None) -> None:
         super().__init__(describe_exit(exit_code))
@@ -38,19 +40,21 @@ class ProcessDiedError(Exception):
 
 
 class NoAnswerError(Exception):
-    """Nothing came from the process in time. It is still running: kill it, or go on waiting."""
+    """The process sent nothing in time. It is still running: kill it, or continue to wait."""
 
 
 class KillableProcess:
-    """Runs `work(pipe, *args)` in a process of its own; `work` must be importable. Starts at once.
+    """Starts a process that runs `work(pipe, *args)`; `work` must be importable.
 
-    method: "spawn" starts a fresh interpreter, "forkserver" forks from a server that was started clean; neither
-    inherits locks that threads of this process (FFmpeg's, NumPy's) hold at the moment. "fork" is immediate but inherits
-    them. limits: the resource limits of the process, {resource.RLIMIT_AS: bytes} for example. lock: held while a
-    process starts and while it is reaped; threads that run processes side by side share a re-entrant one, since
-    multiprocessing's table of children is not thread-safe.
+    The process ignores Ctrl-C, which is left to the parent, and ends when the parent ends, even if that is killed.
 
-    The process ignores Ctrl-C, which is the parent's to handle, and ends with the parent even where that is killed.
+    Args:
+        method: "spawn" starts a fresh interpreter, and "forkserver" forks from a server that was started clean. Neither
+            inherits the locks that threads of this process (FFmpeg's, NumPy's) hold at the moment of the start. "fork"
+            starts immediately, but inherits them locked.
+        limits: resource limits of the process, such as {resource.RLIMIT_AS: bytes}.
+        lock: held while the process is started and while it is reaped. Threads that run processes side by side have to
+            share a re-entrant one, because multiprocessing's table of children is not thread-safe.
     """
 
     def __init__(
@@ -65,9 +69,9 @@ class KillableProcess:
         self._lock = lock or nullcontext()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(work, theirs, args, method, dict(limits or {})), daemon=True)
-        # A child inherits the blocked signals. With Ctrl-C blocked here it cannot hit a child that is still importing
-        # and does not ignore it yet. Python's resource tracker, which the first start would bring up, unblocks SIGINT
-        # on the way, so it has to be up before.
+        # A child inherits the set of blocked signals. Block SIGINT during the start, so that Ctrl-C cannot kill a child
+        # that is still importing modules and has not set it to be ignored yet. Starting Python's resource tracker
+        # unblocks SIGINT, and the first start of a process would do that, so start the tracker beforehand.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -75,6 +79,8 @@ class KillableProcess:
                 self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Close the parent's copy of the child's end. Otherwise the pipe would stay open after the child's death, and
+        # `receive` would wait for ever instead of raising.
         theirs.close()
 
     @property
@@ -87,30 +93,30 @@ class KillableProcess:
         return self._process.is_alive()
 
     def send(self, message: Any) -> None:
-        """Send a message to the process; ProcessDiedError if it no longer listens."""
+        """Send a message to the process. Raises ProcessDiedError, with the process reaped, if it no longer listens."""
         try:
             self._pipe.send(message)
         except OSError:
             raise ProcessDiedError(self.end(REAP_SECONDS)) from None
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next message, waiting at most `seconds` (None: without limit).
+        """Wait at most `seconds` for the next message (None: without limit).
 
-        Raises NoAnswerError if none came in time, and ProcessDiedError, with the process reaped, if it ended.
+        Raises NoAnswerError if no message came in time, and ProcessDiedError, with the process reaped, if it ended.
         """
         try:
             if not self._pipe.poll(None if seconds is None else max(0.0, seconds)):
                 raise NoAnswerError
-            return self._pipe.recv()
+            return self._pipe.recv()  # EOFError if the process has closed its end, which it does by dying
         except (EOFError, OSError):
             raise ProcessDiedError(self.end(REAP_SECONDS)) from None
 
     def kill(self) -> None:
-        """Kill the process without waiting for its end; callable from any thread."""
+        """Kill the process without waiting for it to end. May be called from any thread."""
         self._process.kill()
 
     def end(self, wait_seconds: float = 0.0) -> int | None:
-        """Reap the process, killing it if it does not end by itself within `wait_seconds`; the exit code."""
+        """Wait `wait_seconds` for the process to end by itself, then kill it, and reap it. Returns its exit code."""
         with self._lock:
             self._process.join(wait_seconds)
             self._process.kill()
@@ -120,14 +126,14 @@ class KillableProcess:
 
 
 def prepare_forkserver(*modules: str) -> None:
-    """Start the server that "forkserver" processes are forked from, with `modules` imported: takes a second or two."""
+    """Start the server that "forkserver" processes are forked from, with `modules` imported. Takes a second or two."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
     forkserver.ensure_running()
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """How a process ended: "SIGSEGV", or "exit code 1"."""
+    """Describe how a process ended, as "SIGSEGV" or "exit code 1"; multiprocessing negates the number of a signal."""
     if exit_code is not None and exit_code < 0:
         with suppress(ValueError):  # a real-time signal has no name
             return signal.Signals(-exit_code).name
@@ -138,7 +144,7 @@ def describe_exit(exit_code: int | None) -> str:
 def _run(
     work: Callable[..., None], pipe: Connection, args: tuple[Any, ...], method: StartMethod, limits: Mapping[int, int]
 ) -> None:
-    """The process itself."""
+    """The main function of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent(method)
     for limit, value in limits.items():
@@ -147,14 +153,15 @@ def _run(
 
 
 def _end_with_parent(method: StartMethod) -> None:
-    """A parent that is killed outright can stop nobody, so its end has to be noticed from here."""
+    """Make this process end with its parent, which cannot stop its children if it is killed itself."""
     if sys.platform == "linux" and method != "forkserver":
-        # By the kernel, even while a library hangs with the interpreter's lock held. The kernel watches the *thread*
-        # that started this process, so that thread must outlive it.
+        # Have the kernel kill this process, which works even while a library hangs and holds the interpreter lock. The
+        # kernel watches the *thread* that started this process, not its process, so that thread has to live longer.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return
-    # A forked server is the kernel's parent of this process and lives as long as any of its children, so there a thread
-    # waits for the real parent, whose sentinel multiprocessing hands down.
+    # With "forkserver", the kernel's parent of this process is the server, which lives as long as any of its children.
+    # So a thread waits for the real parent, for whose end multiprocessing passes a sentinel to its children. The same
+    # is done on systems without prctl.
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

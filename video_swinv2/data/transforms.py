@@ -1,10 +1,10 @@
-"""Pixels: crops and augmentation of clips (the same for every frame), mixing of batches, normalisation on the device.
+"""Transforms of pixels: crops and augmentation of clips, Mixup and CutMix of batches, and normalisation on the device.
 
 Letters: B batch, T frames, H W pixels, K classes.
 
-Built on torchvision.transforms.v2, which treats the leading axes of (T, 3, H, W) as one batch and so applies one random
-draw to all frames. RandAugment and the pixel mode of random erasing are ours, since torchvision's are not those of the
-published recipes (see `RandAugment` and `Erasing`).
+Built on torchvision.transforms.v2, which treats the leading axes of (T, 3, H, W) as a batch, so one random draw applies
+to all frames of a clip. RandAugment and the pixel mode of random erasing are implemented here, because torchvision's
+versions differ from those of the published recipes (see `RandAugment` and `Erasing`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from video_swinv2.config import AugmentConfig
 from video_swinv2.errors import UsageError
 
 Size = tuple[int, int]
-GREY = (124, 116, 104)  # ImageNet's mean of pixels from 0 to 255, which normalisation turns into 0
+GREY = (124, 116, 104)  # ImageNet's mean, for pixels from 0 to 255; normalisation turns it into about 0
 DEVIATION = (58, 57, 57)  # ImageNet's standard deviation, likewise
-MAX_MAGNITUDE = 10.0  # of RandAugment: the strongest change
+MAX_MAGNITUDE = 10.0  # RandAugment's strongest magnitude, as in timm
 
 
 def training_transform(augment: AugmentConfig, size: Size) -> v2.Transform:
-    """(T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment and erasing, one draw per clip.
+    """The training augmentation, (T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment, random erasing.
 
-    Crops are resized bilinearly with antialiasing, as in Microsoft's SimMIM recipes; the supervised ones do it
-    bicubically.
+    Each of them draws once per clip. Crops are resized bilinearly with antialiasing, as in Microsoft's SimMIM recipes;
+    the supervised recipes resize bicubically.
     """
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(size, scale=augment.crop_area, ratio=augment.crop_ratio, antialias=True)
@@ -46,20 +46,25 @@ def training_transform(augment: AugmentConfig, size: Size) -> v2.Transform:
 
 
 def validation_transform(size: Size) -> v2.Transform:
-    """(T, 3, H, W) uint8 -> (T, 3, *size): short side to 256/224 of the size, centre crop (Video Swin's validation)."""
+    """The validation transform of Video Swin, (T, 3, H, W) uint8 -> (T, 3, *size) uint8.
+
+    Resizes the short side to 256/224 of the shorter side of `size`, then crops the centre.
+    """
     return v2.Compose([v2.Resize(round(min(size) * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
 
 class RandAugment(nn.Module):
-    """timm's `rand-m{magnitude}-n{operations}-mstd{noise}-inc1` on (T, 3, H, W) uint8, one draw for all frames.
+    """timm's `rand-m{magnitude}-n{operations}-mstd{noise}-inc1` on (T, 3, H, W) uint8, with one draw for all frames.
 
-    torchvision's RandAugment is a different augmentation of the same name: its magnitude 9 is 9/30 of the range where
-    timm's is 9/10, it always applies what it draws, adds no noise to the magnitude, and has an identity but no invert
-    and no solarize-add. Here `operations` are drawn with replacement, and each is applied with probability 0.5 at a
-    magnitude from normal(magnitude, noise), clipped to 0..10; every operation grows stronger with it.
+    `operations` operations are drawn with replacement. Each is applied with probability 0.5, at a magnitude drawn from
+    normal(magnitude, noise) and clipped to 0..10. Every operation gets stronger with its magnitude ("inc").
 
-    Differences from timm: geometric operations are bilinear (timm: bilinear or bicubic), since torchvision has no
-    bicubic ones for tensors; contrast, autocontrast and equalize work on each frame separately.
+    torchvision's RandAugment is a different augmentation of the same name: its magnitude 9 is 9/30 of the range, where
+    timm's is 9/10. It always applies the operations that it draws, adds no noise to the magnitude, and has an identity
+    operation but neither invert nor solarize-add.
+
+    Differences from timm: geometric operations are bilinear (timm: bilinear or bicubic), because torchvision has no
+    bicubic ones for tensors, and contrast, autocontrast and equalize work on each frame separately.
     """
 
     def __init__(self, operations: int, magnitude: float = 9.0, noise: float = 0.5) -> None:
@@ -70,6 +75,7 @@ class RandAugment(nn.Module):
         """(T, 3, H, W) uint8 -> the same shape and dtype."""
         for _ in range(self.operations):
             name = list(OPERATIONS)[int(torch.randint(len(OPERATIONS), ()))]
+            # The magnitude is drawn even if the operation is not applied, so each turn uses the same number of draws.
             applied, sign = torch.rand(2) < 0.5
             magnitude = float(torch.normal(self.magnitude, self.noise, ()).clamp(0.0, MAX_MAGNITUDE))
             if applied:
@@ -79,23 +85,26 @@ class RandAugment(nn.Module):
 
 def _solarize_add(clip: Tensor, level: float, _: int) -> Tensor:
     """Brighten dark pixels: add up to 110 to values below 128."""
+    # In int32, because uint8 would wrap around at 256.
     return torch.where(clip < 128, (clip.int() + int(level * 110)).clamp(max=255).to(clip.dtype), clip)
 
 
 def _affine(clip: Tensor, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0) -> Tensor:
-    """Translate by (x, y) pixels and shear by the given tangents, about the upper left corner as in timm."""
+    """Translate by (x, y) pixels and shear by the given tangents about the upper left corner, as in timm."""
+    # torchvision takes angles in degrees.
     shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
     mode = v2.InterpolationMode.BILINEAR
     return F.affine(clip, 0.0, [x, y], 1.0, shear, interpolation=mode, fill=list(GREY), center=[0, 0])
 
 
 def _enhancement(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
-    """An operation with a factor of 1 at level 0 (no change), and of 0.1 or 1.9 at level 1, depending on the sign."""
+    """Make an operation of `change(clip, factor)`; the factor goes from 1 at level 0 to 0.1 or 1.9 at level 1."""
     return lambda clip, level, sign: change(clip, max(0.1, 1.0 + sign * 0.9 * level))
 
 
-# timm's `inc1` set: (clip, level from 0 to 1, sign) -> clip. Level 1 means a rotation by 30 degrees, a shear of tangent
-# 0.3, a translation by 45 % of a side, and a solarize threshold of 0. The order matters: one is drawn by its position.
+# timm's `inc1` set: (clip, level from 0 to 1, sign -1 or 1) -> clip. Level 1 is a rotation by 30 degrees, a shear with
+# tangent 0.3, a translation by 45 % of a side, and a solarize threshold of 0. The order matters: operations are drawn
+# by position, so a different order would change every seeded run.
 OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "autocontrast": lambda clip, level, sign: F.autocontrast(clip),
     "equalize": lambda clip, level, sign: F.equalize(clip),
@@ -103,7 +112,8 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "rotate": lambda clip, level, sign: F.rotate(
         clip, sign * 30.0 * level, interpolation=v2.InterpolationMode.BILINEAR, fill=list(GREY)
     ),
-    # At least one bit: with none, which timm asks for at level 1, Pillow used to make the image black and now refuses.
+    # Keep at least one bit. At level 1, timm asks for none, which gave a black image in earlier versions of Pillow and
+    # is an error in current ones.
     "posterize": lambda clip, level, sign: F.posterize(clip, max(1, 4 - int(4 * level))),
     "solarize": lambda clip, level, sign: F.solarize(clip, 256 - int(256 * level)),
     "solarize_add": _solarize_add,
@@ -119,10 +129,11 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
 
 
 class Erasing(nn.Module):
-    """Random erasing in the recipes' `pixel` mode: one rectangle of (T, 3, H, W) uint8 becomes noise in all frames.
+    """Random erasing in the recipes' `pixel` mode: fills one rectangle of a clip with noise, the same in all frames.
 
-    torchvision draws the rectangle. Its noise is meant for normalised inputs; ours is the same noise before
-    normalisation, hence rounded, and clipped to 0..255 (3 % of the values).
+    torchvision draws the rectangle and standard normal noise, which is meant for normalised inputs. Erasing comes
+    before normalisation here, so the noise is converted to pixel values: scaled, rounded, and clipped to 0..255, which
+    affects 3 % of the values.
     """
 
     def __init__(self, probability: float) -> None:
@@ -132,6 +143,7 @@ class Erasing(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """(T, 3, H, W) uint8 -> the same shape and dtype."""
+        # i, j, h, w and the noise v, (3, h, w); v is None if none of ten draws gave a rectangle inside the picture.
         drawn = self.rectangle.make_params([clip])
         if torch.rand(()) >= self.probability or drawn["v"] is None:
             return clip
@@ -142,15 +154,16 @@ class Erasing(nn.Module):
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, 3, ...) uint8 -> float32, (pixel / 255 - mean) / std per channel, on the device the pixels are on."""
+    """(B, 3, ...) uint8 -> float32 of the same shape and on the same device, (pixel / 255 - mean) / std per channel."""
+    # (1, 3, 1, 1) for images, (1, 3, 1, 1, 1) for clips. Multiplying mean and std by 255 saves dividing the pixels.
     shape = (1, 3) + (1,) * (pixels.ndim - 2)
     mean_255, std_255 = (255 * torch.tensor(numbers, device=pixels.device).view(shape) for numbers in (mean, std))
-    # In place: on a CPU, new memory for each operation takes three times as long as the arithmetic.
+    # In place, because on a CPU allocating memory for each result takes three times as long as the arithmetic.
     return pixels.to(torch.float32, copy=True).sub_(mean_255).div_(std_255)
 
 
 def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of `normalise`, rounded and clipped to bytes: (B, 3, ...) float -> uint8."""
+    """The inverse of `normalise`, (B, 3, ...) float -> uint8; values are rounded and clipped to 0..255."""
     shape = (1, 3) + (1,) * (inputs.ndim - 2)
     scale = torch.tensor(std, device=inputs.device).view(shape)
     pixels = (inputs * scale + torch.tensor(mean, device=inputs.device).view(shape)) * 255
@@ -158,11 +171,12 @@ def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def mix(inputs: Tensor, labels: Tensor, classes: int, augment: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix within a batch: (B, 3, ...) float and (B,) labels -> inputs and class shares float (B, K).
+    """Apply Mixup or CutMix to a batch: (B, 3, ...) float and (B,) labels -> inputs, and class shares (B, K) float.
 
-    If both are on, each batch gets one of them with equal probability. torchvision pairs each sample with the one
-    before it, timm the first with the last and so on. Label smoothing is applied in the loss, which gives timm's
-    smoothed shares exactly. Raises UsageError for a batch of one sample, which cannot be mixed.
+    If both are enabled, each batch gets one of them, with equal probability. torchvision mixes each sample with the one
+    before it, whereas timm mixes the first with the last, the second with the second to last, and so on. Label
+    smoothing is applied in the loss, which gives exactly the smoothed shares of timm. Raises UsageError for a batch of
+    one sample, which cannot be mixed.
     """
     kinds: list[nn.Module] = []
     if augment.mixup:
@@ -174,6 +188,8 @@ def mix(inputs: Tensor, labels: Tensor, classes: int, augment: AugmentConfig) ->
     if len(inputs) == 1:
         raise UsageError("augment.mixup, cutmix: a micro-batch of 1 has nothing to mix with; set them to 0, or use 2")
     if inputs.ndim == 5:
-        inputs = tv_tensors.Video(inputs)  # else five axes are refused; which of them is time does not matter here
+        # torchvision accepts five axes only for its Video type. That type means (B, T, 3, H, W), but the order of the
+        # middle axes does not matter here: samples are mixed whole, or in a rectangle of the last two axes.
+        inputs = tv_tensors.Video(inputs)
     mixed, shares = v2.RandomChoice(kinds)(inputs, labels)
     return mixed.as_subclass(Tensor), shares

@@ -1,9 +1,9 @@
-"""Loader workers that may die: what each of them is reading, the alarm that ends a hung one, and how a death shows.
+"""Loader workers that may crash or hang: starts them, records what each is reading, kills hung ones, detects deaths.
 
-A decoder can take its process down with it (a segmentation fault, the kernel's out-of-memory killer) or hang inside a
-library call that no Python exception can interrupt. Training (`loading.py`) and testing (`evaluation/reading.py`) both
-read in worker processes that are started, watched and diagnosed here; what happens to the file that was being read is
-theirs to decide.
+A decoder can crash its process (segmentation fault, out-of-memory killer) or hang inside a library call that no Python
+exception can interrupt. Training (`loading.py`) and testing (`evaluation/reading.py`) therefore both read files in
+worker processes that are started and watched here. They decide for themselves what to do about the file that was being
+read.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
 Address = TypeVar("Address")
 
-# PyTorch's two messages for the same event, from its signal handler and from waiting for a batch.
+# PyTorch's two messages for a dead worker: one from waiting for a batch, the other from its signal handler.
 WORKER_DEATH_MESSAGE = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
-DEATH_SHOWS_SECONDS = 2.0  # after a batch could not be fetched from a worker's memory
-# Opening a video, its size and its frames each run against the reader's own clock; longer means hung in a library.
+DEATH_SHOWS_SECONDS = 2.0  # how long a death may take to become visible after a batch could not be fetched
+# `VideoReader` restarts its time limit for opening a video, for its size and for its frames. A worker that takes longer
+# than the three together hangs in a library, where the reader's own checks do not run.
 CLOCKS_PER_VIDEO = 3
 
 
 def patience_seconds(time_limit_seconds: float, grace_seconds: float) -> float:
-    """How long reading one file may take before its process counts as hung, given the reader's own time limit."""
+    """How many seconds reading one file may take before its process counts as hung, given the reader's time limit."""
     return CLOCKS_PER_VIDEO * time_limit_seconds + grace_seconds
 
 
 @contextmanager
 def killing_alarm(seconds: float) -> Iterator[None]:
-    """Inside, the process is killed by SIGALRM unless the block ends within `seconds`."""
-    # The default action, by the kernel: a handler in Python would wait for the hung call to return.
+    """Kill this process with SIGALRM unless the context ends within `seconds`."""
+    # The signal's default action is carried out by the kernel. A Python handler would run only after the hung call had
+    # returned to the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -53,23 +55,27 @@ def killing_alarm(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AbandonedFile:
-    """The number of a file that a dead worker was reading, and for how long it had been reading it."""
+    """A file that a worker was reading when it died: its number, and the seconds since the worker had begun it."""
 
     number: int
     seconds: float
 
 
 class FilesInHand:
-    """Which file each worker is reading, in memory that the workers share with the process that started them."""
+    """A table of the file that each worker is reading.
+
+    It lies in memory that the workers share with the process that started them, which can therefore still read the row
+    of a worker that was killed.
+    """
 
     def __init__(self, workers: int) -> None:
-        # One row per worker: pid, number of the file (-1: none), since when in monotonic seconds, a clock that all
-        # processes of a machine share. float64 holds each exactly.
+        # One row per worker: pid, number of the file (-1 for none), and the time at which it was begun, in seconds of
+        # the monotonic clock, which all processes of a machine share. float64 represents the integers exactly.
         self._rows = torch.full((workers, 3), -1.0, dtype=torch.float64).share_memory_()
 
     @contextmanager
     def reading(self, number: int, seconds: float) -> Iterator[None]:
-        """In a worker: record that it reads file `number`, and have it killed if that takes more than `seconds`."""
+        """For use in a worker: record that it is reading file `number`, and kill it after more than `seconds`."""
         worker = get_worker_info()
         if worker is None:
             raise RuntimeError("FilesInHand.reading is for loader workers")
@@ -79,19 +85,19 @@ class FilesInHand:
             with killing_alarm(seconds):
                 yield
         finally:
-            row[1] = -1  # not reached by a worker that dies, which is the point
+            row[1] = -1  # not reached by a worker that dies, so the number of its file stays in the table
 
     def any_worker_dead(self) -> bool:
-        """Whether a worker that has read a file has ended."""
-        multiprocessing.active_children()  # reaps those that ended; a zombie still answers to its pid
+        """Whether any worker that had begun a file is dead."""
+        multiprocessing.active_children()  # reaps ended children; until then, a zombie still has its pid
         return any(pid >= 0 and not _is_alive(int(pid)) for pid in self._rows[:, 0].tolist())
 
     def abandoned(self) -> list[AbandonedFile]:
         """The files that dead workers were reading.
 
-        Ask before the loader is deleted: that ends the other workers, which then count as dead too.
+        Call this before the loader is deleted. That stops the other workers, which would then count as dead too.
         """
-        multiprocessing.active_children()  # reaps those that ended; see `any_worker_dead`
+        multiprocessing.active_children()  # reaps ended children, as in `any_worker_dead`
         now = time.monotonic()
         return [
             AbandonedFile(int(number), now - since)
@@ -109,9 +115,16 @@ def start_loader(
     prefetch: int,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """Iterate over `batches` of addresses, read by `workers` processes (0: by this one) and collated.
+    """Start `workers` processes (0: none, this process reads) and return an iterator over the collated batches.
 
-    The workers live as long as the iterator. When one dies the iterator raises what `is_worker_death` recognises.
+    The workers live as long as the iterator. If one dies, the iterator raises an error that `is_worker_death`
+    recognises.
+
+    Args:
+        dataset: gives the sample at an address.
+        batches: the addresses of each batch, in order.
+        prefetch: how many batches each worker reads ahead.
+        pin: whether to copy batches to page-locked memory.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -120,13 +133,14 @@ def start_loader(
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=prefetch if workers else None,
-        # Linux's default before Python 3.14: a forked worker starts at once, any other takes seconds.
+        # A forked worker starts at once, any other takes seconds. Fork was the default on Linux before Python 3.14.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     if not workers or threading.current_thread() is not threading.main_thread():
         return iter(loader)
-    # PyTorch installs a signal handler by which a dying worker raises inside whatever the main thread is doing at that
-    # moment, a collective operation for example. Without it the death is noticed when the next batch is waited for.
+    # PyTorch installs a SIGCHLD handler through which a dying worker raises in the main thread, whatever that is doing
+    # at the moment, even in the middle of a collective operation. Restore the handler from before. The death is then
+    # noticed when the next batch is waited for, where the loop can deal with it.
     before = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
@@ -135,13 +149,13 @@ def start_loader(
 
 
 def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:
-    """Whether a loader raised `error` because a worker died, not because of what it read."""
+    """Whether a loader raised `error` because a worker died, rather than because of the data it read."""
     if isinstance(error, RuntimeError):
         return WORKER_DEATH_MESSAGE.search(str(error)) is not None
     if in_hand is None or not isinstance(error, (EOFError, OSError)):
         return False
-    # The pixels of a finished batch stay in the memory of its worker until they are fetched. If the worker dies before,
-    # fetching fails with one of these errors, which may come before the death itself is visible.
+    # The pixels of a finished batch are fetched through a connection to its worker. If the worker has died in the
+    # meantime, fetching fails with one of these errors, possibly before the death itself is visible. So wait a moment.
     until = time.monotonic() + DEATH_SHOWS_SECONDS
     while time.monotonic() < until:
         if in_hand.any_worker_dead():
@@ -152,7 +166,7 @@ def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 is not delivered; it only checks that the process exists
     except ProcessLookupError:
         return False
     return True
