@@ -1,7 +1,10 @@
-"""The prepared form that all videos of a data set share, and writing it.
+"""The prepared form of videos: encoding to it, and checking whether a file already has it.
 
-H.264 yuv420p in MP4, with the index (moov) in front; short groups of pictures, no B-frames, no edit list, no sound, no
-metadata. All decoders read this form alike, and a seek is cheap: it decodes at most `gop` frames.
+All videos of a data set are H.264 yuv420p in MP4, with the index (moov) in front of the frames, short groups of
+pictures, no B-frames, no edit list, no sound and no metadata. All decoders read such a file in the same way, and a seek
+is cheap, because at most `gop` frames have to be decoded.
+
+As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -18,18 +21,19 @@ from av.video.reformatter import ColorRange
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-# The MPEG clock. At all common frame rates a frame lasts a whole number of ticks, except at 23.976 and 59.94 fps, where
-# times are rounded by less than a hundredth of a millisecond.
+# The 90 kHz clock of MPEG, in seconds per tick. At all common frame rates a frame lasts a whole number of ticks, except
+# at 23.976 and 59.94 fps, where rounding changes times by less than a hundredth of a millisecond.
 TIME_BASE = Fraction(1, 90000)
-# Colour matrices that all readers treat as BT.601 (H.264 table E-5): unspecified (2), and BT.601 under both its names.
+# Colour matrices (by their numbers in H.264 table E-5) that all readers treat as BT.601: unspecified (2), and the two
+# under which BT.601 itself is listed (5, 6).
 BT601_COLORSPACES = {2, 5, 6}
-# Written by FFmpeg's MP4 muxer itself, so their presence says nothing about a source.
+# FFmpeg's MP4 muxer writes these tags by itself, so they do not count as metadata of the source.
 MUXER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "language", "handler_name", "vendor_id"}
 
 
 @dataclass(frozen=True)
 class H264Settings:
-    """Settings of x264: a key frame every `gop` frames, constant quality `crf`, speed `preset`."""
+    """Settings of x264: a key frame every `gop` frames, constant quality `crf` (lower is better), speed `preset`."""
 
     gop: int = 16
     crf: int = 23
@@ -37,7 +41,8 @@ class H264Settings:
 
 
 def to_ticks(times: Sequence[float]) -> list[int]:
-    """Seconds, ascending -> ticks of TIME_BASE counted from the first time, strictly ascending as a muxer requires."""
+    """Ascending times in seconds -> ticks counted from the first of them, strictly ascending as a muxer requires."""
+    # Two times that round to the same tick are moved apart: the later one is put one tick after the earlier.
     result: list[int] = []
     for when in times:
         tick = round((when - times[0]) / TIME_BASE)
@@ -55,41 +60,47 @@ def write_video(
 ) -> int:
     """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns how many were written.
 
-    Without B-frames the decoding order is the display order, and no edit list is needed. sc_threshold=0 turns off the
-    extra key frames at scene cuts. One thread, since the work is spread over videos. Raises av.FFmpegError.
+    `fps` goes into the header and gives the duration of frames; when a frame is shown depends on its tick alone. Raises
+    av.FFmpegError.
     """
+    # bf=0: without B-frames the decoding order is the display order, and no edit list is needed.
+    # threads=1: the work is parallelised over videos, one process each.
+    # sc_threshold=0: no extra key frames at scene cuts.
     options = {"crf": str(settings.crf), "preset": settings.preset, "bf": "0", "threads": "1", "sc_threshold": "0"}
     options |= {"g": str(settings.gop), "keyint_min": str(settings.gop)}
     count = 0
+    # faststart moves the index to the front when the file is closed. bitexact leaves the version of the muxer out of
+    # the file. The path is absolute because FFmpeg takes a bare "a:b" for a protocol.
     with av.open(
         str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
     ) as out:
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(10000), options=options)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
-        # Without this, times are rounded to multiples of 1/fps, and videos with a variable frame rate fail with
-        # "non monotonically increasing dts".
+        # By default the encoder counts time in units of 1/fps. Times would be rounded to multiples of that, and videos
+        # with a variable frame rate would fail with "non monotonically increasing dts".
         stream.codec_context.time_base = TIME_BASE
         for tick, frame in frames:
             frame.pts, frame.time_base, frame.duration = tick, TIME_BASE, max(1, round(1 / fps / TIME_BASE))
             out.mux(stream.encode(frame))
             count += 1
-        out.mux(stream.encode(None))
+        out.mux(stream.encode(None))  # the frames that the encoder still holds
     return count
 
 
 def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> str:
     """The first way in which a video differs from the prepared form; '' if it has that form.
 
-    Reads all packets but decodes nothing. Of metadata, only what a muxer writes by itself is allowed. Rotation is not
-    checked here: it may be recorded in the frames alone, so the caller has to look at one. Raises av.FFmpegError,
-    OSError.
+    All packets are read, but nothing is decoded. The only metadata allowed is what a muxer writes by itself. Rotation
+    is not checked, because it may be recorded in the frames alone: the caller has to decode one and look at it. Raises
+    av.FFmpegError, OSError.
     """
     with av.open(str(path.absolute())) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
         size = (codec.height, codec.width)
         tags_found = {key for tags in (container.metadata, stream.metadata) for key in tags} - MUXER_TAGS
+        # Each difference with whether the file has it, in the order in which they are reported.
         differences = {
             "not MP4": "isom" not in container.metadata.get("compatible_brands", ""),
             "has more than one stream": len(container.streams) != 1,
@@ -103,11 +114,17 @@ def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> s
             "index after the frames": not _index_first(path),
         }
         found = [difference for difference, applies in differences.items() if applies]
+        # The packets come last: going through them takes longer than everything above.
         return found[0] if found else _packet_difference(container, gop)
 
 
 def _packet_difference(container: InputContainer, gop: int) -> str:
-    """The first difference in the packets: key frames too far apart, reordered frames, or a late start."""
+    """The first difference that the packets show: key frames too far apart, reordered frames, or a late start.
+
+    '' if there is none.
+    """
+    # Packets since the last key frame, that one included. It starts at `gop`, so that a file whose first packet is not
+    # a key frame exceeds the limit at once. `last` is the pts of the previous packet, -1 before the first.
     since_key, last = gop, -1
     for packet in container.demux(video=0):
         if not packet.size:  # the empty packet that ends the stream
@@ -115,7 +132,8 @@ def _packet_difference(container: InputContainer, gop: int) -> str:
         since_key = 1 if packet.is_keyframe else since_key + 1
         if since_key > gop:
             return f"key frames more than {gop} frames apart"
-        # B-frames make pts and dts differ; an edit list discards packets.
+        # With B-frames, presentation (pts) and decoding times (dts) differ. An edit list makes FFmpeg mark packets as
+        # discarded.
         if packet.pts is None or packet.pts <= last or packet.pts != packet.dts or packet.is_discard:
             return "B-frames or an edit list"
         if last < 0 and packet.pts:
@@ -125,15 +143,21 @@ def _packet_difference(container: InputContainer, gop: int) -> str:
 
 
 def _index_first(path: Path) -> bool:
-    """Whether the moov box of an MP4 comes before its mdat box, so that a reader finds the index without seeking."""
+    """Whether the index of an MP4 (moov box) comes before the frames (mdat), so that it is found without seeking.
+
+    An MP4 is a sequence of boxes (ISO/IEC 14496-12, 4.2): a 32-bit big-endian length, which counts the whole box, a
+    type of four letters, the contents. Length 1 means that a 64-bit length follows the type; length 0 means that the
+    box extends to the end of the file.
+    """
     with path.open("rb") as file:
         while len(head := file.read(16)) >= 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:8]
             if kind in (b"moov", b"mdat"):
                 return kind == b"moov"
-            # A box is a 32-bit length (of the whole box), four letters, contents; length 1: 64 bits of length follow.
             length = int.from_bytes(head[8:], "big") if length == 1 else length
+            # Nothing follows a box of length 0; other lengths below that of a header mean that the file is damaged.
             if length < 8:
                 return False
+            # 16 bytes have been read, possibly more than this box has, so the step may lead backwards.
             file.seek(length - len(head), 1)
     return False

@@ -1,4 +1,7 @@
-"""What to do with one video and how it went: the plain data that travels between the parent process and its workers."""
+"""A job, which says how to prepare one video, its outcome, and its time limits.
+
+Jobs and outcomes are plain data: they are pickled on their way between the parent process and its workers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from sqlite3 import Row
 
 from data_prep.encode import H264Settings
 
-# Incremented whenever the same settings would produce different bytes. It is part of what decides whether a prepared
-# file is still valid, and is stored as "form" in dataset.json.
+# To be incremented whenever a change of the code makes the same settings produce different files. It is part of the
+# settings' hash, so videos prepared with an older version are prepared again. In dataset.json it is called "form".
 OUTPUT_VERSION = 2
 FULL_HD = 1920 * 1080  # pixels
 
@@ -21,9 +24,10 @@ FULL_HD = 1920 * 1080  # pixels
 class TranscodeSettings:
     """How every video of a data set is prepared.
 
-    `short_side` in pixels is an upper limit: nothing is enlarged. `gop` is the number of frames from key frame to key
-    frame. `fps` asks for a constant frame rate; with None every frame keeps its own time. `copy` keeps the bytes of
-    sources that already have the prepared form. Videos shorter than `min_seconds` fail as too_short.
+    `short_side`, in pixels, is an upper limit: smaller videos are not enlarged. `gop` is the number of frames from one
+    key frame to the next. `fps` is a constant frame rate to convert to; with None every frame keeps its own time.
+    `copy` copies sources that already have the prepared form instead of encoding them again. Videos shorter than
+    `min_seconds` fail as too_short.
     """
 
     short_side: int = 320
@@ -34,21 +38,25 @@ class TranscodeSettings:
 
     @property
     def encoding(self) -> H264Settings:
-        """The settings of the encoder."""
+        """The settings of the encoder. Only the key frame distance can be chosen by the user."""
         return H264Settings(gop=self.gop)
 
     def record(self) -> dict[str, object]:
-        """Everything that decides the form of a prepared file, as it is stored in dataset.json."""
+        """Everything that determines the form of a prepared file, as stored in dataset.json."""
         return {"made_by": "prepare", "form": OUTPUT_VERSION, **asdict(self), **asdict(self.encoding)}
 
     def hash(self) -> str:
-        """The sha256 of the record. Rows of prep.sqlite with another one are prepared again."""
+        """The sha256 of the record. Videos whose row in prep.sqlite has a different one are prepared again."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TranscodeJob:
-    """One video to prepare. `start` and `end`, in seconds from its first frame, bound the segment to cut out."""
+    """One video to prepare.
+
+    `row_id` is the id of its row in prep.sqlite. `source` and `target` are absolute. `start` and `end`, in seconds from
+    the first frame, bound the segment to cut out; None means from the beginning and to the end.
+    """
 
     row_id: int
     source: Path
@@ -60,10 +68,11 @@ class TranscodeJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended; the fields are columns of prep.sqlite.
+    """How a job ended. The fields are columns of prep.sqlite. After a failure, those that are not known are None.
 
     `reason` is '' if the video was prepared, a key of outcomes.REASONS if it failed, or 'disk' if the run has to stop.
-    `fps`, `height`, `width` and `frames` describe the prepared file, `codec` the source; `seconds` is the time taken.
+    `sha256`, `frames`, `fps`, `height` and `width` describe the prepared file, `codec` the source. `duration_seconds`
+    is that of the frames kept; `seconds` is how long the job took.
     """
 
     reason: str = ""
@@ -82,13 +91,13 @@ class Outcome:
 
 
 def job_for_row(row: Row, out: Path, settings: TranscodeSettings) -> TranscodeJob:
-    """The job for a row of the data set's prep.sqlite."""
+    """The job for a row of the prep.sqlite of data set `out`."""
     source, target = Path(row["source"]), out / row["target"]
     return TranscodeJob(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
 
 
 def size_and_mtime(source: str | Path) -> tuple[int | None, int | None]:
-    """(size in bytes, modification time in ns) of a file; (None, None) if there is none."""
+    """(size in bytes, modification time in ns) of a file; (None, None) if it does not exist or cannot be examined."""
     try:
         status = os.stat(source)
     except OSError:
@@ -96,16 +105,23 @@ def size_and_mtime(source: str | Path) -> tuple[int | None, int | None]:
     return status.st_size, status.st_mtime_ns
 
 
+# The time limits exist to end jobs that hang, not to make slow ones fail. They are therefore generous: a minute for
+# slow file systems and busy machines, and then far more than the work takes.
+
+
 def initial_limit_seconds(job: TranscodeJob) -> float:
-    """The time limit of a job before the duration of its video is known."""
+    """The time limit of a job until the duration of its video is known: that for reading its index."""
     return index_limit_seconds(size_and_mtime(job.source)[0] or 0)
 
 
 def index_limit_seconds(size_bytes: int) -> float:
-    """The time limit for reading all packets of a file."""
+    """The time limit for reading all packets of a file: a minute, and 10 s per MiB."""
     return 60.0 + 10.0 * size_bytes / 2**20
 
 
 def encode_limit_seconds(duration_seconds: float, pixels: int) -> float:
-    """The time limit for decoding and encoding a video: about a hundred times what it takes on one core."""
+    """The time limit for decoding and encoding a video: about a hundred times what it takes on one core.
+
+    A minute, and 30 s per second of video. For sources above Full HD it grows with the number of pixels.
+    """
     return 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD)

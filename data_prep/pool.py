@@ -1,4 +1,15 @@
-"""Processes that can be killed one by one: a job that hangs, crashes or eats all memory costs that job alone."""
+"""A pool of processes that can be killed one by one, so that a job that hangs, crashes or eats all memory fails alone.
+
+FFmpeg may hang or crash on a damaged file, and a thread, or a process of concurrent.futures, cannot be stopped then. So
+each thread of the pool drives one process of its own:
+
+    parent    each(...) --submit--> ThreadPoolExecutor: thread --job----------------> process
+                        <--future--                            <--extension, result--
+
+A thread waits for its process until the deadline of the job. If there is no answer by then, it kills the process. After
+that, or if the process has died by itself, the result of the job is `Lost`, and the next job gets a new process. Other
+jobs are not affected.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +30,21 @@ from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedErr
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Allow = Callable[[float], None]
-"""Given to a job: allows it N seconds from now on, in place of what is left of its time limit."""
+"""Passed to a job, which calls it with the seconds it may still take from now on, in place of its former time limit."""
 
-START_SECONDS = 60.0  # for a fresh process to import its libraries on a busy machine
-# Jobs submitted beyond those running, so that no process is idle while the parent records the result of another.
+# Added to the time limit of every job, in case its process has to start and import its libraries on a busy machine.
+START_SECONDS = 60.0
+# Jobs submitted beyond those running (and a quarter of those, see `each`), so that no process is idle while the parent
+# records the result of another.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A job that failed, or whose process died or had to be killed: `reason` is timeout or crashed."""
+    """The result of a job that raised an exception or whose process died or was killed.
+
+    `reason` is 'timeout' if its time limit was exceeded, otherwise 'crashed'.
+    """
 
     reason: str
     detail: str
@@ -36,26 +52,31 @@ class Lost:
 
 @dataclass(frozen=True)
 class _Extension:
-    """Sent by a process: its job may take N seconds from now on."""
+    """Sent by a process when its job calls `allow`: the job may take `seconds` from now on."""
 
     seconds: float
 
 
 class Crew(Protocol):
-    """An executor of concurrent.futures that also says how many jobs it runs at once."""
+    """An executor of concurrent.futures that also knows how many jobs it runs at once."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Start a job."""
 
     def workers(self) -> int:
-        """How many jobs run at once; on a cluster this changes as machines come and go."""
+        """How many jobs run at once. On a cluster this changes as machines come and go, and may be 0 for a while."""
 
 
 def each(crew: Crew, work: Callable[[Job, Allow], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
-    """Each job with its result, in the order in which they finish; jobs are drawn only when there is room for them."""
+    """Yield each job with its result, in the order in which they finish.
+
+    `jobs` may be a long or lazy iterable: only as many are taken from it as the crew can soon run. An exception of a
+    future is raised here.
+    """
     waiting = iter(jobs)
     running: dict[Future[Any], Job] = {}
     while True:
+        # Fill up to the number of workers and some more. It is asked for in every round, since it may change.
         workers = crew.workers()
         for job in islice(waiting, max(0, workers + workers // 4 + AHEAD - len(running))):
             running[crew.submit(work, job)] = job
@@ -73,31 +94,36 @@ def run_jobs(
     seconds_for: Callable[[Job], float],
     memory_gib: float | None = None,
 ) -> Iterator[tuple[Job, Result | Lost]]:
-    """Each job with the result of `work(job, allow)`, in the order in which they finish. `work` must be importable.
+    """Yield each job with the result of `work(job, allow)`, in the order in which they finish.
 
-    A job that exceeds `seconds_for(job)`, or the time it last asked for with `allow(seconds)`, has its process killed;
-    a process that dies is replaced; both give Lost. `memory_gib` limits the address space of each process. Closing the
-    iterator early kills the jobs that are still running.
+    `work` is sent to the processes by name, so it must be importable. A job may take `seconds_for(job)` seconds, or as
+    long as it last asked for with `allow(seconds)`; after that its process is killed, and its result is Lost. The same
+    holds if its process dies. `memory_gib` limits the address space of each process. Closing the iterator early kills
+    the jobs that are still running.
     """
     with Pool(workers, seconds_for, memory_gib) as pool:
         yield from each(pool, work, jobs)
 
 
 class Pool(Executor, Generic[Job]):
-    """Threads that each drive one killable process; see `run_jobs`. A context manager, as every executor.
+    """An executor whose threads each drive one killable process; its arguments are those of `run_jobs`.
 
-    Leaving it after an exception kills the jobs that are still running.
+    Like every executor it is a context manager. Leaving it waits for all jobs, or after an exception kills those that
+    are running and cancels the others.
     """
 
     def __init__(self, workers: int, seconds_for: Callable[[Job], float], memory_gib: float | None = None) -> None:
         self._size = workers
         self._seconds_for = seconds_for
+        # Re-entrant: a worker that holds it starts a KillableProcess, which takes it again.
         lock = threading.RLock()
         self._workers = [_Worker(lock, memory_gib) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        # The threads live until the shutdown, as they must: the kernel ties a process to the thread that started it.
+        # As many threads as workers, so an idle worker is always found. The threads must outlive the processes they
+        # start, because the kernel kills a process together with the thread that started it (see killable.py). Threads
+        # of a ThreadPoolExecutor live until its shutdown.
         self._threads = ThreadPoolExecutor(workers, "pool")
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool | None:
@@ -105,15 +131,17 @@ class Pool(Executor, Generic[Job]):
         return None
 
     def workers(self) -> int:
-        """One job per process."""
+        """The number of processes, each of which runs one job at a time."""
         return self._size
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run `fn(job, allow)` in one of the processes; the future gives its result or Lost."""
+        """Run `fn(job, allow)` in one of the processes. The result of the future is that of `fn`, or Lost."""
         return self._threads.submit(self._run, fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the processes once all jobs are done; with `cancel_futures` at once, whatever they are doing."""
+        """End the processes: once all jobs are done, or with `cancel_futures` at once, whatever they are doing."""
+        # First no further job may start, then the processes are killed. The threads that wait for them notice, return
+        # Lost and end, so that the second shutdown does not wait long.
         if cancel_futures:
             self._threads.shutdown(wait=False, cancel_futures=True)
             for worker in self._workers:
@@ -123,6 +151,7 @@ class Pool(Executor, Generic[Job]):
             worker.end()
 
     def _run(self, work: Callable[[Job, Allow], Result], job: Job) -> Result | Lost:
+        """Executed by a thread of the pool: run a job on an idle worker."""
         worker = self._idle.get()
         try:
             return worker.run(work, job, self._seconds_for(job))
@@ -131,22 +160,26 @@ class Pool(Executor, Generic[Job]):
 
 
 class _Worker:
-    """A process for one job at a time, started when first needed and again after it was lost."""
+    """A process that runs one job at a time. It is started when first needed, and again after it was lost.
+
+    Its pool calls `run` from one thread at a time, and `kill` from the thread that shuts the pool down.
+    """
 
     def __init__(self, lock: threading.RLock, memory_gib: float | None) -> None:
-        self._lock = lock  # shared by the pool's workers
+        self._lock = lock  # shared by the workers of the pool: multiprocessing's table of children is not thread-safe
         self._limits = {} if memory_gib is None else {resource.RLIMIT_AS: int(memory_gib * 2**30)}
         self._process: KillableProcess | None = None
         self._closed = False
 
     def run(self, work: Callable[[Job, Allow], Result], job: Job, seconds: float) -> Result | Lost:
-        """The result of `work` for the job, or Lost."""
+        """The result of `work` for the job, or Lost if it took longer than `seconds` and what it was allowed."""
         process = self._running_process()
         if process is None:
             return Lost("crashed", "the pool was closed")
         deadline = time.monotonic() + seconds + START_SECONDS
         try:
             process.send((work, job))
+            # Any number of extensions, then the result.
             while True:
                 answer: Result | Lost | _Extension = process.receive(deadline - time.monotonic())
                 if isinstance(answer, _Extension):
@@ -163,33 +196,35 @@ class _Worker:
             return Lost("crashed", f"its process died ({death})")
 
     def kill(self) -> None:
-        """Kill the process, whatever it is doing, and never start another; callable from any thread."""
+        """Kill the process, whatever it is doing, and never start another. May be called from any thread."""
         with self._lock:
             self._closed = True
             if self._process is not None:
                 self._process.kill()
 
     def end(self) -> None:
-        """End the process and reap it."""
+        """Kill the process and reap it. The next job starts a new one."""
         with self._lock:
             if self._process is not None:
                 self._process.end()
             self._process = None
 
     def _running_process(self) -> KillableProcess | None:
+        """The process, started if there is none; None after `kill`."""
         with self._lock:
             if self._closed:
                 return None
-            if self._process is not None and not self._process.is_alive():  # it died between jobs: none is to blame
+            # A process that died between two jobs is replaced, so that its death is not blamed on the next job.
+            if self._process is not None and not self._process.is_alive():
                 self.end()
             if self._process is None:
-                # Spawned, not forked: see KillableProcess.
+                # Spawned, not forked: a fork would inherit locks that other threads hold (see KillableProcess).
                 self._process = KillableProcess(_serve, method="spawn", limits=self._limits, lock=self._lock)
             return self._process
 
 
 def _serve(pipe: Connection) -> None:
-    """The process: runs the jobs that come through the pipe until the pool closes it."""
+    """The main loop of a worker process: run the jobs that arrive through the pipe until the pool closes it."""
     with contextlib.suppress(EOFError):
         while True:
             work, job = pipe.recv()

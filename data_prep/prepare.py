@@ -1,9 +1,12 @@
-"""From a source in any known layout to a checked data set. Can be interrupted anywhere; running it again resumes.
+"""The preparation of a data set: from a source in any known layout to checked videos and their lists.
 
 plan       read the lists: which videos, in which split and class, and the target path of each     (sources.py)
 sync       make the rows of prep.sqlite match the plan, and mark pending what must be redone       (state.py)
 work       transcode the pending videos in parallel, recording each outcome as it arrives   (pool.py, transcode.py)
-write      dataset.json, SPLIT.csv and failed.csv from what the state knows                        (dataset.py)
+write      write dataset.json, SPLIT.csv and failed.csv from the rows                              (dataset.py)
+
+It may be interrupted anywhere, even by kill -9, and resumes when it is run again: each step compares what exists with
+what should exist, and does only the rest. state.py explains why no video is lost or half written.
 """
 
 from __future__ import annotations
@@ -30,19 +33,19 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.progress import track
 
-WORKER_MEMORY_GIB = 8.0
+WORKER_MEMORY_GIB = 8.0  # the limit on the address space of each process that prepares videos
 PREFLIGHT_FOLDER = ".preflight"
 Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """How a run ended: counts by split."""
+    """How a run ended: the counts of outcomes by split."""
 
     counts: dict[str, VideoCounts]
 
     def failed_share(self) -> float:
-        """Videos missing, broken or too short, as a share of those listed and not excluded."""
+        """The share of videos that are missing, broken or too short, of those listed and not excluded."""
         groups = [outcome_counts(counts) for counts in self.counts.values()]
         wanted = sum(group["listed"] - group["excluded"] for group in groups)
         return sum(count_lost(counts) for counts in self.counts.values()) / max(wanted, 1)
@@ -63,30 +66,33 @@ def prepare(
     retry_failed: Collection[str] | None = None,
     log: Log = print,
 ) -> PreparationReport:
-    """Prepare every video that `source` lists and write the data set; for a shard, its videos and its state only.
+    """Prepare every video that `source` lists and write the data set. With `shard`, only its videos and its state.
 
-    `retry_failed` names the reasons whose videos are tried again, () means all of them; `log` is called with lines of
-    progress to show. Raises UsageError for an impossible source, list or setting, UserError if the machine, the disk,
-    the cluster or another run is in the way.
+    `annotations`, `held_out` and `official_split` are passed to `plan_preparation`. `retry_failed` gives the reasons of
+    failure for which videos are tried again: () for all reasons, None to retry nothing. `log` is called with lines of
+    progress to show. Raises UsageError for an invalid source, list or setting, and UserError if the machine, the disk,
+    the cluster or another run prevents the work.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, retry_failed)
     plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
     videos = [video for video in plan.videos if shard is None or shard.holds(video.name)]
     out.mkdir(parents=True, exist_ok=True)
+    # A shard has a state of its own, so that machines need not share a database.
     state_path = None if shard is None else shard.state_path(out)
     with lock_dataset(out, shard), PreparationState(out, create=True, path=state_path) as state:
         for note in plan.notes:
             log(note)
         _bring_up_to_date(state, out, videos, settings, shard, retry_failed, log)
-        # Stored before the work starts, so that `status`, and the merge of shards, know them at any time.
+        # Besides the rows, this is all that the lists are written from. It is stored in the state, and before the work
+        # starts, because a merge of shards has nothing but their states to work with.
         state.set_fact("classes", json.dumps(plan.classes))
         state.set_fact("name", name or (source.name if source.is_dir() else source.stem))
         state.set_fact("settings", json.dumps(settings.record()))
         state.set_fact("extra", json.dumps(plan.extra))
         state.set_fact("listing", _hash_plan(plan.videos))
         if _transcode_pending(state, out, settings, executor, workers, log):
-            _remove_partial_files(out, videos, shard)  # a worker that was killed leaves its file behind
+            _remove_partial_files(out, videos, shard)  # those of workers that were killed during this run
         if shard is None:
             write_lists(state, out)
         else:
@@ -105,9 +111,10 @@ def estimate_preparation(
     workers: int = 1,
     executor: str = "local",
 ) -> PreflightReport:
-    """What preparing all of `source` would take, estimated from a sample. The sample is deleted, nothing else changes.
+    """Estimate what preparing all of `source` would take, by preparing a sample.
 
-    Raises as `prepare`.
+    The sample is deleted afterwards. Nothing else is changed, except that the folder `out` and its lock file are
+    created if they do not exist. Raises the same errors as `prepare`.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, None)
@@ -123,7 +130,10 @@ def estimate_preparation(
 
 
 def merge(out: Path, others: Sequence[Path] = (), *, log: Log = print) -> PreparationReport:
-    """Merge the shards prepared in `out` and in `others` into one data set in `out`. Raises UserError, UsageError."""
+    """Merge the shards prepared in `out` and in `others` into one data set in `out`.
+
+    May be repeated: once the states are merged, only the lists are written again. Raises UserError, UsageError.
+    """
     out, others = out.absolute(), [other.absolute() for other in others]
     for folder in (out, *others):
         if not folder.is_dir():
@@ -132,8 +142,9 @@ def merge(out: Path, others: Sequence[Path] = (), *, log: Log = print) -> Prepar
     with lock_datasets([out, *others]):
         note = "the shards were merged before"
         if not state_path.is_file():
-            # Built under a hidden name and renamed when complete: otherwise a later run would take the half of it that
-            # an interrupted merge left for the whole.
+            # The merged state is built under a hidden name and renamed when it is complete. If it had its final name
+            # from the start, an interrupted merge would leave an incomplete state that looks like a finished one. What
+            # such a merge left is deleted first, together with SQLite's rollback journal.
             for leftover in (partial, partial.with_name(f"{partial.name}-journal")):
                 leftover.unlink(missing_ok=True)
             with PreparationState(out, create=True, path=partial) as state:
@@ -148,7 +159,7 @@ def merge(out: Path, others: Sequence[Path] = (), *, log: Log = print) -> Prepar
 
 
 def write_lists(state: PreparationState, out: Path) -> None:
-    """Write dataset.json, the lists and failed.csv from what the state knows."""
+    """Write dataset.json, the lists and failed.csv from the rows and facts of the state."""
     ok: dict[str, list[PreparedVideo]] = {}
     failed: dict[str, list[FailedVideo]] = {}
     for row in state.rows("ok", ("target", "label", "sha256")):
@@ -173,6 +184,7 @@ def write_lists(state: PreparationState, out: Path) -> None:
 def _check_arguments(
     source: Path, out: Path, settings: TranscodeSettings, retry_failed: Collection[str] | None
 ) -> None:
+    """Raises UsageError for arguments out of range, before anything is read or written."""
     if settings.short_side < 16 or settings.short_side % 2:
         raise UsageError(f"--short-side {settings.short_side}: must be even and at least 16")
     if settings.gop < 1:
@@ -184,12 +196,16 @@ def _check_arguments(
     for reason in retry_failed or ():
         if reason not in REASONS:
             raise UsageError(f"--retry-failed {reason}: unknown reason; must be one of {', '.join(REASONS)}")
+    # A later run would otherwise take the prepared videos for sources.
     if source.is_dir() and (out == source or source in out.parents):
         raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
 
 
 def _hash_plan(videos: Sequence[PlannedVideo]) -> str:
-    """What the shards of one preparation must agree on. Source paths are left out: they may differ between machines."""
+    """A hash of the planned videos, which must be the same in all shards of a preparation.
+
+    The paths of the sources are not part of it, because they may differ between machines.
+    """
     digest = hashlib.sha256()
     for video in videos:
         digest.update(f"{video.split}\0{video.position}\0{video.name}\0{video.label}\0{video.excluded}\n".encode())
@@ -205,16 +221,21 @@ def _bring_up_to_date(
     retry_failed: Collection[str] | None,
     log: Log,
 ) -> None:
-    """Make state and folder match the plan: delete what is no longer planned, mark pending what must be redone."""
+    """Make the state and the folder match the plan.
+
+    Partial files of a killed run and videos that are no longer planned are deleted. Videos that must be prepared again
+    become pending.
+    """
     if removed := _remove_partial_files(out, videos, shard):
         log(f"removed {removed} partial files of an interrupted run")
-    # If the run is killed between these two steps, the files stay as strays, which `verify` reports; the reverse order
-    # could leave rows that claim deleted files.
+    # Rows first, then files. If the run is killed between the two, files without a row are left, and `verify` reports
+    # them. In the reverse order, rows could be left that refer to deleted files.
     unplanned = state.sync_with_plan(videos)
     for target in unplanned:
         (out / target).unlink(missing_ok=True)
     if unplanned:
         log(f"removed {len(unplanned)} videos that are no longer listed")
+    # Pending rows need no check. The ids are collected first, so that each cause is one transaction and one message.
     ids_by_cause: dict[str, list[int]] = {}
     columns = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
     settings_hash = settings.hash()
@@ -228,7 +249,7 @@ def _bring_up_to_date(
 
 
 def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
-    """Delete partial files; for a shard only its own, since other shards may be at work in the same folder."""
+    """Delete partial files; with `shard` only its own, since other shards may be writing to the same folder."""
     if shard is None:
         return remove_partial_files(out / "videos")
     ours = {video.target for video in videos}
@@ -236,12 +257,13 @@ def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: Work
 
 
 def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collection[str] | None) -> str | None:
-    """Why a finished video must be prepared again; None if its outcome still counts."""
+    """Why a video with an outcome must be prepared again; None if its outcome is still valid."""
     if row["settings_hash"] != settings_hash:
         return "the settings have changed"
     ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
     now = size_and_mtime(row["source"])
-    # A source that was deleted after its video was prepared does not make the prepared video worse.
+    # Sources are compared by size and time only: hashing all of them again would take too long. A source that was
+    # deleted after its video was prepared is no reason, because the prepared video is still good.
     if now != before and not (ok and now == (None, None)):
         return "their sources have changed"
     if ok and not os.path.isfile(os.path.join(out, row["target"])):
@@ -254,23 +276,30 @@ def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collec
 def _transcode_pending(
     state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, log: Log
 ) -> int:
-    """Prepare the pending videos; returns how many there were. Only this process writes the state, a row at a time."""
+    """Prepare the pending videos; returns how many there were.
+
+    Only this process writes to the state. It records every outcome in a transaction of its own as soon as it arrives.
+    """
     pending = add_counts(state.counts_by_split().values()).pending
     if not pending:
         return 0
+    # A generator: rows are read page by page while the work goes on, and jobs are made when the crew has room for them.
     jobs = (job_for_row(row, out, settings) for row in state.rows("pending"))
     made_with = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
     with start_crew(executor, min(workers, pending), initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
         estimate = _preflight_pending(crew, state, out, settings, pending)
         if estimate.trials:
             log(estimate.as_text())
-        # The problems found are those of this machine; they say nothing about the machines of a cluster.
+        # Problems were looked for on this machine, and do not concern the machines of a cluster elsewhere.
         if estimate.problems and not executor.startswith("dask:"):
             raise UserError(estimate.problems[0])
         for job, outcome in track(each(crew, transcode_video, jobs), "prepare", pending, "clips"):
+            # A lost process could not report on the source. Size and time are needed to notice later that the source
+            # has been replaced and is worth another try.
             if isinstance(outcome, Lost):
                 size, mtime_ns = size_and_mtime(job.source)
                 outcome = Outcome(outcome.reason, outcome.detail, source_size=size, source_mtime_ns=mtime_ns)
+            # The row stays pending. The exception also kills the jobs that are running.
             if outcome.reason == "disk":
                 raise UserError(f"{job.target}: cannot be written ({outcome.detail}); fix that and run again to resume")
             status = {"status": "failed" if outcome.reason else "ok"}
@@ -281,11 +310,15 @@ def _transcode_pending(
 def _preflight_pending(
     crew: Crew, state: PreparationState, out: Path, settings: TranscodeSettings, pending: int
 ) -> PreflightReport:
-    """Estimate the pending work. A sample is made once per settings, and only if it is small beside the work."""
+    """Check the machine and estimate the pending work.
+
+    A sample is prepared only if it is small compared with the work, and only once for the same settings, so that runs
+    that resume do not repeat it. Without a sample the report has problems but no estimate.
+    """
     sampled = state.get_fact("sampled") == settings.hash()
     size = 0 if sampled else sample_size(pending, requested=False)
     jobs = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
-    # One folder per state file: other shards may run their preflight in the same data set.
+    # Named after the state file, because other shards may run their preflight in the same data set.
     folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
     report = run_preflight(crew, jobs, pending=pending, workers=crew.workers(), folder=folder)
     if jobs and not report.problems:

@@ -1,9 +1,13 @@
-"""A preparation divided into shards, which many machines prepare at once; and merging the shards afterwards.
+"""Shards of a preparation, which many machines can work on at once, and merging them afterwards.
 
-A *shard of the work* is the videos whose names hash to its index. (Elsewhere in the project a shard is a tar of
-samples; here the word is that of the command line, `--shard 0/8`.) Each shard has its own state in
-OUT/shards/I-of-N.sqlite, and all write their videos into the same OUT/videos. `merge` copies the rows of all shards
-into one prep.sqlite.
+A *shard of the work* consists of the videos whose names hash to its index. (Elsewhere in the project a shard is a tar
+of samples. Here the word is that of the command line, `--shard 0/8`.) The machines need not talk to each other: each
+shard computes from the lists which videos are its own, and has its own state.
+
+    OUT/videos/...               the prepared videos of all shards
+    OUT/shards/I-of-N.sqlite     the state of shard I, and beside it .I-of-N.lock
+    OUT/.prep.lock               held shared by runs of shards, exclusively by any other run
+    OUT/prep.sqlite              the state of the whole: the rows of all shards, copied together by `merge`
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from video_swinv2.files import commit_file, lock_file, partial_path, sha256
 LOCK_NAME = ".prep.lock"
 SHARDS_FOLDER = "shards"
 SHARD_STATE_FILE = re.compile(r"(?P<index>\d+)-of-(?P<count>\d+)\.sqlite")
-# Facts that must be equal in all shards of one preparation. After the merge, the lists are written from them.
+# Facts (see PreparationState.set_fact) that must be equal in all shards of one preparation. The merged state gets them
+# too, and the lists are written from them.
 SHARED_FACTS = ("name", "classes", "settings", "extra", "listing")
 
 
@@ -39,23 +44,33 @@ class WorkShard:
         return f"{self.index}/{self.count}"
 
     def holds(self, name: str) -> bool:
-        """Whether this shard contains the video of that name; by its hash, so the rest of the list has no influence."""
+        """Whether this shard contains the video of that name.
+
+        It depends on the hash of the name alone. So a video stays in its shard when other videos are added to the list
+        or removed, which it would not if videos were dealt out by their position.
+        """
+        # 64 of the 256 bits are plenty: the shards differ in size by chance only.
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % self.count == self.index
 
     def state_path(self, out: Path) -> Path:
-        """The path of the state of this shard."""
+        """Where the state of this shard is stored."""
         return out / SHARDS_FOLDER / f"{self.index}-of-{self.count}.sqlite"
 
 
 def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
-    """`i/n`, or `slurm` for the index of this task in its job array. Raises UsageError."""
+    """The shard that the option --shard names: `i/n`, or `slurm` for the place of this task in its job array.
+
+    Raises UsageError.
+    """
     if text == "slurm":
         try:
             task, first, count = (int(environment[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "COUNT"))
         except KeyError as error:
             raise UsageError(f"--shard slurm: {error.args[0]} is not set; start it by sbatch --array=0-N") from error
+        # The ids of an array such as 10-80:10 start anywhere and have a step: its tasks are shards 0/8 to 7/8.
         index = (task - first) // int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
         if not 0 <= index < count:
+            # An array with gaps, such as 0,5,9. A task cannot see the gaps, but the last one at least gets here.
             raise UsageError(
                 f"--shard slurm: task {task} does not fit an array of {count} tasks that starts at {first};"
                 f" use --array=0-{count - 1}"
@@ -69,13 +84,14 @@ def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkS
 
 @contextlib.contextmanager
 def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
-    """Reserve a data set for one run. Runs of different shards share the data set and reserve their own shard.
+    """Reserve a data set for one run inside the context. Runs of different shards share it, but not their shard.
 
-    Raises UserError if another run is in the way, or if the data set has been prepared the other way (whole / shards).
+    Raises UserError if another run has reserved it, or if it was begun in the other way (as a whole, or in shards).
     """
     with contextlib.ExitStack() as stack:
         busy = f"{out}: another run is preparing this data set; wait for it or stop it"
-        # A whole run takes the lock exclusively, runs of shards share it.
+        # A run of the whole takes this lock exclusively, runs of shards share it. So neither kind can start while the
+        # other one is active. The kernel releases locks when a process ends, so killed runs leave no stale ones.
         stack.enter_context(lock_file(out / LOCK_NAME, busy, shared=shard is not None))
         prepared_whole = (out / STATE_NAME).is_file()
         if shard is None:
@@ -93,9 +109,10 @@ def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_datasets(folders: Sequence[Path]) -> Iterator[None]:
-    """Reserve several data sets as wholes. Raises UserError if one is being prepared."""
+    """Reserve several data sets inside the context, each as a whole. Raises UserError if one is being prepared."""
     with contextlib.ExitStack() as stack:
-        # dict.fromkeys: a folder named twice would find its own lock taken.
+        # dict.fromkeys removes repetitions but keeps the order. If a folder were locked twice, the second lock would be
+        # refused because of the first: flock distinguishes open files, not processes.
         for folder in dict.fromkeys(folders):
             busy = f"{folder}: is being prepared; wait for that run or stop it"
             stack.enter_context(lock_file(folder / LOCK_NAME, busy))
@@ -103,7 +120,7 @@ def lock_datasets(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def shard_state_paths(out: Path) -> list[Path]:
-    """The states of the shards prepared in `out`, by index."""
+    """The paths of the states of all shards prepared in `out`, sorted by index."""
     found = [
         (match, path) for path in (out / SHARDS_FOLDER).glob("*") if (match := SHARD_STATE_FILE.fullmatch(path.name))
     ]
@@ -111,10 +128,11 @@ def shard_state_paths(out: Path) -> list[Path]:
 
 
 def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
-    """Copy the rows of all shards in `out` and in `others` into the empty `state` of `out`. Returns how many shards.
+    """Copy the rows of all shards in `out` and in `others` into the empty `state` of `out`.
 
-    Videos in `others` are hard-linked into `out`, or copied and checked where that is impossible. Raises UserError if
-    a shard is absent or unfinished, or if the shards do not belong to the same preparation.
+    Videos in `others` are hard-linked into `out`, or copied and checked where that is impossible. Returns the number of
+    shards. Raises UsageError if there are none, and UserError if one is absent or unfinished, or if they do not belong
+    to the same preparation.
     """
     found = [(folder, path) for folder in dict.fromkeys((out, *others)) for path in shard_state_paths(folder)]
     with contextlib.ExitStack() as stack:
@@ -123,7 +141,7 @@ def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path
             for folder, path in _require_every_shard_once(out, found)
         ]
         _require_same_preparation([shard for _, shard in shards])
-        # Videos before rows, as everywhere: a row must not claim a file that is not there.
+        # Videos before rows, as everywhere: no row may refer to a file that does not exist yet.
         for folder, shard in shards:
             if folder != out:
                 _link_videos(shard, folder, out)
@@ -136,7 +154,11 @@ def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path
 
 
 def _require_every_shard_once(out: Path, found: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    """The (folder, state path) pairs by index. Raises UserError, UsageError unless each index is there exactly once."""
+    """The (folder, state path) pairs, sorted by index.
+
+    Raises UsageError if there are none, and UserError unless every index occurs exactly once and all agree on their
+    number.
+    """
     if not found:
         raise UsageError(f"{out}: no shards to merge; `prepare SRC {out} --shard 0/8` prepares the first of eight")
     by_index: dict[int, tuple[Path, Path]] = {}
@@ -160,7 +182,7 @@ def _require_every_shard_once(out: Path, found: Sequence[tuple[Path, Path]]) -> 
 
 
 def _require_same_preparation(shards: Sequence[PreparationState]) -> None:
-    """Raises UserError unless all shards are finished and belong to one preparation."""
+    """Raises UserError unless all shards are finished and were prepared from the same lists with the same settings."""
     for shard in shards:
         pending = sum(counts.pending for counts in shard.counts_by_split().values())
         if pending:
@@ -174,7 +196,11 @@ def _require_same_preparation(shards: Sequence[PreparationState]) -> None:
 
 
 def _link_videos(shard: PreparationState, folder: Path, out: Path) -> None:
-    """Link or copy the prepared videos of a shard from another folder to their targets in `out`."""
+    """Link or copy the prepared videos of a shard from another folder to their targets in `out`.
+
+    A link takes no space and no time. It is made under a hidden name and renamed, as a copy is, so that a merge that is
+    killed leaves no incomplete video and can be repeated: the rename replaces what an earlier one has left.
+    """
     for row in shard.rows("ok", ("target", "sha256")):
         made, target = folder / row["target"], out / row["target"]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +212,7 @@ def _link_videos(shard: PreparationState, folder: Path, out: Path) -> None:
             raise UserError(f"{made}: the file is gone; run its shard again") from error
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(made, partial)
+            # Unlike a link, a copy between machines may go wrong, or the original may have been changed.
             if sha256(partial) != row["sha256"]:
                 raise UserError(f"{made}: is not the file its shard prepared; run its shard again") from None
         commit_file(partial, target)

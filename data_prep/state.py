@@ -1,6 +1,6 @@
-"""prep.sqlite: what is known about every video of a preparation.
+"""The state of a preparation: prep.sqlite, which records what is known about every listed video.
 
-A row per listed video. Its status moves like this:
+There is one row per listed video. Its status changes like this:
 
     (new row) --> pending --> ok          the prepared file is on disk and its sha256 is in the row
                      ^   `--> failed      `reason` and `detail` say why
@@ -9,14 +9,18 @@ A row per listed video. Its status moves like this:
                                           or --retry-failed asks for it
     (new row) --> excluded                listed, but not to be prepared; may become pending if the lists change
 
-Who writes what, and when, is what makes a run safe to kill at any moment:
+A run can be killed at any moment, because of the order in which things are written:
 
 1. A worker writes the video under a hidden name, syncs it to disk, and only then renames it to its target.
-2. It then reports to the parent. Only the parent writes to this file, one committed transaction per video.
+2. It then reports to the parent. Only the parent writes to prep.sqlite, in one committed transaction per video.
 
-A run killed before the rename leaves a hidden partial file, which the next run deletes. A run killed between the rename
-and the commit leaves a good file whose row is still pending: the next run makes that one video again. A row can never
-claim a file that was not completely on disk. So at most the videos in progress are done twice, and none is lost.
+A run that is killed before the rename leaves a hidden partial file, which the next run deletes. A run that is killed
+between the rename and the commit leaves a good file whose row is still pending, and the next run prepares that video
+again. A row never says `ok` before its file is complete and on disk. So at most the videos in progress are prepared
+twice, and none is lost.
+
+The table of videos is called `clips`. A second table, `facts`, holds values that concern the whole preparation, such as
+its settings. The SQL statements of sync_with_plan come after the class.
 """
 
 from __future__ import annotations
@@ -36,8 +40,14 @@ from video_swinv2.errors import UsageError, UserError
 Item = TypeVar("Item")
 
 STATE_NAME = "prep.sqlite"
-# Incremented whenever the columns or indexes below change. Stored in the file as SQLite's user_version.
+# To be incremented whenever the columns or indexes below change. It is stored in the file as SQLite's user_version, and
+# older files are migrated when they are opened (_migrate). For that, a new column must be nullable or have a default,
+# since SQLite cannot add any other to a table, and its definition must not contain a comma, at which COLUMNS is split.
 SCHEMA_VERSION = 2
+# `split` is where a video belongs now, `listed_split` is the split of its list, which differs after move_to_splits.
+# `position` is its place in the list. The columns from source_size to duration_seconds, and `seconds`, are fields of
+# jobs.Outcome; `settings_hash` and `versions` say with what the outcome was produced. `finished_at` is in seconds since
+# the epoch.
 COLUMNS = """
     split TEXT NOT NULL, listed_split TEXT NOT NULL, position INTEGER NOT NULL, name TEXT NOT NULL, label TEXT NOT NULL,
     source TEXT NOT NULL, target TEXT NOT NULL UNIQUE, origin TEXT NOT NULL DEFAULT '',
@@ -46,24 +56,26 @@ COLUMNS = """
     height INTEGER, width INTEGER, codec TEXT, duration_seconds REAL, settings_hash TEXT, versions TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, seconds REAL, finished_at REAL
 """
+# Each index serves queries of the class below: rows(), rows(status), _counts_by() and outcomes().
 INDEXES = {
     "clips_in_order": "split, position",
     "clips_by_status": "status, split, position",
-    "clips_account": "split, label, status, reason",  # covers counts_by_split and counts_by_class completely
+    "clips_account": "split, label, status, reason",  # has all columns of the query, so the table is not read
     "clips_finished": "finished_at, status",
 }
 PAGE_ROWS = 1000
-BUSY_SECONDS = 60.0
+BUSY_SECONDS = 60.0  # how long to wait for a lock that another process holds, such as `status`
 CACHE_KIB = 32 * 1024  # with SQLite's default of 2 MiB, syncing a Kinetics-sized list takes 1.5 times as long
 
 
 @dataclass(frozen=True)
 class PlannedVideo:
-    """A video that the data set should contain; `source` is an absolute path, `target` is relative to the data set.
+    """A video that the lists name, and where its prepared file belongs.
 
-    `origin` names the video it was cut from ('' if unknown): a YouTube id, a UCF101 group. `start` and `end`, in
-    seconds, bound the segment of the source to cut out; None for the whole source. `excluded` says why the video is
-    listed but not prepared ('' if it is prepared).
+    `source` is an absolute path, `target` is relative to the data set. `position` is its place in the list of `split`.
+    `origin` names the video it was cut from, such as a YouTube id or a UCF101 group; '' if unknown. `start` and `end`,
+    in seconds, bound the segment of the source to cut out; None for the whole source. `excluded` is the reason why the
+    video is listed but not to be prepared; '' if it is to be prepared.
     """
 
     split: str
@@ -79,10 +91,11 @@ class PlannedVideo:
 
 
 class PreparationState:
-    """The open prep.sqlite; a context manager. A change survives kill -9 and power loss once its call has returned.
+    """An open prep.sqlite; a context manager. A change survives kill -9 and power loss once its call has returned.
 
-    `path` is given for the state of a shard, which has a file of its own. `create` makes the file if there is none;
-    otherwise that is a UsageError. Every method raises UserError, naming the file, if SQLite cannot read or write it.
+    `path` is the file if it is not OUT/prep.sqlite, as for a shard. With `create`, the file is created if it does not
+    exist; without, that raises UsageError. Every method raises UserError, naming the file, if SQLite cannot read or
+    write it.
     """
 
     def __init__(self, out: Path, *, create: bool = False, path: Path | None = None) -> None:
@@ -93,13 +106,15 @@ class PreparationState:
             # isolation_level=None: we write BEGIN and COMMIT ourselves (see _transaction).
             self._db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            # synchronous=FULL: a commit is on disk when the call returns. The video itself was synced and renamed
-            # before its row is written, so it is on disk before the row that claims it. If a file system loses only
-            # the rename, the next run notices the missing file and makes it again.
+            # synchronous=FULL: a commit is on disk when the call returns. The video has been synced and renamed before
+            # its row is written, so it is on disk before the row that refers to it. Should a file system lose only the
+            # rename, the next run notices that the file is missing and prepares the video again.
             self._db.execute("PRAGMA synchronous=FULL")
-            # A rollback journal rather than a write-ahead log: WAL keeps its index in shared memory, so a `status` on
-            # another machine of a cluster would misread the file or even damage it. Deleting the journal is the commit.
+            # A rollback journal rather than a write-ahead log (WAL). WAL keeps its index in shared memory, so `status`
+            # on another machine of a cluster would misread the file or even damage it. With a rollback journal, a
+            # transaction is committed by deleting the journal.
             self._db.execute("PRAGMA journal_mode=DELETE")
+            # Negative numbers are KiB, positive ones would be pages. Temporary tables have a cache of their own.
             for cache in ("cache_size", "temp.cache_size"):
                 self._db.execute(f"PRAGMA {cache}={-CACHE_KIB}")
             has_tables = self._migrate(create)
@@ -119,7 +134,10 @@ class PreparationState:
         return UsageError(f"{out}: no {self.path.name}, so nothing was prepared here; run `prepare SRC {out}` first")
 
     def _migrate(self, create: bool) -> bool:
-        """Create the tables, or add what an older schema lacks. False if there are none and `create` is False."""
+        """Create the tables, or add what an older schema lacks.
+
+        Returns False, and changes nothing, if there are no tables and `create` is False.
+        """
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
         if version == SCHEMA_VERSION:
             return True
@@ -127,6 +145,7 @@ class PreparationState:
             raise UserError(
                 f"{self.path}: written by a newer version of video-swinv2; use that version, or a new folder"
             )
+        # In one transaction, so a run that is killed here leaves the old schema with its old version.
         with self._transaction():
             known = {row["name"] for row in self._db.execute("PRAGMA table_info(clips)")}
             if not known and not create:
@@ -145,7 +164,8 @@ class PreparationState:
 
     @contextlib.contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
-        """Turn an SQLite error inside the block into a one-line UserError that says what to do."""
+        """Turn an SQLite error inside the context into a one-line UserError that says what to do."""
+        # Most of these cases have the same exception class, so they are told apart by the message.
         try:
             yield
         except sqlite3.Error as error:
@@ -161,19 +181,22 @@ class PreparationState:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit everything done in the block, or nothing."""
+        """Everything done inside the context is committed together, or not at all if it raises."""
+        # IMMEDIATE takes the write lock at once, waiting for it if need be. A plain BEGIN would take it at the first
+        # write, when SQLite may refuse to wait because another process is writing too.
         with self._sqlite_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                # When the disk is full SQLite has already rolled back, and a second ROLLBACK is an error.
+                # If the disk was full, SQLite has rolled back by itself, and a second ROLLBACK is an error.
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
     def _select(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        """All rows at once: a query that is still open would hold a read lock, and a run could not commit meanwhile."""
         with self._sqlite_errors():
             return self._db.execute(query, values).fetchall()
 
@@ -188,12 +211,14 @@ class PreparationState:
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
     def sync_with_plan(self, planned: Iterable[PlannedVideo]) -> list[str]:
-        """Make the rows match the planned videos, in one transaction. Returns the targets that are no longer planned.
+        """Make the rows match the planned videos, in one transaction.
 
-        A row keeps its outcome as long as its source, segment and target stay the same. Every other row starts as
-        pending, or as excluded. A row moved to another split by `move_to_splits` stays there.
+        A row keeps its outcome as long as its source, segment and target stay the same. Every other row becomes pending
+        or excluded. Rows of videos that are no longer listed are deleted. A row that `move_to_splits` has moved to
+        another split stays there. Returns the targets that are no longer planned, so that their files can be deleted.
         """
-        # In four statements over a temporary table, not row by row: Kinetics has 650,000 rows.
+        # Kinetics has 650,000 rows, so this is not done row by row: the planned videos go into a temporary table, and
+        # four statements compare it with `clips`.
         with self._transaction():
             self._db.execute(CREATE_PLANNED)
             self._db.executemany(
@@ -203,8 +228,10 @@ class PreparationState:
                     for v in planned
                 ),
             )
-            # Built after the rows are in, which takes half as long as maintaining it during the inserts.
+            # The index is built once all rows are in, which takes half as long as updating it with every insert.
             self._db.execute("CREATE UNIQUE INDEX temp.listed ON listing (split, name)")
+            # The order matters: targets must be asked for before rows are deleted, and rows whose outcome is no longer
+            # valid must be reset before the last statement copies the planned values into them.
             unplanned = self._db.execute(SELECT_UNPLANNED_TARGETS).fetchall()
             for change in (DELETE_UNPLANNED, RESET_CHANGED, INSERT_OR_UPDATE):
                 self._db.execute(change)
@@ -212,11 +239,13 @@ class PreparationState:
         return [row["target"] for row in unplanned]
 
     def rows(self, status: str | None = None, columns: Sequence[str] = ("*",)) -> Iterator[sqlite3.Row]:
-        """All rows, or those with one status, in list order. They hold `columns`, and always id, split and position.
+        """Yield all rows, or those with one status, in list order. They have `columns` and always id, split, position.
 
-        Read one page at a time, so memory does not grow with the list, and rows may be written during the iteration.
-        A row that acquires the status after the iteration has passed it is not visited.
+        Rows are read one page at a time. So memory does not grow with the list, and rows may be written during the
+        iteration. A row that acquires the status after the iteration has passed it is not visited.
         """
+        # Each page starts after the last row of the one before (keyset pagination). With OFFSET, SQLite would count off
+        # all earlier rows for every page, and rows whose status has changed meanwhile would shift the pages.
         chosen = ", ".join(dict.fromkeys(("id", "split", "position", *columns)))
         where = "(split, position, id) > (?, ?, ?)" + ("" if status is None else " AND status = ?")
         query = f"SELECT {chosen} FROM clips WHERE {where} ORDER BY split, position, id LIMIT {PAGE_ROWS}"
@@ -226,7 +255,7 @@ class PreparationState:
             last = (page[-1]["split"], page[-1]["position"], page[-1]["id"])
 
     def sample_rows(self, max_rows: int, status: str = "pending") -> list[sqlite3.Row]:
-        """At most `max_rows` rows with a status, evenly spaced over the list."""
+        """At most `max_rows` of the rows with a status, evenly spaced over the list."""
         query = "SELECT id FROM clips WHERE status = ? ORDER BY split, position, id"
         ids = [row["id"] for row in self._select(query, (status,))]
         chosen = evenly_spaced(ids, min(max_rows, len(ids)))
@@ -239,7 +268,7 @@ class PreparationState:
             self._db.executemany(change, ((row_id,) for row_id in ids))
 
     def record_outcome(self, row_id: int, values: Mapping[str, Any]) -> None:
-        """Record the outcome of an attempt; `values` maps column names to values."""
+        """Record the outcome of an attempt, with the current time. `values` maps column names to values."""
         known = dict(values) | {"finished_at": time.time()}
         columns = ", ".join(f"{column} = ?" for column in known)
         with self._transaction():
@@ -247,7 +276,10 @@ class PreparationState:
             self._db.execute(change, (*known.values(), row_id))
 
     def add_rows(self, rows: Iterable[sqlite3.Row]) -> None:
-        """Add complete rows of other states unchanged, all or none. UserError if one is here already."""
+        """Add complete rows of other states unchanged, except for their ids: all of them, or none if that fails.
+
+        Raises UserError if one of the videos has a row already.
+        """
         with self._transaction():
             for row in rows:
                 known = {key: row[key] for key in row.keys() if key != "id"}  # noqa: SIM118 - a Row iterates its values
@@ -255,21 +287,23 @@ class PreparationState:
                 self._db.execute(f"INSERT INTO clips ({', '.join(known)}) VALUES ({values})", tuple(known.values()))
 
     def move_to_splits(self, split_of: Mapping[int, str]) -> None:
-        """Move rows (by id) to other splits, all or none."""
+        """Move rows to other splits, given by row id: all of them, or none if that fails. Their files stay in place."""
         with self._transaction():
             self._db.executemany("UPDATE clips SET split = ? WHERE id = ?", ((s, row) for row, s in split_of.items()))
 
     def counts_by_split(self) -> dict[str, VideoCounts]:
-        """The outcomes so far per split: train, val and test first."""
+        """The outcomes so far by split, with train, val and test first."""
         found = self._counts_by("split")
         return {split: found[split] for split in sorted(found, key=split_order)}
 
     def counts_by_class(self) -> dict[str, VideoCounts]:
-        """The outcomes so far per class, over all splits."""
+        """The outcomes so far by class, over all splits. '' is the class of videos without a label."""
         return self._counts_by("label")
 
     def _counts_by(self, key: str) -> dict[str, VideoCounts]:
-        # One pass over an index that covers the query and is already in its order: 0.25 s for Kinetics.
+        """The outcomes by the column `key`, which is split or label."""
+        # The index clips_account has all columns of this query and is in its order, so that a single pass over it is
+        # enough, which takes 0.25 s for Kinetics. What belongs to the same key is added up below.
         query = "SELECT split, label, status, reason, COUNT(*) AS n FROM clips GROUP BY split, label, status, reason"
         found: dict[str, dict[tuple[str, str], int]] = {}
         for row in self._select(query):
@@ -279,34 +313,39 @@ class PreparationState:
         return {name: _as_counts(sums) for name, sums in found.items()}
 
     def last_finished(self) -> float | None:
-        """When the latest outcome was recorded, in seconds since the epoch."""
+        """When the latest outcome was recorded, in seconds since the epoch; None if there is none yet."""
         when = self._select("SELECT MAX(finished_at) AS t FROM clips")[0]["t"]
         return None if when is None else float(when)
 
     def finished_since(self, moment: float) -> tuple[int, float]:
-        """The number of outcomes recorded after `moment`, and when the first of them was (`moment` if none)."""
+        """The number of outcomes recorded after `moment`, and when the first of them was (`moment` if there are none).
+
+        Times are in seconds since the epoch.
+        """
         row = self._select("SELECT COUNT(*) AS n, MIN(finished_at) AS t FROM clips WHERE finished_at > ?", (moment,))[0]
         return row["n"], moment if row["t"] is None else row["t"]
 
     def outcomes(self) -> Iterator[tuple[float, bool]]:
-        """(seconds since the epoch, prepared or failed) of every finished video, in the order they finished."""
-        # The unary plus stops SQLite from using the index by status, which would force it to sort.
+        """(seconds since the epoch, whether it was prepared) of every finished video, in the order they finished."""
+        # The unary plus keeps SQLite from using the index by status. It uses clips_finished instead, which is in the
+        # order wanted, so nothing has to be sorted.
         where = "finished_at > 0 AND +status IN ('ok', 'failed')"
         query = f"SELECT finished_at, status FROM clips WHERE {where} ORDER BY finished_at"
         return ((row["finished_at"], row["status"] == "ok") for row in self._select(query))
 
     def measurements(self, columns: Sequence[str]) -> Iterator[tuple[float | None, ...]]:
-        """Numeric columns of the prepared videos, in no particular order."""
+        """The values of numeric columns for every prepared video, in no particular order."""
         return map(tuple, self._select(f"SELECT {', '.join(columns)} FROM clips WHERE status = 'ok'"))
 
 
 # The statements of sync_with_plan. `listing` is a temporary table of the planned videos, in which (split, name) is
-# unique; in `clips` the same pair is (listed_split, name), since `split` may have been changed by move_to_splits.
+# unique. In `clips` the same pair is (listed_split, name), because move_to_splits may have changed `split`.
 CREATE_PLANNED = """
     CREATE TEMP TABLE listing (split TEXT, position INTEGER, name TEXT, label TEXT, source TEXT, target TEXT,
     origin TEXT, start_seconds REAL, end_seconds REAL, excluded TEXT)
 """
-# Files to delete: also those of videos that were prepared and are now excluded.
+# The files to delete: those of videos that are no longer listed, and of videos that were prepared and are now excluded.
+# Rows that are excluded already have no file.
 SELECT_UNPLANNED_TARGETS = """
     SELECT target FROM clips WHERE target NOT IN (SELECT target FROM listing WHERE excluded = '')
     AND status <> 'excluded' ORDER BY target
@@ -315,8 +354,9 @@ DELETE_UNPLANNED = """
     DELETE FROM clips WHERE NOT EXISTS
     (SELECT 1 FROM listing l WHERE l.split = listed_split AND l.name = clips.name)
 """
-# Rows whose outcome no longer counts. Start and end are compared with IS because NULL = NULL is not true in SQL.
-# Targets are UNIQUE and two rows may exchange theirs, so the old targets are first moved out of the way.
+# Resets rows whose outcome is no longer valid: the source, segment or target has changed, or the video was excluded and
+# now is not, or the reverse. Start and end are compared with IS because NULL = NULL is not true in SQL. Targets are
+# UNIQUE, and two rows may exchange theirs, so the old targets are first replaced by 'old ID'.
 RESET_CHANGED = """
     UPDATE clips SET status = 'pending', reason = NULL, detail = NULL, sha256 = NULL, target = 'old ' || id
     WHERE NOT EXISTS (
@@ -325,8 +365,11 @@ RESET_CHANGED = """
         AND (l.excluded <> '') = (clips.status = 'excluded')
     )
 """
-# In the ON CONFLICT part, `excluded` is SQLite's name for the row that could not be inserted, and `excluded.status`
-# is its status. The last WHERE skips rows in which nothing changes: writing them all would take most of the time.
+# Inserts new rows and updates existing ones (an "upsert"). `excluded` means two things here: in the SELECT it is the
+# column of `listing`; after ON CONFLICT it is SQLite's name for the row that could not be inserted, so that
+# `excluded.status` is the status that row would have had. `WHERE true` is needed because SQLite would otherwise read ON
+# as the condition of a join. The last WHERE skips rows in which nothing changes, since writing all of them would take
+# most of the time.
 INSERT_OR_UPDATE = """
     INSERT INTO clips
         (split, listed_split, position, name, label, source, target, origin, start_seconds, end_seconds, status, reason)
@@ -344,12 +387,13 @@ INSERT_OR_UPDATE = """
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items, evenly spaced: the middle of each of `count` equal stretches."""
+    """`count` of the items, evenly spaced: the middle one of each of `count` equal parts."""
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
 def _as_counts(found: Mapping[tuple[str, str], int]) -> VideoCounts:
-    """Numbers by (status, reason) -> counts."""
+    """Numbers of videos by (status, reason) -> VideoCounts."""
+    # Rows that are ok or pending have no reason, so each of these statuses occurs in a single key.
     by_reason = {
         kind: {reason: n for (status, reason), n in sorted(found.items()) if status == kind}
         for kind in ("failed", "excluded")

@@ -1,4 +1,7 @@
-"""The progress of a preparation, as tables or as JSON. Reads the state only, so it also works while runs are active."""
+"""The status of a preparation, as tables for people and as JSON for programs.
+
+It is read from the state alone, so it can be asked for at any time, also while runs are active elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,19 @@ from data_prep.outcomes import (
 )
 from data_prep.state import STATE_NAME, PreparationState
 
-RATE_WINDOW_SECONDS = 300.0
-QUIET_SECONDS = 600.0  # without any outcome: most likely no run is active
-MAX_CLASSES = 10
+RATE_WINDOW_SECONDS = 300.0  # the rate is an average over this long before the latest outcome
+QUIET_SECONDS = 600.0  # if nothing has finished for this long, most likely no run is active
+MAX_CLASSES = 10  # of those that lost most, in the text
 SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True)
 class PreparationStatus:
-    """Counts by split and by class, summed over all shards if there are any.
+    """Counts by split and by class, added up over all shards if there are any.
 
-    `shards` is (begun, total). `rate` is in videos per second over the last minutes of work. `last` is when the latest
-    outcome was recorded, in seconds since the epoch. Each is None if unknown.
+    `shards` is (number begun, number in all), or None if the data set is not prepared in shards. `rate` is in videos
+    per second over the last minutes of work. `last` is when the latest outcome was recorded, in seconds since the
+    epoch. These two are None if they are unknown.
     """
 
     splits: dict[str, VideoCounts]
@@ -48,18 +52,18 @@ class PreparationStatus:
 
     @property
     def pending(self) -> int:
-        """Videos still to be prepared, in the shards that have begun."""
+        """Videos still to be prepared. Shards that have not begun have no state, so theirs are not included."""
         return sum(counts.pending for counts in self.splits.values())
 
     @property
     def seconds_left(self) -> float | None:
-        """The remaining time at the current rate; None if the rate is unknown."""
+        """The remaining time in seconds at the current rate; None if the rate is unknown."""
         return self.pending / self.rate if self.rate else None
 
 
 @contextlib.contextmanager
 def open_states(out: Path) -> Iterator[list[PreparationState]]:
-    """The state of the data set, or those of its shards until they are merged. Raises UsageError if there is none."""
+    """Open the state of the data set, or those of its shards until they are merged. Raises UsageError without any."""
     shards = sorted((out / "shards").glob("*-of-*.sqlite"))
     with contextlib.ExitStack() as stack:
         if (out / STATE_NAME).is_file() or not shards:
@@ -71,6 +75,7 @@ def open_states(out: Path) -> Iterator[list[PreparationState]]:
 def read_status(states: Sequence[PreparationState]) -> PreparationStatus:
     """The status of a preparation, from its state or from the states of its shards."""
     splits = _add_by_name([state.counts_by_split() for state in states])
+    # The latest outcome in any of the states. A state without outcomes gives None.
     last = max((when for state in states if (when := state.last_finished()) is not None), default=None)
     return PreparationStatus(
         splits={split: splits[split] for split in sorted(splits, key=split_order)},
@@ -82,7 +87,10 @@ def read_status(states: Sequence[PreparationState]) -> PreparationStatus:
 
 
 def as_json(status: PreparationStatus) -> dict[str, object]:
-    """The status for programs: the outcomes of every split and class, and the reasons why videos were not prepared."""
+    """The status for programs: the outcomes by split and by class, and why videos were not prepared.
+
+    Videos without a label are counted in their split, but not as a class.
+    """
     return {
         "splits": {
             split: outcome_counts(counts) | {"reasons": sort_by_reason(counts)}
@@ -97,7 +105,7 @@ def as_json(status: PreparationStatus) -> dict[str, object]:
 
 
 def as_text(status: PreparationStatus) -> str:
-    """The status for people: the outcomes by split, the progress, the reasons of failures, the worst classes."""
+    """The status for people: outcomes by split, reasons of failures, progress, and the classes that lost most."""
     parts = [counts_table(status.splits), progress_line(status)]
     if worst := worst_classes(status.classes)[:MAX_CLASSES]:
         rows = [[label, str(lost), f"{finished}", f"{lost / finished:.1%}"] for label, lost, finished in worst]
@@ -106,7 +114,7 @@ def as_text(status: PreparationStatus) -> str:
 
 
 def counts_table(counts: Mapping[str, VideoCounts]) -> str:
-    """A table of the outcomes of every split and of all together; below it, every reason that occurs, explained."""
+    """A table of outcomes by split, with a row for all splits together, and one of the reasons and their meanings."""
     total = add_counts(counts.values())
     groups = {split: outcome_counts(count) for split, count in counts.items()}
     if len(groups) > 1:
@@ -122,7 +130,7 @@ def counts_table(counts: Mapping[str, VideoCounts]) -> str:
 
 
 def progress_line(status: PreparationStatus) -> str:
-    """One line: how much is done, how fast, and how long the rest will take."""
+    """One line that says how much is done, how fast, and how long the rest will take."""
     total = add_counts(status.splits.values())
     done = total.listed - total.pending
     parts = [f"{done} of {total.listed} done ({done / max(total.listed, 1):.1%})"]
@@ -138,7 +146,7 @@ def progress_line(status: PreparationStatus) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in the usual units: 40 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    """Seconds as text in suitable units: 40 s, 12 min, 3 h 20 min, 2 d 5 h."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -149,7 +157,10 @@ def format_duration(seconds: float) -> str:
 
 
 def worst_classes(classes: Mapping[str, VideoCounts]) -> list[tuple[str, int, int]]:
-    """(class, videos lost, videos finished) of the classes that lost any, the largest share first."""
+    """(class, videos lost, videos finished) of the classes that lost any, the largest share first.
+
+    Finished are those that were prepared or lost; pending and excluded videos say nothing about a class.
+    """
     found = []
     for label, counts in classes.items():
         lost = count_lost(counts)
@@ -159,32 +170,39 @@ def worst_classes(classes: Mapping[str, VideoCounts]) -> list[tuple[str, int, in
 
 
 def _add_by_name(found: Sequence[Mapping[str, VideoCounts]]) -> dict[str, VideoCounts]:
+    """Add the counts of several states by split or class. A shard need not have videos of each."""
     names = sorted({name for counts in found for name in counts})
     return {name: add_counts(counts[name] for counts in found if name in counts) for name in names}
 
 
 def _count_shards(states: Sequence[PreparationState]) -> tuple[int, int] | None:
+    """(shards begun, shards in all), by the file names I-of-N of the states; None if they are not those of shards."""
     names = [match for state in states if (match := SHARD_NAME.fullmatch(state.path.stem))]
     return (len(names), int(names[0][2])) if names else None
 
 
 def _rate(states: Sequence[PreparationState], last: float) -> float | None:
-    """Videos per second in the window before `last`: n outcomes have n - 1 intervals between them."""
+    """Videos per second in the window before `last`, the latest outcome of all; None if there are too few.
+
+    n outcomes have n - 1 intervals between them.
+    """
+    # The window ends at the latest outcome, not now: after a run has stopped, its rate is still the best estimate.
     found = [state.finished_since(last - RATE_WINDOW_SECONDS) for state in states]
     number, first = sum(n for n, _ in found), min(moment for n, moment in found if n)
     return (number - 1) / (last - first) if number > 1 and last > first else None
 
 
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A plain table; the columns `left` are aligned to the left, the others to the right.
+    """A plain table. The columns whose indices are in `left` are aligned to the left, the others to the right.
 
-    The same text with and without a terminal: scripts read it, and a table of 400 classes is piped through `less`.
+    The text is the same with and without a terminal, because it is also read by scripts and piped through `less`. Hence
+    no colours, and a width at which rich neither wraps nor cuts anything.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, title in enumerate(header):
         table.add_column(Text(title), justify="left" if index in left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a class name may contain [brackets], which are markup
+        table.add_row(*(Text(cell) for cell in row))  # a plain string would be markup, in which [brackets] are tags
     text = io.StringIO()
     Console(file=text, width=10_000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -1,4 +1,8 @@
-"""The status as an HTML page: progress over time, reasons of failures, losses per class, durations, sizes and costs."""
+"""The status page of a preparation, in HTML.
+
+It shows the progress over time, the reasons of failures, the losses by class, and the distributions of the durations,
+sizes and processing times of the videos. This file computes what is shown; the template is status.html.j2.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,10 @@ from data_prep.status import QUIET_SECONDS, PreparationStatus, format_duration, 
 from video_swinv2.files import atomic_write
 from video_swinv2.pages import TickMark, render, tick_marks
 
-CURVE_POINTS = 240  # more cannot be distinguished on a screen
-BINS = 24
-MAX_CLASSES_SHOWN = 20
+CURVE_POINTS = 240  # more could not be distinguished on a screen
+BINS = 24  # of a histogram
+MAX_CLASSES_SHOWN = 20  # the other classes are folded away
+# The histograms: columns of prep.sqlite with the units in which they are shown.
 UNITS = {"duration_seconds": "s", "source_size": "MB", "seconds": "s"}
 TITLES = {
     "duration_seconds": "Duration of the videos",
@@ -29,9 +34,12 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Outcomes over hours of work. `ok` and `done` are the corners of SVG polygons in a box of 100 x 100, y down.
+    """The number of outcomes over the hours of work, as two areas.
 
-    Long pauses, in which no run was active, are cut out; `breaks` are the x positions (0 to 100) of the cuts.
+    `ok` (videos prepared) and `done` (prepared or failed) are the corners of SVG polygons in a box of 100 x 100 whose y
+    axis points down. `ok` is drawn over `done`, so the part of `done` that stays visible shows the failures. Long
+    pauses, in which no run was active, are cut out, and `breaks` are the x positions (0 to 100) of the cuts. `hours`
+    and `videos` are the marks of the two axes.
     """
 
     ok: str
@@ -43,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bin of a histogram: its edges and count as text, and its height from 0 to 1."""
+    """A bin of a histogram: its edges and count as text, and its height relative to the highest, 0 to 1."""
 
     text: str
     height: float
@@ -51,7 +59,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The distribution of a quantity; the last bin includes all larger values. `summary` gives median and extremes."""
+    """The distribution of a quantity. The last bin includes all larger values. `summary` gives median and extremes."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -61,7 +69,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class ClassYield:
-    """The prepared videos of a class, out of those finished. `share` is None if none is finished yet."""
+    """How many of the finished videos of a class were prepared. `share` is None if none is finished yet."""
 
     label: str
     ok: int
@@ -70,7 +78,7 @@ class ClassYield:
 
 
 def write_page(path: Path, out: Path, status: PreparationStatus, states: Sequence[PreparationState]) -> None:
-    """Write the page. Raises UserError if it cannot be written."""
+    """Write the page to `path`. `out` is the data set. Raises UserError if the page cannot be written."""
     total = add_counts(status.splits.values())
     classes = class_yields(status.classes)
     values = {
@@ -93,7 +101,7 @@ def write_page(path: Path, out: Path, status: PreparationStatus, states: Sequenc
 
 
 def class_yields(classes: dict[str, VideoCounts]) -> list[ClassYield]:
-    """Every class, the one with the largest share of losses first; those with nothing finished last."""
+    """All classes, the largest share of losses first. Classes of which nothing is finished come last."""
     found = []
     for label, counts in classes.items():
         finished = counts.ok + count_lost(counts)
@@ -103,7 +111,10 @@ def class_yields(classes: dict[str, VideoCounts]) -> list[ClassYield]:
 
 
 def reason_rows(counts: VideoCounts) -> list[tuple[str, str, int, float]]:
-    """(reason, its meaning, number of videos, that number relative to the most common), the most common first."""
+    """(reason, its meaning, number of videos, length of its bar), the most common first.
+
+    The length is the number relative to that of the most common reason, 0 to 1.
+    """
     known = counts.failed | counts.excluded
     most = max(known.values(), default=1)
     meaning = REASONS | EXCLUDED
@@ -112,13 +123,21 @@ def reason_rows(counts: VideoCounts) -> list[tuple[str, str, int, float]]:
 
 
 def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) -> Curve | None:
-    """finished_at: (n,) seconds, ascending; ok: (n,), whether the video was prepared. None for fewer than two."""
+    """The curve of a preparation of `listed` videos.
+
+    finished_at: (n,), seconds, ascending; ok: (n,), whether each video was prepared. None for fewer than two outcomes,
+    or if all are of the same moment.
+    """
     if len(finished_at) < 2 or finished_at[-1] <= finished_at[0]:
         return None
+    # From moments to hours of work (n,): the time between two outcomes counts as work, unless it is so long that no run
+    # can have been active. It then counts as nothing, so both outcomes have the same place on the axis.
     pauses = np.diff(finished_at)
     stopped = pauses > QUIET_SECONDS
     hours = np.concatenate([[0.0], np.cumsum(np.where(stopped, 0.0, pauses))]) / 3600
     end = max(float(hours[-1]), 1e-6)
+    # The counts at CURVE_POINTS equally spaced moments. done_by: outcomes up to each. ok_by: the prepared ones among
+    # them, from the running sum of `ok`, with a 0 in front for "no outcome yet".
     moments = np.linspace(0, end, CURVE_POINTS)
     done_by = np.searchsorted(hours, moments, side="right")
     ok_by = np.concatenate([[0], np.cumsum(ok)])[done_by]
@@ -133,10 +152,11 @@ def curve(finished_at: NDArray[np.float64], ok: NDArray[np.bool_], listed: int) 
 
 
 def histogram(title: str, values: NDArray[np.float64], unit: str) -> Histogram | None:
-    """values: (n,). None if n is 0."""
+    """The histogram of values (n,) in `unit`; None if n is 0."""
     if not len(values):
         return None
-    # Up to the 99th percentile: a few giants would squeeze all others into one bar.
+    # The axis ends at the 99th percentile: otherwise a few huge values would squeeze all others into one bar. `clip`
+    # puts larger values into the last bin. If the percentile is 0, any positive length will do.
     low, high = 0.0, float(np.quantile(values, 0.99)) or 1.0
     counts, edges = np.histogram(values.clip(low, high), bins=BINS, range=(low, high))
     last = len(counts) - 1
@@ -146,21 +166,25 @@ def histogram(title: str, values: NDArray[np.float64], unit: str) -> Histogram |
     )
     median, least, most = (_number(float(value)) for value in (np.median(values), values.min(), values.max()))
     words = f"median {median} {unit}, {least} to {most} {unit}, {len(values)} videos"
+    # Only the last mark names the unit.
     *others, end = tick_marks(0, high)
     return Histogram(title, bars, (*others, TickMark(f"{end.text} {unit}", end.position)), words)
 
 
 def _number(value: float) -> str:
+    """Three digits; from 1000 on all before the point, where .3g would switch to exponents."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _shape(x: NDArray[np.float64], share: NDArray[np.float64]) -> str:
-    """The corners of the area under a curve. x: (n,) in 0..100; share: (n,) in 0..1."""
+    """The corners of the area under a curve, as the `points` of an SVG polygon. x: (n,), 0..100; share: (n,), 0..1."""
+    # From the lower left corner along the curve to the lower right one. y points down, so a share of 1 is at y = 0.
     points = [f"{a:.2f},{100 - 100 * b:.2f}" for a, b in zip(x.tolist(), share.tolist(), strict=True)]
     return " ".join(["0,100", *points, "100,100"])
 
 
 def _curve_of(states: Sequence[PreparationState], listed: int) -> Curve | None:
+    """The curve of all outcomes. Each state yields its own in order; those of several shards are sorted together."""
     found = [outcome for state in states for outcome in state.outcomes()]
     found.sort()
     moments, ok = np.array([when for when, _ in found]), np.array([good for _, good in found], dtype=bool)
@@ -168,9 +192,11 @@ def _curve_of(states: Sequence[PreparationState], listed: int) -> Curve | None:
 
 
 def _histograms_of(states: Sequence[PreparationState]) -> list[Histogram]:
+    """A histogram of every column of UNITS for which any prepared video has a value."""
+    # (videos, columns), NaN where a row has no value. Without rows, only the reshape gives the array its columns.
     rows = [row for state in states for row in state.measurements(tuple(UNITS))]
     values = np.array(rows, dtype=np.float64).reshape(-1, len(UNITS))
-    values[:, list(UNITS).index("source_size")] /= 1e6
+    values[:, list(UNITS).index("source_size")] /= 1e6  # bytes -> MB
     drawn = [
         histogram(TITLES[name], column[~np.isnan(column)], unit)
         for (name, unit), column in zip(UNITS.items(), values.T, strict=True)

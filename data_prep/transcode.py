@@ -1,13 +1,18 @@
-"""One raw video in, one checked video out. Runs in a worker process that may be killed at any moment.
+"""Prepares one video: reads the source, writes the prepared file and checks it.
 
-    identify     size, mtime and sha256 of the source
-    select       the frames to keep: all of them, or those of a segment, by their presentation times
+This code runs in a worker process that may be killed at any moment. Its steps are:
+
+    identify     record size, mtime and sha256 of the source
+    select       choose the frames to keep, all of them or those of a segment, by their presentation times
     write        copy the source if it already has the prepared form, otherwise decode -> resize -> encode
     read back    reopen the written file, compare frame count, size and times, and decode every frame
     commit       sync the file to disk and rename it from its hidden name to its target
 
-Times are presentation times in seconds, as VideoReader gives them (edit lists applied), or *ticks* of 1/90000 s counted
-from the first frame kept. VideoReader.size is the size as shown: rotated upright, with square pixels.
+Until the commit, nothing is changed under the target's name. A process that is killed earlier leaves only a hidden
+partial file, which the next run deletes.
+
+Times are either presentation times in seconds, as VideoReader gives them (edit lists applied), or *ticks* of 1/90000 s
+counted from the first frame that is kept. VideoReader.size is the size as shown: rotated upright, with square pixels.
 """
 
 from __future__ import annotations
@@ -33,23 +38,27 @@ from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 
-# A video of which less than this share of the frames decodes, or of the time they should span, fails. Above it, the
-# video is prepared with a few frames missing, and `detail` says how many.
+# A video fails if less than this share of its frames can be decoded, or if those that can span less than this share of
+# its duration. Otherwise it is prepared without the frames that are lost, and `detail` says how many there are.
 MIN_DECODED_SHARE = 0.9
-# A segment of which the source holds less than this share is not the segment the list means.
+# If the source contains less than this share of a segment, it is probably not the video that the list refers to.
 MIN_SEGMENT_SHARE = 0.5
-# Times are sums of fractions: two that mean the same moment may differ by rounding, far less than a frame lasts.
+# Two floating-point times of the same moment may differ by rounding. The tolerance is far shorter than any frame.
 TIME_TOLERANCE_SECONDS = 1e-6
-# These errors come from the disk, not from the video: they would fail every other video too, so they stop the run.
+# Errors of the output disk (full, over quota, read-only, no permission) rather than of the video. Every other video
+# would fail in the same way, so they stop the run.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# The hidden names of unfinished files: with eight hex digits as written here (_unique_partial_path), or without as
+# written by a merge of shards (files.partial_path).
 PARTIAL_FILE = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?" + re.escape(PARTIAL_SUFFIX))
 
 
 @dataclass
 class _Progress:
-    """Counted while frames flow through the generators below.
+    """What the generators below have done so far. They update it while frames flow through them.
 
-    `decoded` source frames, the tick of the last of them, and the tick of every frame written.
+    `decoded`: source frames decoded. `last_tick`: the tick of the last of them. `written_ticks`: the tick of every
+    frame passed to the encoder, which differ from those of the source after a change of frame rate.
     """
 
     decoded: int = 0
@@ -58,17 +67,19 @@ class _Progress:
 
 
 class ReadBackError(Exception):
-    """The written file does not read back as intended."""
+    """The written file differs from what should have been written."""
 
 
 def transcode_video(job: TranscodeJob, allow: Allow) -> Outcome:
-    """Decode, resize, encode and check one video. Never raises: an error becomes the reason of the outcome.
+    """Decode, resize, encode and check one video. Errors are not raised but become the reason of the outcome.
 
-    `allow` is called with a new time limit as soon as the duration of the video is known.
+    The time limit of the job is at first that for reading its index. As soon as the duration of the video is known,
+    `allow` is called with a limit that fits it.
     """
     started = time.monotonic()
     known = Outcome()
     partial = _unique_partial_path(job.target)
+    # `known` is replaced after each step, so that the outcome of a failure still identifies the source.
     try:
         known = _identify(job.source)
         job.target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +94,16 @@ def transcode_video(job: TranscodeJob, allow: Allow) -> Outcome:
 
 def output_size(shown_size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """(height, width) to encode: the aspect ratio is kept, the short side is at most `short_side`, both are even."""
+    # Even, because in 4:2:0 two by two pixels share a chroma sample. size_for rounds the long side to even too.
     short = max(2, min(short_side, *shown_size) // 2 * 2)
     return size_for(shown_size, short)
 
 
 def remove_partial_files(videos: Path, is_ours: Callable[[Path], bool] = lambda target: True) -> int:
-    """Delete the partial files a killed run left below `videos`, if their target `is_ours`. Returns how many."""
+    """Delete the partial files that a killed run left below `videos`. Returns how many.
+
+    Only those for whose target `is_ours` holds: a run of one shard must not delete what other shards are writing.
+    """
     count = 0
     for parent, _, files in os.walk(videos):
         for name in files:
@@ -99,11 +114,17 @@ def remove_partial_files(videos: Path, is_ours: Callable[[Path], bool] = lambda 
 
 
 def _unique_partial_path(target: Path) -> Path:
-    """A hidden name that no other attempt uses: an attempt that Dask has given up may still be writing elsewhere."""
+    """A hidden name next to the target, unique to this attempt.
+
+    Dask may start a job again on another machine while the first attempt, which it believes lost, is still writing.
+    """
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
 def _identify(source: Path) -> Outcome:
+    """Size, modification time and sha256 of the source. Raises DecodeError if it cannot be read."""
+    # As a DecodeError, "permission denied" fails this video alone. As an OSError it would be among the DISK_ERRORS,
+    # which are about the output, and would stop the run.
     try:
         status = source.stat()
         return Outcome(source_size=status.st_size, source_mtime_ns=status.st_mtime_ns, source_sha256=sha256(source))
@@ -114,23 +135,30 @@ def _identify(source: Path) -> Outcome:
 
 
 def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allow) -> Outcome:
-    """Write and read back the file. Returns what is now known. Raises DecodeError, ReadBackError, OSError."""
+    """Write the prepared file to `partial` and read it back. Returns `known` and what has been found out since.
+
+    Raises DecodeError if the source is at fault, ReadBackError if the written file is, OSError if it cannot be written.
+    """
     settings = job.settings
-    # No time limit inside the reader: the pool kills the whole process when its limit is exceeded.
+    # The reader gets no time limit of its own: the pool kills the whole process when the job exceeds its limit.
     with VideoReader(job.source, time_limit_seconds=float("inf")) as reader:
         known = replace(known, codec=reader.codec)
         selected = _select_frames(reader, job)
         times = reader.times[selected.start : selected.stop]
-        # The rate of the frames themselves; the rate in the header is often wrong and VFR files have none.
+        # The average rate is computed from the frames: headers are often wrong, and files with a variable frame rate
+        # have no rate to give. n frames have n - 1 intervals between them.
         rate = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else reader.fps
         duration = float(times[-1] - times[0]) + 1 / rate  # the last frame is shown for one frame period
-        # In formats whose packets cannot be told apart, a segment is reached by decoding everything before it.
+        # The limit counts from the first frame of the source, not of the segment. In formats without reliable
+        # timestamps (see decode.TIMED_CONTAINERS) a segment is reached by decoding everything before it. A second index
+        # limit is added because all packets of the source may be read once more, to check for the prepared form.
         decoded_seconds = float(times[-1] - reader.times[0]) + 1 / reader.fps
         pixels = reader.size[0] * reader.size[1]
         allow(encode_limit_seconds(decoded_seconds, pixels) + index_limit_seconds(known.source_size or 0))
         known = replace(known, duration_seconds=duration)
         if duration < settings.min_seconds - TIME_TOLERANCE_SECONDS:
             raise DecodeError(f"{job.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
+        # Either way, what is recorded below describes the written file.
         if settings.copy and _copy(reader, job, partial):
             size, fps = reader.size, rate
             progress = _Progress(len(times), written_ticks=to_ticks(times.tolist()))
@@ -151,18 +179,21 @@ def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allo
 
 
 def _select_frames(reader: VideoReader, job: TranscodeJob) -> range:
-    """The indices of the frames to keep: all, or those shown in [start, end). DecodeError if the source is too short.
+    """The indices of the frames to keep: all of them, or those shown in [start, end) if the job has a segment.
 
-    By presentation times, never by `start * fps`: frame rates vary, and times in the list are relative to the first
-    frame, while the clock of a source may start anywhere.
+    Frames are selected by presentation time, never by `start * fps`, since frame rates vary. The times of a job count
+    from the first frame, while the timestamps of a file may start anywhere. Raises DecodeError if the source is too
+    short.
     """
     if job.start is None and job.end is None:
         return range(len(reader))
     start, end = job.start or 0.0, float("inf") if job.end is None else job.end
-    # The tolerance keeps a frame that is exactly at `start` in, and one exactly at `end` out, despite rounding.
+    # With the tolerance, a frame exactly at `start` is included and one exactly at `end` is not, even if rounding puts
+    # either slightly too early.
     times = reader.times - reader.times[0] + TIME_TOLERANCE_SECONDS
     first, stop = (int(index) for index in np.searchsorted(times, (start, end)))
     source_end = float(times[-1]) + 1 / reader.fps
+    # A segment without an end requests "the rest", of which any length will do.
     available, requested = min(source_end, end) - start, end - start if job.end is not None else 0.0
     if first == stop or available < MIN_SEGMENT_SHARE * requested:
         raise DecodeError(
@@ -172,21 +203,26 @@ def _select_frames(reader: VideoReader, job: TranscodeJob) -> range:
 
 
 def _copy(reader: VideoReader, job: TranscodeJob, partial: Path) -> bool:
-    """Copy a source that already has the prepared form and decodes completely. False if it must be encoded."""
+    """Copy the source to `partial` if it already has the prepared form and decodes completely.
+
+    Returns False if it has to be encoded; a file that may be left at `partial` is then overwritten.
+    """
     settings = job.settings
+    # A segment cannot be cut, nor a picture turned upright, without encoding.
     if job.start is not None or job.end is not None or any(reader.orientation):
         return False
     if difference_from_prepared_form(job.source, short_side=settings.short_side, gop=settings.gop):
         return False
     source_ticks = to_ticks(reader.times.tolist())
     if settings.fps:
+        # Every frame must lie within one tick of where a constant rate puts it.
         constant_ticks = np.arange(len(source_ticks)) / settings.fps / float(TIME_BASE)
         if np.abs(constant_ticks - source_ticks).max() > 1:
             return False
     shutil.copyfile(job.source, partial)
     try:
         _read_back(partial, reader.size, source_ticks)
-    except ReadBackError:  # damaged: encoding may save most of it
+    except ReadBackError:  # the source is damaged, but encoding may save most of its frames
         return False
     return True
 
@@ -199,9 +235,10 @@ def _encode(
     rate: float,
     settings: TranscodeSettings,
 ) -> _Progress:
-    """Encode the selected frames. Raises DecodeError if too few of them decode, OSError if encoding fails.
+    """Encode the selected frames. Raises DecodeError if too few can be decoded, OSError if encoding fails.
 
-    A chain of generators, so that only a few frames are in memory: decode -> (constant rate) -> resize -> encode.
+    The steps form a chain of generators, decode -> (constant rate) -> resize -> encode, which the encoder pulls frames
+    through one at a time. So only a few frames are in memory, however long the video is.
     """
     progress = _Progress()
     frames = _decode(reader, selected, progress)
@@ -211,11 +248,14 @@ def _encode(
     try:
         write_video(partial, _resize(reader, frames, size, progress), size=size, fps=fps, settings=settings.encoding)
     except av.FFmpegError as error:
+        # The scaler, the encoder or the muxer failed: VideoReader skips packets that cannot be decoded. The error
+        # number is kept because _diagnose recognises a full disk by it.
         raise OSError(getattr(error, "errno", 0) or 0, f"while encoding: {error.strerror}") from error
     times = reader.times[selected.start : selected.stop]
     if progress.decoded < MIN_DECODED_SHARE * len(times):
         raise DecodeError(f"{reader.path}: only {progress.decoded} of {len(times)} frames decode")
-    # Many frames at the start may decode and still leave most of the time uncovered.
+    # The number of frames is not enough: with a variable frame rate, nine tenths of the frames may all be at the start
+    # and cover little of the time.
     decoded_seconds, total_seconds = progress.last_tick * float(TIME_BASE), float(times[-1] - times[0])
     if decoded_seconds < MIN_DECODED_SHARE * total_seconds:
         raise DecodeError(f"{reader.path}: the frames that decode cover {decoded_seconds:.2f} of {total_seconds:.2f} s")
@@ -223,13 +263,14 @@ def _encode(
 
 
 def _decode(reader: VideoReader, selected: range, progress: _Progress) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(tick, frame) of every selected frame that decodes. Ticks count from the first frame that does."""
+    """(tick, frame) of every selected frame that can be decoded. Ticks count from the first of them."""
     ticks = to_ticks(reader.times[selected.start : selected.stop].tolist())
     first_tick, last_index = 0, selected.start - 1
     for index, frame in reader.sequence(selected.start):
         if index >= selected.stop:
             return
-        # The decoder starts at the key frame before the segment, so earlier frames come first.
+        # Decoding starts at the key frame before the segment, so frames before the segment come first. This also drops
+        # any frame that arrives twice or out of order.
         if index <= last_index:
             continue
         tick = ticks[index - selected.start]
@@ -244,19 +285,21 @@ def _decode(reader: VideoReader, selected: range, progress: _Progress) -> Iterat
 def _resample(
     frames: Iterator[tuple[int, av.VideoFrame]], fps: float, last_frame_seconds: float
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Convert to a constant rate: at each output time, the frame shown at that moment, repeated or skipped as needed.
+    """Convert to a constant rate: output frame n is the source frame on screen at n / fps seconds.
 
-    `last_frame_seconds` is how long the last frame is shown.
+    Source frames are repeated or skipped as needed, never blended. `last_frame_seconds` is how long the last frame is
+    shown, which the times alone do not say.
     """
     count = 0  # output frames so far
     shown: av.VideoFrame | None = None
     tick = 0
     for tick, frame in frames:
-        # `shown` is on screen until `tick`: emit it at every output time before that.
+        # `shown` stays on screen until `tick`, so it is the output at every output time before that.
         while shown is not None and (output_tick := round(count / fps / TIME_BASE)) < tick:
             yield output_tick, shown
             count += 1
         shown = frame
+    # The last frame fills the output up to the end of the video; even a very short video gets one frame.
     if shown is not None:
         total = max(1, count, round((tick * TIME_BASE + last_frame_seconds) * fps))
         yield from ((round(index / fps / TIME_BASE), shown) for index in range(count, total))
@@ -265,7 +308,10 @@ def _resample(
 def _resize(
     reader: VideoReader, frames: Iterator[tuple[int, av.VideoFrame]], size: tuple[int, int], progress: _Progress
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(tick, picture to encode): upright, resized to (height, width). A repeated frame is resized once."""
+    """(tick, picture to encode), with pictures upright and resized to `size` (height, width).
+
+    A frame that _resample repeats arrives as the same object several times and is resized only once.
+    """
     fitter = Fitter(size, reader.orientation)
     shown: av.VideoFrame | None = None
     for tick, frame in frames:
@@ -276,7 +322,7 @@ def _resize(
 
 
 def _read_back(path: Path, size: tuple[int, int], written_ticks: list[int]) -> None:
-    """Reopen and decode the written file. Raises ReadBackError."""
+    """Reopen the written file, compare it with what was written and decode it. Raises ReadBackError."""
     try:
         with VideoReader(path, time_limit_seconds=float("inf")) as reader:
             found = to_ticks(reader.times.tolist())
@@ -284,8 +330,10 @@ def _read_back(path: Path, size: tuple[int, int], written_ticks: list[int]) -> N
                 raise ReadBackError(f"{len(written_ticks)} frames written, {len(found)} read back")
             if reader.size != size:
                 raise ReadBackError(f"{size} written, {reader.size} read back")
+            # One tick of difference is rounding: a copied file may count its times in other units than 1/90000 s.
             if np.abs(np.subtract(found, written_ticks)).max() > 1:
                 raise ReadBackError("frame times read back differ from those written")
+            # The index may look right although the pictures cannot be decoded, so every one is.
             decoded = sum(1 for _ in reader.sequence())
             if decoded != len(written_ticks):
                 raise ReadBackError(f"{len(written_ticks)} frames written, {decoded} decode")
@@ -294,11 +342,14 @@ def _read_back(path: Path, size: tuple[int, int], written_ticks: list[int]) -> N
 
 
 def _diagnose(error: Exception) -> tuple[str, str]:
-    """(reason, detail) of any error while a video was prepared."""
+    """(reason, detail) of an error that occurred while a video was prepared; for the reasons see outcomes.REASONS.
+
+    A MemoryError means that the process reached the limit that the pool sets on its address space.
+    """
     if isinstance(error, MemoryError):
         return "crashed", "out of memory"
     if isinstance(error, DecodeError):
-        return error.reason, str(error).partition(": ")[2]  # without the path, which the row holds already
+        return error.reason, str(error).partition(": ")[2]  # without the path, which is in the row already
     if isinstance(error, ReadBackError):
         return "check_failed", str(error)
     if isinstance(error, OSError):
