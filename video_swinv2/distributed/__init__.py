@@ -1,1 +1,1 @@
-"""The processes of a run: launchers, ranks and devices, signals, collectives, and the lifeline between processes."""
+"""The processes of a run: launchers, ranks, devices, collectives, signals, and the lifeline that ends them together."""

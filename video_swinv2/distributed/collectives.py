@@ -1,6 +1,7 @@
-"""Collectives on plain numbers and objects: maximum, sum, gather, and printing on one rank only.
+"""Collectives on plain numbers and objects: maximum, sum and gather; also printing on one rank only.
 
-All are no-ops in a world of size one. In a larger one, every rank must make the same calls in the same order.
+In a world of size one the collectives return their input and communicate nothing. In a larger one every rank must make
+the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ T = TypeVar("T")
 
 
 def all_reduce_max(world: World, *values: float) -> tuple[float, ...]:
-    """The maximum of each value over all ranks, in one collective: for flags that all ranks must act on together.
+    """The maximum of each value over all ranks, in one collective. Used for flags that all ranks must act on together.
 
-    Values must be finite, because a comparison with NaN has no defined outcome: pass ``float(not isfinite(loss))``
-    rather than the loss.
+    Values must not be NaN, for which a maximum is undefined: pass ``float(not isfinite(loss))`` rather than the loss.
     """
     if world.size == 1:
         return tuple(float(value) for value in values)
@@ -35,13 +35,14 @@ def all_reduce_sum(world: World, values: Sequence[float]) -> list[float]:
 
 
 def _all_reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:
+    # float64 keeps counts exact up to 2^53. On the rank's own device, because NCCL cannot reduce CPU tensors.
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, operation)
     return [float(value) for value in tensor.tolist()]
 
 
 def all_gather_objects(world: World, value: T) -> list[T]:
-    """Every rank's value, in rank order, on all ranks. Values are pickled, so pass plain data only."""
+    """Every rank's value, in rank order, on all ranks. Torch pickles the values, so pass plain data only."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -50,6 +51,6 @@ def all_gather_objects(world: World, value: T) -> list[T]:
 
 
 def print_on_rank_zero(world: World, text: str) -> None:
-    """Print on rank 0 only, flushed immediately."""
+    """Print on rank 0 only. Flushed at once, because output to a file is buffered and a killed run would lose it."""
     if world.rank == 0:
         print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Which device a process computes on, and in which precision: the only place that makes these two choices."""
+"""Chooses the device on which a process computes and the precision; nothing else in the project decides either."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from video_swinv2.errors import UsageError
 
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 
-# The type that torch autocast computes matrix products in; fp32 runs without autocast and so has no entry.
+# The type in which torch autocast computes matrix products. fp32 has no entry, because it runs without autocast.
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,10 +20,10 @@ def check_device_name(name: str) -> None:
 
 
 def choose_device(name: str, launch: LaunchInfo | None = None) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``; ``auto`` is a GPU if PyTorch sees one.
+    """The device for ``auto``, ``cpu`` or ``cuda``; ``auto`` means a GPU if PyTorch sees one.
 
-    With ``launch``, each process of a machine gets the GPU of its local rank; without it, the current GPU. Raises
-    UsageError if a GPU is requested and there is none, or fewer than processes.
+    With ``launch``, each process on a machine gets the GPU of its local rank; without it, the current GPU. Raises
+    UsageError if a GPU is requested and there is none, or if a machine has fewer GPUs than processes.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -34,33 +34,36 @@ def choose_device(name: str, launch: LaunchInfo | None = None) -> torch.device:
     count = torch.cuda.device_count()
     if launch.local_rank < count:
         return torch.device("cuda", launch.local_rank)
+    # srun --gpus-per-task=1 hides all GPUs but its own from each task, and PyTorch numbers that one 0. With other
+    # launchers a single GPU means that several processes would share it, which is refused below.
     if count == 1 and launch.from_slurm:
-        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task only its own GPU, numbered 0
+        return torch.device("cuda", 0)
     raise UsageError(
         f"device: local rank {launch.local_rank} has no GPU, this machine has {count}; start fewer processes"
     )
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself. CPUs count: PyTorch always supports bf16 there, if slowly."""
+    """Whether bf16 runs on the device without emulation by CUDA. True for CPUs, where PyTorch always supports it."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def trainable_precision(precision: str, device: torch.device) -> str:
-    """The precision to train in: the one requested, or fp32 where bf16 would only be emulated by the GPU."""
+    """The precision to train in: the requested one, or fp32 if bf16 is requested and the GPU can only emulate it."""
     return "fp32" if precision == "bf16" and not has_native_bf16(device) else precision
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run inference in bf16: as requested; ``auto`` does on GPUs where PyTorch supports it."""
+    """Whether to run inference in bf16. ``auto`` does so on GPUs where PyTorch supports it, even by emulation."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix product whose speed bounds training on this device.
+    """The type of the matrix products whose speed limits how fast this device can train.
 
-    fp32 on CPUs whatever the precision: most have no bf16 units and emulate it, up to a hundred times slower.
+    Always fp32 on CPUs, whatever the precision: most CPUs have no bf16 units and emulate it, up to a hundred times
+    slower.
     """
     return AUTOCAST_DTYPES.get(precision, torch.float32) if device.type == "cuda" else torch.float32

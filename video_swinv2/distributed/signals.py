@@ -1,4 +1,4 @@
-"""Stopping a run and marking it for restart: signals become a flag, and the marker file asks for another start."""
+"""Stopping a run on a signal: handlers that set a flag, and the exit code and file that ask for a restart."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from typing import Any
 
 from video_swinv2.distributed.launchers import launcher_pids
 
-# sysexits.h's EX_TEMPFAIL: the run was stopped and saved a checkpoint; the same command continues it.
+# EX_TEMPFAIL of sysexits.h: the run was stopped and has saved a checkpoint; the same command resumes it.
 EXIT_RESTART = 75
-# The same message as a file in the run folder, because torchrun exits with 1 whatever its processes' exit code is.
+# A file in the run folder with the same meaning, for job scripts: torchrun exits with 1, whatever the exit code of its
+# processes.
 RESTART_MARKER = "start-again"
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and the first SIGINT into a flag that is read at the end of a step; a context manager.
+    """A context manager that turns SIGTERM, SIGUSR1 and SIGINT into a flag, read by the loop at the end of each step.
 
-    The handlers only set the flag: a collective or a save inside a handler could interleave with the step's own.
-    A second SIGINT raises KeyboardInterrupt. Must be entered in the main thread (Python allows handlers nowhere else).
-    The death of the launcher counts as a signal too: SIGTERM to ``deepspeed`` ends the launcher but leaves the
-    processes it started running.
+    The handlers do nothing but set the flag, because a handler may run anywhere in a step, and a collective or a save
+    in it could interleave with the step's own. A second SIGINT raises KeyboardInterrupt. The context must be entered
+    in the main thread, the only one in which Python allows handlers to be set.
+
+    The end of the launcher counts as a signal too: SIGTERM to ``deepspeed`` ends the launcher, but the processes that
+    it started keep running.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self._received = ""
-        self._interrupts = 0
+        self._received = ""  # name of the first signal
+        self._interrupts = 0  # number of SIGINTs
+        # The handlers that were installed before, to be restored on leaving.
         self._previous: dict[signal.Signals, Any] = {}
         self._launchers = launcher_pids()
 
     @property
     def requested(self) -> bool:
         """Whether a signal has arrived or the launcher is gone."""
-        # A process whose parent dies is adopted by another one, so the chain of launchers above it changes.
+        # The kernel gives a process whose parent dies a new parent, so the chain of launchers above it changes.
         if not self._received and self._launchers and launcher_pids() != self._launchers:
             self._received = "the launcher's end"
         return bool(self._received)
 
     @property
     def name(self) -> str:
-        """Name of the first signal that arrived, such as ``SIGTERM``; empty before that."""
+        """Name of the first signal that arrived, for example ``SIGTERM``; empty if there was none."""
         return self._received
 
     def __enter__(self) -> StopSignal:
@@ -66,10 +70,10 @@ class StopSignal:
 
 
 def write_restart_marker(folder: Path) -> None:
-    """Write the restart marker: the run in this folder was stopped before its end and should be started again."""
+    """Write the restart marker, which says that the run was stopped before its end and should be started again."""
     (folder / RESTART_MARKER).write_text("stopped and saved; the same command continues the run\n", encoding="utf-8")
 
 
 def remove_restart_marker(folder: Path) -> None:
-    """Remove the restart marker, if any: the run is going on or has finished."""
+    """Remove the restart marker, if any, because the run has been started again."""
     (folder / RESTART_MARKER).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The processes of a run: this process's rank and device, and joining and leaving the process group."""
+"""Joining and leaving the process group, and what this process is in it: its rank and its device."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ import torch.distributed as dist
 from video_swinv2.distributed.devices import check_device_name, choose_device
 from video_swinv2.distributed.launchers import LaunchInfo, launch_info_from_environment
 
-# Long enough for rank 0 to build an index or write a report while the other ranks wait in a collective.
+# After this time a waiting collective fails. Rank 0 may have to build an index or write a report while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run: its rank, the world size, its rank on this machine, its device."""
+    """The position of this process among all processes of the run, and the device it computes on."""
 
     rank: int
     size: int
+    """Number of processes in the run."""
     local_rank: int
+    """Rank among the processes of this machine."""
     device: torch.device
 
 
 def join_world(device: str = "auto") -> World:
-    """Join the other processes of this run and choose the device; a process started by hand is a world of size one.
+    """Join the other processes of this run and choose the device. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
-    torchrun, the deepspeed launcher and srun are recognised by their environment variables. ``device`` is ``auto``,
-    ``cpu`` or ``cuda``. A process group that already exists is used as it is. Raises UsageError for an unknown or
-    missing device and for an incomplete launcher environment.
+    torchrun, the deepspeed launcher and srun are recognised by their environment variables; a process started by hand
+    is a world of size one. If a process group exists already, it is used. Raises UsageError for an unknown or missing
+    device and for an incomplete launcher environment.
     """
     check_device_name(device)
     launch = _existing_group() if dist.is_initialized() else launch_info_from_environment(os.environ)
@@ -41,8 +43,8 @@ def join_world(device: str = "auto") -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     else:
-        # DeepSpeed picks its accelerator when it is first imported. Without this variable it would take any GPU it
-        # finds, including one that the user told us not to use.
+        # DeepSpeed chooses its accelerator when it is first imported. Without this variable it would use a GPU if there
+        # is one, even if the user asked for the CPU.
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed reads its device index from this variable and refuses to start without it.
     os.environ["LOCAL_RANK"] = str(launch.local_rank if chosen.index is None else chosen.index)
@@ -53,8 +55,8 @@ def join_world(device: str = "auto") -> World:
 
 def _init_process_group(backend: str, launch: LaunchInfo) -> None:
     if launch.init_method is None:
-        # A store inside this process: no port to collide on, no file to clean up, no MPI to discover. A single
-        # process needs a group too, because DeepSpeed always issues collectives.
+        # A single process needs a group too, because DeepSpeed always issues collectives. A HashStore lives inside the
+        # process: no port that may be taken, no file to clean up, no search for MPI.
         store = cast(Any, dist).HashStore()  # torch's stubs do not export it
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
@@ -68,12 +70,13 @@ def _init_process_group(backend: str, launch: LaunchInfo) -> None:
 
 
 def _existing_group() -> LaunchInfo:
+    """The ranks in a process group that was created before, by a test or a program that uses this package."""
     rank = dist.get_rank()
     return LaunchInfo(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)), None)
 
 
 def leave_world() -> None:
-    """Destroy the process group; never raises. If it were left open, gloo's threads could abort the process at exit."""
+    """Destroy the process group; never raises. If it stayed open, gloo's threads could abort the process at exit."""
     with suppress(Exception):
         if dist.is_initialized():
             dist.destroy_process_group()
