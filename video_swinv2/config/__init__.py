@@ -1,7 +1,7 @@
-"""Every setting of a run and the rules between them: one YAML file plus `key.sub=value` overrides, checked first.
+"""The configuration of a run: one YAML file plus `key.sub=value` overrides, checked in full before anything starts.
 
-`schema` holds the sections, `engine` the section with the most rules, `deepspeed_keys` what may stand in
-`engine.deepspeed`, and `loading` reads files and explains mistakes. Imports nothing of this project but `errors`.
+`schema` defines the sections, `engine` the one with the most rules, and `deepspeed_keys` what `engine.deepspeed` may
+contain. `loading` reads files and explains mistakes. Of this project, this package imports only `errors`.
 """
 
 from video_swinv2.config.engine import EngineConfig

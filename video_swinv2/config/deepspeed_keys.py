@@ -1,7 +1,7 @@
-"""Which keys of DeepSpeed's own configuration may be set in `engine.deepspeed`, and which follow from other keys.
+"""The keys of DeepSpeed's own configuration that may be set in `engine.deepspeed`.
 
-DeepSpeed silently accepts unknown top-level keys, and values that contradict the ones it derives. Here every key is
-known: it may be set, or it follows from another key of the run, or it is refused with the nearest known name.
+DeepSpeed silently accepts unknown top-level keys, and values that contradict the ones it derives. Here a key either may
+be set, or follows from another key of the run, or is unknown; the last two are refused, with the key to use instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from video_swinv2.errors import UsageError
 
 ZERO = "zero_optimization"
 
-# Keys that may be set, and their types: they tune how things are done, never what is computed.
+# Keys that may be set and the types of their values. They tune speed and memory, and do not change what is learned.
 TUNABLE: dict[str, type] = {
     "gradient_predivide_factor": float,
     "memory_breakdown": bool,
@@ -36,7 +36,7 @@ TUNABLE: dict[str, type] = {
     f"{ZERO}.use_multi_rank_bucket_allreduce": bool,
 }
 
-# Keys that follow from a key of the run, so that nothing is written twice.
+# Keys that must not be set, because they follow from the keys of the run named here: nothing is configured twice.
 DERIVED: dict[str, str] = {
     "activation_checkpointing": "model.checkpoint_blocks",
     "amp": "engine.precision",
@@ -83,16 +83,16 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Whether a YAML value is a bool, a positive whole number (int) or a positive number (float)."""
+    """Whether a YAML value is of the kind: bool, int (positive and whole) or float (positive)."""
     if kind is bool:
         return isinstance(value, bool)
-    # True is an int in Python, and 5e8 is a float in YAML: the first is no number here, the second is whole.
+    # In Python True is an int, but it is not a number here. In YAML 5.0e+8 is a float, but it counts as whole.
     positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     return positive and (kind is float or float(value).is_integer())
 
 
 def _flatten(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with the keys below `zero_optimization` written as `zero_optimization.KEY`."""
+    """The section as a flat dictionary, in which keys below `zero_optimization` are `zero_optimization.KEY`."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         if key == ZERO and isinstance(value, Mapping):

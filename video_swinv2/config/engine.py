@@ -1,4 +1,4 @@
-"""The `engine` section: what computes the steps, and which of its keys go together."""
+"""The `engine` section of the configuration, and the rules for combining its keys."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ Offload = Literal["none", "cpu", "nvme"]
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True)
 class EngineConfig:
-    """How steps are computed; none of it changes what is learned, apart from rounding.
+    """How steps are computed. Apart from rounding, nothing here changes what the model learns.
 
-    Raises UsageError naming the key for combinations that cannot work.
+    Raises UsageError naming the key if a combination cannot work.
     """
 
     engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """`plain` is PyTorch alone, in one process."""
+    """`plain` is PyTorch alone and runs in a single process."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """What DeepSpeed partitions over the processes: optimizer states (1), gradients too (2), weights too (3)."""
+    """What DeepSpeed partitions over the processes: nothing (0), optimizer states (1), gradients too (2), weights too
+    (3)."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Precision of matrix products (torch autocast). Weights, gradients and moments are always fp32. fp16, which uses
-    a loss scale, is for GPUs without bf16."""
+    """Precision of matrix products, through torch autocast. Weights, gradients and moments are always fp32. fp16 is
+    for GPUs without bf16 and uses a loss scale."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     communication: Literal["fp32", "bf16"] = "fp32"
-    """Type in which processes exchange gradients: bf16 halves the traffic and rounds them."""
+    """Type in which processes exchange gradients. bf16 halves the traffic but rounds the gradients."""
     offload_optimizer: Offload = "none"
-    """Where AdamW runs and its weights and moments are kept: for ZeRO 1-3 on devices that are too small for them."""
+    """Where AdamW keeps its weights and moments: on the device, in CPU memory, or in files (nvme). With cpu and nvme,
+    AdamW runs on the CPU. Needs ZeRO 1, 2 or 3."""
     offload_parameters: Offload = "none"
-    """Where ZeRO-3 keeps its partition of the weights; needs `offload_optimizer` too."""
+    """Where ZeRO-3 keeps its partitions of the model's weights; requires `offload_optimizer` too."""
     offload_folder: str | None = None
-    """Folder for what is offloaded to nvme, on each machine's own fast disk."""
+    """Folder for what is offloaded to nvme, on a fast local disk of each machine. A run removes what earlier runs left
+    there."""
     compile: bool = False
-    """Run torch.compile on each block; needs a C++ compiler, or Triton on GPUs."""
+    """Apply torch.compile to each block; requires a C++ compiler on CPUs and Triton on GPUs."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Keys of DeepSpeed's own configuration that tune how it works; keys that follow from other settings are
-    refused."""
+    """Keys of DeepSpeed's own configuration that tune speed and memory, listed in `deepspeed_keys.py`. Keys that follow
+    from other settings are refused."""
 
     def __post_init__(self) -> None:
         if conflict := self._conflict():
@@ -51,12 +54,13 @@ class EngineConfig:
 
     @property
     def offloads(self) -> bool:
-        """Whether AdamW runs on the CPU, with weights and moments that are kept there or in files."""
+        """Whether AdamW runs on the CPU, with its weights and moments in CPU memory or in files."""
         return self.offload_optimizer != "none"
 
     def _conflict(self) -> str:
-        """The first combination that cannot work, as `key: what is wrong; fix`; empty if there is none."""
+        """The first combination that cannot work, as `key: what is wrong; fix`; an empty string if there is none."""
         nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        # Keys that the plain engine would silently ignore, and whether they are set.
         needs_deepspeed = {
             "offload_optimizer": self.offloads,
             "communication": self.communication != "fp32",

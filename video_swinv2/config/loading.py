@@ -1,4 +1,4 @@
-"""Reading a configuration: YAML files, `key.sub=value` overrides, and one line that explains what is wrong."""
+"""Reads a configuration from a YAML file and `key.sub=value` overrides, and explains mistakes in one line."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from video_swinv2.config.schema import (
 )
 from video_swinv2.errors import UsageError
 
+# The keys of `Config` that are sections with keys of their own.
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -34,9 +35,9 @@ SECTIONS: dict[str, type] = {
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything.
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check every key.
 
-    Raises UsageError naming the key, with the nearest known key if it does not exist.
+    Raises UsageError naming the first faulty key and, if it does not exist, the nearest key that does.
     """
     path = Path(path)
     try:
@@ -53,10 +54,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in nested `values`; raises UsageError if the text cannot be applied."""
+    """Set one `key.sub=value` in the nested dictionary `values`; raises UsageError if that is not possible.
+
+    The key is not checked here. `validate_config` checks keys from files and overrides alike.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"{override}: write an override as key.sub=value")
+    # Descend to the dictionary that contains the last part, creating sections that the file does not have.
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -69,7 +74,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def validate_config(values: Mapping[str, Any], origin: str) -> Config:
-    """Turn nested plain data into a Config; raises UsageError, in one line, for the first mistake."""
+    """Convert nested plain data to a Config. Raises UsageError for the first mistake, in one line naming ``origin``."""
     try:
         return TypeAdapter(Config).validate_python(dict(values))
     except ValidationError as error:
@@ -77,13 +82,16 @@ def validate_config(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def _explain(error: ValidationError) -> str:
+    """One line for the first of pydantic's errors, in terms of the configuration's keys."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"] if part not in SOURCE_TAGS]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        # With cutoff=0.0 there always is a suggestion. Dotted keys are compared in full, including the section.
         known = sorted([*known_keys(), *SECTIONS])
         near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)
         return f"unknown key {'.'.join(names)}; did you mean {near[0]}?"
-    # pydantic adds the branch of a union that it tried (int, tuple[...]) and the position in a list to the key's path.
+    # pydantic inserts into a key's path the branch of a union that it tried (int, tuple[...]) and positions in lists.
+    # Remove both, because they are not keys that users know.
     shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
     if first["type"] == "missing":
         return f"{shown} is missing; add it to the file or as {shown}=..."
@@ -91,13 +99,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration, in dotted form."""
+    """Every key of a configuration in dotted form, such as `optim.lr`; sections themselves are not included."""
     for field in dataclasses.fields(section):
         inner = SECTIONS.get(field.name) if section is Config else None
         yield from known_keys(inner, f"{field.name}.") if inner else [prefix + field.name]
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration with every default written out; `load_config` reads it back to equal values."""
+    """The configuration as YAML, with every default written out. `load_config` reads equal values back from it."""
     plain = TypeAdapter(Config).dump_python(config, mode="json")
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)

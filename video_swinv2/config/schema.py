@@ -1,6 +1,7 @@
-"""The sections of a run's configuration. Keys are constructor argument names.
+"""The sections of a run's configuration, as dataclasses that pydantic checks.
 
-Values that follow from others (gradient accumulation, number of steps, number of classes) are computed, not set.
+Keys have the names of the constructor arguments that they become. Values that follow from others, such as gradient
+accumulation, the number of steps or the number of classes, are computed and cannot be set.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from pydantic.dataclasses import dataclass
 from video_swinv2.config.engine import EngineConfig
 from video_swinv2.errors import UsageError
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Size = int | tuple[int, ...]
-AttentionBackend = Literal["auto", "eager", "sdpa", "flex", "sequential"]  # as models/attention.py; a test compares
+Size = int | tuple[int, ...]  # one number for all axes, or one per axis: (H, W) or (T, H, W)
+AttentionBackend = Literal["auto", "eager", "sdpa", "flex", "sequential"]  # same as models/attention.py (tested)
 
 
 @dataclass(config=STRICT, frozen=True)
 class WeightedSource:
-    """A data source with its share of a mixture; usable as a path."""
+    """A data source and its weight in a mixture. It can be passed wherever a path is expected (`os.PathLike`)."""
 
     path: str
     weight: Annotated[float, Field(gt=0)]
-    """The source provides this weight's fraction of the sum of all weights."""
+    """The source contributes weight / (sum of all weights) of the samples."""
 
     def __fspath__(self) -> str:
         return self.path
@@ -38,13 +39,16 @@ class WeightedSource:
         return self.path
 
 
-# Names of the two branches of the union. pydantic puts them into the path of a faulty key, from which `loading` removes
-# them again; with spaces in them they cannot be mistaken for keys.
+# Names of the two branches of the union below. pydantic inserts the branch's name into the path of a faulty key, and
+# `loading` removes it again. The spaces in the names ensure that they are never the same as a key.
 SOURCE_TAGS = ("a path", "a weighted path")
+# A string, or a mapping with path and weight. The discriminator chooses the branch by the type of the value, so that
+# errors are reported for that branch only.
 DataSource = Annotated[
     Annotated[str, Tag(SOURCE_TAGS[0])] | Annotated[WeightedSource, Tag(SOURCE_TAGS[1])],
     Discriminator(lambda value: SOURCE_TAGS[isinstance(value, (dict, WeightedSource))]),
 ]
+# One or more sources; a single one may be written without a list.
 DataSources = Annotated[
     tuple[DataSource, ...],
     Field(min_length=1),
@@ -54,12 +58,13 @@ DataSources = Annotated[
 
 @dataclass(config=STRICT, frozen=True)
 class ModelConfig:
-    """Arguments of `create_model`; frames and image_size come from `data`, num_classes from the class list."""
+    """Arguments of `create_model`. Its frames and image_size come from `data`, and num_classes from the class list."""
 
     name: str
     patch_size: Size | None = None
     window: Size | None = None
     cpb_norm: tuple[tuple[int, ...], ...] | None = None
+    """Log-CPB normaliser of each stage: the window size by which offsets are divided."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     head_dropout: Fraction01 = 0.0
     attention: AttentionBackend = "auto"
@@ -68,70 +73,75 @@ class ModelConfig:
 
 @dataclass(config=STRICT, frozen=True)
 class DataConfig:
-    """Where the samples come from and how clips are cut from them."""
+    """Where the samples come from, and how clips are taken from videos."""
 
     source: DataSources
-    """Data sets of videos, folders of images, or tar shards (a folder or a pattern `name-{000..146}.tar`), each a path
-    or `{path: ..., weight: ...}`. `train` takes one; `pretrain` takes any number, weighted or each used once per
-    epoch."""
+    """Data sets of videos, folders of images, or tar shards (a folder or a pattern `name-{000..146}.tar`), each given
+    as a path or as `{path: ..., weight: ...}`. `train` takes one source. `pretrain` takes any number, mixed by weight
+    or, without weights, with every sample used once per epoch."""
     image_size: Size
-    """Pixels of the model's input: an int or [H, W]."""
+    """Size of the model's input in pixels: an int or [H, W]."""
     frames: Positive | None = None
-    """Frames per clip; omit for an image model."""
+    """Number of frames in a clip; omit it for an image model."""
     frame_stride: Positive = 1
+    """Distance between two frames of a clip, in frames of the video."""
     train_split: str = "train"
     val_split: str = "val"
     frames_per_video: Positive = 1
-    """Number of samples that `pretrain` draws from each video per epoch, spread over it and decoded together."""
+    """Number of samples that `pretrain` takes from each video per epoch, spread over the video and decoded together."""
     short_side: Positive | None = None
-    """Videos are scaled to this short side before the random crop; omit to keep their own size."""
+    """Pixels to which the short side of a video is scaled before the random crop; omit it to keep the video's size."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Decoding processes per training process."""
+    """Number of data loading processes per training process."""
     decode_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """A video that takes longer to decode counts as broken."""
+    """A video that takes longer than this to decode counts as broken."""
     max_broken: Fraction01 = 0.02
-    """The run stops when more than this fraction of the videos drawn was broken and had to be replaced."""
+    """The run stops if more than this fraction of its samples was broken and had to be replaced."""
 
 
 @dataclass(config=STRICT, frozen=True)
 class AugmentConfig:
-    """Random changes to training samples, the same for all frames of a clip."""
+    """Random augmentation of training samples. All frames of a clip are augmented in the same way."""
 
     repeats: Positive = 1
-    """Samples that a step takes from each clip it draws, decoded once and augmented independently (Hoffer et al. 2020,
-    batch augmentation). They count in `optim.batch`; an epoch draws each clip once and so has this many times more
-    samples."""
+    """Number of samples that are made from each clip, which is decoded once and augmented independently for each of
+    them (batch augmentation, Hoffer et al. 2020). Each counts as a sample in `optim.batch`, so an epoch has this many
+    times more samples."""
     crop_area: tuple[Fraction01, Fraction01] = (0.08, 1.0)
+    """Smallest and largest area of the random crop, as fractions of the frame."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of width to height of the random crop."""
     flip: Fraction01 = 0.5
-    """Probability of a horizontal flip; use 0 if classes differ in left and right."""
+    """Probability of a horizontal flip. Use 0 if classes differ only in left and right."""
     rand_augment: Annotated[int, Field(ge=0)] = 0
-    """Operations drawn per sample, each then applied with probability 0.5; 0 switches RandAugment off."""
+    """Number of RandAugment operations drawn per sample, each applied with probability 0.5; 0 disables RandAugment."""
     rand_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """Out of 10, as in the `m9` of published recipes (torchvision counts to 30)."""
+    """Magnitude of the operations on a scale of 10, like the 9 in `m9` of published recipes (torchvision's scale ends
+    at 30)."""
     rand_noise: NotNegative = 0.5
-    """Standard deviation of each operation's magnitude (`mstd0.5`)."""
+    """Standard deviation of the magnitude, which is drawn for each operation (`mstd0.5` in published recipes)."""
     erasing: Fraction01 = 0.0
-    """Probability that a rectangle of 2 % to a third of the area is replaced by noise."""
+    """Probability that a rectangle of 2 % to a third of the area is replaced by noise (random erasing)."""
     mixup: NotNegative = 0.0
-    """Alpha of the Beta distribution; 0 switches it off. If CutMix is on too, each batch uses one of the two at
+    """Alpha of mixup's Beta distribution; 0 disables it. If CutMix is enabled too, each batch uses one of the two at
     random."""
     cutmix: NotNegative = 0.0
+    """Alpha of CutMix's Beta distribution; 0 disables it."""
 
 
 @dataclass(config=STRICT, frozen=True)
 class MaskConfig:
-    """SimMIM: what is masked and what is predicted."""
+    """SimMIM pre-training: what is masked and what is predicted."""
 
     unit: Size = 32
     """Side of a mask cell in pixels (and in frames, for clips): an int, [H, W] or [T, H, W]."""
     shape: Literal["block", "tube"] = "block"
-    """`block`: cells have a limited extent in time too; `tube`: one mask for all frames of a clip, whatever `unit`
-    says."""
+    """`block`: cells are limited in time as well. `tube`: one mask for all frames of a clip, whatever `unit` is."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Fraction of the cells that is masked."""
     normalise_target: Annotated[int, Field(ge=0)] = 0
-    """Side (odd) of the sliding patch over which the target is normalised (47 in the SwinV2 recipes); 0 predicts plain
-    pixels."""
+    """Side in pixels of the sliding patch over which the target is normalised, an odd number (47 in the SwinV2
+    recipes). 0 predicts pixels that are not normalised."""
 
     def __post_init__(self) -> None:
         side = self.normalise_target
@@ -141,51 +151,55 @@ class MaskConfig:
 
 @dataclass(config=STRICT, frozen=True)
 class OptimConfig:
-    """AdamW, its schedule, and the loss."""
+    """AdamW, the learning rate schedule, and the loss."""
 
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate: for a batch of `lr_batch` if that is set, otherwise for `batch`, and then not scaled."""
+    """Peak learning rate. If `lr_batch` is set, it is meant for that batch size and is scaled to `batch`."""
     batch: Positive
     """Samples per optimizer step, over all processes."""
     micro_batch: Positive
-    """Maximum number of samples per process and forward pass; gradient accumulation follows from it."""
+    """Maximum number of samples per process and forward pass. The number of accumulation steps follows from it."""
     lr_batch: Positive | None = None
-    """The linear scaling rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by batch / lr_batch."""
+    """Enables the linear scaling rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by
+    batch / lr_batch."""
     warmup_epochs: NotNegative = 0.0
     warmup_lr: NotNegative = 0.0
+    """Learning rate of the first step of the warm-up."""
     min_lr: NotNegative = 0.0
+    """Learning rate at the end of a cosine schedule, and the lower bound of a multistep one."""
     schedule: Literal["cosine", "multistep"] = "cosine"
     milestones: tuple[float, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""
     weight_decay: NotNegative = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate per layer, counted from the output to the input; 1 disables it."""
     backbone_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor on the learning rate of everything but the head (0.1 in Video Swin's recipes)."""
+    """Factor on the learning rate of all parameters outside the head (0.1 in Video Swin's recipes)."""
     frozen_stages: Annotated[int, Field(ge=0)] = 0
-    """Number of stages, counted from the input, that keep their initial weights, as does the patch embedding; drop path
-    is off in them."""
+    """Number of stages, counted from the input, that are frozen together with the patch embedding. Drop path is off in
+    them."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Maximum global L2 norm of the gradients; omit to disable clipping."""
+    """Maximum global L2 norm of the gradients; omit it to disable clipping."""
     label_smoothing: Fraction01 = 0.0
     class_weights: Literal["balanced"] | tuple[NotNegative, ...] | None = None
-    """Weights of the classes in the training loss, in class order; `balanced` weighs each class by
+    """Weights of the classes in the training loss, in class order. `balanced` gives each class the weight
     samples / (classes x samples of the class)."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then what is validated and saved; 0
-    disables it."""
+    """Decay per step of an exponential moving average of the weights. If enabled, validation and the saved models use
+    the average; 0 disables it."""
 
 
 @dataclass(config=STRICT, frozen=True)
 class Config:
-    """One run."""
+    """The configuration of one run."""
 
     out: str
-    """Run folder; the same command with the same folder resumes where it stopped."""
+    """The run folder. The same command with the same folder resumes where the run stopped."""
     init: str
-    """`scratch`, or the weights to start from (image weights are inflated to clip weights)."""
+    """`scratch`, or the weights to start from. Weights of image models are inflated for clips."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
@@ -193,29 +207,30 @@ class Config:
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     init_cpb_norm: tuple[tuple[int, ...], ...] | None = None
-    """The log-CPB normaliser per stage, for `init` weights that do not record it."""
+    """Log-CPB normaliser of each stage with which the `init` weights were trained, if they do not record it."""
     init_time_noise: NotNegative = 0.0
-    """Noise added to an inflated patch kernel, in units of its standard deviation and with zero sum over time. Where
-    classes are motions, training without it is slow to tell a clip from its reversal."""
+    """Noise added to an inflated patch kernel, in units of the kernel's standard deviation and with zero sum over time.
+    If classes are motions, a model trained without it is slow to learn to tell a clip from its reversal."""
     resume: str | None = None
-    """Another run's folder to continue from; used when `out` has no checkpoint of its own."""
+    """Folder of another run to continue from, used only if `out` has no checkpoint of its own."""
     seed: int = 0
     log_every: Positive = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
     val_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Epochs between two validations; there is one more before the first step and one after the last."""
+    """Epochs between two validations. There is one more before the first step and one after the last."""
     pictures_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Epochs between two sets of SimMIM pictures, which are drawn at validations; by default at each."""
+    """Epochs between two sets of SimMIM pictures, which are drawn at validations; by default at every validation."""
     checkpoint_minutes: NotNegative = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     early_stop_epochs: Annotated[float, Field(gt=0)] | None = None
-    """The run ends when the best validation is this many epochs old; omit to train to the last step."""
+    """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
+    last step."""
     max_skipped: Positive = 3
-    """The run stops after this many consecutive steps with a non-finite loss or gradient. Such steps are skipped, and
-    `skipped.jsonl` names their inputs."""
+    """The run stops after this many consecutive steps with a non-finite loss or gradient. Such steps are skipped and
+    their inputs are listed in `skipped.jsonl`."""
     wandb: str | None = None
-    """Weights & Biases project that receives the metrics too, if the package `wandb` is installed."""
+    """Weights & Biases project to which the metrics are sent too; requires the package `wandb`."""
 
     def __post_init__(self) -> None:
         if self.init == "scratch" and self.init_time_noise:
