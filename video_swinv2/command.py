@@ -1,4 +1,4 @@
-"""What both command lines share: verbs with help and an example, exit codes, and one-line error messages."""
+"""The common part of both command lines: verbs with help and an example, exit codes, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from collections.abc import Callable, Sequence
 
 from video_swinv2.errors import UserError
 
-Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns; argparse has no public name for it
+Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
 
 
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse the arguments and run the verb. The exit code: 0 done, 1 failed or fell short of a limit, 2 wrong usage."""
+    """Parse the arguments, run the verb and return the exit code.
+
+    0: done. 1: failed, or a required limit was not met. 2: wrong usage. An error may define another code.
+    """
     options = parse_arguments(parser, arguments)
     try:
         return int(options.run(options) or 0)
     except UserError as error:
         if options.debug:
             raise
-        # An error raised in a DataLoader worker carries the worker's traceback; the message itself is the last line.
+        # The DataLoader puts the traceback of a worker in front of the message of an error that was raised there. The
+        # message itself is always one line, the last.
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -28,10 +32,10 @@ def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a verb, with its `key=value` overrides anywhere on the line.
+    """Parse the options of a verb and its `key=value` overrides, which may be anywhere on the command line.
 
     argparse accepts a list of positional arguments in one place only and reports those after an option as unknown.
-    Unknown arguments of the form `key=value` are therefore taken as overrides if the verb has any.
+    Therefore unknown arguments of the form `key=value` are taken as overrides if the verb accepts overrides.
     """
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
@@ -49,7 +53,7 @@ def add_verb(
     text: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """Add a verb with its help text, an example and `--debug`; the caller adds the arguments to the parser returned.
+    """Add a verb with a help text, an example and `--debug`. Return its parser, to which the caller adds arguments.
 
     run: called with the parsed options; returns the exit code, or None for 0.
     """
@@ -60,7 +64,7 @@ def add_verb(
 
 
 def comma_separated_integers(text: str) -> tuple[int, ...]:
-    """`8,7,7` as (8, 7, 7); an argparse type."""
+    """Parse `8,7,7` to (8, 7, 7), for the `type` of an argparse argument."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -1,7 +1,7 @@
-"""Files on disk: writes that are complete or absent, lock files, content hashes, and lists of class names.
+"""Files on disk: atomic writes, lock files, content hashes, and lists of class names.
 
-A reader never sees half a file, even after a crash or a power cut: the content goes to a hidden partial file in the
-same folder, is forced to the disk, and only then takes the final name.
+A reader never sees half a file, even after a crash or a power cut: the content is written to a hidden partial file in
+the same folder, forced to the disk, and only then renamed to its final name.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden path next to `path` that holds its content until it is complete.
+    """The hidden file next to `path` to which its content is written first, `.NAME.part`.
 
-    It lies in the same folder, hence on the same file system: only there is the final rename atomic.
+    It is in the same folder, and therefore on the same file system, because only there the final rename is atomic.
     """
     return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
 
 
 def commit_file(partial: Path, path: Path) -> None:
-    """Move the complete file `partial` to `path`, replacing what is there, so that it survives a power cut.
-
-    Three steps, and their order matters. The content is synced first: a rename may reach the disk before the data
-    does, and would then leave an empty file under the final name. The rename itself is atomic. The folder is synced
-    last: without this the new name could be lost while a database row that refers to it survives.
-    """
+    """Rename the complete file `partial` to `path`, replacing what is there, so that it survives a power cut."""
+    # The order matters. The content is synced first, because the rename may reach the disk before the data does, and a
+    # power cut would then leave an empty file under the final name.
     sync_to_disk(partial)
-    os.replace(partial, path)
+    os.replace(partial, path)  # atomic
+    # Otherwise a power cut could undo the rename, while a database row that was written later and refers to the file
+    # survives.
     sync_to_disk(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a partial path to write to; it replaces `path` when the block succeeds and is deleted when it fails.
+    """Yield a partial path to write to. It replaces `path` if the block succeeds and is deleted if it fails.
 
-    Raises UserError naming `path` if the file system refuses.
+    Raises UserError naming `path` if the file cannot be written. Other exceptions of the block pass through.
     """
     partial = partial_path(path)
     try:
@@ -55,17 +54,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         fault = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written ({fault}); free space or choose another folder") from error
     finally:
+        # Deletes what a failed block has written. After a success the partial file no longer exists.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` inside the context, exclusively or shared with other holders of a shared lock.
+    """Lock the file `path` inside the context, exclusively, or shared with other processes that lock it as shared.
 
-    Raises UserError with the message `busy` if another process holds it. The kernel releases the lock when the process
-    ends, however it ends, so that a killed process leaves no stale lock.
+    Raises UserError with the message `busy` at once if another process holds a conflicting lock. The kernel releases
+    the lock when the process ends in whatever way, so a killed process leaves no stale lock. The file itself stays.
     """
+    # Opened for appending, which creates the file if necessary and never truncates it. Closing it releases the lock.
     with path.open("a") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -75,13 +76,13 @@ def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a small JSON file atomically. Raises UserError."""
+    """Write a small JSON file atomically. Raises UserError if it cannot be written."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Force the content of a file, or the entries of a folder, to the disk."""
+    """Force the content of a file, or the list of entries of a folder, from the kernel's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,7 +91,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of the content of a file."""
+    """The SHA-256 of the content of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
@@ -99,7 +100,7 @@ def sha256(path: Path) -> str:
 
 
 def read_text_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without a byte order mark; UsageError if it cannot be read."""
+    """The lines of a UTF-8 text file, without a byte order mark. Raises UsageError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -107,16 +108,16 @@ def read_text_lines(path: Path) -> list[str]:
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
-    """UsageError, beginning with `where`, if a class name occurs twice."""
+    """Raise UsageError, with a message that begins with `where`, if a class name occurs twice."""
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise UsageError(f"{where}: class {repeated[0]!r} is listed twice; every class needs its own name")
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
-    """The class names of a text file, one per line, in order; blank lines are skipped.
+    """The class names in a text file with one name per line, in the order of the file. Blank lines are skipped.
 
-    UsageError if the file cannot be read or names a class twice.
+    Raises UsageError if the file cannot be read or names a class twice.
     """
     names = tuple(line.strip() for line in read_text_lines(path) if line.strip())
     check_class_names(names, str(path))

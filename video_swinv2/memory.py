@@ -1,4 +1,4 @@
-"""Memory in bytes, as the kernel reports it: how much is free on this machine and how much this process has used."""
+"""Memory in bytes: how much is free on this machine, and the most that this process has used."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ import resource
 import sys
 from pathlib import Path
 
+# The file of each key that is read. VmHWM is the peak resident size of this process ("high water mark"), VmRSS its
+# current one. MemAvailable is the kernel's estimate of what can be allocated without swapping.
 _KERNEL_FILES = {"VmHWM": "/proc/self/status", "VmRSS": "/proc/self/status", "MemAvailable": "/proc/meminfo"}
+# Control groups version 2. In a container this folder describes the container's own group.
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory_bytes() -> int | None:
-    """Memory that processes may still allocate: the machine's or what our control group allows, whichever is less.
+    """Memory that this process may still allocate: what the machine has or its control group allows, if that is less.
 
-    None if neither is known.
+    None if neither is known, as on systems other than Linux.
     """
     found = []
     if (available := kernel_bytes("MemAvailable")) is not None:
         found.append(available)
-    # In a container the machine's free memory says little: the control group's limit is what kills a process. Without
-    # a limit memory.max reads "max", int() raises ValueError, and the machine's number stands alone.
+    # In a container the free memory of the machine means little, because a process that exceeds the limit of its
+    # control group is killed. If there is no limit, memory.max contains "max", int() raises ValueError, and only the
+    # machine's value is used.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         limit, used = ((_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         statistics = (_CONTROL_GROUP / "memory.stat").read_text().splitlines()
-        # memory.current counts the page cache too. The inactive part of it is reclaimed on demand, so it is free.
+        # memory.current includes the page cache. The kernel reclaims the inactive part of it on demand, so that part
+        # counts as free.
         reclaimable = next(line for line in statistics if "inactive_file" in line)
         found.append(int(limit) - int(used) + int(reclaimable.split()[1]))
     return min(found) if found else None
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
-    # VmHWM first: a forked child inherits its parent's ru_maxrss, so after a large parent getrusage reports the
-    # parent's peak. It is the fallback where there is no /proc.
+    """The largest resident size that this process has had so far."""
+    # VmHWM first, and getrusage only where there is no /proc: a forked child inherits ru_maxrss, so the child of a
+    # large process would report the peak of its parent.
     found = kernel_bytes("VmHWM")
     if found is not None:
         return found
@@ -42,7 +47,7 @@ def peak_memory_bytes() -> int:
 
 
 def kernel_bytes(key: str) -> int | None:
-    """The value of a line `key: N kB` of /proc, in bytes; None where there is no such line, as outside Linux."""
+    """The value of the line `key: N kB` in a file of /proc, in bytes; None if there is no such line or no /proc."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path(_KERNEL_FILES[key]).read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Shows the progress of long work on stderr: a bar on a terminal, otherwise a plain line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ LINE_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Counts items and shows their rate and the share of time spent waiting for data. Silent unless `shown`.
+    """Counts finished items and shows their rate and the share of time spent waiting for data.
 
-    done: items that were finished before, by an interrupted run for instance. They count as progress but not in the
-    rate.
+    shown: whether to show anything, usually only on rank 0.
+    done: number of items that were finished before, for example by an interrupted run. They count as progress, but not
+    in the rate.
     """
 
     def __init__(self, title: str, total: int, *, unit: str, shown: bool, done: int = 0) -> None:
@@ -48,15 +49,20 @@ class Progress:
             self._bar.stop()
 
     def advance(self, items: int, waited_seconds: float | None = None, note: str = "") -> None:
-        """Count `items` more. `waited_seconds` is the total time spent waiting for data so far, not since last time."""
+        """Count `items` more finished items.
+
+        waited_seconds: the time spent waiting for data since the start, not since the last call.
+        note: text that is shown after the rate.
+        """
         self._done += items
         now = time.perf_counter()
-        elapsed = max(now - self._started_at, 1e-9)
+        elapsed = max(now - self._started_at, 1e-9)  # never 0, because it is divided by
         rate = (self._done - self._done_at_start) / elapsed
         waiting = "" if waited_seconds is None else f", {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
         pace = f"{rate:.1f} {self._unit}/s{waiting}{', ' if note else ''}{note}"
         if self._bar is not None:
             self._bar.update(self._bar_id, completed=self._done, pace=pace)
+        # Without a terminal, as in a job's log file: a line at intervals, and one at the end.
         elif self._shown and (now - self._last_line_at > LINE_EVERY_SECONDS or self._done >= self._total):
             self._last_line_at = now
             left = (self._total - self._done) / rate if rate else 0.0
@@ -68,7 +74,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], title: str, total: int, unit: str) -> Iterator[Item]:
-    """Yield the items and show how many have been consumed of `total`."""
+    """Yield the items, and show how many of `total` have been processed by the caller."""
     with Progress(title, total, unit=unit, shown=True) as progress:
         for item in items:
             yield item
