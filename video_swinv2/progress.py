@@ -35,6 +35,7 @@ class Progress:
         self._bar_id = TaskID(0)
 
     def __enter__(self) -> Progress:
+        # Only a terminal can redraw a line; in a log file a bar would become thousands of lines.
         if self._shown and sys.stderr.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[pace]}"))
             self._bar = Bar(TextColumn(self._title), *columns, console=Console(stderr=True))
@@ -57,6 +58,7 @@ class Progress:
         self._done += items
         now = time.perf_counter()
         elapsed = max(now - self._started_at, 1e-9)  # never 0, because it is divided by
+        # Without the items of an earlier run, which took no time in this one.
         rate = (self._done - self._done_at_start) / elapsed
         waiting = "" if waited_seconds is None else f", {min(waited_seconds / elapsed, 1.0):.0%} waiting for data"
         pace = f"{rate:.1f} {self._unit}/s{waiting}{', ' if note else ''}{note}"

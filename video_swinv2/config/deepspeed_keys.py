@@ -71,9 +71,11 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
     """Raise UsageError for the first key of `engine.deepspeed` that is unknown, derived, or of the wrong type."""
     for key, value in _flatten(section).items():
         shown = f"engine.deepspeed.{key}"
+        # The first part is looked up too, for keys written in dotted form, such as fp16.enabled.
         if owner := DERIVED.get(key) or DERIVED.get(key.split(".")[0]):
             raise UsageError(f"{shown}: follows from {owner}; remove it here")
         if key not in TUNABLE:
+            # Derived keys are suggested too: following the suggestion then leads to the run's own key.
             near = difflib.get_close_matches(key, [*TUNABLE, *DERIVED], n=1, cutoff=0.0)
             raise UsageError(f"{shown}: not a key that can be set; did you mean {near[0]}?")
         kind = TUNABLE[key]

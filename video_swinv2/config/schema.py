@@ -46,6 +46,7 @@ SOURCE_TAGS = ("a path", "a weighted path")
 # errors are reported for that branch only.
 DataSource = Annotated[
     Annotated[str, Tag(SOURCE_TAGS[0])] | Annotated[WeightedSource, Tag(SOURCE_TAGS[1])],
+    # Index False (0) for a path, True (1) for a weighted one; WeightedSource occurs when a Config is built in Python.
     Discriminator(lambda value: SOURCE_TAGS[isinstance(value, (dict, WeightedSource))]),
 ]
 # One or more sources; a single one may be written without a list.
@@ -144,6 +145,7 @@ class MaskConfig:
     recipes). 0 predicts pixels that are not normalised."""
 
     def __post_init__(self) -> None:
+        # A patch of an even side has no centre pixel; side 1 would normalise every pixel to 0.
         side = self.normalise_target
         if side == 1 or (side and side % 2 == 0):
             raise UsageError(f"mask.normalise_target: {side} has no middle; use an odd number from 3 on")

@@ -40,6 +40,7 @@ def make_engine(
             f"engine.engine: plain runs in one process, and there are {world.size}; use engine.engine=deepspeed"
         )
     precision = trainable_precision(config.precision, world.device)
+    # bf16 on a GPU that would only emulate it. The run continues in fp32, and the user is told.
     if precision != config.precision:
         print_on_rank_zero(
             world, f"engine.precision: this GPU has no {config.precision}, so {precision} is used; fp16 is faster here"

@@ -39,7 +39,7 @@ class PlainEngine:
         self._optimizer = optimizer
         self._step = step
         self._device = world.device
-        # None for fp32, which runs without autocast.
+        # The type of matrix products; None for fp32, which runs without autocast.
         self._dtype = AUTOCAST_DTYPES.get(precision)
         self._scale = LossScale() if precision == "fp16" else None
         self._micro_batches = 0  # since the engine was built
@@ -81,6 +81,7 @@ class PlainEngine:
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """See :class:`base.Engine`."""
+        # The averages replace the trained parameters; frozen ones and buffers stay as they are.
         return (self.weights() or {}) | (self._average.read(self.module) if self._average else {})
 
     @torch.no_grad()
