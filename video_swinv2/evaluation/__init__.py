@@ -1,1 +1,1 @@
-"""What does a test look at? Protocols, views, the multi-view test in parts, frozen features and probes."""
+"""How is a model evaluated? Protocols and views, the multi-view test and its parts, frozen features and probes."""

@@ -1,6 +1,6 @@
 """Frozen features: one vector per video or image from a model without its head, cached on disk.
 
-N samples, V views of each, C channels of the last stage.
+Letters: N samples, V views of each, G samples in a group, C channels of the last stage.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Backbone:
     model: SwinV2
     preprocessing: Preprocessing
     record: dict[str, Any] = field(default_factory=dict)
-    """What the model is, as plain JSON. Equal records give equal features."""
+    """Identifies the model, as plain JSON. Backbones with equal records give equal features for the same data."""
 
 
 @dataclass(frozen=True)
 class Features:
     """The features of a split.
 
-    names: as listed. labels: (N,) int64, indices into the classes. vectors: (N, C) float32, zero for files that could
-    not be read. reasons: why, empty for files that could.
+    names: N names as listed. labels: (N,) int64, indices into the classes. vectors: (N, C) float32, zero for files that
+    could not be read. reasons: N texts that say why a file could not be read, empty for files that could.
     """
 
     names: tuple[str, ...]
@@ -58,23 +58,25 @@ class Features:
 
     @property
     def read(self) -> NDArray[np.bool_]:
-        """(N,) whether the file could be read."""
+        """(N,) bool, whether each file could be read."""
         return np.array([not reason for reason in self.reasons], dtype=bool)
 
 
 def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
-    """The model of any known checkpoint (SimMIM's included) without its head, at the sizes that `overrides` gives.
+    """Open any known checkpoint, SimMIM's included, as a model without its head, at the sizes in `overrides`.
 
-    Raises UserError for a file that cannot be read or explained, and UsageError for sizes that do not fit the weights,
-    or that neither the file nor `overrides` gives.
+    Raises UserError for a file that cannot be read or whose tensors do not fit a SwinV2, and UsageError for sizes that
+    do not fit the weights or that neither the file nor `overrides` gives.
     """
     checkpoint = read_checkpoint(path)
     model, _ = open_model(checkpoint, RequestedSizes(overrides.frames, overrides.image_size, None, overrides.window))
+    # Without a head the model returns the mean over all tokens after the final norm.
     model.reset_classifier(0)
     for block in model.blocks():
         block.attn.attention = overrides.attention or block.attn.attention
     preprocessing = override_preprocessing(preprocessing_of(model, checkpoint), overrides)
-    # A checkpoint may be several files; sorting makes the digest independent of their order.
+    # A checkpoint may consist of several files; sorting makes the digest independent of their order. The digest of a
+    # single file is its plain SHA-256, the one that sha256sum prints.
     digests = sorted(sha256(file) for file in checkpoint.source.files)
     record = {
         "path": str(path),
@@ -87,12 +89,13 @@ def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
 
 
 def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
-    """The same architecture as initialised, before any training: the baseline of a probe.
+    """The same architecture with freshly initialised weights: the baseline of a probe.
 
     In a freshly initialised SwinV2 every residual branch contributes zero (res-post-norm with a zero scale), so these
     features are random projections in the patch embedding and merging layers.
     """
     arguments: dict[str, Any] = backbone.model.architecture()
+    # Weights are initialised on the CPU, so only the CPU's generator has to be restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SwinV2(**arguments).eval()
@@ -104,13 +107,14 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
 def extract_features(
     backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, cache: Path | None
 ) -> Features:
-    """The features of a split, computed now or taken from the folder `cache` if an earlier call computed the same.
+    """The features of a split, read from the folder `cache` if an earlier call stored them there, else computed.
 
     Each view of `protocol` gives the mean over all tokens after the final norm; the vector of a sample is the mean over
     its views. Raises UserError if features are not finite.
     """
     device = choose_device(overrides.device)
-    # Everything that the vectors depend on. Its hash names the cached file, and the file repeats it in full.
+    # Everything that the vectors depend on. Its hash names the cached file. The file repeats the record in full, since
+    # 16 hexadecimal digits of a hash may collide. The model's path is left out: a moved file has the same features.
     record = {
         "backbone": {key: value for key, value in backbone.record.items() if key != "path"},
         "preprocessing": asdict(backbone.preprocessing),
@@ -136,6 +140,7 @@ def extract_features(
 def _compute_features(
     backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, device: torch.device
 ) -> Features:
+    # A group holds as many whole videos as fit in one forward pass of `batch_views` views, and at least one.
     groups = VideoGroups(
         manifest.entries,
         protocol,
@@ -146,17 +151,18 @@ def _compute_features(
         time_limit_seconds=overrides.time_limit_seconds,
     )
     n = len(manifest.entries)
-    # Failed files keep a zero vector and get a reason; `Features.read` leaves them out.
     model, bf16 = backbone.model.to(device), use_bf16(overrides.precision, device)
+    # Files that cannot be read keep a zero vector and get a reason; `Features.read` tells them apart.
     vectors, reasons = np.zeros((n, model.num_features), np.float32), [""] * n
     workers = default_workers() if overrides.workers is None else overrides.workers
     with Progress("features", n, unit="samples", shown=True) as progress:
 
         def store(group: Group, waited: float) -> None:
             outputs = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
-            # (G * V, C) -> (G, V, C) -> (G, C)
+            # (G * V, C) -> (G, V, C) -> (G, C): the mean over the views of each sample.
             means = outputs.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
             for record, vector in zip(group.videos, means, strict=True):
+                # By position: groups may arrive out of order, and one may be delivered twice after a worker died.
                 reasons[record.position] = record.reason
                 if not record.reason:
                     if not np.isfinite(vector).all():

@@ -1,4 +1,8 @@
-"""The settings of a test: what replaces values of the model file, and how the test is run."""
+"""The settings of a test: values that override the model file's, and how the test is run.
+
+On the command line they are `key=value` arguments. Keys that a training run also has are spelled as in its
+configuration, although the fields here are flat; `KEYS` translates.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,15 @@ from video_swinv2.weights.store import Preprocessing
 Precision = Literal["auto", "fp32", "bf16"]
 FrameOrder = Literal["in-order", "shuffled", "reversed"]
 Device = Literal["auto", "cpu", "cuda"]
+# One number n stands for (n, n).
 ImageSize = Annotated[tuple[Positive, Positive], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
 
 
 @dataclass(config=STRICT, frozen=True)
 class TestOverrides:
-    """Values that replace the model file's (None keeps the model's), and how the test is run."""
+    """Values that override the model file's (None keeps the file's), and how the test is run."""
 
-    __test__ = False  # pytest takes classes called Test* for tests
+    __test__ = False  # pytest would collect a class called Test*
 
     frames: Positive | None = None
     image_size: ImageSize | None = None
@@ -35,12 +40,14 @@ class TestOverrides:
     """One number for every axis, (T, H, W), or (H, W) for an image model."""
     attention: Backend | None = None
     frame_order: FrameOrder = "in-order"
-    """shuffled and reversed measure how much of the accuracy depends on the order of the frames."""
+    """The order in which a clip's frames reach the model. Accuracies with "shuffled" and "reversed" show how much the
+    model relies on the true order."""
     batch_views: Positive = 12
     """Views per forward pass."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Reading processes per test process; the default is one per core, at most 8."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the shuffled frame order and of the report's bootstrap. A probe counts its own seeds."""
     device: Device = "auto"
     precision: Precision = "auto"
     """auto is bf16 on a GPU that supports it, else fp32."""
@@ -48,7 +55,7 @@ class TestOverrides:
     """A video that takes longer than this to open or to decode counts as failed."""
 
 
-# Command-line key -> field. A setting that a training run has too carries the same key here.
+# Command-line key -> field of TestOverrides. A setting that a training run also has keeps the run's key.
 KEYS = {
     "data.frames": "frames",
     "data.image_size": "image_size",
@@ -66,28 +73,32 @@ KEYS = {
 
 
 def parse_overrides(texts: Sequence[str]) -> TestOverrides:
-    """Parse `key=value` arguments, the values in YAML.
+    """Parse `key=value` arguments whose values are YAML.
 
-    Raises UsageError that names the key, and the nearest known key for an unknown one.
+    Raises UsageError naming the key; for an unknown key it also suggests the nearest known one.
     """
     values: dict[str, Any] = {}
     for text in texts:
         key = text.partition("=")[0]
         if key not in KEYS:
+            # cutoff=0.0 makes difflib return a suggestion however little it resembles the key.
             nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
             raise UsageError(f"unknown key {key}: did you mean {nearest}? (known: {', '.join(KEYS)})")
+        # "data.frames=8" -> "frames=8": the key becomes the field's name, the rest is passed on unparsed.
         apply_override(values, KEYS[key] + text[len(key) :])
     try:
         return TypeAdapter(TestOverrides).validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
+        # pydantic reports the field, but the user knows the key. Its messages begin with a capital letter, which is
+        # lowered because the message follows a colon here.
         name = next(key for key, field in KEYS.items() if field == fault["loc"][0])
         message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
         raise UsageError(f"{name}: invalid value {fault['input']!r}: {message}") from error
 
 
 def override_preprocessing(preprocessing: Preprocessing, overrides: TestOverrides) -> Preprocessing:
-    """The model's preprocessing with the overrides applied. Raises UsageError for `frames` with an image model."""
+    """Apply the overrides to the model's preprocessing. Raises UsageError if they give `frames` for an image model."""
     if overrides.frames is not None and preprocessing.frames is None:
         raise UsageError("data.frames: this is an image model, which takes single frames; omit data.frames")
     return replace(

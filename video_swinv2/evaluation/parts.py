@@ -1,11 +1,11 @@
 """The finished parts of a test on disk, so that a killed test resumes, and how they are joined into one.
 
-The videos of a test form groups (one group is about one batch, see `reading.py`), and consecutive groups form parts.
-Which videos are in which part depends on the list and the batch size only, never on the number of processes. So a part
-is computed from the same batches whoever computes it, and its scores are the same to the bit. A part is written when
-it is whole: a process that is killed loses at most the part it was working on.
+The videos of a test form groups (a group is about one batch, see `reading.py`), and consecutive groups form parts.
+Which videos a part holds depends only on the list, the protocols and the batch size, never on the number of processes.
+So a part is computed from the same batches whichever process computes it, and its scores are the same to the bit. A
+part is written once it is complete: a process that is killed loses at most the part it was working on.
 
-G videos in a group, V views of each (of all protocols), K classes.
+Letters: N videos, G videos in a group, V views of each (of all protocols), K classes.
 """
 
 from __future__ import annotations
@@ -31,21 +31,24 @@ from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistak
 from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, write_arrays
 
 MAX_PARTS = 256
-"""With more parts, a killed process would lose less work, but every test would sync and read more files."""
+"""More parts would mean less work lost when a process is killed, but more files to sync and read in every test."""
 
 FOLDER = "shards"
-"""The folder's name on disk, which is older than the word *part*."""
+"""The name of the folder in `out`. It is older than the word *part* and stays, so that interrupted tests can resume."""
 
 
 @dataclass(frozen=True)
 class ScoredVideos:
-    """What is known about some of a test's videos after scoring: of one part, or of all parts joined.
+    """The scores of N videos of a test, those of one part or of all parts joined, with what the report needs of them.
 
-    videos: (N,) positions in the list; the next five fields have one row for each. logits: (N, V, K) float16.
-    views: (N, V, 5) int32, columns as VIEW_FIELDS. stand_ins: (N,) number of damaged frames that were replaced.
-    reasons: (N,) why a video failed, empty if it did not. seconds: (spent in all, of which spent waiting for the
-    readers). strip_places: (M, 2), the (video, view) of each film strip; `strips` holds their JPEG files back to back,
-    each `strip_bytes` long.
+    One row per video: videos: (N,) positions in the list. logits: (N, V, K) float16. views: (N, V, 5) int32, columns as
+    VIEW_FIELDS. stand_ins: (N,) how many damaged frames were replaced. reasons: (N,) why a video failed, empty if it
+    did not.
+
+    seconds: (2,) seconds spent in all, and how many of these were spent waiting for the readers.
+
+    strip_places: (M, 2), the (video, view) of each of M film strips. strips: their JPEG files back to back in one array
+    of bytes. strip_bytes: (M,) the length of each file.
     """
 
     videos: NDArray[np.int64]
@@ -60,14 +63,15 @@ class ScoredVideos:
 
     def film_strips(self) -> dict[tuple[int, int], NDArray[np.uint8]]:
         """The JPEG files by (video, view)."""
+        # M - 1 cuts give M files. For M = 0, np.split still returns one empty piece, which zip drops.
         files = np.split(self.strips, np.cumsum(self.strip_bytes)[:-1])
         return {(video, view): file for (video, view), file in zip(self.strip_places.tolist(), files, strict=False)}
 
 
 class PartFolder:
-    """The parts of one test on disk, in a folder named after everything that its scores depend on (`identity`).
+    """The parts of one test on disk, in a folder named by a hash of everything that its scores depend on (`identity`).
 
-    A test with another model, other data or settings therefore never finds these parts.
+    A test with another model, other data or other settings looks in another folder and so never reuses these parts.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
@@ -75,6 +79,7 @@ class PartFolder:
         self._parent = out / FOLDER
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups
+        # Rounded up, so there are at most MAX_PARTS; up to MAX_PARTS groups, each is a part of its own.
         self._groups_per_part = math.ceil(groups / MAX_PARTS)
 
     @property
@@ -91,7 +96,7 @@ class PartFolder:
         return group // self._groups_per_part
 
     def open(self) -> list[int]:
-        """Create the folder, remove what other tests left beside it, and return the parts still to be computed.
+        """Create the folder, delete the parts that other tests left beside it, and return the parts still to compute.
 
         Raises UserError if the folder cannot be created.
         """
@@ -104,6 +109,7 @@ class PartFolder:
             raise UserError(
                 f"{self._parent.parent}: cannot create the folder ({error.strerror}); choose another --out"
             ) from error
+        # Parts are written atomically, so a file that exists is complete.
         return [part for part in range(self.count) if not self._path(part).is_file()]
 
     def save(self, part: int, scored: ScoredVideos) -> None:
@@ -111,13 +117,17 @@ class PartFolder:
         write_arrays(self._path(part), {name: getattr(scored, name) for name in ScoredVideos.__dataclass_fields__})
 
     def join(self, videos: int) -> ScoredVideos:
-        """All parts as one, in the order of the list of `videos` videos. Raises UserError as `join_scored_videos`."""
+        """All parts as one, in the order of the list of `videos` videos.
+
+        Raises UserError if a part cannot be read, and as `join_scored_videos` does.
+        """
+        # The likely cause of a missing part: processes on several machines, each with its own local folder `out`.
         fix = "`out` must be a folder that all processes share; run the test again"
         arrays = [read_arrays(self._path(part), fix) for part in range(self.count)]
         return join_scored_videos([ScoredVideos(**part) for part in arrays], videos)
 
     def remove(self) -> None:
-        """Delete the parts of a finished test."""
+        """Delete all parts, once the results are written or if they are of no use."""
         shutil.rmtree(self._parent)
 
     def _path(self, part: int) -> Path:
@@ -125,22 +135,23 @@ class PartFolder:
 
 
 def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
-    """The rows of all parts in the order of the list of `n` videos.
+    """Concatenate the parts and sort their rows into the order of the list of `n` videos.
 
-    This is where exactly one score per (video, view) is asserted. Raises UserError if a video is missing or occurs
-    twice, and if the parts differ in their number of views or classes.
+    This is where a test makes sure that it has exactly one score per (video, view). Raises UserError if a video is
+    missing or occurs twice, or if the parts differ in their number of views or classes.
     """
     shapes = {(part.logits.shape[1:], part.views.shape[1]) for part in parts}
     if len(shapes) > 1:
         raise UserError(f"parts have different numbers of views or classes ({sorted(shapes)}); run the test again")
     videos = np.concatenate([part.videos for part in parts])
-    # times[i] counts the rows of video i. An unknown position >= n makes the array longer than n.
+    # times[i] is how many rows video i has. A position >= n, which no video has, makes the array longer than n.
     times = np.bincount(videos, minlength=n)
     if times.size != n or (times != 1).any():
         missing, repeated = int((times == 0).sum()), int((times > 1).sum())
         raise UserError(
             f"of {n} videos {missing} were not scored and {repeated} were scored more than once; run the test again"
         )
+    # The rows of videos are sorted; film strips carry their (video, view) with them and may stay in any order.
     order = np.argsort(videos)
     one_row_per_video = ("videos", "logits", "views", "stand_ins", "reasons")
     back_to_back = ("strip_places", "strip_bytes", "strips")
@@ -152,17 +163,20 @@ def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
 
 
 class PartBuilder:
-    """Collects the scored groups of the parts in progress, and the film strips of the surest mistakes among them.
+    """Collects scored groups until their part is complete, with film strips of the most confident mistakes in them.
 
-    The report shows a few mistakes with their frames. The frames are in memory only while their group is scored, so a
-    strip is made for every mistake that is among the surest of its protocol *so far*; later ones may displace it.
+    The report shows a few mistakes with their frames. Frames are in memory only while their group is being scored, and
+    which mistakes will be shown is known only at the end. So a strip is made for every mistake that is among the
+    MAX_MISTAKES most confident of its protocol *so far*. Strips of mistakes that are displaced later remain in their
+    part, and the report ignores them.
     """
 
     def __init__(self, plan: TestPlan) -> None:
         self._plan = plan
+        # By group number: the records of its videos, their logits, and film strips by (video, view).
         self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], bytes]]] = {}
-        # For each protocol, the probabilities of this process's surest mistakes by (video, view). Whatever is less
-        # sure than all of them cannot be among the surest of the whole test.
+        # For each protocol, the probabilities of this process's most confident mistakes by (video, view). A mistake
+        # that is less confident than all of these cannot be among the most confident of the whole test.
         self._surest: list[dict[tuple[int, int], float]] = [{} for _ in plan.protocols]
         self._started, self._waited = time.perf_counter(), 0.0
 
@@ -173,18 +187,24 @@ class PartBuilder:
         for (protocol, columns), surest in zip(self._plan.columns(), self._surest, strict=True):
             scores = self._scores_of(group, logits[:, columns])
             for mistake in surest_mistakes(scores, video_probabilities(scores, protocol.average)):
+                # From the view's number within its protocol to its number among all views of the video.
                 view = columns.start + mistake.view
                 place = (group.videos[mistake.position].position, view)
                 surest[place] = mistake.answer_probability
                 if len(surest) > MAX_MISTAKES:
-                    # Drop the least sure; of equals the one later in the list, as the report does.
+                    # Drop the least confident; of equals the one later in the list, as `surest_mistakes` would.
                     del surest[min(surest, key=lambda other: (surest[other], -other[0]))]
+                # Unless it was the one just dropped. pixels are (G * V, 3, [T,] H, W), video after video.
                 if place in surest:
                     strips[place] = film_strip(group.pixels[mistake.position * views + view])
         self._groups[group.number] = group.videos, logits, strips
 
     def build(self, numbers: Sequence[int], waited: float) -> ScoredVideos:
-        """The part made of the groups `numbers`; `waited` is the time spent waiting for the readers so far, in all."""
+        """Build the part that consists of the groups `numbers`.
+
+        waited: the seconds that the whole test has waited for the readers so far. The part gets the time since the
+        previous part was built.
+        """
         groups = [self._groups[number] for number in numbers]
         records = [record for videos, _, _ in groups for record in videos]
         strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
@@ -204,11 +224,12 @@ class PartBuilder:
         return scored
 
     def forget(self, numbers: Sequence[int]) -> None:
-        """Free the groups of a part that has been saved."""
+        """Free the memory of the groups of a part that has been saved."""
         for number in numbers:
             self._groups.pop(number, None)
 
     def _scores_of(self, group: Group, logits: NDArray[np.float16]) -> Scores:
+        """The (G, V, K) logits of one protocol as scores. The places of the views are zero; nothing here needs them."""
         entries = [self._plan.manifest.entries[record.position] for record in group.videos]
         return Scores(
             paths=tuple(entry.name for entry in entries),
@@ -222,7 +243,7 @@ class PartBuilder:
 
 
 def _view_rows(records: Sequence[VideoRecord], n_views: int) -> NDArray[np.int32]:
-    """(N, V, 5): where each view lies, columns as VIEW_FIELDS; NO_VIEW for videos that failed."""
+    """(N, V, 5) int32, where each view lies: columns as VIEW_FIELDS, NO_VIEW throughout for videos that failed."""
     views = np.full((len(records), n_views, len(VIEW_FIELDS)), NO_VIEW, dtype=np.int32)
     for row, record in zip(views, records, strict=True):
         if not record.reason:

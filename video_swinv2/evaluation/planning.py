@@ -1,9 +1,9 @@
 """What a test will do, decided before the first video is opened, and the record of it that goes into the results.
 
-How every video is scored exactly once, on any number of processes: the list of videos is cut into groups
-(`TestPlan.groups`; a few full batches each), groups into parts (`parts.PartFolder`), and rank r of w takes parts r,
-r + w, r + 2w, ... of those not yet on disk (`testing.py`). Both cuts depend only on the plan, so any number of
-processes, before and after a kill, works on the same parts; joining them checks that each video occurs once.
+How every video is scored exactly once, on any number of processes: the list of videos is cut into groups of a few full
+batches each (`TestPlan.groups`), and consecutive groups form parts (`parts.PartFolder`). Of the parts not yet on disk,
+rank r of w takes number r, r + w, r + 2w, ... (`testing.py`). Groups and parts depend only on the plan, so any number
+of processes, before and after a kill, works on the same parts. Joining them checks that each video occurs once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, rea
 
 @dataclass(frozen=True)
 class TestPlan:
-    """A model, the videos it is tested on and the views of them that it sees; results go to `out`."""
+    """Everything that is decided before a test starts: model, videos, views of them, settings, and where results go.
+
+    `card` and `preprocessing` are those of the model file; the overrides are already applied to `preprocessing`.
+    """
 
     __test__ = False  # pytest would collect a class called Test*
 
@@ -55,9 +58,9 @@ class TestPlan:
 
     @property
     def groups(self) -> VideoGroups:
-        """The videos in groups that are read and scored together, as many as fill whole batches.
+        """The videos in groups that are read and scored together, each of about as many videos as fill whole batches.
 
-        A group always holds the same videos, so every video is always in the same batch beside the same others. That
+        A group always holds the same videos, so every video is always in the same batch with the same others. This
         makes scores equal to the bit: the order in which a matrix product is summed may depend on the batch.
         """
         views = sum(protocol.views for protocol in self.protocols)
@@ -72,14 +75,14 @@ class TestPlan:
         )
 
     def columns(self) -> Iterator[tuple[Protocol, slice]]:
-        """Each protocol, and its views among all views of a video, which follow one another in one axis."""
+        """Each protocol with the slice that its views occupy on the axis of all views of a video."""
         first = 0
         for protocol in self.protocols:
             yield protocol, slice(first, first + protocol.views)
             first += protocol.views
 
     def folder(self, protocol: Protocol) -> Path:
-        """The folder for the results of a protocol: `out` itself if it is the only one."""
+        """The folder for the results of a protocol: `out` itself if there is no other protocol."""
         return self.out if len(self.protocols) == 1 else self.out / protocol.folder
 
 
@@ -93,7 +96,7 @@ def plan_test(
     out: Path,
     overrides: TestOverrides,
 ) -> TestPlan:
-    """Read the model card and the list of videos, and check that they fit; opens no video.
+    """Read the model card and the list of videos and check that they fit each other; opens no video.
 
     `protocols` are names joined by commas. Raises UsageError for a label, split, protocol or setting that does not fit.
     """
@@ -110,9 +113,10 @@ def plan_test(
 
 
 def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
-    """The record that all protocols share: enough to repeat the test, or to refuse a comparison. Plain JSON."""
+    """The record that all protocols share: what it takes to repeat the test or to compare it fairly. Plain JSON."""
     preprocessing, overrides = plan.preprocessing, plan.overrides
     origins = read_origins(plan.manifest)
+    # Origins are one name per video, so they are left out where none is known.
     return ({"origins": origins} if any(origins) else {}) | {
         "unit": plan.unit,
         "frames": preprocessing.frames,
@@ -150,6 +154,7 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
 def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
     """The part of the record that belongs to one protocol."""
     frames, stride = clip_frames_and_stride(plan.preprocessing)
+    # A stride in the protocol takes precedence over the model's.
     stride = protocol.stride or stride
     return {
         "protocol": protocol.name,
@@ -163,10 +168,11 @@ def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
 
 
 def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
-    """Everything the scores depend on, to the bit: finished parts are reused only by a test with an equal identity.
+    """Everything that the scores depend on, to the bit: only a test with an equal identity reuses finished parts.
 
-    The number of processes, threads and reading workers is not part of it, nor is the place of the files.
+    The numbers of processes, threads and reading workers are not part of it, nor are the paths of model and data.
     """
+    # The device setting ("auto", "cuda") is replaced by the device that was chosen, which is in the record.
     without_effect = {"workers", "device"}
     kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
     return {key: record[key] for key in kept} | {
@@ -177,17 +183,19 @@ def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_origins(manifest: Manifest) -> list[str]:
-    """The original that each video of the split was cut from, as recorded by `data_prep`; '' if unknown.
+    """The original recording that each video of the split was cut from, as recorded by `data_prep`; '' if unknown.
 
-    Videos cut from one original are not independent samples; confidence intervals resample originals.
+    Videos cut from one recording are not independent samples, so confidence intervals resample recordings.
     """
     state, origins = manifest.root / "prep.sqlite", {}
     if state.is_file():
-        # An unreadable state only costs the origins; the videos can be tested without them.
+        # Opened read-only, so that a test never creates or changes the database. If it cannot be read, only the origins
+        # are lost; the videos can be tested without them.
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"{state.as_uri()}?mode=ro", uri=True)) as base:
             origins = dict(base.execute("SELECT target, origin FROM clips"))
     return [origins.get(entry.name, "") for entry in manifest.entries]
 
 
 def _processor() -> str:
+    """The CPU's architecture, such as "CPU (x86_64)"; its model name is not portably available."""
     return f"CPU ({platform.machine()})"

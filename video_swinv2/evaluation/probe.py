@@ -1,6 +1,6 @@
-"""Probing frozen features: k nearest neighbours and a linear classifier on them, with scikit-learn.
+"""Probes: how well k nearest neighbours and a linear classifier (scikit-learn's) classify with frozen features.
 
-N training samples, M test samples, C channels, K classes.
+Letters: N training samples, M test samples, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ PROTOCOL = "center-1x1"
 RESULT = "probe.json"
 HELD_OUT = 0.2  # fraction of each class to test on, if the data set has only one split
 TEMPERATURE = 0.07  # of the neighbours' votes, exp(cosine / temperature): arXiv 1805.01978, and DINO's k-NN
+# scikit-learn's C of logistic regression, the inverse of the regularisation strength: 0.0001 to 10.
 C_GRID = tuple(10.0**power for power in range(-4, 2))
-FOLDS = 3
-MAX_ITERATIONS = 300
-MAX_NAMED_FILES = 20
+FOLDS = 3  # of the cross-validation that chooses C
+MAX_ITERATIONS = 300  # of L-BFGS, scikit-learn's default solver
+MAX_NAMED_FILES = 20  # in the summary; probe.json names every file that could not be read
 
 
 @dataclass(frozen=True)
 class TrainTestIndices:
-    """Indices of the training and test samples, and the number of test videos that `data_prep` could not prepare."""
+    """Indices of the training and the test samples, and how many test videos `data_prep` could not prepare."""
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
@@ -52,24 +53,28 @@ class TrainTestIndices:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """The samples of all splits in use, as one list, and their division into training and test samples.
+    """The samples of all splits in use as one list, and how they are divided into training and test samples.
 
-    Two manifests are a training and a test split. One manifest is divided differently for each seed.
+    Two manifests are a training and a test split. A single manifest is divided at random, differently for each seed.
     """
 
     manifests: tuple[Manifest, ...]
 
     @property
     def description(self) -> str:
-        """How training and test samples were divided, in words."""
+        """How training and test samples are divided, in words for the summary."""
         if len(self.manifests) == 2:
             return f"splits {self.manifests[0].split} and {self.manifests[1].split} of the data set"
         return f"{HELD_OUT:.0%} of each class of split {self.manifests[0].split} held out, drawn by the seed"
 
     def divide(self, labels: NDArray[np.int64], seed: int) -> TrainTestIndices:
-        """Divide the samples with these `labels`. Raises UsageError if a class is too small to be divided."""
+        """Divide the samples into training and test samples. labels: one per sample of all manifests.
+
+        Raises UsageError if a class is too small to be divided.
+        """
         sizes = [len(manifest.entries) for manifest in self.manifests]
         if len(sizes) == 2:
+            # The test split follows the training split in the common list, so its indices start at sizes[0].
             return TrainTestIndices(
                 np.arange(sizes[0]), sizes[0] + np.arange(sizes[1]), self.manifests[1].failed_in_preparation
             )
@@ -77,6 +82,7 @@ class ProbeData:
         try:
             train, test = train_test_split(np.arange(sizes[0]), test_size=HELD_OUT, stratify=labels, random_state=seed)
         except ValueError as error:
+            # Only the first sentence of scikit-learn's message: the rest explains its own arguments.
             raise UsageError(
                 f"{manifest.root}: cannot be divided into training and test ({str(error).split('.')[0].lower()}); "
                 "use a data set with splits of its own"
@@ -97,12 +103,14 @@ def run_probe(
     out: Path | None = None,
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """Probe the frozen features of any checkpoint; `random_weights` adds the untrained architecture, once per seed.
+    """Probe the frozen features of any checkpoint, once for each of the seeds 0, 1, ..., `seeds` - 1.
 
-    The default splits are the data set's own train and val; without splits, each seed divides the data differently. The
-    seed also draws the folds that choose C, and the random weights. With `out`, features are cached there and
-    probe.json is written. Returns the content of probe.json. Raises UsageError for invalid labels, splits and numbers,
-    and UserError if no file could be read.
+    The splits default to the data set's own train and val. A data set with a single split is divided at random,
+    differently for each seed. The seed also determines the folds that choose C and, with `random_weights`, the weights
+    of an untrained model of the same architecture, which is probed for comparison.
+
+    With `out`, features are cached there and probe.json is written. Returns the content of probe.json. Raises
+    UsageError for invalid labels, splits and numbers, and UserError if no training or no test file could be read.
     """
     if k < 1 or seeds < 1:
         raise UsageError("k and seeds must be 1 or more")
@@ -113,8 +121,8 @@ def run_probe(
         _create_folder(out)
     trained = _all_features(backbone, source, overrides, out)
     rows: list[dict[str, Any]] = []
-    # The features of the given model do not depend on the seed, only their division and the folds do; each set of
-    # random weights is another model with features of its own.
+    # The features of the given model do not depend on the seed; only their division and the folds do. Each set of
+    # random weights, however, is another model with features of its own.
     for seed in range(seeds):
         rows += _probe_rows(trained, source, seed, methods, k, "given")
     for seed in range(seeds if random_weights else 0):
@@ -139,7 +147,7 @@ def run_probe(
 
 
 def summarize_probe(result: dict[str, Any]) -> str:
-    """The result in a few lines for people: the mean and range over seeds, and the confidence interval of each seed."""
+    """The result in a few lines to print: mean and range over seeds, and the confidence interval of each seed."""
     rows = result["rows"]
     learned, tested = rows[0]["train"], rows[0]["test"]["scored"]
     lines = [
@@ -147,6 +155,7 @@ def summarize_probe(result: dict[str, Any]) -> str:
         f"{result['data']}: {result['classes']} classes, {learned} training and {tested} test samples; "
         f"{result['split']}",
     ]
+    # dict.fromkeys keeps the order in which values first occur, unlike a set.
     for weights in dict.fromkeys(row["weights"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             same = [row for row in rows if (row["weights"], row["method"]) == (weights, method)]
@@ -182,18 +191,20 @@ def _create_folder(out: Path) -> None:
 
 
 def _read_probe_data(data: Path, train_split: str | None, test_split: str | None) -> ProbeData:
-    """The two splits given (default train and val), or the only one if none is given, to be divided by the seed."""
+    """Read the training and the test split (default train and val), or the data set's only split to divide by seed."""
     splits = available_splits(data)
-    # Naming either split asks for that one, even of a data set that has only a single split.
+    # Only if neither split is named: a user who names one wants that one, even if the data set has no other.
     if len(splits) == 1 and train_split is None and test_split is None:
         return ProbeData((read_labelled_split(data, splits[0]),))
     if train_split == test_split is not None:
         raise UsageError(f"{data}: split {train_split!r} cannot be both trained on and tested")
+    # The test split takes over the classes of the training split, so that equal labels mean equal classes.
     train = read_labelled_split(data, train_split or "train")
     return ProbeData((train, read_labelled_split(data, test_split or "val", train.classes)))
 
 
 def _all_features(backbone: Backbone, source: ProbeData, overrides: TestOverrides, cache: Path | None) -> Features:
+    """The features of all manifests as one list, in the order that `ProbeData.divide` expects."""
     protocol = find_protocol(PROTOCOL)
     parts = [
         extract_features(
@@ -212,7 +223,7 @@ def _all_features(backbone: Backbone, source: ProbeData, overrides: TestOverride
 def _probe_rows(
     features: Features, source: ProbeData, seed: int, methods: Sequence[Method], k: int, weights: str
 ) -> Iterator[dict[str, Any]]:
-    """One row of the result per method: trained on the samples that could be read, accuracies over all test samples."""
+    """Train and test each method, and yield its row of the result. Samples that could not be read are left out."""
     indices, classes = source.divide(features.labels, seed), source.manifests[0].classes
     train, test = (rows[features.read[rows]] for rows in (indices.train, indices.test))
     if not (len(train) and len(test)):
@@ -227,14 +238,14 @@ def _probe_rows(
             probabilities = knn_probabilities(x, y, features.vectors[test], len(classes), k)
         else:
             probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
-        # Files that could not be read, now or in preparation, stay in the denominator of the bounds.
+        # Test files that could not be read, now or in preparation, still count for the bounds of top-1.
         listed = len(indices.test) + indices.failed_in_preparation
         metrics = metrics_of_ranking(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
         yield {"weights": weights, "method": method, "seed": seed, "train": len(train)} | _figures(metrics) | chosen
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
-    """The metrics under the names they have in a test's results.json."""
+    """The metrics under the keys that they have in a test's results.json."""
     return {
         **metrics.figures(),
         "test": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
@@ -242,9 +253,10 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
 
 
 def _ranked(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(M, K) -> (M, min(K, 5)) classes, most probable first; -1 in place of a class that no neighbour voted for.
+    """(M, K) -> (M, min(K, 5)) classes, most probable first, with -1 in place of a class of probability zero.
 
-    Without the -1, classes with zero votes would fill the top 5 in the order of their index, and chance would count.
+    k-NN gives zero to every class without a vote. Without the -1, such classes would fill up the top 5 in the order of
+    their index, and some would count as correct by chance.
     """
     ranked = ranking(probabilities, 5)
     return np.where(np.take_along_axis(probabilities, ranked, axis=1) > 0, ranked, -1)
@@ -253,15 +265,17 @@ def _ranked(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
 def knn_probabilities(
     x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.float32], classes: int, k: int
 ) -> NDArray[np.float64]:
-    """x (N, C), y (N,), test (M, C) -> (M, K): votes of the k nearest neighbours by cosine similarity, normalised.
+    """x (N, C), y (N,), test (M, C) -> (M, K): the votes of the k nearest neighbours by cosine similarity.
 
-    Each neighbour votes with weight exp(cosine / TEMPERATURE). Raises UsageError if k > N.
+    Each neighbour votes with weight exp(cosine / TEMPERATURE); the votes for a sample are normalised to sum to 1.
+    Raises UsageError if k > N.
     """
     if k > len(x):
         raise UsageError(f"--k {k}: there are only {len(x)} training samples; use a smaller k")
 
     def votes(distances: NDArray[np.float64]) -> NDArray[np.float64]:
-        # scikit-learn's cosine distance is 1 - cosine; the constant factor exp(1 / TEMPERATURE) cancels.
+        # scikit-learn's cosine distance is 1 - cosine, so this differs from exp(cosine / TEMPERATURE) by the constant
+        # factor exp(-1 / TEMPERATURE), which normalising cancels.
         return np.exp(-distances / TEMPERATURE)
 
     model = KNeighborsClassifier(k, metric="cosine", weights=votes).fit(x, y)
@@ -271,25 +285,28 @@ def knn_probabilities(
 def linear_probabilities(
     x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.float32], classes: int, seed: int
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """x (N, C), y (N,), test (M, C) -> (M, K) probabilities of logistic regression on standardised features, and its C.
+    """x (N, C), y (N,), test (M, C) -> (M, K) probabilities of logistic regression, with the C chosen.
 
-    C is the best of C_GRID by cross-validation on the training samples; the seed draws the folds. Raises UsageError for
-    fewer than two classes, or two samples of the rarest class.
+    Features are standardised first. C is the best of C_GRID by cross-validation on the training samples, whose folds
+    are drawn with `seed`. Raises UsageError for fewer than two classes or fewer than two samples of the rarest class.
     """
     present, counts = np.unique(y, return_counts=True)
+    # Stratified folds need at least one sample of every class in each fold.
     folds = min(FOLDS, int(counts.min()))
     if len(present) < 2 or folds < 2:
         raise UsageError(
             f"a linear probe needs two classes and two training samples of each; there are {len(present)} classes and "
             f"{counts.min()} samples of the rarest; use --method knn"
         )
+    # The scaler is part of the pipeline, so that within each fold it is fitted to the training samples only.
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS)),
         {"logisticregression__C": C_GRID},
         cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
     )
     with warnings.catch_warnings():
-        # On separable features, weak regularisation (a large C) does not converge; such a C is rarely chosen.
+        # On separable features, logistic regression with weak regularisation (a large C) does not converge. Such a C is
+        # rarely chosen; whether the chosen one converged is part of the result.
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(x, y)
     iterations = int(np.max(search.best_estimator_[-1].n_iter_))
@@ -298,7 +315,7 @@ def linear_probabilities(
 
 
 def _spread(probabilities: NDArray[np.float64], present: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """(M, classes in training) -> (M, K), zero for classes without a training sample."""
+    """(M, classes with training samples) -> (M, K), zero for the other classes. present: those classes, ascending."""
     full = np.zeros((len(probabilities), classes))
     full[:, present] = probabilities
     return full

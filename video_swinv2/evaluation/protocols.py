@@ -1,7 +1,7 @@
 """Multi-view test protocols as data: which clips and crops of a video a test looks at, and how it averages them.
 
-A *view* is one clip and one crop of it. The number of frames of a clip and the size of a crop belong to the model;
-everything else belongs to the protocol. The arithmetic of clips and crops is in `placement.py`.
+A *view* is one clip and one crop of it. The model determines the number of frames in a clip and the size of a crop, and
+the protocol everything else. The arithmetic of clips and crops is in `placement.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ GRAMMAR = (
 class Protocol:
     """How a test looks at a video: `clips` x `crops` views, whose scores are averaged.
 
-    `starts` names a rule in `CLIP_RULES`, `boxes` one in `CROP_RULES`. The frame is resized until its limiting side is
-    `resize` times as long as the crop's; with 1 it just covers the crop. `average` is "prob" (softmax, then mean) or
-    "logit". `stride` is the distance between the frames of a clip; None takes the model's.
+    `starts` names a rule in `CLIP_RULES`, `boxes` one in `CROP_RULES`. Frames are resized to `resize` times the size at
+    which they just cover the crop. `average` is "prob" (the mean of the views' softmax) or "logit" (the softmax of the
+    mean of their logits). `source` says where the protocol comes from. `stride` is the distance between the frames of a
+    clip; None takes the model's.
     """
 
     name: str
@@ -50,18 +51,19 @@ class Protocol:
 
     @property
     def views(self) -> int:
-        """The number of views of one video."""
+        """The number of views per video."""
         return self.clips * self.crops
 
     @property
     def folder(self) -> str:
-        """The name of this protocol's results folder: its own name without characters that paths do not allow."""
+        """The name of the folder for this protocol's results: its own name with : and / replaced."""
         return re.sub(r"[:/]", "_", self.name)
 
     def numbers(self, frames: int, stride: int, size: tuple[int, int]) -> dict[str, Any]:
-        """All that determines which pixels are seen, for clips of `frames` x `stride` and crops of `size`; plain JSON.
+        """All numbers that determine the views, for clips of `frames` x `stride` and crops of `size`, as plain JSON.
 
-        Part of every results.json: two tests with equal numbers looked at the same pixels.
+        Part of every results.json. Two tests of the same videos with equal numbers looked at the same pixels and
+        averaged alike.
         """
         return {
             "clips": self.clips,
@@ -78,7 +80,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class View:
-    """One clip and crop: the frame the clip starts at, the frames in the order shown, and the crop's box."""
+    """One clip and crop: the index of the first frame, the frames in the order the model sees them, the crop's box."""
 
     start: int
     indices: tuple[int, ...]
@@ -95,9 +97,10 @@ def plan_views(
     size: tuple[int, int],
     fps: float = SLOWFAST_FPS,
 ) -> tuple[View, ...]:
-    """All views of a video of `n_frames` frames that are `height` x `width` pixels after the resize.
+    """All views of a video with `n_frames` frames of `height` x `width` pixels, as they are after resizing.
 
-    View k * S + s is crop s of clip k: clips outside, crops inside.
+    View k * S + s is crop s (of S) of clip k: clips outside, crops inside. Scores are stored in this order, and the
+    views curve of a report relies on it.
     """
     clips = clip_indices(protocol.starts, n_frames, protocol.clips, frames, protocol.stride or stride, fps)
     boxes = crop_boxes(protocol.boxes, height, width, size, protocol.crops)
@@ -107,16 +110,17 @@ def plan_views(
 def _published(
     name: str, starts: str, boxes: str, source: str, resize: Fraction = Fraction(1), average: str = "prob"
 ) -> Protocol:
-    """A protocol of a paper; its name ends in the number of clips x crops."""
+    """A published protocol, whose name ends in the number of clips x crops: "videoswin-4x3" is 4 clips of 3 crops."""
     clips, crops = (int(number) for number in name.rsplit("-", 1)[1].split("x"))
     return Protocol(name, clips, crops, resize, starts, boxes, average, source)
 
 
-# n frames in the video; a clip of T frames, `stride` apart, spans T * stride frames; the crop is S x S pixels.
+# Letters: n frames in the video; a clip of T frames, `stride` apart, spans T * stride frames; the crop is S x S pixels.
+# A protocol is part of what published numbers mean, so the numbers here never change: a different one is a new entry.
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        # start = floor((n - span + 1) / 2); short side 256 for S = 224, crop from the centre.
+        # One clip with start = floor((n - span + 1) / 2). Short side 256 for S = 224; the crop from the centre.
         _published(
             "center-1x1",
             "videoswin",
@@ -124,14 +128,14 @@ PROTOCOLS: dict[str, Protocol] = {
             "Video Swin's validation: SampleFrames(num_clips=1, test_mode), Resize 256, CenterCrop 224",
             resize=Fraction(256, 224),
         ),
-        # The same clip; short side S, so that the crop takes the full short side.
+        # The same clip. Short side S, so that the crop takes all of it.
         _published(
             "center-full-1x1",
             "videoswin",
             "centre",
             "timm's crop_pct 1.0, which it tests the released image models of 384 pixels with",
         ),
-        # start of clip k = floor((k + 1/2) * (n - span + 1) / 4): the middle of each quarter of the possible starts.
+        # Start of clip k = floor((k + 1/2) * (n - span + 1) / 4), the middle of each quarter of the possible starts.
         # Short side S; crops at both ends and in the middle of the long side.
         _published(
             "videoswin-4x3",
@@ -139,8 +143,8 @@ PROTOCOLS: dict[str, Protocol] = {
             "videoswin",
             "Video Swin's test: SampleFrames(num_clips=4, test_mode), Resize 224, ThreeCrop 224, softmax, mean",
         ),
-        # start of clip k = k / 10 * (n - span), span in frames at 30 a second; frames from linspace(start, start + span
-        # - 1, T), rounded down. Short side S; crops left, middle, right.
+        # Start of clip k = k / 10 * (n - span), where span counts frames at 30 per second. The frames are those of
+        # linspace(start, start + span - 1, T), rounded down. Short side S; crops left, middle, right.
         _published(
             "slowfast-10x3",
             "slowfast",
@@ -148,8 +152,9 @@ PROTOCOLS: dict[str, Protocol] = {
             "PySlowFast's test of whole decoded videos: clip k at k/10 of the slack at 30 frames a second, frames from "
             "linspace, three crops at the crop's own scale (TEST_CROP_SIZE, 256 there), softmax, mean",
         ),
-        # Of the m = ceil(n / stride) frames 0, stride, 2 * stride, ... clip k takes T from floor(k * (m - T) / 4): the
-        # first clip starts at the beginning, the last ends at the end. Short side S; crops from end to end.
+        # Of the m = ceil(n / stride) frames 0, stride, 2 * stride, ... clip k takes T, beginning with number
+        # floor(k * (m - T) / 4): the first clip starts at the beginning of the video, and the last ends at its end.
+        # Short side S; crops from end to end.
         _published(
             "videomae-5x3",
             "videomae",
@@ -157,7 +162,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "VideoMAE's test: every stride-th frame from the first, 5 clips from end to end, 3 crops from end to end, "
             "softmax, mean",
         ),
-        # The clips of videoswin-4x3; crop s at floor(s * (long side - S) / 4).
+        # The clips of videoswin-4x3. Short side S; crop s at floor(s * (long side - S) / 4) along the long side.
         _published(
             "swinv2g-4x5",
             "videoswin",
@@ -172,6 +177,7 @@ PROTOCOLS: dict[str, Protocol] = {
 def find_protocols(text: str) -> tuple[Protocol, ...]:
     """The protocols named in `text`, joined by commas. Raises UsageError for an unknown or repeated name."""
     found = tuple(find_protocol(name) for name in text.split(","))
+    # Compared by folder: results of two protocols with the same folder would overwrite each other.
     for number, protocol in enumerate(found):
         if protocol.folder in (other.folder for other in found[:number]):
             raise UsageError(f"protocol {protocol.name} is given twice; name it once")
@@ -179,14 +185,16 @@ def find_protocols(text: str) -> tuple[Protocol, ...]:
 
 
 def find_protocol(name: str) -> Protocol:
-    """The published protocol called `name`, or the one that `name` spells out as in `GRAMMAR`.
+    """The published protocol called `name`, or the protocol that `name` spells out as in `GRAMMAR`.
 
-    Raises UsageError that says what is wrong with the name, and suggests the nearest one.
+    Raises UsageError that says what is wrong with the name; for an unknown one it also suggests the nearest.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
+    # "5x3" alone counts as spelled out too: the message about its missing keys helps more than a suggestion.
     if re.match(r"\d+x\d+(:|$)", name):
         return _parse_protocol(name)
+    # cutoff=0.0 makes difflib return a suggestion however little it resembles the name.
     nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)[0]
     raise UsageError(
         f"unknown protocol {name!r}: did you mean {nearest}? (known: {', '.join(PROTOCOLS)}; or spell it out as "
@@ -195,18 +203,19 @@ def find_protocol(name: str) -> Protocol:
 
 
 def protocol_for_images(protocol: Protocol) -> Protocol:
-    """The protocol applied to still images: all its crops of the only frame."""
+    """The protocol as applied to still images: all of its crops, of a single clip that is the image."""
     return replace(protocol, clips=1)
 
 
 def _parse_protocol(name: str) -> Protocol:
     """A protocol spelled out in its name, such as "5x3:starts=videomae:crops=even:resize=1:average=prob".
 
-    Every key is required: "5x3" alone means different frames and crops in every toolkit.
+    Every key but stride is required, because "5x3" alone means different frames and crops in every toolkit.
     """
     shape, *parts = name.split(":")
     clips, crops = (int(number) for number in shape.split("x"))
     values = _parse_keys(name, parts)
+    # Rules that define their own number of crops allow no other.
     fixed = FIXED_CROPS.get(values["crops"])
     resize = Fraction(values["resize"])
     if clips < 1 or crops < 1 or crops != (fixed or crops) or resize < 1:
@@ -220,7 +229,10 @@ def _parse_protocol(name: str) -> Protocol:
 
 
 def _parse_keys(name: str, parts: list[str]) -> dict[str, str]:
-    """The key=value parts of a spelled-out protocol. Raises UsageError for unknown, missing and invalid ones."""
+    """The key=value parts of a spelled-out protocol as a dict.
+
+    Raises UsageError for keys that are unknown, missing or given twice, and for invalid values.
+    """
     patterns = {
         "starts": "|".join(CLIP_RULES),
         "crops": "|".join(CROP_RULES),
@@ -228,6 +240,8 @@ def _parse_keys(name: str, parts: list[str]) -> dict[str, str]:
         "average": "prob|logit",
         "stride": r"[1-9]\d*",
     }
+    # partition returns (key, "=", value), of which [::2] keeps key and value. A repeated key overwrites the earlier one
+    # and leaves the dict shorter than `parts`.
     values = dict(part.partition("=")[::2] for part in parts)
     unknown = [key for key in values if key not in patterns]
     missing = [key for key in patterns if key not in values and key != "stride"]

@@ -1,4 +1,4 @@
-"""The samples a test or probe runs on: one split of videos or images, with every label checked."""
+"""The samples that a test or probe runs on: one split of a data set of videos or images, every label checked."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ ClassesBy = Literal["name", "index"]
 
 
 def is_image(item: AnyEntry) -> bool:
-    """Whether the item is read as a still image: by its file name, or because it is a member of a tar."""
+    """Whether the item is read as a still image: a member of a tar always is, a file if its name says so."""
     return isinstance(item, TarMember) or is_image_file(item.path)
 
 
 def available_splits(data: Path) -> tuple[str, ...]:
-    """The splits that the data set itself has; only `all` for images that are not divided into splits."""
+    """The splits that the data set itself has; just `all` for images that are not divided into splits.
+
+    Training holds out a val split where a collection of images has none. It does not count here: a probe of such a
+    collection divides the images itself.
+    """
     images = image_collection(str(data))
     if images is None:
         return find_splits(data)
+    # `split_names` includes a val split held out of train, `splits_with_images` does not. Images without split folders
+    # are all train.
     own = tuple(split for split in images.split_names if split in images.splits_with_images)
     return (ALL_IMAGES,) if own == ("train",) else own
 
@@ -35,9 +41,9 @@ def available_splits(data: Path) -> tuple[str, ...]:
 def read_labelled_split(
     data: Path, split: str, classes: Sequence[str] | None = None, by: ClassesBy = "name"
 ) -> Manifest:
-    """One split of a data set in which every sample has a label; labels index `classes` (default: its own classes).
+    """Read a split whose samples all have labels; labels index `classes`, by default the data set's own.
 
-    With by="index", image folders named by numbers are indices into `classes`, as the folders 0 to 999 of ImageNet-V2
+    With by="index", class folders of images are named by indices into `classes`, as the folders 0 to 999 of ImageNet-V2
     are. Raises UsageError for a split that cannot be read, a class missing from `classes`, and a missing label.
     """
     images = image_collection(str(data))
@@ -58,10 +64,11 @@ def read_labelled_split(
 
 
 def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
-    """The protocol as it applies to this split: unchanged for videos, without its several clips for images.
+    """The protocol as it applies to this split: unchanged for videos, with a single clip for images.
 
-    Raises UsageError for images with a clip model.
+    Raises UsageError for images and a model that takes clips.
     """
+    # A split holds either images or videos, so its first entry stands for all.
     if not is_image(manifest.entries[0]):
         return protocol
     if preprocessing.frames is not None:
@@ -70,10 +77,10 @@ def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Pr
 
 
 def _check_folder_names(images: ImageCollection, classes: Sequence[str], by: ClassesBy) -> None:
-    """Raise UsageError where it is unclear whether class folders are named by class or by index.
+    """Raise UsageError if it is unclear whether class folders are named by class or by index, or if `by` is wrong.
 
-    A folder `7` may be the model's class 7 or the data set's own eighth class. It is taken as the former only if the
-    user says so, since a wrong guess gives a plausible, wrong accuracy.
+    A folder `7` may mean the model's class with index 7, or a class of the data set that is called "7". Numbers are
+    taken as indices only if the user says so, because a wrong guess gives a plausible but wrong accuracy.
     """
     if by == "index":
         for name in images.label_names:
@@ -87,7 +94,8 @@ def _check_folder_names(images: ImageCollection, classes: Sequence[str], by: Cla
                     "omit --classes-by index"
                 )
         return
-    # Labels of tars are indices by their format, and classes.txt or one shared name settles it as well.
+    # Labels in tars are indices by format. A classes.txt says what the numbers of folders mean, and a name that folders
+    # share with the model's classes shows that folders are named by class.
     unambiguous = (
         images.labels_are_numbers
         or (images.root / "classes.txt").is_file()

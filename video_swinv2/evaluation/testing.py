@@ -1,6 +1,13 @@
-"""A multi-view test: model file, split and protocols in; scores, figures and reports out; on any number of processes.
+"""The multi-view test: scores every video of a split and writes the results, on any number of processes.
 
-G videos in a group, V views of each (of all protocols), K classes.
+Letters: G videos in a group, V views of each (of all protocols), T frames, H W pixels of the crop, K classes, C feature
+channels.
+
+The course of a test: `plan_test` reads the model card and the list of videos. Each process scores its share of the
+missing parts (`_score_parts`), reading in worker processes, and saves each part as soon as it is complete. When all are
+on disk, rank 0 joins them, writes scores.npz and the reports of each protocol, and deletes the parts
+(`_write_all_results`). A test that is killed at any time loses only unfinished parts: started again with the same
+arguments, it computes just those.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores, save_scores, write_arrays
 from video_swinv2.weights.store import Preprocessing, load_model
 
+# The files that are written after scores.npz and belong to it.
 _DERIVED_FILES = ("strips.npz", "results.json", "report.html", "report.md")
 
 
@@ -51,7 +59,7 @@ def run_test(
     classes_by: ClassesBy = "name",
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """`run_tests` with one protocol; returns the content of its results.json."""
+    """`run_tests` with a single protocol; returns the content of its results.json."""
     results = run_tests(
         model_path, data, protocols=protocol, split=split, out=out, classes_by=classes_by, overrides=overrides
     )
@@ -74,12 +82,13 @@ def run_tests(
     each gets its own folder inside `out`. Images are tested like videos of one frame. For `classes_by` see
     `read_labelled_split`.
 
-    Launched by torchrun, deepspeed or srun, the processes share the work. A test that was killed resumes from its
-    finished parts when it is started again, on any number of processes; the scores depend on neither.
+    Processes launched by torchrun, deepspeed or srun share the work. A test that was killed resumes from its finished
+    parts when it is started again, on any number of processes. Neither the interruption nor the number of processes
+    affects the scores.
 
-    Returns the content of each protocol's results.json, on every process. Raises UsageError before any work for what
-    cannot succeed (an unknown label, a video without one), and UserError if a video could not be accounted for or none
-    could be scored.
+    Returns the content of each protocol's results.json, on every process. Raises UsageError before any work if the test
+    cannot succeed (an unknown label, a video without a label), and UserError if a video is missing from the scores or
+    no video could be scored.
     """
     settings = overrides or TestOverrides()
     plan = plan_test(
@@ -91,6 +100,7 @@ def run_tests(
         out=Path(out),
         overrides=settings,
     )
+    # A process group that the caller has set up is used and left open; one that is joined here is closed again.
     joins_group = not torch.distributed.is_initialized()
     world = join_world(settings.device)
     try:
@@ -99,6 +109,7 @@ def run_tests(
     finally:
         if joins_group:
             leave_world()
+    # Every process reads the results from disk; the last barrier of `_run` has made sure that they are complete.
     return {
         protocol.name: json.loads((plan.folder(protocol) / "results.json").read_text(encoding="utf-8"))
         for protocol in plan.protocols
@@ -108,11 +119,11 @@ def run_tests(
 def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
     """uint8 (V, 3, [T,] H, W) -> float32 (V, K) logits, or (V, C) features of a model without a head, on the CPU.
 
-    Pixels travel to the device as bytes and are normalised there: a quarter of the traffic of floats.
+    Pixels are copied to the device as bytes and normalised there, which takes a quarter of the traffic of floats.
     """
     device = next(model.parameters()).device
-    # Always `batch` views at a time and never a mixture of groups: the composition of a batch is part of what makes
-    # scores equal to the bit.
+    # Always `batch` views at a time, with a smaller rest, and never views of several groups: scores are equal to the
+    # bit only if every view is always in a batch with the same others.
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         outputs = [
             model(normalise(part.to(device), preprocessing.mean, preprocessing.std)).float()
@@ -122,7 +133,8 @@ def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing
 
 
 def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
-    """The results of each protocol in a few lines for people."""
+    """The results of each protocol in a few lines to print."""
+    # As in `TestPlan.folder`: a single protocol has no folder of its own.
     folders = {name: Path(out) if len(results) == 1 else Path(out) / find_protocol(name).folder for name in results}
     return "\n".join(line for name, result in results.items() for line in _summary_lines(result, folders[name]))
 
@@ -144,9 +156,9 @@ def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
 
 
 def _run(plan: TestPlan, world: World) -> None:
-    """Score the parts that are missing, shared among all processes; then rank 0 writes the results."""
-    # Only rank 0 looks at the disk, and the others receive what it found: on a network file system, processes may see
-    # different states, and all must work from the same list of missing parts.
+    """Score the missing parts on all processes together; then rank 0 writes the results."""
+    # Only rank 0 looks at the disk, and the others receive what it found. On a network file system, processes may see
+    # different states, but all must work from the same list of missing parts.
     record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
     parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
@@ -154,20 +166,24 @@ def _run(plan: TestPlan, world: World) -> None:
     if world.rank == 0 and finished_before:
         print(f"test: {finished_before} of {parts.count} parts are already done", file=sys.stderr)
     started = time.perf_counter()
-    # Exactly once: rank r takes every world.size-th missing part, so the shares are disjoint and cover all of them.
+    # Rank r takes the missing parts r, r + size, r + 2 * size, ...: the shares are disjoint and cover all of them, so
+    # that each part is computed exactly once.
     _score_parts(plan, world, parts, missing[world.rank :: world.size])
-    _barrier(world)  # every part is on disk
+    _barrier(world)  # now every part is on disk
     if world.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
+        # The key has kept its old name; *shards* are parts here.
         _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
-    _barrier(world)  # the results can be read
+    _barrier(world)  # now every process can read the results
 
 
 @contextmanager
 def _exclusive(out: Path, world: World) -> Iterator[None]:
-    """Hold the lock of `out` while the context is active. Raises UserError if another test holds it or `out` cannot
-    be created."""
-    if world.rank:  # rank 0 holds it for all
+    """Hold the lock of `out` inside the context.
+
+    Raises UserError if another test holds it or `out` cannot be created.
+    """
+    if world.rank:  # rank 0 holds the lock for all processes of this test
         yield
         return
     try:
@@ -179,26 +195,29 @@ def _exclusive(out: Path, world: World) -> Iterator[None]:
 
 
 def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence[int]) -> None:
-    """Score the parts `mine` in order, while worker processes read ahead; save each when its last group is scored."""
+    """Score the parts `mine` in order while workers read ahead, and save each part when its last group is scored."""
     if not mine:
         return
     model, groups = _load_model(plan, world.device), plan.groups
     bf16 = use_bf16(plan.overrides.precision, world.device)
     workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
+    # One stream of groups across all parts, so that the workers need not pause between parts.
     numbers = [number for part in mine for number in parts.groups_in(part)]
     builder, saved = PartBuilder(plan), set[int]()
     total = sum(len(groups.positions(number)) for number in numbers)
     with Progress("test", total, unit=plan.unit, shown=world.rank == 0) as progress:
 
         def score(group: Group, waited: float) -> None:
-            # The death of a reading process can interrupt this function at any line; it is then called again with the
-            # same group. So every line must be safe to repeat, and `saved` is what makes the last group's repeat one.
+            # The death of a worker can interrupt this function at any line, and it is then called again with the same
+            # group (see `deliver_groups`). So every line must be safe to repeat. `saved` covers the last group of a
+            # part: its part cannot be built again once the groups have been forgotten.
             part = parts.part_of(group.number)
             if part in saved:
                 return
             logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
             builder.add(group, _stored_logits(logits, group, plan))
-            if group.number == parts.groups_in(part)[-1]:  # groups arrive in order, so the part is whole
+            if group.number == parts.groups_in(part)[-1]:  # the last group completes the part
+                # In this order: a part counts as saved only when it is on disk, and is kept in memory until then.
                 parts.save(part, builder.build(parts.groups_in(part), waited))
                 saved.add(part)
                 builder.forget(parts.groups_in(part))
@@ -208,6 +227,7 @@ def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence
 
 
 def _load_model(plan: TestPlan, device: torch.device) -> nn.Module:
+    """The model of the file at the sizes of the overrides, on `device`."""
     overrides = plan.overrides
     model = load_model(
         plan.model_path,
@@ -222,12 +242,13 @@ def _load_model(plan: TestPlan, device: torch.device) -> nn.Module:
 def _stored_logits(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.float16]:
     """(G * V, K) float32 -> (G, V, K) float16, NaN for failed videos.
 
-    Raises UserError naming the video whose scores are not finite in float16.
+    float16 halves the size of scores.npz. Raises UserError naming a video whose scores are not finite in float16.
     """
     rows: NDArray[np.float32] = logits.view(len(group.videos), -1, logits.shape[1]).numpy()
     for row, record in zip(rows, group.videos, strict=True):
         if record.reason:
             row[:] = np.nan
+        # The largest float16 is 65504. Written with `not`, so that NaN, for which every comparison is false, fails too.
         elif not (np.abs(row) < np.finfo(np.float16).max).all():
             name = plan.manifest.entries[record.position].name
             raise UserError(f"{name}: the model's scores are not finite; check the weights, or set precision=fp32")
@@ -235,11 +256,13 @@ def _stored_logits(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.f
 
 
 def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]) -> None:
-    """On rank 0: join the parts, then write the scores, film strips, figures and report of each protocol."""
+    """Join the parts and write the scores, film strips, figures and report of each protocol; on rank 0 only."""
     entries = plan.manifest.entries
     joined = parts.join(len(entries))
     if not (joined.reasons == "").any():
-        parts.remove()  # `write_report` will refuse, and after the data is fixed every video must be read again
+        # No video could be read, so `write_report` will raise. Without the parts, the next test reads all videos again
+        # instead of resuming from their failures.
+        parts.remove()
     spent, waited = joined.seconds.tolist()
     record = record | {
         "process_seconds": round(spent, 3),
@@ -257,20 +280,24 @@ def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]
             classes=plan.card.classes,
             metadata=record | record_protocol(plan, protocol),
         )
-        # Film strips are keyed by the view among those of all protocols; the report counts within one protocol.
+        # Film strips are keyed by the number of the view among those of all protocols, but a report counts the views of
+        # its own protocol from 0. Strips of other protocols get numbers that no mistake of this one has.
         own_strips = {(video, view - columns.start): jpeg for (video, view), jpeg in film_strips.items()}
         _write_results(plan.folder(protocol), scores, own_strips)
+    # Last, when all results are on disk: a kill before this line costs no scores.
     parts.remove()
 
 
 def _write_results(out: Path, scores: Scores, film_strips: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
+    """Write the files of one protocol to `out`. film_strips: JPEG files by (video, view of this protocol)."""
     out.mkdir(exist_ok=True)
     save_scores(scores, out / "scores.npz")
-    for name in _DERIVED_FILES:  # those of an earlier test must not stay beside the new scores if the report fails
+    for name in _DERIVED_FILES:  # if the report fails, an earlier test's must not remain beside the new scores
         (out / name).unlink(missing_ok=True)
     shown = surest_mistakes(scores, video_probabilities(scores, scores.metadata["average"]))
     places = [(mistake.position, mistake.view) for mistake in shown]
     strips = [(place[0], film_strips[place]) for place in places if place in film_strips]
+    # strips.npz: `positions` are rows of the scores, and jpeg_000, jpeg_001, ... the file of each.
     positions = {"positions": np.array([position for position, _ in strips], dtype=np.int64)}
     write_arrays(out / "strips.npz", positions | {f"jpeg_{i:03d}": jpeg for i, (_, jpeg) in enumerate(strips)})
     write_report(out)

@@ -1,8 +1,10 @@
-"""The pixels of a video's views, all cut from a single decode. V views, T frames, H W pixels of the crop.
+"""The pixels of a video's views, all cut from a single decode of the video.
 
-The views of a video share most of their frames: 4 clips x 3 crops of 32 frames show 384, of which at most 128 are
-different. So each video is opened once and decoded forwards once; each frame that any view shows is resized once (per
-resize the protocols ask for), and its crops are copied to every (view, position in the clip) that shows it.
+Letters: V views, T frames, H W pixels of the crop.
+
+The views of a video share most of their frames: 4 clips x 3 crops of 32 frames show 384 frames, of which at most 128
+are different. So each video is opened once and decoded forwards once. Each frame that any view shows is resized once
+(for each size that the protocols ask for), and its crops are copied to every (view, position in the clip) showing it.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ def read_views(
     name: str | None = None,
     time_limit_seconds: float = 60.0,
 ) -> tuple[Tensor, tuple[View, ...]]:
-    """The views of one video file: uint8 (V, 3, T, H, W), for image models (V, 3, H, W), and where each view lies.
+    """The views of one video file: uint8 (V, 3, T, H, W), or (V, 3, H, W) for image models, and where each view lies.
 
-    "shuffled" permutes the frames of a view as a function of (seed, name, view) only; `name` defaults to the path.
-    Raises DecodeError for a video that cannot be read and UsageError for an unknown frame order.
+    The frame order "shuffled" permutes the frames of each view; the permutation depends only on the seed, the name and
+    the number of the view. `name` defaults to the path. Raises DecodeError for a video that cannot be read, and
+    UsageError for an unknown frame order.
     """
     with VideoReader(path, time_limit_seconds=time_limit_seconds) as reader:
         pixels, views, _ = cut_views(
@@ -61,53 +64,64 @@ def cut_views(
 ) -> tuple[Tensor, tuple[View, ...], int]:
     """`read_views` for an open reader and several protocols: all views of the first protocol, then of the second, ...
 
-    Only the crops are kept in memory, never whole frames. Also returns the number of damaged frames that were replaced
-    by a neighbour. Raises as `read_views` does.
+    Only crops are kept in memory, never whole frames. Also returns how many damaged frames were replaced by a
+    neighbour. Raises as `read_views` does.
     """
     frames, stride = clip_frames_and_stride(preprocessing)
     views: list[View] = []
-    # First invert the plan: for each frame of the video, the (view, position in the clip, short side in pixels) that
-    # show it. A looped short video shows one frame at several positions of the same view.
+    # First invert the plan: for each frame of the video, collect every (view, position in the clip, short side in
+    # pixels) that shows it. If a short video is looped, one frame is shown at several positions of the same view.
     uses: dict[int, list[tuple[int, int, int]]] = {}
     for protocol in protocols:
         side = resized_short_side(*reader.size, preprocessing.image_size, protocol.resize)
         shown = size_for(reader.size, side)
         plan = plan_views(protocol, len(reader), *shown, frames, stride, preprocessing.image_size, reader.fps)
+        # `number` counts within the protocol, so that shuffling does not depend on what else is tested with it.
         for number, view in enumerate(plan):
             ordered = _reorder(view, frame_order, seed, name, number)
             for position, index in enumerate(ordered.indices):
                 uses.setdefault(index, []).append((len(views), position, side))
             views.append(ordered)
+    # Not zeroed: every frame of every view is written below, damaged ones by their stand-ins.
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
     stand_ins_before = reader.stand_ins
     for index, frame in ForwardDecoder(reader).frames(list(uses)):
+        # The frame as shown, (height, width, 3), once for each short side in use.
         pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in uses[index]}}
         for row, position, side in uses[index]:
             top, left, height, width = views[row].box
             crop = pictures[side][top : top + height, left : left + width]  # (H, W, 3)
-            pixels[row, :, position] = crop.transpose(2, 0, 1)  # into (V, 3, T, H, W) at [row, :, position]
-    # An image model takes single frames: T is 1, and the axis is dropped.
+            pixels[row, :, position] = crop.transpose(2, 0, 1)  # (3, H, W) into (V, 3, T, H, W)
+    # For an image model, which takes single frames, T is 1 and the axis is dropped: (V, 3, 1, H, W) -> (V, 3, H, W).
     clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
     return clips, tuple(views), reader.stand_ins - stand_ins_before
 
 
 class ForwardDecoder:
-    """Chosen frames of an open video, as decoded, in one forward pass that leaps over long gaps."""
+    """Decodes chosen frames of an open video in one forward pass that skips long gaps.
+
+    A video can be decoded from any key frame on, but only forwards. Between two clips far apart it is cheaper to
+    restart at a later key frame than to decode everything in between. How far apart key frames are is learnt on the
+    way.
+    """
 
     def __init__(self, reader: VideoReader) -> None:
         self._reader = reader
-        self._longest_gop = 0  # frames from one key frame to the next: the longest group of pictures met so far
+        self._longest_gop = 0  # the largest distance between key frames so far, in frames; 0: not known yet
 
     def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame as decoded) of `wanted`, ascending; at the end, those from `VideoReader.decode_damaged`.
+        """Yield (index, frame as decoded) for each of `wanted`, ascending.
 
-        Raises DecodeError if nothing can be decoded.
+        Frames that could not be decoded come last, from `VideoReader.decode_damaged`. Raises DecodeError if nothing can
+        be decoded.
         """
-        left = dict.fromkeys(sorted(wanted))
+        left = dict.fromkeys(sorted(wanted))  # an ordered set
         damaged: list[int] = []
         while left:
             reached = yield from self._decode_to_gap(left)
-            passed = [index for index in left if index <= reached]  # without having been decoded
+            # Frames that decoding has passed without producing them are damaged. Removing them guarantees progress: the
+            # next pass starts at the first frame beyond.
+            passed = [index for index in left if index <= reached]
             damaged += passed
             for index in passed:
                 del left[index]
@@ -115,9 +129,9 @@ class ForwardDecoder:
             yield from self._reader.decode_damaged(damaged)
 
     def _decode_to_gap(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
-        """Decode from the key frame before the first of `left` to a gap worth leaping over; returns the index reached.
+        """Decode from the key frame before the first of `left` up to a gap that is worth skipping.
 
-        Removes what it yields from `left`.
+        Removes the frames that it yields from `left`. Returns the index reached, infinity at the end of the video.
         """
         key: int | None = None
         for index, frame in self._reader.sequence(next(iter(left))):
@@ -129,17 +143,18 @@ class ForwardDecoder:
             del left[index]
             yield index, frame
             ahead = next((other for other in left if other > index), None)
-            # If key frames continue at this distance, there is one between here and the next wanted frame: decoding can
-            # start again at that one. With none passed yet, nothing is known and decoding continues.
+            # If key frames continue at this distance, there is one between here and the next wanted frame, and decoding
+            # can restart there. As long as no distance has been seen, nothing is known, and decoding continues.
             if ahead is None or 0 < self._longest_gop < ahead - index:
                 return index
         return math.inf
 
 
 def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:
-    """The views of a still image: uint8 (3, height, width) -> uint8 (V, 3, H, W); the only frame serves every clip.
+    """The views of a still image: uint8 (3, height, width) -> uint8 (V, 3, H, W). Every clip is the only frame.
 
-    Resized bicubically with antialiasing, as in Microsoft's ImageNet evaluation (data/build.py of Swin-Transformer).
+    The image is resized bicubically with antialiasing, as in Microsoft's ImageNet evaluation (data/build.py of
+    Swin-Transformer).
     """
     height, width = picture.shape[-2:]
     shown = size_for((height, width), resized_short_side(height, width, preprocessing.image_size, protocol.resize))
@@ -157,21 +172,22 @@ def clip_frames_and_stride(preprocessing: Preprocessing) -> tuple[int, int]:
 
 
 def view_shape(preprocessing: Preprocessing) -> tuple[int, ...]:
-    """The shape of one view's pixels: (3, T, H, W), for image models (3, H, W)."""
+    """The shape of one view's pixels: (3, T, H, W), or (3, H, W) for image models."""
     time = () if preprocessing.frames is None else (preprocessing.frames,)
     return (3, *time, *preprocessing.image_size)
 
 
 def _reorder(view: View, frame_order: str, seed: int, name: str, number: int) -> View:
-    """View `number` of video `name` with its frames in the given order, a function of the arguments only."""
+    """View `number` of video `name` with its frames in the given order; depends on nothing but the arguments."""
     if frame_order == "in-order":
         return view
     if frame_order == "reversed":
         return View(view.start, view.indices[::-1], view.box)
     if frame_order != "shuffled":
         raise UsageError(f"data.frame_order: unknown order {frame_order!r}; use one of {', '.join(FRAME_ORDERS)}")
-    # The name is hashed, so that the order depends neither on the position of the video in the list nor on the process
-    # that reads it. surrogateescape: file names need not be valid UTF-8.
+    # Seeded with a hash of the name, so that the order depends neither on the position of the video in the list nor on
+    # the process that reads it. surrogateescape: file names need not be valid UTF-8. "<u4": eight little-endian words
+    # on every machine.
     words = np.frombuffer(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), dtype="<u4")
     order = np.random.default_rng((seed, number, *words.tolist())).permutation(len(view.indices))
     return View(view.start, tuple(view.indices[i] for i in order), view.box)

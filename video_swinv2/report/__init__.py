@@ -1,7 +1,8 @@
-"""What the scores of a test say: metrics with intervals, diagnosis, and the pages, texts and comparisons of them.
+"""What do the scores of a test show? Metrics with intervals, diagnosis, and the reports and comparisons made of them.
 
-The way through the room: scores.npz (scores) -> accuracies with intervals (metrics, intervals), calibration, views and
-class order (diagnosis), confusions and mistakes (confusion, mistakes) -> all of them in one object (analysis) ->
-report.html, report.md and results.json (page, plots, markdown, training_run), or several tests side by side (compare).
-Nothing here needs the model or the videos.
+From scores to pages, with the files that do it in parentheses: scores.npz is read (scores). From it come accuracies
+with intervals (metrics, intervals), calibration, accuracy by number of views and class order (diagnosis), and
+confusions and mistakes (confusion, mistakes). One object holds all of them (analysis). It is written as report.html,
+report.md and results.json (page, plots, markdown, training_run) or compared with other tests (compare). Nothing here
+needs the model or the videos.
 """

@@ -1,4 +1,4 @@
-"""Every figure of a test in one object, computed from its scores: what a report and a comparison are made of."""
+"""Every figure of a test in one object, computed from its scores; reports and comparisons are made of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Analysis:
     """Every figure of a test.
 
     right: (scored videos,) whether each was answered correctly. other_average: the way of averaging views that the
-    protocol does not use ("prob" or "logit"), and top-1 with its interval under it.
+    protocol does not use ("prob" or "logit"), and top-1 and its interval with views averaged that way.
     """
 
     scores: Scores
@@ -57,8 +57,10 @@ def analyse(scores: Scores) -> Analysis:
     metrics = metrics_of_scores(scores, probabilities, seed=seed)
     labels, sources = scores.labels[scores.scored], sources_of_scored(scores)
     answers = ranking(probabilities, 1)[:, 0]
-    # A mean of softmax values may exceed 1 by a rounding error, which calibration_curve would refuse.
+    # (scored videos, K) -> (scored videos,): the probability of the answer. A mean of softmax values may exceed 1 by a
+    # rounding error, which scikit-learn's calibration_curve would refuse.
     confidences = np.minimum(np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0], 1.0)
+    # The same metrics with views averaged the other way. Only top-1 and its interval are kept.
     other = ranking(video_probabilities(scores, OTHER_AVERAGE[average]), 5)
     again = metrics_of_ranking(labels, other, scores.classes, listed=metrics.listed, seed=seed, sources=sources)
     view_counts = clips_and_crops(record, scores.logits.shape[1])

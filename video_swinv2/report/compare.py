@@ -1,4 +1,7 @@
-"""Several tests compared: their figures, paired differences on shared videos, and how the tests themselves differ."""
+"""The comparison of several tests: their figures, paired differences on shared videos, and differences in setup.
+
+Tests are named A, B, C, ... in the order given. Each pair of them is compared on the videos that both scored.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,16 @@ from video_swinv2.report.plots import Plot, Series, plot
 from video_swinv2.report.scores import load_scores, reorder_classes
 from video_swinv2.report.training_run import TrainingRun, find_training_run, flatten, folder_of_model
 
-MAX_CLASSES = 20
-# Keys of a test's record that differ between any two tests without saying anything about the models.
+MAX_CLASSES = 20  # on the page; comparison.json lists all
+# Keys of a test's record that may differ between any two tests and say nothing about the models.
 IGNORED_DIFFERENCES = ("origins", "seconds", "decode_wait_share")
-# Keys of a training run's record that are settings; the rest of it is results, versions and costs.
+# The keys of a training run's record that are settings; the other keys are results, versions and costs.
 RUN_SETTINGS = ("batch", "steps", "seed", "data")
 
 
 @dataclass(frozen=True)
 class ComparedTest:
-    """One of the tests: its letter on the page, its folder as given, all its figures, and its training run if found."""
+    """One of the tests: its letter on the page, its folder as given, its figures, and its training run if found."""
 
     letter: str
     folder: str
@@ -41,13 +44,13 @@ class ComparedTest:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The record of the test: what was tested and how."""
+        """The record of what was tested and how: the metadata of the scores."""
         return self.analysis.scores.metadata
 
 
 @dataclass(frozen=True)
 class ComparedPair:
-    """Two tests on the videos that both scored; `p_holm` is the p value adjusted for the number of pairs."""
+    """Two tests, by letter, on the videos that both scored; `p_holm` is the p value adjusted for all pairs compared."""
 
     first: str
     second: str
@@ -57,7 +60,7 @@ class ComparedPair:
 
 @dataclass(frozen=True)
 class ClassComparison:
-    """One class in every test; `apart` is the largest difference of its accuracy between two tests."""
+    """One class in every test; `apart` is the largest difference in its accuracy between any two tests."""
 
     name: str
     rows: tuple[ClassAccuracy, ...]
@@ -65,11 +68,11 @@ class ClassComparison:
 
 
 def report_tests(folders: Sequence[Path], *, out: Path, run: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Write the report of one test, or the comparison of several tests to `out`.
+    """Write the report of one test into its folder, or the comparison of several tests to `out`.
 
-    Returns the result as JSON data and lines to print. A test with several protocols gets a report for each, and a
-    comparison of them in its own folder. run: the training run of a single test. Raises as `write_report` and
-    `compare` do.
+    A test with several protocols gets a report for each protocol, and a comparison of them in the folder of the test.
+    run: the run folder that the model of a single test was trained in. Returns the result as JSON data, and lines to
+    print. Raises as `write_report` and `compare` do.
     """
     if len(folders) > 1:
         if run:
@@ -85,7 +88,7 @@ def report_tests(folders: Sequence[Path], *, out: Path, run: Path | None = None)
 
 
 def _compare_and_summarize(folders: Sequence[Path], out: Path) -> tuple[dict[str, Any], list[str]]:
-    """`compare`, and its result in a line for each test and each pair."""
+    """`compare`; also returns its result as lines to print, one for each test and each pair."""
     result = compare(folders, out)
     lines = [f"{test['letter']} {test['folder']}: {accuracy_line(test)}" for test in result["tests"]]
     for pair in result["pairs"]:
@@ -98,7 +101,10 @@ def _compare_and_summarize(folders: Sequence[Path], out: Path) -> tuple[dict[str
 
 
 def score_folders(folder: Path) -> list[Path]:
-    """The folders of a test that hold scores: its own or one per protocol. Raises UserError if there are none."""
+    """The folders of a test that hold scores: `folder` itself or one folder in it per protocol.
+
+    Raises UserError if there are none.
+    """
     if (folder / "scores.npz").is_file():
         return [folder]
     found = sorted(path.parent for path in folder.glob("*/scores.npz"))
@@ -108,10 +114,11 @@ def score_folders(folder: Path) -> list[Path]:
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Compare two or more tests: write comparison.html, .md and .json to `out` and return the content of the last.
+    """Compare two or more tests, write comparison.html, .md and .json to `out`, and return the content of the .json.
 
-    Classes are matched by name and put in the order of the first test. Raises UsageError if a folder is given twice or
-    if two tests share no video or disagree about a label, UserError if their classes differ or scores cannot be read.
+    Classes are matched by name and put into the order of the first test. Raises UsageError if a folder is given twice
+    or if two tests share no video or disagree about a label, and UserError if their classes differ or if scores cannot
+    be read.
     """
     tests = _read_tests(folders)
     pairs = _pairs(tests)
@@ -127,6 +134,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "classes": [asdict(row) for row in compare_classes(tests)],
         "different": {key: list(values) for key, values in differing_settings(tests)},
     }
+    # Now the result equals what a reader of comparison.json gets, and the Markdown is made of that.
     result = as_json_data(result)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,8 +148,9 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
-    """The classes that have videos in every test, those with the largest differences first."""
+    """The classes with scored videos in every test, those with the largest differences first."""
     rows = []
+    # per_class has one row per class in the order of the classes, which `_read_tests` has made the same for all tests.
     for row in zip(*(test.analysis.metrics.per_class for test in tests), strict=True):
         shares = [one.accuracy for one in row if one.accuracy is not None]
         if len(shares) == len(row):
@@ -150,19 +159,24 @@ def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
 
 
 def differing_settings(tests: Sequence[ComparedTest]) -> list[tuple[str, tuple[str, ...]]]:
-    """(dotted key, its value in each test) where the records of the tests or of their training runs differ."""
+    """(dotted key, value in each test) of every setting in which the tests or their training runs differ.
+
+    "-" stands for a test that does not record the setting.
+    """
     flat = []
     for test in tests:
         record = {key: value for key, value in test.record.items() if key not in IGNORED_DIFFERENCES}
         run = test.run.record if test.run else {}
         training = {key: run[key] for key in RUN_SETTINGS if key in run}
         flat.append(dict(flatten(record | ({"training": training} if training else {}))))
+    # The keys of all tests, each once, in the order in which they first occur.
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [(key, tuple(one.get(key, "-") for one in flat)) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _read_tests(folders: Sequence[Path]) -> list[ComparedTest]:
+    """Read and analyse the tests, their classes in the order of the first one."""
     if len(folders) > len(ascii_uppercase):
         raise UsageError(f"{len(folders)} tests: too many to compare; name at most {len(ascii_uppercase)}")
     names = [str(folder) for folder in folders]
@@ -181,6 +195,7 @@ def _read_tests(folders: Sequence[Path]) -> list[ComparedTest]:
 
 
 def _pairs(tests: Sequence[ComparedTest]) -> list[ComparedPair]:
+    """Every pair of tests: n tests make n (n - 1) / 2 pairs, so p values are adjusted for that many comparisons."""
     both = [(first, second, _paired(first, second)) for first, second in combinations(tests, 2)]
     adjusted = holm_adjusted([paired.p_value for _, _, paired in both])
     return [ComparedPair(a.letter, b.letter, paired, p) for (a, b, paired), p in zip(both, adjusted, strict=True)]
@@ -194,8 +209,10 @@ def _paired(first: ComparedTest, second: ComparedTest) -> PairedDifference:
         raise UsageError(
             f"{first.folder} and {second.folder}: no video was scored in both; compare tests of the same data"
         )
+    # The rows of the shared videos among the scored videos of each test; row i of both is the same video.
     a, b = [first_rows[path] for path in shared], [second_rows[path] for path in shared]
     labels = [test.analysis.scores.labels[test.analysis.scores.scored] for test in (first, second)]
+    # Label numbers are comparable because both tests have the same class order.
     for path, i, j in zip(shared, a, b, strict=True):
         if labels[0][i] != labels[1][j]:
             classes = first.analysis.scores.classes
@@ -203,19 +220,21 @@ def _paired(first: ComparedTest, second: ComparedTest) -> PairedDifference:
                 f"{path}: is {classes[labels[0][i]]!r} in {first.folder} and {classes[labels[1][j]]!r} in "
                 f"{second.folder}; test both on the same list"
             )
-    # The shared videos may lack some sources of the first test; return_inverse renumbers those left to 0..S-1.
+    # The bootstrap wants source numbers 0..S-1 without gaps, but the shared videos may lack some sources of the first
+    # test. The inverse indices of np.unique renumber those that are left.
     sources = np.unique(sources_of_scored(first.analysis.scores)[a], return_inverse=True)[1]
     return compare_paired(first.analysis.right[a], second.analysis.right[b], sources, first.record.get("seed", 0))
 
 
 def _rows_by_path(test: ComparedTest) -> dict[str, int]:
-    """The row of each path among the scored videos."""
+    """The path of each scored video -> its row among the scored videos of the test."""
     scores = test.analysis.scores
     paths = [path for path, scored in zip(scores.paths, scores.scored, strict=True) if scored]
     return {path: row for row, path in enumerate(paths)}
 
 
 def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -> dict[str, object]:
+    """The values of compare.html.j2."""
     classes = compare_classes(tests)
     return {
         "tests": tests,
@@ -232,15 +251,18 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
 
 
 def _views_plot(tests: Sequence[ComparedTest]) -> Plot | None:
+    """Accuracy by number of views, a line for each test."""
     series = [views_series(test.letter, test.analysis.views) for test in tests]
     x_label = "clips per video (crops if there is one clip)"
     return plot("Accuracy by number of views", series, x_label=x_label, percent=True, mark_every_count=True)
 
 
 def _training_plots(tests: Sequence[ComparedTest]) -> list[Plot | None]:
+    """The training curves of all tests; None for a metric that no run logged."""
     metrics = {"Training loss": "train/loss", "Validation loss": "val/loss", "Validation accuracy": "val/top1"}
     drawn = []
     for title, key in metrics.items():
+        # A test without a training run gets an empty line, so that the other tests keep their colours (see `plot`).
         lines = [(test.letter, *(test.run.series(key) if test.run else (np.empty(0), np.empty(0)))) for test in tests]
         series = [Series(letter, x, y, dots=len(x) < 30) for letter, x, y in lines]
         drawn.append(plot(title, series, x_label="step", percent=key == "val/top1"))

@@ -1,6 +1,6 @@
-"""Which classes are taken for which: the commonest confusions, and the confusion matrix as the page's script reads it.
+"""Which classes are mistaken for which: the most frequent confusions, and the confusion matrix as data for the page.
 
-K classes. A confusion matrix is (K, K) with a row for each label and a column for each answer.
+Letters: K classes. A confusion matrix is (K, K) with a row for each label and a column for each answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from scipy.spatial.distance import squareform  # type: ignore[import-untyped]  #
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """`count` videos of class `label` were answered `answer`; `share` is of the scored videos of `label`."""
+    """A wrong answer given `count` times: videos of class `label` that were answered `answer`.
+
+    share: `count` as a fraction of all scored videos of class `label`.
+    """
 
     label: str
     answer: str
@@ -27,21 +30,22 @@ class ConfusedPair:
 def most_confused(
     confusion: NDArray[np.int64], classes: tuple[str, ...], max_pairs: int = 12
 ) -> tuple[ConfusedPair, ...]:
-    """The commonest wrong answers, by count and then by share of the class."""
+    """The most frequent wrong answers, sorted by count and then by share of the class."""
+    # What is on the diagonal is right.
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     rows, columns = np.nonzero(wrong)
     counts = wrong[rows, columns]
     shares = counts / confusion.sum(axis=1)[rows]
-    order = np.lexsort((-shares, -counts))[:max_pairs]  # the last key of lexsort is the first to sort by
+    order = np.lexsort((-shares, -counts))[:max_pairs]  # lexsort sorts by its last key first
     return tuple(ConfusedPair(classes[rows[i]], classes[columns[i]], int(counts[i]), float(shares[i])) for i in order)
 
 
 def matrix_data(confusion: NDArray[np.int64], classes: tuple[str, ...], unit: str) -> dict[str, Any]:
     """The confusion matrix as plain JSON data for report.js.j2.
 
-    cells: a flat list row, column, count, row, column, count, ... of the non-zero cells. Of the 160,000 cells of 400
-    classes few are non-zero, and the page stays small. together: class indices in the order of `confused_order`.
+    cells: the non-zero cells as a flat list row, column, count, row, column, count, ... Few of the 160,000 cells of 400
+    classes are non-zero, so this keeps the page small. together: class indices in the order of `confused_order`.
     """
     places = np.argwhere(confusion > 0)  # (cells, 2)
     cells = np.concatenate([places, confusion[confusion > 0][:, None]], axis=1)  # (cells, 3)
@@ -54,13 +58,13 @@ def matrix_data(confusion: NDArray[np.int64], classes: tuple[str, ...], unit: st
 
 
 def confused_order(confusion: NDArray[np.int64]) -> list[int]:
-    """Class indices, ordered so that classes often confused with each other are neighbours.
+    """Class indices, ordered so that classes that are often confused with each other are neighbours.
 
-    The leaves of a hierarchical clustering with average linkage (scipy), in which two classes are the closer the larger
-    the share of their videos that is answered as the other one.
+    These are the leaves of a hierarchical clustering with average linkage (scipy). The distance of two classes is 1
+    minus the shares of their videos that are answered as the other class, added up.
     """
     k = len(confusion)
-    if k < 3:
+    if k < 3:  # nothing to order
         return list(range(k))
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)  # each row sums to 1, or to 0 if empty
     distance = 1 - np.minimum(shares + shares.T, 1)  # symmetric, since a distance has to be

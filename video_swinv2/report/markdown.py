@@ -1,4 +1,7 @@
-"""Reports as Markdown: the figures of a test or of a comparison in a few tables, every name escaped."""
+"""Reports as Markdown: the figures of a test or a comparison in a few tables, with every name escaped.
+
+The functions take the content of results.json or comparison.json, so that text and data always agree.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,37 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_ROWS = 20
+MAX_ROWS = 20  # of a table; the JSON files list everything
+# The characters that Markdown, or a table in it, may take for markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
 
 def escape(text: object) -> str:
-    """Text on one line that Markdown shows as it is, in the cell of a table too."""
+    """The text on one line, escaped so that Markdown shows it unchanged, also in the cell of a table."""
     return _MARKUP.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the cells are escaped, the head is not."""
+    """A Markdown table. Cells are escaped; `head` is not, so it must be text of our own."""
     lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as `62.50 %`, or a dash."""
+    """A fraction as `62.50 %`; a dash for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """An interval as `41.67 to 79.17`, in percent, or a dash."""
+    """An interval of fractions as `41.67 to 79.17`, in percent; a dash for None."""
     return "-" if interval is None else " to ".join(f"{100 * end:.2f}" for end in interval)
 
 
 def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "top-1") -> str:
-    """One accuracy with everything needed to quote it: interval, sample size, protocol and data fingerprint."""
+    """An accuracy with everything needed to quote it: interval, sample size, protocol and data fingerprint.
+
+    key: of the accuracy in `result`, a test in results.json or comparison.json. words: its name for people.
+    """
     unit = result.get("unit", "videos")
     return (
         f"{words} {percent(result[key])} (95 % interval {span(result[f'{key}_interval'])}, "
@@ -41,7 +48,7 @@ def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "to
 
 
 def report_text(result: Mapping[str, Any]) -> str:
-    """The report of one test. result: the content of results.json."""
+    """The report of one test as Markdown. result: the content of results.json."""
     videos, unit = result["videos"], result.get("unit", "videos")
     basis = f"{videos['scored']} {unit}, {escape(result['protocol'])}, data {result['data_fingerprint'][:12]}."
     parts = [
@@ -73,7 +80,7 @@ def report_text(result: Mapping[str, Any]) -> str:
 
 
 def comparison_text(result: Mapping[str, Any]) -> str:
-    """The comparison of several tests. result: the content of comparison.json."""
+    """The comparison of several tests as Markdown. result: the content of comparison.json."""
     tests, pairs = result["tests"], result["pairs"]
     figures = [
         (
@@ -105,6 +112,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
 
 
 def _headline(result: Mapping[str, Any]) -> str:
+    """The list at the top: accuracies, calibration, failures, and the warning of a wrong class order."""
     videos, unit, other = result["videos"], result.get("unit", "videos"), result["other_average"]
     names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
     lines = [f"* {escape(accuracy_line(result, key, words))}" for key, words in names.items()]
@@ -128,6 +136,7 @@ def _headline(result: Mapping[str, Any]) -> str:
 
 
 def _class_rows(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """The worst classes, worst first, of equals those with more videos first; classes without videos are left out."""
     rows = [row for row in result["per_class"] if row["n"]]
     rows.sort(key=lambda row: (row["accuracy"], -row["n"]))
     return [(row["name"], percent(row["accuracy"]), span(row["interval"]), row["n"]) for row in rows[:MAX_ROWS]]

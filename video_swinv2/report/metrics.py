@@ -1,6 +1,6 @@
-"""The metrics of a test, computed from its scores alone: accuracies, their intervals and bounds, per class, confusion.
+"""The metrics of a test, computed from its scores: accuracies with intervals and bounds, per class, and confusion.
 
-N videos, V views, K classes.
+Letters: N videos, V views, K classes. A *scored* video is one that could be read; failed videos have no scores.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from video_swinv2.report.intervals import (
 )
 from video_swinv2.report.scores import Scores
 
-_CHUNK_VIDEOS = 1024
+_CHUNK_VIDEOS = 1024  # averaged at a time, to bound the memory of (chunk, V, K) float64
 
 
 @dataclass(frozen=True)
 class ClassAccuracy:
     """The accuracy in one class over its `n` scored videos; accuracy and interval are None if there are none.
 
-    The interval is Wilson's with the sources of the class as independent trials, not their videos. Videos of a source
-    agree, but seldom completely, so it is rather too wide than too narrow.
+    The interval is Wilson's, with the sources of the class as independent trials instead of its videos. Videos of one
+    source agree, but seldom completely, so the interval errs on the wide side.
     """
 
     name: str
@@ -45,11 +45,11 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Metrics:
-    """All metrics of a test, as fractions in 0..1; intervals are at the 95 % level and resample sources.
+    """All metrics of a test, as fractions in 0..1. Intervals are at the 95 % level; the bootstrap resamples sources.
 
-    Accuracies are over the videos that were scored. The bounds are over all videos that were listed: what top-1 would
-    be if the model were wrong, or right, on every video that failed. confusion: (K, K), rows are labels. sources: the
-    number of recordings that the scored videos were cut from.
+    Accuracies are over the videos that were scored. `top1_bounds` are over all videos that were listed: what top-1
+    would be if the model were wrong, or right, on every video that failed. confusion: (K, K), rows are labels, columns
+    answers. sources: the number of recordings that the scored videos were cut from.
     """
 
     top1: float
@@ -68,7 +68,7 @@ class Metrics:
     sources: int
 
     def figures(self) -> dict[str, Any]:
-        """The accuracies under the keys that they have in every result file."""
+        """The accuracies as plain JSON, under the keys that they have in every result file."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -81,16 +81,17 @@ class Metrics:
 
 
 def video_probabilities(scores: Scores, average: str = "prob") -> NDArray[np.float64]:
-    """(scored videos, K) class probabilities of each video, its views averaged as in `average_views`."""
+    """(scored videos, K) class probabilities of each scored video, its views averaged by `average_views`."""
     logits = scores.logits[scores.scored]
-    # In chunks: a float64 copy of all views of a large test would not fit in memory.
+    # In chunks, because a float64 copy of all views of a large test would not fit in memory.
     chunks = [logits[first : first + _CHUNK_VIDEOS] for first in range(0, len(logits), _CHUNK_VIDEOS)]
     parts = [average_views(chunk.astype(np.float64), average) for chunk in chunks]
+    # The empty array in front gives the shape (0, K) if no video was scored; concatenating nothing would raise.
     return np.concatenate([np.empty((0, logits.shape[2])), *parts])
 
 
 def average_views(logits: NDArray[np.float64], average: str) -> NDArray[np.float64]:
-    """(N, V, K) logits -> (N, K) probabilities: "prob" is the mean of softmax, "logit" the softmax of the mean.
+    """(N, V, K) logits -> (N, K) probabilities: "prob" takes the mean of the softmax, "logit" the softmax of the mean.
 
     Raises ValueError for any other `average`.
     """
@@ -104,18 +105,19 @@ def average_views(logits: NDArray[np.float64], average: str) -> NDArray[np.float
 def ranking(probabilities: NDArray[np.float64], top: int) -> NDArray[np.int64]:
     """(N, min(top, K)) class indices, most probable first.
 
-    Ties go to the lower index, so that every figure of a report counts the same class as the answer.
+    Ties go to the lower index, so that every figure of a report takes the same class for the answer.
     """
+    # A stable sort keeps tied classes in the order of their indices.
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
 
 
 def metrics_of_scores(scores: Scores, probabilities: NDArray[np.float64], *, seed: int) -> Metrics:
-    """All metrics of a test. probabilities: (scored videos, K) of `video_probabilities`; `seed` is the bootstrap's.
+    """All metrics of a test. probabilities: (scored videos, K) from `video_probabilities`. seed: of the bootstrap.
 
     Raises UserError if no video was scored.
     """
-    # Videos that failed in preparation have no row in the scores, but they were listed: without them the bounds would
-    # flatter the model.
+    # Videos that failed in preparation have no row in the scores, but they count as listed: without them the bounds
+    # would be too narrow.
     listed, labels = len(scores.paths) + scores.metadata.get("lost_in_preparation", 0), scores.labels[scores.scored]
     if labels.size == 0:
         first = f"; the first: {scores.paths[0]}: {scores.reasons[0]}" if scores.paths else ""
@@ -131,7 +133,7 @@ def metrics_of_scores(scores: Scores, probabilities: NDArray[np.float64], *, see
 
 
 def sources_of_scored(scores: Scores) -> NDArray[np.int64]:
-    """(scored videos,) number of the source of each; each is its own source if the scores do not record origins."""
+    """(scored videos,) the number of each video's source; each is its own source if the scores record no origins."""
     origins = scores.metadata.get("origins") or [""] * len(scores.paths)
     return number_sources([origin for origin, scored in zip(origins, scores.scored, strict=True) if scored])
 
@@ -145,17 +147,18 @@ def metrics_of_ranking(
     seed: int,
     sources: NDArray[np.int64] | None = None,
 ) -> Metrics:
-    """All metrics from labels and answers of N >= 1 videos.
+    """All metrics from the labels and answers of N >= 1 videos.
 
-    labels: (N,). ranked: (N, up to 5) class indices, most probable first, -1 for no answer. listed: how many videos
-    should have been scored, N of which were. sources: (N,) number of the source of each; by default each is its own.
+    labels: (N,). ranked: (N, up to 5) class indices, most probable first, -1 for no answer. names: of the K classes.
+    listed: how many videos should have been scored, of which N were. sources: (N,) the number of each video's source;
+    by default each is its own.
     """
     sources = np.arange(labels.size) if sources is None else sources
     answers, in_top5 = ranked[:, 0], (ranked == labels[:, None]).any(axis=1)
     right = answers == labels
     confusion = confusion_matrix(labels, answers, labels=np.arange(len(names)))
     per_class = _per_class(labels, answers, names, sources)
-    # One set of resamples for all three accuracies: top-1, top-5, mean class accuracy.
+    # The bootstrap draws one set of resamples for all three accuracies: top-1, top-5, mean class accuracy.
     accuracies = stack_statistics(
         mean_statistic(np.stack([right, in_top5], axis=1).astype(np.float64)), class_mean_statistic(labels, right)
     )
@@ -183,10 +186,11 @@ def metrics_of_ranking(
 def _per_class(
     labels: NDArray[np.int64], answers: NDArray[np.int64], names: tuple[str, ...], sources: NDArray[np.int64]
 ) -> tuple[ClassAccuracy, ...]:
+    """The accuracy, also called recall, in each of the K classes."""
     classes = np.arange(len(names))
     recall = recall_score(labels, answers, labels=classes, average=None, zero_division=0.0)
     counts = np.bincount(labels, minlength=classes.size)
-    # Distinct (label, source) pairs, counted by label: (K,) how many sources each class has.
+    # (2, N) -> (2, distinct pairs of label and source); counted by label: (K,) how many sources each class has.
     pairs = np.unique(np.stack([labels, sources]), axis=1)
     n_sources = np.bincount(pairs[0], minlength=classes.size)
     return tuple(

@@ -1,4 +1,7 @@
-"""The most confident mistakes of a model, and film strips of the frames it saw. K classes, V views."""
+"""The most confident mistakes of a model, and film strips of the frames that it saw.
+
+Letters: K classes, V views, T frames, H W pixels.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from video_swinv2.report.metrics import ranking
 from video_swinv2.report.scores import Scores, read_arrays
 
 MAX_MISTAKES = 12
-STRIP_FRAMES = 8
+STRIP_FRAMES = 8  # of a film strip, at most
 STRIP_COLUMNS = 4
-JPEG_QUALITY = 80
+JPEG_QUALITY = 80  # of 100
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One of the most probable classes of a video; `right` if it is the label."""
+    """One of the most probable classes of a video, and whether it is the label."""
 
     name: str
     probability: float
@@ -37,8 +40,8 @@ class Guess:
 class Mistake:
     """A video that was answered wrongly.
 
-    position: its row in the scores. guesses: its five most probable classes, followed by the label if it is not among
-    them. view: the view with the highest probability of the wrong answer. start: the first frame of that view.
+    position: its row in the scores. guesses: its five most probable classes, and the label after them if it is not one
+    of them. view: the view that gives the wrong answer the highest probability. start: the first frame of that view.
     """
 
     position: int
@@ -56,17 +59,21 @@ def surest_mistakes(
     scores: Scores, probabilities: NDArray[np.float64], max_mistakes: int = MAX_MISTAKES
 ) -> tuple[Mistake, ...]:
     """The wrong answers with the highest probability, most confident first. probabilities: (scored videos, K)."""
+    # positions[row] is the row in the scores of a row of `probabilities`, which has scored videos only.
     positions = np.flatnonzero(scores.scored)
     answers = probabilities.argmax(axis=1)
     labels = scores.labels[positions]
     wrong = np.flatnonzero(answers != labels)
+    # Stable: of equally confident mistakes, the one earlier in the list comes first.
     order = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")][:max_mistakes]
     return tuple(_mistake(scores, int(positions[row]), int(answers[row]), probabilities[row]) for row in order)
 
 
 def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[np.float64]) -> Mistake:
+    """The mistake at row `position` of the scores. probabilities: (K,) of that video."""
     label = int(scores.labels[position])
     best = ranking(probabilities[None], 5)[0].tolist()
+    # (V, K) -> (V,) probability of the answer in each view.
     view = int(softmax(scores.logits[position].astype(np.float64), axis=-1)[:, answer].argmax())
     return Mistake(
         position=position,
@@ -85,7 +92,7 @@ def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[
 
 
 def read_strips(path: Path) -> dict[int, str]:
-    """Film strips as data URIs, by row in the scores; empty if there is no such file."""
+    """The film strips in strips.npz as data URIs, by row in the scores; empty if there is no such file."""
     if not path.is_file():
         return {}
     arrays = read_arrays(path, "run the test again")
@@ -99,6 +106,7 @@ def film_strip(view: Tensor) -> bytes:
     """uint8 (3, T, H, W) or (3, H, W) -> a JPEG of STRIP_FRAMES evenly spaced frames in rows of STRIP_COLUMNS."""
     clip = view.unsqueeze(1) if view.ndim == 3 else view  # a still image is a clip of one frame
     frames = clip.shape[1]
+    # (3, T, H, W) -> at most STRIP_FRAMES times (3, H, W), the first and the last frame included.
     chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
     picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)  # (3, height, width)
     jpeg = io.BytesIO()

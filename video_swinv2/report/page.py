@@ -1,4 +1,4 @@
-"""The report of one test, from the scores in its folder: report.html, report.md and results.json."""
+"""The report of one test, made from the scores in its folder: report.html, report.md and results.json."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from video_swinv2.report.training_run import (
     read_training_run,
 )
 
-MAX_CLASSES_SHOWN_AT_ONCE = 30
+MAX_CLASSES_SHOWN_AT_ONCE = 30  # with more classes, only the WORST_CLASSES are shown without a click
 WORST_CLASSES = 20
-MAX_FAILURES = 500
+MAX_FAILURES = 500  # on the page; results.json lists all
 
 
 def write_report(out_dir: Path | str, run_folder: Path | None = None) -> dict[str, Any]:
     """Write report.html, report.md and results.json from scores.npz and, if present, strips.npz in `out_dir`.
 
-    Neither the videos nor the model are needed. The page shows the training run in `run_folder` or, by default, in the
-    model's folder if there is one. Returns the content of results.json. Raises UserError if the scores are missing or
-    damaged or a file cannot be written, UsageError if `run_folder` holds no run.
+    Needs neither the videos nor the model. The page shows the training run in `run_folder`, by default the one in the
+    folder of the model file, if there is one. Returns the content of results.json. Raises UserError if the scores are
+    missing or damaged or if a file cannot be written, and UsageError if `run_folder` holds no training run.
     """
     out = Path(out_dir)
     analysis = analyse(load_scores(out / "scores.npz"))
     model_folder = folder_of_model(analysis.scores.metadata)
+    # A folder that the user named must hold a run; one that was only guessed need not.
     run = read_training_run(run_folder) if run_folder else find_training_run(model_folder)
     result: dict[str, Any] = as_json_data(results(analysis, run))
     values = page_values(analysis, run, read_strips(out / "strips.npz"))
@@ -54,18 +55,22 @@ def write_report(out_dir: Path | str, run_folder: Path | None = None) -> dict[st
 
 
 def as_json_data(result: dict[str, Any]) -> Any:
-    """The result as it is read back from its JSON file: tuples become lists."""
+    """The result as it would be read back from a JSON file: tuples become lists."""
     return json.loads(json.dumps(result))
 
 
 def write_content(path: Path, content: str | bytes) -> None:
-    """Write text or bytes atomically; bytes of file names that are not UTF-8 become `?`. Raises UserError."""
+    """Write text or bytes atomically. Raises UserError."""
+    # Python holds bytes of file names that are not UTF-8 as lone surrogates, which cannot be encoded: they become `?`.
     with atomic_write(path) as partial:
         partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
 def results(analysis: Analysis, run: TrainingRun | None) -> dict[str, Any]:
-    """The content of results.json: the figures, as fractions in 0..1, and the record of the test."""
+    """The content of results.json: the figures, as fractions in 0..1, and the record of the test.
+
+    Origins are left out: they are one name per video and stay in scores.npz.
+    """
     metrics, (average, top1, interval) = analysis.metrics, analysis.other_average
     return {
         **metrics.figures(),
@@ -85,7 +90,7 @@ def results(analysis: Analysis, run: TrainingRun | None) -> dict[str, Any]:
 
 
 def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, str]) -> dict[str, object]:
-    """The values of report.html.j2. strips: row in the scores -> data URI of the frames that the model saw."""
+    """The values of report.html.j2. strips: row in the scores -> data URI of the film strip."""
     scores, metrics, record = analysis.scores, analysis.metrics, analysis.scores.metadata
     shown, rest = split_classes(metrics.per_class)
     failed = failures(scores)
@@ -96,6 +101,7 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, s
         "unit": unit,
         "basis": f"{metrics.scored} {unit} · {record['protocol']} · data {record['data_fingerprint'][:12]}",
         "record_lines": list(flatten({key: value for key, value in record.items() if key != "origins"})),
+        # One of 5000 videos is 0.02 points: with fewer, a second decimal of an accuracy says little.
         "digits": 1 if metrics.scored < 5000 else 2,
         "n_classes": len(scores.classes),
         "classes_shown": shown,
@@ -111,6 +117,7 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, s
         "hint": analysis.hint,
         "mistakes": analysis.mistakes,
         "strips": strips,
+        # Videos lost in preparation count as failed but have no row in the scores, and so no reason.
         "lost": metrics.failed - len(failed),
         "failures": failed[:MAX_FAILURES],
         "failures_left": max(0, len(failed) - MAX_FAILURES),
@@ -129,17 +136,18 @@ def failures(scores: Scores) -> list[tuple[str, str]]:
 
 
 def split_classes(rows: tuple[ClassAccuracy, ...]) -> tuple[list[ClassAccuracy], list[ClassAccuracy]]:
-    """(classes shown at once, classes behind a click), worst first and those without videos last.
+    """(classes shown at once, classes behind a click), worst first, classes without videos last.
 
-    A list of up to MAX_CLASSES_SHOWN_AT_ONCE is shown whole.
+    Up to MAX_CLASSES_SHOWN_AT_ONCE classes are all shown at once.
     """
+    # `None` accuracies sort last by the first key; of equally bad classes, those with more videos come first.
     ordered = sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy or 0.0, -row.n))
     cut = len(ordered) if len(ordered) <= MAX_CLASSES_SHOWN_AT_ONCE else WORST_CLASSES
     return ordered[:cut], ordered[cut:]
 
 
 def video_counts(analysis: Analysis) -> list[tuple[str, str]]:
-    """(what, how many): where every listed video went, and how the scored ones are spread over the classes."""
+    """(what, how many): what happened to the listed videos, and how the scored ones are spread over the classes."""
     metrics, record = analysis.metrics, analysis.scores.metadata
     unread = len(failures(analysis.scores))
     counts = np.array([row.n for row in metrics.per_class if row.n])
@@ -156,8 +164,9 @@ def video_counts(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> list[tuple[str, str]]:
-    """(what, how much): time and devices of a test of n videos and of its training run, as far as recorded."""
+    """(what, how much): time and devices of a test of n videos and of its training run, as far as they are recorded."""
     rows = []
+    # `seconds` may be missing or, for a tiny test, rounded to 0.
     if record.get("seconds"):
         rows.append(
             ("test", f"{record['seconds']:.6g} s, {n / record['seconds']:.3g} {record.get('unit', 'videos')}/s")
@@ -179,21 +188,26 @@ def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> lis
 
 
 def views_plot(points: tuple[ViewPoint, ...]) -> Plot | None:
-    """Top-1 by the number of clips, with a line for each number of crops; by crops if there is only one clip."""
+    """Top-1 by the number of clips, with a line for each number of crops; by crops if there is only one clip.
+
+    None if the test has a single view.
+    """
     x_label = "crops per video" if points[-1].clips == 1 else "clips per video"
-    # Overlapping bands are unreadable: only the first line keeps its band. The table lists every interval.
+    # Overlapping bands are unreadable, so only the first line, with the most crops, keeps its band. The table beside
+    # the plot lists every interval.
     first, *fewer = views_series_by_crops(points)
     series = [first, *(replace(one, low=None, high=None) for one in fewer)]
     return plot("top-1 by number of views", series, x_label=x_label, percent=True, mark_every_count=True)
 
 
 def views_series(name: str, points: tuple[ViewPoint, ...]) -> Series:
-    """Top-1 by the number of clips with every crop, or by crops if there is one clip; without intervals."""
+    """Top-1 by the number of clips with all crops, or by the number of crops if there is one clip; no intervals."""
     return replace(views_series_by_crops(points)[0], name=name, low=None, high=None)
 
 
 def views_series_by_crops(points: tuple[ViewPoint, ...]) -> list[Series]:
-    """A line over clips for each number of crops, the most crops first; one line over crops if there is one clip."""
+    """Lines of top-1: by clips, one for each number of crops, most crops first; if there is one clip, one by crops."""
+    # points[-1] has all clips and all crops.
     table = _rows_by_crops(points)
     if points[-1].clips == 1:
         return [_points("top-1", [row[0] for row in table], "crops")]
@@ -201,7 +215,7 @@ def views_series_by_crops(points: tuple[ViewPoint, ...]) -> list[Series]:
 
 
 def training_plots(run: TrainingRun) -> list[Plot]:
-    """The curves of the training run, those that were logged."""
+    """The curves of the training run; metrics that were not logged are left out."""
     metrics = {
         "Loss": ("train/loss", "val/loss"),
         "Validation accuracy": ("val/top1", "val/top5"),
@@ -217,20 +231,23 @@ def training_plots(run: TrainingRun) -> list[Plot]:
 
 
 def _points(name: str, row: list[ViewPoint], count: str) -> Series:
+    """A line through the points of `row`, with x their field `count`: "clips" or "crops"."""
     x, top1 = ([float(getattr(point, key)) for point in row] for key in (count, "top1"))
     low, high = zip(*(point.interval for point in row), strict=True)
     return Series(name, np.array(x), np.array(top1), np.array(low), np.array(high), dots=True)
 
 
 def _rows_by_crops(points: tuple[ViewPoint, ...]) -> list[list[ViewPoint]]:
-    """A row for each number of crops, by number of clips."""
+    """The points as a table: a row for each number of crops, ascending, and in it a point for each number of clips."""
     return [[point for point in points if point.crops == crops] for crops in sorted({point.crops for point in points})]
 
 
 def _reliability_frame() -> Plot:
+    """The axes of the calibration diagram, 0 to 100 %; the template draws the bins into it."""
     axis = tick_marks(0, 100, " %")
     return Plot("accuracy by confidence", "confidence (probability of the answer)", "accuracy", axis, axis)
 
 
 def _training_fingerprint(run: TrainingRun | None) -> Any:
+    """The fingerprint of the data that the model was trained on; None if it is not recorded."""
     return run.record.get("data", {}).get("data_fingerprint") if run else None

@@ -1,4 +1,10 @@
-"""The scores of one test, for every video and view, and their file scores.npz (plain arrays, never pickle)."""
+"""The scores of one test, the logits of every view of every video, and their file scores.npz.
+
+The file holds plain arrays and no pickled objects, so that reading one from an unknown source runs no code. A report is
+computed from it alone, except for film strips and the training run.
+
+Letters: N videos, V views, K classes.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +21,22 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write
 
-OK = "ok"
+OK = "ok"  # the values of the array `status`
 FAILED = "failed"
-VIEW_FIELDS = ("start", "top", "left", "height", "width")
-NO_VIEW = -1
+VIEW_FIELDS = ("start", "top", "left", "height", "width")  # the columns of the array `views`
+NO_VIEW = -1  # in every column of `views` for a video that failed
 _ARRAYS = ("paths", "labels", "logits", "views", "status", "reasons", "classes", "metadata")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The logits of a model for each view of each listed video. N videos, V views, K classes.
+    """The logits of a model for each of V views of each of N listed videos.
 
     paths: N names as listed. labels: (N,) int64, indices into classes. logits: (N, V, K) float16, NaN for a failed
-    video. views: (N, V, 5) int32, columns as in VIEW_FIELDS: the start in frames, the crop box in pixels of the resized
-    frame; NO_VIEW for a failed video. reasons: N texts, why a video failed, empty for a scored one. metadata: plain
-    JSON that records what was tested and how. Its `origins`, if present, names the recording that each video was cut
-    from, '' if unknown.
+    video. views: (N, V, 5) int32, columns as in VIEW_FIELDS: the start in frames and the crop's box in pixels of the
+    resized frame; NO_VIEW for a failed video. reasons: N texts that say why a video failed, empty for a scored one.
+    classes: K names. metadata: plain JSON that records what was tested and how; its `origins`, if present, are the
+    names of the recordings that the videos were cut from, '' if unknown.
     """
 
     paths: tuple[str, ...]
@@ -43,12 +49,15 @@ class Scores:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """(N,) whether each video was read and scored."""
+        """(N,) bool, whether each video was read and scored."""
         return np.array([not reason for reason in self.reasons], dtype=bool)
 
 
 def check_scores(scores: Scores, source: str) -> None:
-    """Raise UserError, naming `source` and the fault, unless every scored video has finite logits for each view."""
+    """Raise UserError, naming `source` and the fault, unless the arrays fit together and no score is missing.
+
+    That is: every scored video has finite logits and a place for each view, and every failed one has neither.
+    """
     fault = _fault(scores)
     if fault:
         raise UserError(f"{source}: {fault}; run the test again")
@@ -56,6 +65,8 @@ def check_scores(scores: Scores, source: str) -> None:
 
 def save_scores(scores: Scores, path: Path) -> None:
     """Check the scores and write them to an .npz file atomically. Raises UserError."""
+    # np.str_ makes fixed-width text arrays, which need no pickling, even of an empty list, which would be float64
+    # otherwise.
     check_scores(scores, str(path))
     arrays = {
         "paths": np.array(scores.paths, dtype=np.str_),
@@ -71,7 +82,7 @@ def save_scores(scores: Scores, path: Path) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read and check a score file; raises UserError if it is missing, not a score file, or incomplete."""
+    """Read and check a score file. Raises UserError if it is missing, is not a score file, or is incomplete."""
     arrays = read_arrays(path, "run `video-swinv2 test` first")
     missing = [name for name in _ARRAYS if name not in arrays]
     if missing:
@@ -89,6 +100,7 @@ def load_scores(path: Path) -> Scores:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: not a score file ({error}); run the test again") from error
     check_scores(scores, str(path))
+    # `status` repeats what `reasons` imply, so a contradiction means that the file was changed or damaged.
     if arrays["status"].tolist() != np.where(scores.scored, OK, FAILED).tolist():
         raise UserError(f"{path}: status and reasons contradict each other; run the test again")
     return scores
@@ -97,7 +109,7 @@ def load_scores(path: Path) -> Scores:
 def reorder_classes(scores: Scores, classes: tuple[str, ...], source: str) -> Scores:
     """The same scores with logits and labels in the order of `classes`, matched by name.
 
-    Raises UserError, naming `source` and a class, if the two lists do not hold the same classes.
+    Raises UserError, naming `source` and a class, if the two lists are not the same classes.
     """
     if scores.classes == classes:
         return scores
@@ -125,9 +137,10 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def read_arrays(path: Path, fix: str) -> dict[str, NDArray[Any]]:
-    """All arrays of an .npz file; raises UserError, ending in `fix`, if it is missing or damaged."""
+    """All arrays of an .npz file. Raises UserError, whose message ends in `fix`, if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            # np.load returns the array itself for an .npy file.
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(f"{path}: not an .npz file; {fix}")
             return {name: archive[name] for name in archive.files}
@@ -138,9 +151,10 @@ def read_arrays(path: Path, fix: str) -> dict[str, NDArray[Any]]:
 
 
 def _fault(scores: Scores) -> str | None:
-    """The first fault of the scores in words, or None."""
+    """The first fault of the scores in words, or None. Later checks rely on the shapes that earlier ones confirmed."""
     n, n_classes = len(scores.paths), len(scores.classes)
-    # logits.shape[::2] of (N, V, K) is (N, K): the number of views is whatever the logits have.
+    # shape[::2] of (N, V, K) is (N, K). The number of views is whatever the logits have, and `views` must agree with
+    # it.
     if scores.logits.ndim != 3 or scores.logits.dtype != np.float16 or scores.logits.shape[::2] != (n, n_classes):
         return f"logits are {scores.logits.shape} {scores.logits.dtype}, not ({n}, views, {n_classes}) float16"
     n_views = scores.logits.shape[1]
@@ -157,14 +171,18 @@ def _fault(scores: Scores) -> str | None:
 
 
 def _row_fault(scores: Scores) -> str | None:
-    """A scored video needs finite logits and a recorded place for each view; a failed one may have neither."""
+    """The first row that is not complete, in words, or None.
+
+    A scored video needs finite logits and a recorded place for each view. A failed one must have neither.
+    """
     scored = scores.scored
     finite = np.isfinite(scores.logits)
     placed: NDArray[np.bool_] = np.all(scores.views != NO_VIEW, axis=2)
+    # `present` is (N, V): whether a view has all K logits, or all five numbers of its place.
     for name, present in (("finite logits", np.all(finite, axis=2)), ("recorded place", placed)):
         lacking = scored & ~present.all(axis=1)
         if lacking.any():
-            row = int(lacking.argmax())
+            row = int(lacking.argmax())  # argmax of a bool array is the index of the first True
             return f"{scores.paths[row]} has no {name} for view {int((~present[row]).argmax())}"
     surplus = ~scored & (finite.any(axis=(1, 2)) | placed.any(axis=1))
     if surplus.any():

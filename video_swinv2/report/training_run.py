@@ -19,7 +19,7 @@ MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixe
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run folder: `record` is its run.json, `lines` are those of metrics.jsonl."""
+    """A run folder: `record` is the content of its run.json, `lines` are the lines of its metrics.jsonl."""
 
     folder: Path
     record: dict[str, Any]
@@ -30,7 +30,10 @@ class TrainingRun:
 
         Long curves are thinned to MAX_CURVE_POINTS points, each the mean of neighbouring steps and of their values.
         """
+        # Metrics are logged at different steps: a line has only those of its step. A value that is not finite, such as
+        # a diverged loss, cannot be drawn.
         logged = [(line["step"], line[key]) for line in self.lines if _is_finite_number(line.get(key))]
+        # (P, 2), step and value; reshape makes it (0, 2) if nothing was logged, so that the columns exist.
         table = np.array(logged, dtype=np.float64).reshape(-1, 2)
         parts = np.array_split(table, min(len(table), MAX_CURVE_POINTS)) if len(table) else []
         means = np.array([part.mean(axis=0) for part in parts]).reshape(-1, 2)
@@ -38,7 +41,7 @@ class TrainingRun:
 
 
 def find_training_run(folder: Path) -> TrainingRun | None:
-    """The training run in `folder`, or None if there is none that can be read."""
+    """The training run in `folder`, or None if there is none or it cannot be read."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -48,7 +51,7 @@ def find_training_run(folder: Path) -> TrainingRun | None:
 
 
 def read_training_run(folder: Path) -> TrainingRun:
-    """The training run in a folder that the user named; raises UsageError if there is none."""
+    """The training run in a folder that the user named. Raises UsageError if there is none that can be read."""
     run = find_training_run(folder)
     if run is None:
         raise UsageError(f"{folder}: not a training run: no readable run.json and metrics.jsonl; name its run folder")
@@ -56,12 +59,12 @@ def read_training_run(folder: Path) -> TrainingRun:
 
 
 def folder_of_model(record: Mapping[str, Any]) -> Path:
-    """The folder of the model that a test's record names: its run folder, unless the model file was moved."""
+    """The folder of the model file in a test's record: the run folder it was trained in, unless the file was moved."""
     return Path(str(record.get("model", {}).get("path", ""))).parent
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as text) of nested JSON data, in its order."""
+    """Yield (dotted key, value as text) for nested JSON data, in its order: {"a": {"b": 1}} gives ("a.b", "1")."""
     for key, value in record.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -70,7 +73,8 @@ def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _metric_lines(texts: list[str]) -> Iterator[dict[str, Any]]:
-    """The parsed lines of metrics.jsonl; the last one may be half written if the run still writes or was killed."""
+    """Yield the parsed lines of metrics.jsonl that belong to a step."""
+    # The last line is incomplete if the run is writing it right now or was killed while it did. It is skipped.
     for text in texts:
         try:
             line = json.loads(text)
@@ -81,4 +85,5 @@ def _metric_lines(texts: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _is_finite_number(value: object) -> bool:
+    """Whether a JSON value is a finite number. True and False are not numbers here, although bool is a kind of int."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
