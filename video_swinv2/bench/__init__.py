@@ -1,1 +1,1 @@
-"""How fast is it here, beside its peers? One benchmark per file, all measured the same way."""
+"""Benchmarks of models, training, loading and testing against other implementations; one file each."""

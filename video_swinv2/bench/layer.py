@@ -1,4 +1,7 @@
-"""Speed and memory of one attention layer under each attention backend, forward and backward."""
+"""Benchmark of one attention layer: time and peak memory of each attention backend, forward and backward.
+
+Letters: B batch, W windows, N tokens in a window, C channels.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,19 @@ from video_swinv2.bench.peers import FRAMES, variant_of
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.windows import PerAxis, window_layout, window_partition
 
-LAYER_CASES = ((224, (8, 7, 7)), (256, (8, 16, 16)), (384, (8, 24, 24)))  # pixels and window
-HEAD_CHANNELS = 32
+# Pixels and window (T, H, W) in tokens: from 392 to 4608 tokens in a window.
+LAYER_CASES = ((224, (8, 7, 7)), (256, (8, 16, 16)), (384, (8, 24, 24)))
+HEAD_CHANNELS = 32  # in every released SwinV2
 
 
 def bench_layer(
     name: str, *, rounds: int, threads: int, device: str, cases: Sequence[tuple[int, PerAxis]] = LAYER_CASES
 ) -> list[dict[str, Any]]:
-    """Every backend in a shifted attention layer of model `name`'s first stage, on clips of 16 frames.
+    """Measure every backend in a shifted attention layer, as in the first stage of the model `name`.
 
-    Each row has `seconds` and `peak_bytes`, or `not_run` with the reason. Each case runs in a process of its own.
+    The input is one clip of 16 frames. Returns one row for each case of window, backend and pass, with the median
+    `seconds` and the `peak_bytes`, or with `not_run` and the reason. Each case runs in a fresh process, so that its
+    memory peak is its own.
     """
     heads = variant_of(name).num_heads[0]
     rows = []
@@ -37,17 +43,18 @@ def bench_layer(
 
 
 def _measure_layer(case: dict[str, Any], heads: int, rounds: int, threads: int, device_name: str) -> dict[str, Any]:
-    """Runs in its own process: the figures of one case, or `not_run`."""
+    """The figures of one case, or `not_run`. Called in a fresh process."""
     device = torch.device(device_name)
     torch.set_num_threads(threads)
-    side = case["pixels"] // 4  # tokens: patches are 2 x 4 x 4
+    # The grid in tokens: patches are 2 x 4 x 4. True shifts the windows, so that the attention mask is measured too.
+    side = case["pixels"] // 4
     plan = window_layout((FRAMES // 2, side, side), case["window"], True, device)
     backend: Backend = case["backend"]
     if backend == "flex" and device.type != "cuda":
         return {"not_run": "compiled on CUDA only"}
     channels = HEAD_CHANNELS * heads
     module = WindowAttention(channels, heads, 3, backend).to(device).train(case["gradients"])
-    # (1, T, H, W, C) -> (windows, N, C)
+    # (1, T, H, W, C) -> (1, W, N, C)
     x = window_partition(torch.randn(1, *plan.padded, channels, device=device), plan.window)
     x.requires_grad_(case["gradients"])
 
@@ -55,11 +62,12 @@ def _measure_layer(case: dict[str, Any], heads: int, rounds: int, threads: int, 
         with torch.set_grad_enabled(case["gradients"]):
             out = module(x, plan, plan.window)
             if case["gradients"]:
+                # Any scalar made from the output can stand for a loss.
                 out.square().mean().backward()
 
     try:
-        peak = peak_bytes_of(run, device)  # also warms up
-    except RuntimeError as error:  # PyTorch raises it for lack of memory, on CPUs and on GPUs
+        peak = peak_bytes_of(run, device)  # also the warm-up of the timing below
+    except RuntimeError as error:  # PyTorch raises it when memory runs out, on CPUs and on GPUs
         return {"not_run": f"not enough memory ({str(error).splitlines()[0][-80:]})"}
     clock = clock_for(device)
     seconds = [elapsed(run, clock) for _ in range(rounds)]

@@ -1,7 +1,10 @@
-"""Clips per second of the loader for several numbers of workers, beside a plain DataLoader, and where the time goes.
+"""Benchmark of the training loader: clips per second for several numbers of workers, against a plain DataLoader.
 
-The plain loader is what a first script does: a Dataset that opens the video for each clip, decodes it from the start,
-and returns normalised floats. Both get the same videos, crops and flips.
+The plain loader does what a first script would do: its Dataset opens the video for each clip, decodes it from the start
+and returns normalised floats. Both loaders read the same videos, with random crops and flips. A second measurement
+shows how the time of one clip divides into opening, decoding and augmenting.
+
+Letters: T frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -36,15 +39,16 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
 
-GENERATED_VIDEOS = 16  # copies of one generated clip, so that files are opened as in a real run
-TIMED_CLIPS = 8  # clips whose reading is timed step by step
+GENERATED_VIDEOS = 16  # copies of one generated clip, so that different files are opened, as in a real run
+TIMED_CLIPS = 8  # how many clips are timed step by step
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is read: `clips` clips of `frames` frames, `stride` apart, cropped to `pixels` x `pixels`.
+    """What is read: `clips` clips of `frames` frames, which are `stride` frames apart and cropped to `pixels` squared.
 
-    Frames are first resized to `short_side` pixels, or not at all if it is None. `batch` is in clips.
+    Before cropping, the short side of the frames is resized to `short_side` pixels, unless it is None. `batch` is the
+    number of clips in a batch.
     """
 
     frames: int
@@ -56,7 +60,7 @@ class Reading:
 
 
 class PlainClips(Dataset[Tensor]):
-    """The plain Dataset: opens a video for each clip; items are (3, T, H, W) float, normalised."""
+    """The plain Dataset: opens the video for each clip. Items are normalised floats, (3, T, H, W)."""
 
     def __init__(self, entries: Sequence[Entry], reading: Reading) -> None:
         self.entries, self.reading = entries, reading
@@ -68,14 +72,14 @@ class PlainClips(Dataset[Tensor]):
         return self.reading.clips
 
     def __getitem__(self, index: int) -> Tensor:
-        """A random clip of video `index`."""
+        """A random clip of the video with this index, counted round and round through the list."""
         reading = self.reading
         with av.open(str(self.entries[index % len(self.entries)].path)) as container:
             stream = container.streams.video[0]
             with seeded(0, index):
                 wanted = random_clip(stream.frames, reading.frames, reading.stride)
             decoded: dict[int, Tensor] = {}
-            # From the start of the file, without seeking, and every frame up to the last one wanted.
+            # Without seeking: every frame from the start of the file to the last one wanted is decoded.
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
                     decoded[number] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
@@ -84,14 +88,15 @@ class PlainClips(Dataset[Tensor]):
         clip = torch.stack([decoded[number] for number in wanted]).permute(0, 3, 1, 2)  # (T, 3, H, W)
         if reading.short_side is not None:
             clip = v2.functional.resize(clip, [reading.short_side], antialias=True)
+        # (T, 3, H, W) -> (1, 3, T, H, W), as `normalise` takes batches, -> (3, T, H, W)
         return normalise(self.transform(clip).transpose(0, 1)[None], IMAGENET_MEAN, IMAGENET_STD)[0]
 
 
 def bench_loader(data: Path | None, reading: Reading, workers: Sequence[int], *, rounds: int = 3) -> dict[str, Any]:
-    """Clips per second for each number of workers, our loader and the plain one taking turns.
+    """Clips per second of our loader and of the plain one for each number of workers; the two take turns.
 
-    `data` is a prepared data set; None reads copies of a generated clip. The first batch, which starts the workers, is
-    not timed. Raises UsageError for fewer than two batches of clips.
+    data: a prepared data set, or None to read copies of a generated clip. The first batch of each turn is not timed,
+    because the workers start during it. Raises UsageError for fewer than two batches of clips.
     """
     if reading.clips < 2 * reading.batch:
         raise UsageError(f"--clips {reading.clips}: need at least two batches of {reading.batch}")
@@ -107,7 +112,7 @@ def bench_loader(data: Path | None, reading: Reading, workers: Sequence[int], *,
                 "ours": partial(_our_rate, entries, reading, count),
                 "plain": partial(_plain_rate, entries, reading, count),
             }
-            # No warm-up round: each rate already leaves out its first batch.
+            # No warm-up round, because each rate already leaves out its first batch.
             rates = take_turns(loaders, rounds, warm_up_rounds=0)
             rows.append(
                 {"workers": count, **{name: statistics.median(found) for name, found in rates.items()}, "all": rates}
@@ -142,31 +147,38 @@ def _generate_videos(folder: Path) -> list[Entry]:
 
 
 def _our_rate(entries: Sequence[Entry], reading: Reading, workers: int) -> float:
+    """Clips per second of the loader that `train` uses, with its default augmentation."""
     dataset = SampleDataset(entries, _config("", reading, workers), AugmentConfig(), 0, None)
+    # One process, and one micro-batch per step: the entries are read in an endless stream of permutations.
     plan = plan_batch(reading.batch, reading.batch, 1)
     steps = reading.clips // reading.batch
     return _rate(training_loader(dataset, plan, seed=0, rank=0, first=0, last=steps, pin=False), reading.batch)
 
 
 def _plain_rate(entries: Sequence[Entry], reading: Reading, workers: int) -> float:
+    """Clips per second of the plain DataLoader."""
     dataset = PlainClips(entries, reading)
     return _rate(DataLoader(dataset, batch_size=reading.batch, num_workers=workers, drop_last=True), reading.batch)
 
 
 def _rate(loader: Iterable[object], batch: int) -> float:
-    """Clips per second, not counting the first batch."""
+    """Clips per second of a loader with batches of `batch` clips; the first batch is not counted."""
     iterator = iter(loader)
-    next(iterator)  # waits for the workers to start
+    next(iterator)  # takes as long as the workers need to start
     started = time.perf_counter()
     batches = sum(1 for _ in iterator)
     return batches * batch / (time.perf_counter() - started)
 
 
 def _milliseconds_per_step(entries: Sequence[Entry], reading: Reading) -> dict[str, float]:
-    """Median milliseconds per clip on one core: opening and indexing the video, decoding, cropping and flipping."""
+    """Median milliseconds that each step of reading a clip takes in this process.
+
+    `open` opens and indexes the video, `decode` decodes and resizes the frames, `augment` crops and flips them.
+    """
     transform = SampleDataset(entries, _config("", reading, 0), AugmentConfig(), 0, None).transform
     seconds: dict[str, list[float]] = {"open": [], "decode": [], "augment": []}
     for number in range(TIMED_CLIPS):
+        # Four readings of the clock delimit the three steps.
         times = [time.perf_counter()]
         with VideoReader(entries[number % len(entries)].path) as video, seeded(0, number):
             times.append(time.perf_counter())
@@ -180,7 +192,7 @@ def _milliseconds_per_step(entries: Sequence[Entry], reading: Reading) -> dict[s
 
 
 def loader_table(result: dict[str, Any]) -> str:
-    """The result of `bench_loader` for people."""
+    """The result of `bench_loader` as text."""
     reading = result["reading"]
     size = f"{reading['frames']}x{reading['pixels']}x{reading['pixels']}, frame stride {reading['stride']}"
     heading = f"clips of {size}, batches of {reading['batch']}, from {result['data']}; medians of {result['rounds']}"

@@ -1,4 +1,8 @@
-"""What every benchmark measures with: clocks, contenders taking turns, peak memory, the machine's limit, and tables."""
+"""The measuring tools of all benchmarks: clocks, taking turns, peak memory, the speed of matrix products, tables.
+
+Contenders are compared within rounds in which each of them runs once, and medians over the rounds are reported, because
+a machine's speed drifts while a benchmark runs.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,10 @@ T = TypeVar("T")
 
 
 def clock_for(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds: CPU time of this process on a CPU, wall time after the queued work on a GPU.
+    """A clock in seconds for work on `device`: CPU time of this process, or wall time for a GPU.
 
-    CPU time hardly depends on what else the machine does. With a GPU the process mostly waits, so wall time it is.
+    CPU time hardly depends on the other programs of the machine. It says nothing about a GPU, for which the process
+    mostly waits, so there the clock reads wall time once the queued work is done.
     """
     return time.process_time if device.type == "cpu" else lambda: wall_seconds(device)
 
@@ -38,7 +43,7 @@ def wall_seconds(device: torch.device) -> float:
 
 
 def elapsed(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """The seconds by `clock` that `work` takes."""
+    """How many seconds `work` takes, by `clock`."""
     started = clock()
     work()
     return clock() - started
@@ -47,11 +52,11 @@ def elapsed(work: Callable[[], object], clock: Callable[[], float]) -> float:
 def take_turns(
     contenders: Mapping[str, Callable[[], T]], rounds: int, *, warm_up_rounds: int = 1
 ) -> dict[str, list[T]]:
-    """Run the contenders one after the other, `rounds` times over; what each returned, by round.
+    """Run all contenders once in each of `rounds` rounds; returns the results of each contender, in order of rounds.
 
-    A machine slows down and speeds up over minutes (heat, other programs). Taking turns exposes all contenders to the
-    same conditions, so the ratio within a round is fair even where the times themselves drift. The results of the first
-    `warm_up_rounds` are dropped: caches are cold and libraries load then.
+    The speed of a machine changes over minutes (heat, other programs). Within a round all contenders meet the same
+    conditions, so the ratio of their times is fair even while the times themselves drift. Before that come
+    `warm_up_rounds` whose results are dropped, because caches are cold and libraries are loaded then.
     """
     results: dict[str, list[T]] = {name: [] for name in contenders}
     for number in range(warm_up_rounds + rounds):
@@ -63,52 +68,53 @@ def take_turns(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The median over the rounds of one contender's figure divided by another's in the same round."""
+    """Divide the figures of two contenders round by round, and return the median of these ratios."""
     return statistics.median(top / bottom for top, bottom in zip(numerators, denominators, strict=True))
 
 
 def matmul_flops_per_second(
     device: torch.device, clock: Callable[[], float], dtype: torch.dtype = torch.float32
 ) -> float:
-    """The best rate of five large matrix products, in FLOP/s: a limit that no model of matrix products exceeds here.
+    """The best rate of five large matrix products, in FLOP/s: an upper limit for models that consist of such products.
 
-    A model's FLOPs divided by this rate are its *floor*, the least time it can take on this machine.
+    The FLOPs of a model divided by this rate are its *floor*: the shortest time that it can take on this machine.
     """
-    # On a GPU, small products would measure the launch.
+    # On a GPU, small products would measure the time of launching kernels instead.
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     best_seconds = min(elapsed(lambda: a @ b, clock) for _ in range(5))
-    return 2 * side**3 / best_seconds
+    return 2 * side**3 / best_seconds  # side^3 multiply-accumulates, two operations each
 
 
 def peak_bytes_of(work: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that `work` holds at any time, beyond those held before it."""
+    """The peak bytes while `work` runs, beyond those that were held before."""
     before = reset_peak_bytes(device)
     work()
     return peak_bytes(device) - before
 
 
 def reset_peak_bytes(device: torch.device) -> int:
-    """Reset the high-water mark of memory; returns the bytes held now."""
+    """Reset the record of the peak to the present; returns the bytes that are held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Writing 5 resets VmHWM of this process (man 5 proc).
+    # Writing 5 sets VmHWM of this process, its peak resident size, to its current resident size (man 5 proc).
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory_bytes()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes held since `reset_peak_bytes`: allocated on a GPU, resident in this process on a CPU."""
+    """The peak bytes since `reset_peak_bytes`: allocated by tensors on a GPU, resident in this process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
 
 
 def run_in_fresh_process(work: Callable[..., Any], *arguments: object, device: str) -> Any:
-    """The result of `work(*arguments)` in a process of its own, whose memory peak is therefore that of `work` alone.
+    """Call `work(*arguments)` in a fresh process and return its result. Arguments and result are pickled.
 
-    On a CPU the process gets at most 80 % of the memory that is free now, so that a case that needs more raises an
-    error there instead of making the system kill programs.
+    Only in a fresh process is the memory peak that of `work` alone. On a CPU the process may allocate at most 80 % of
+    the memory that is free now. If the work needs more, it gets an error, so that the kernel need not kill programs.
     """
+    # "spawn" and not "fork": a forked process would start with this one's memory, and cannot use CUDA.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_run_limited, work, arguments, device).result()
 
@@ -116,23 +122,24 @@ def run_in_fresh_process(work: Callable[..., Any], *arguments: object, device: s
 def _run_limited(work: Callable[..., Any], arguments: tuple[object, ...], device: str) -> Any:
     free = free_memory_bytes()
     if device == "cpu" and free is not None:
-        # The limit is on address space; the first field of statm is this process's, in pages.
+        # RLIMIT_AS limits the address space, which is larger than the memory in use. So the 80 % are added to its
+        # present size, the first field of statm, in pages.
         used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + int(0.8 * free), resource.RLIM_INFINITY))
     return work(*arguments)
 
 
 def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text, laid out by rich as Markdown, so that it reads well on a terminal and pastes into a page.
+    """A Markdown table, which reads well on a terminal and can be pasted into documentation.
 
-    The first column is left-aligned, the others, which hold figures, right-aligned.
+    The first column is left-aligned. The others hold figures and are right-aligned.
     """
     table = Table(box=box.MARKDOWN)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Rich fits a table to the width of its console; a wide one keeps rows whole, even on a narrow terminal.
+    # Rich fits a table to the width of its console. A wide one keeps each row on one line, even on a narrow terminal.
     text = io.StringIO()
     Console(file=text, width=1000, color_system=None, markup=False).print(table)
     return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip())

@@ -1,7 +1,8 @@
-"""Speed and memory of our model beside a peer's: torchvision's Video Swin on clips, or timm's SwinV2 in SimMIM.
+"""Benchmark of our model against a peer: torchvision's Video Swin on clips, or timm's SwinV2 in SimMIM.
 
-Both models take turns in one process, and the median of the ratios within a round is reported. Time is CPU time of this
-process on a CPU: with one thread it hardly depends on other programs. Memory is measured in a fresh process per model.
+The two models take turns in one process, and the median of the ratios within the rounds is reported. On a CPU the time
+is CPU time of this process, which with one thread hardly depends on other programs. Peak memory is measured in a fresh
+process for each model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from video_swinv2.bench.peers import (
 from video_swinv2.training.flops import count_forward_flops
 
 SIDES: tuple[Side, ...] = ("ours", "peer")
-OPERATOR_KINDS = {  # where time goes, by parts of the names of torch's operators
+# Kinds of work, each with parts of the names of its operators, as torch's profiler reports them. "_Sequential" is the
+# autograd function of our sequential attention.
+OPERATOR_KINDS = {
     "matrix products of linear layers": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "aten::baddbmm", "scaled_dot_product", "softmax", "_Sequential"),
     "GELU": ("aten::gelu",),
@@ -47,7 +50,7 @@ OPERATOR_KINDS = {  # where time goes, by parts of the names of torch's operator
 
 @dataclass(frozen=True)
 class Race:
-    """Seconds of each round for both models, in one pass ("forward" or "training step")."""
+    """The seconds of both models in each round, for one pass: "forward" or "training step"."""
 
     what: str
     ours: list[float]
@@ -55,7 +58,7 @@ class Race:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the peer ours is: the median over the rounds."""
+        """How many times as fast as the peer our model is: the median over the rounds."""
         return median_ratio(self.peer, self.ours)
 
 
@@ -70,10 +73,10 @@ def bench_model(
     frames: int = FRAMES,
     pixels: int | None = None,
 ) -> dict[str, Any]:
-    """Time, peak memory and floor of `name` and of the peer's model of the same size; plain JSON.
+    """Compare the model `name` with the peer's model of the same size: time, peak memory and floor, as plain JSON.
 
-    A training step is the forward and the backward pass; the optimizer would be the same for both. Raises UsageError
-    for a size that the peer does not have.
+    A training step here is the forward and backward pass, without the optimizer, which would be the same for both.
+    Raises UsageError for a size that the peer does not have.
     """
     if against == "torchvision":
         comparison = compare_on_clips(name, batch, frames, pixels)
@@ -87,7 +90,7 @@ def bench_model(
     races = [_race(what, models, x, rounds) for what in comparison.passes]
     flops_per_second = matmul_flops_per_second(where, clock_for(where))
     floors = _floor_seconds(comparison, flops_per_second)
-    # Not measured in this process: its high-water mark would include the other model and the races.
+    # Not in this process, whose peak would include the other model and the races.
     peaks = {
         side: run_in_fresh_process(_training_peak_bytes, comparison, side, device, device=device) for side in SIDES
     }
@@ -110,7 +113,10 @@ def bench_model(
 
 
 def _floor_seconds(comparison: Comparison, flops_per_second: float) -> dict[str, float]:
-    """The least seconds that our model's matrix products take at this rate; backward has twice those of forward."""
+    """The shortest time in seconds that our model's matrix products can take at this rate, for each pass.
+
+    A training step has three times the operations of the forward pass: the backward pass has twice as many.
+    """
     model = build_side(comparison, "ours").to("meta")
     forward = count_forward_flops(model, torch.empty(comparison.shape, device="meta")) / flops_per_second
     return {"forward": forward, "training step": 3 * forward}
@@ -125,22 +131,23 @@ def _race(what: str, models: dict[Side, nn.Module], x: Tensor, rounds: int) -> R
 
 
 def _run(model: nn.Module, x: Tensor, what: str) -> None:
+    """One pass of a model on the input `x`."""
     if what == "forward":
         with torch.inference_mode():
             model.eval()(x)
         return
     model.train().zero_grad()
     out = model(x)
-    (out if out.ndim == 0 else out.square().mean()).backward()  # a scalar is SimMIM's loss already
+    (out if out.ndim == 0 else out.square().mean()).backward()  # SimMIM returns its loss, a scalar
 
 
 def _time_shares(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
-    """Fractions of the device's own time by kind of operator; the rest is elementwise work and overhead."""
+    """How the time of a pass on the device is divided among kinds of operators: shares that add up to 1."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + ([activity.CUDA] if x.is_cuda else [])
     with torch.profiler.profile(activities=activities) as profile:
         _run(model, x, what)
-    # Self time excludes nested operators, so the shares add up to one.
+    # Self time does not include the operators that an operator calls, so nothing is counted twice.
     times = {
         event.key: event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
         for event in profile.key_averages()
@@ -154,7 +161,7 @@ def _time_shares(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
 
 
 def _training_peak_bytes(comparison: Comparison, side: Side, device: str) -> int:
-    """The bytes that one training step needs beyond the model itself; gradients count."""
+    """Peak bytes of one training step, including gradients but not the weights. Called in a fresh process."""
     where = torch.device(device)
     torch.set_num_threads(1)
     model = build_side(comparison, side).to(where)
@@ -163,7 +170,7 @@ def _training_peak_bytes(comparison: Comparison, side: Side, device: str) -> int
 
 
 def model_table(result: dict[str, Any]) -> str:
-    """The result of `bench_model` for people: a table of the races and notes."""
+    """The result of `bench_model` as text: a table of the races, and notes."""
     rows = [
         [
             race["what"],

@@ -1,6 +1,6 @@
-"""The models that ours is compared with: torchvision's Video Swin on clips, timm's SwinV2 as SimMIM's image encoder.
+"""The peers that our model is compared with: torchvision's Video Swin on clips, and timm's SwinV2 as SimMIM's encoder.
 
-B batch, T H W frames and pixels, C channels.
+Letters: B batch, T H W frames and pixels, H' W' grid of tokens, C channels.
 """
 
 from __future__ import annotations
@@ -19,27 +19,33 @@ from video_swinv2.models.variants import Variant, create_model, find_variant
 
 PeerLibrary = Literal["torchvision", "timm"]
 Side = Literal["ours", "peer"]
-FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)  # what torchvision's Video Swin is built for
+# The input and the window (T, H, W) that torchvision's Video Swin is built for.
+FRAMES, PIXELS, WINDOW = 16, 224, (8, 7, 7)
+# The model of torchvision with the same width and depth as ours.
 TORCHVISION_PEERS = {"swinv2_tiny": "swin3d_t", "swinv2_small": "swin3d_s", "swinv2_base": "swin3d_b"}
-# SimMIM's images and masks, and the drop path of its recipe for SwinV2-B (configs/simmim of Microsoft's).
+# Microsoft's recipe for SimMIM with SwinV2-B: side of the image and of a mask cell in pixels, window in tokens, share
+# of hidden cells, drop path.
 SIMMIM_PIXELS, SIMMIM_WINDOW, SIMMIM_UNIT, SIMMIM_RATIO, SIMMIM_DROP_PATH = 192, 12, 32, 0.6, 0.1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on what input. Plain data, so that it can be sent to another process."""
+    """Which models are compared on which input. It is plain data and so can be sent to another process."""
 
     against: PeerLibrary
     name: str
+    """The size, by the name of our model."""
     peer: str
+    """The peer in words."""
     shape: tuple[int, ...]
+    """Of the input: (B, 3, T, H, W) for clips, (B, 3, H, W) for images."""
     window: tuple[int, ...]
     passes: tuple[str, ...]
-    """What is timed: "forward", "training step"."""
+    """What is timed: "forward", "training step" or both."""
 
 
 def compare_on_clips(name: str, batch: int, frames: int, pixels: int | None) -> Comparison:
-    """Classification of clips with window (8, 7, 7), against torchvision's Video Swin of the same size.
+    """Compare the classification of clips with window (8, 7, 7) against torchvision's Video Swin of the same size.
 
     Raises UsageError for a size that torchvision does not have.
     """
@@ -49,9 +55,9 @@ def compare_on_clips(name: str, batch: int, frames: int, pixels: int | None) -> 
 
 
 def compare_on_masked_images(name: str, batch: int, pixels: int | None) -> Comparison:
-    """SimMIM on images with window 12, against timm's SwinV2 as the encoder under the same head, mask and loss.
+    """Compare SimMIM on images with window 12 against timm's SwinV2 with the same decoder, masks and loss.
 
-    Raises UsageError for a size that timm's SwinV2 cannot have.
+    Raises UsageError for a size that timm's SwinV2 does not support.
     """
     if variant_of(name).extra_norm_every:
         raise UsageError(f"--model {name}: timm's SwinV2 has no extra norms; choose a smaller size")
@@ -61,7 +67,7 @@ def compare_on_masked_images(name: str, batch: int, pixels: int | None) -> Compa
 
 
 def torchvision_peer(name: str) -> str:
-    """torchvision's name for its Video Swin of our size `name`. Raises UsageError for a size it does not have."""
+    """torchvision's name of its Video Swin of our size `name`. Raises UsageError for a size that it does not have."""
     if name not in TORCHVISION_PEERS:
         raise UsageError(
             f"--model {name}: torchvision has no model of this size; choose one of {', '.join(TORCHVISION_PEERS)}"
@@ -70,7 +76,7 @@ def torchvision_peer(name: str) -> str:
 
 
 def variant_of(name: str) -> Variant:
-    """The model size called `name`. Raises UsageError for an unknown one."""
+    """The dimensions of the model called `name`. Raises UsageError for an unknown name."""
     try:
         return find_variant(name)
     except ValueError as error:
@@ -89,7 +95,7 @@ def build_side(comparison: Comparison, side: Side) -> nn.Module:
 
 
 def build_torchvision(name: str) -> nn.Module:
-    """torchvision's Video Swin of our size `name`, freshly initialised, with 400 classes."""
+    """torchvision's Video Swin of our size `name`, freshly initialised, with its default of 400 classes."""
     from torchvision.models import video
 
     model: nn.Module = getattr(video, torchvision_peer(name))(weights=None)
@@ -97,9 +103,10 @@ def build_torchvision(name: str) -> nn.Module:
 
 
 def build_image_encoder(side: Side, name: str, pixels: int) -> nn.Module:
-    """The image encoder that SimMIM trains: ours, or timm's of the same size with the same drop path."""
+    """An image encoder for SimMIM: ours, or timm's of the same size with the same drop path."""
     if side == "ours":
         return create_model(name, num_classes=0, image_size=pixels, window=SIMMIM_WINDOW, drop_path=SIMMIM_DROP_PATH)
+    # Imported here, because timm is needed for this comparison only.
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     size = find_variant(name)
@@ -117,7 +124,7 @@ def build_image_encoder(side: Side, name: str, pixels: int) -> nn.Module:
 
 
 class TimmEncoder(nn.Module):
-    """timm's SwinV2 with the few attributes and methods that our SimMIM needs of an encoder."""
+    """Wraps timm's SwinV2 in the attributes and methods that our SimMIM uses of its encoder."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -128,16 +135,16 @@ class TimmEncoder(nn.Module):
         self.num_features = self.model.num_features
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> patch tokens (B, H', W', C)."""
+        """(B, 3, H, W) -> patch tokens (B, H', W', C). timm's Swin models keep channels last, as ours do."""
         return cast(Tensor, self.model.patch_embed(x))
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Patch tokens -> the last stage's tokens, after the final norm."""
+        """Patch tokens (B, H', W', C) -> the tokens of the last stage after the final norm, (B, H'/8, W'/8, 8C)."""
         return cast(Tensor, self.model.norm(self.model.layers(tokens)))
 
 
 class MaskedLoss(nn.Module):
-    """An encoder inside SimMIM with masks drawn once: maps images to their masked L1 loss."""
+    """SimMIM with an encoder and with masks that are drawn once, so that its only input is the images."""
 
     masks: Tensor
 
@@ -150,5 +157,5 @@ class MaskedLoss(nn.Module):
         self.register_buffer("masks", torch.stack(masks))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> scalar."""
+        """Images (B, 3, H, W) -> the masked L1 loss, a scalar. The images also serve as the target."""
         return masked_l1(self.simmim(x, self.masks), x, self.masks, self.simmim.mask_unit)

@@ -1,4 +1,10 @@
-"""Where the time of a test goes: one decode for all views of a video, against two ways with one decode per view."""
+"""Benchmark of a test: decoding a video once for all of its views, against decoding it again for each view.
+
+Three ways to read are compared: `test` itself, which decodes a video once; a seek to the key frame before each view;
+and a full decode of the video for each view. The model sees the same pixels in the same batches each time.
+
+Letters: V views of a video, T frames, H W pixels.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.weights.store import load_model, read_card
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-"""All ways see the same pixels in the same batches, so their logits may differ by rounding only."""
+"""The largest difference of logits that rounding may explain; the model sees the same pixels in the same batches."""
 
 ONE_DECODE, SEEK_PER_VIEW, DECODE_PER_VIEW = "one decode", "seek per view", "full decode per view"
 RIVALS = (SEEK_PER_VIEW, DECODE_PER_VIEW)
@@ -37,10 +43,12 @@ ReadFrames = Callable[[VideoReader, Sequence[int], int], Tensor]
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one way: seconds spent reading and in the model, and the logits."""
+    """The result of one round of one way to read."""
 
     decode: float
+    """Seconds spent on reading: opening, decoding, resizing and cropping."""
     compute: float
+    """Seconds spent in the model."""
     logits: Tensor
 
     @property
@@ -52,10 +60,11 @@ class Round:
 def bench_test(
     model_path: Path, data: Path, *, protocols: str, split: str, videos: int, batch_views: int, rounds: int, device: str
 ) -> dict[str, Any]:
-    """The first `videos` videos of a split scored all three ways, taking turns in one process that also reads.
+    """Score the first `videos` videos of a split in all three ways, which take turns in this process.
 
-    Seconds are CPU time of this process on a CPU, wall time on a GPU. Raises UserError for a video that cannot be read,
-    and if the ways give different scores.
+    There are no worker processes, so that reading and computing can be timed separately. Seconds are CPU time of this
+    process on a CPU and wall time on a GPU. Raises UserError for a video that cannot be read, and if the logits of the
+    three ways differ by more than rounding.
     """
     card, where = read_card(model_path), torch.device(device)
     model = load_model(model_path).to(where)
@@ -77,7 +86,7 @@ def bench_test(
         DECODE_PER_VIEW: partial(_read_view_by_view, groups, _decode_whole_video),
     }
     clock = clock_for(where)
-    # The warm-up round fills the page cache and the model's tables.
+    # The first round, a warm-up, fills the page cache and the tables that the model keeps.
     results = take_turns(
         {name: partial(_run_round, read, groups, model, batch_views, clock) for name, read in readers.items()}, rounds
     )
@@ -101,7 +110,8 @@ def _run_round(
 ) -> Round:
     decode = compute = 0.0
     logits = []
-    # Groups as in a test, so that all ways give the model the same batches; reading and model in turns, not overlapped.
+    # Groups as in a test, so that the model gets the same batches whatever the way. Reading and computing alternate and
+    # do not overlap, so that each can be timed.
     for number in range(len(groups)):
         started = clock()
         pixels = torch.cat([read(position) for position in groups.positions(number)])
@@ -112,7 +122,7 @@ def _run_round(
 
 
 def _read_all_views_at_once(groups: VideoGroups, position: int) -> Tensor:
-    """uint8 (V, 3, [T,] H, W), as a test reads them."""
+    """All views of one video from a single decode, as a test reads them: uint8 (V, 3, [T,] H, W)."""
     record, pixels = groups.read(position)
     if pixels is None:
         raise UserError(f"{groups.entries[position].name}: {record.reason}; remove it from the list to benchmark")
@@ -120,7 +130,7 @@ def _read_all_views_at_once(groups: VideoGroups, position: int) -> Tensor:
 
 
 def _read_view_by_view(groups: VideoGroups, read_frames: ReadFrames, position: int) -> Tensor:
-    """The same pixels, but the file is opened again for each view."""
+    """The same pixels as `_read_all_views_at_once`, but the file is opened and read again for each view."""
     path = Path(groups.entries[position].path)
     frames, stride = clip_frames_and_stride(groups.preprocessing)
     size = groups.preprocessing.image_size
@@ -128,6 +138,7 @@ def _read_view_by_view(groups: VideoGroups, read_frames: ReadFrames, position: i
     for protocol in groups.protocols:
         for number in range(protocol.views):
             with VideoReader(path) as reader:
+                # Plan the views of the resized video, whose size in pixels is `shown`, and keep the one that is wanted.
                 side = resized_short_side(*reader.size, size, protocol.resize)
                 shown = size_for(reader.size, side)
                 view = plan_views(protocol, len(reader), *shown, frames, stride, size, reader.fps)[number]
@@ -136,24 +147,27 @@ def _read_view_by_view(groups: VideoGroups, read_frames: ReadFrames, position: i
             # (T, 3, H, W) -> (3, T, H, W)
             clips.append(pictures[:, :, top : top + height, left : left + width].transpose(0, 1))
     pixels = torch.stack(clips)
+    # (V, 3, T, H, W); image models take (V, 3, H, W), and their views have a single frame.
     return pixels if groups.preprocessing.frames is not None else pixels[:, :, 0]
 
 
 def _seek(reader: VideoReader, indices: Sequence[int], side: int) -> Tensor:
-    """Decode only from the key frame before the view."""
+    """Decode only what the view needs, from the key frame before its first frame: uint8 (T, 3, H, W)."""
     return reader.frames(indices, short_side=side)
 
 
 def _decode_whole_video(reader: VideoReader, indices: Sequence[int], side: int) -> Tensor:
-    """Decode the whole video, and convert only the frames that the view shows."""
+    """Decode the whole video, but convert only the frames that the view shows: uint8 (T, 3, H, W)."""
     wanted = set(indices)
     images = {index: reader.picture(frame, side) for index, frame in reader.sequence() if index in wanted}
     if len(images) < len(wanted):
         raise UserError(f"{reader.path}: some frames cannot be decoded; remove it from the list to benchmark")
+    # The indices of a short video repeat, hence the dict. (T, H, W, 3) -> (T, 3, H, W)
     return torch.from_numpy(np.stack([images[index] for index in indices])).permute(0, 3, 1, 2)
 
 
 def _figures(results: dict[str, list[Round]], *, n: int, views: int) -> dict[str, Any]:
+    """Medians of each way, and how much faster one decode is than each rival: the median of the ratios by round."""
     totals = {name: [one.total for one in rounds] for name, rounds in results.items()}
     decodes = {name: [one.decode for one in rounds] for name, rounds in results.items()}
     rows = {
@@ -174,7 +188,7 @@ def _figures(results: dict[str, list[Round]], *, n: int, views: int) -> dict[str
 
 
 def bench_test_table(result: dict[str, Any]) -> str:
-    """The result of `bench_test` for people."""
+    """The result of `bench_test` as text."""
     heading = (
         f"{result['videos']} videos, {result['views']} views each ({', '.join(result['protocols'])}), "
         f"{result['device']}, {result['threads']} thread(s), medians of {result['rounds']} rounds taking turns"
@@ -188,6 +202,7 @@ def bench_test_table(result: dict[str, Any]) -> str:
         rows.append([name, f"{row['videos_per_second']:.2f}", *seconds, *ratios])
     columns = ["", "videos/s", "decoding, s", "model, s", "one decode is faster by", "in decoding by"]
     ours = result["ways"][ONE_DECODE]
+    # ceil(decoding / model): so many processes decode as fast as the model computes.
     readers = max(1, -(-ours["decode_seconds"] // max(ours["compute_seconds"], 1e-9)))
     notes = [
         f"logits agree within {result['difference']:.0e}",

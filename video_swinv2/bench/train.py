@@ -1,7 +1,7 @@
-"""Speed and memory of training steps on clips: engines, ZeRO stages and torch.compile beside torchvision's Video Swin.
+"""Benchmark of training steps on clips: engines, ZeRO stages and torch.compile, against torchvision's Video Swin.
 
 Each setup runs in fresh processes, one setup after the other, on the same random clips, with the engine and the
-optimizer that `train` uses. The cost of reading clips is measured by `bench loader`.
+optimizer that `train` uses. Reading clips is not part of it; `bench loader` measures that.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
 from video_swinv2.training.flops import count_forward_flops
 
-WARM_UP_STEPS = 2  # not timed: the first allocates the moments, and both may compile
-CLASSES = 400
+WARM_UP_STEPS = 2  # not timed: the first one allocates Adam's moments, and both may compile
+CLASSES = 400  # as Kinetics-400, and as torchvision's default
 
 
 @dataclass(frozen=True)
@@ -51,35 +51,41 @@ class Workload:
     model: str
     frames: int
     pixels: int
+    """Side of the square frames."""
     window: tuple[int, ...]
+    """Of our model, (T, H, W) in tokens; torchvision's is always its own."""
     clips: int
     """Clips per process and step."""
     processes: int
     device: str
     precision: Literal["bf16", "fp32"]
     rounds: int
+    """Timed steps."""
     threads: int
     checkpoint_blocks: int = 0
+    """Blocks of our model that recompute their activations."""
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """One way to train: whose model, which engine, compiled or not."""
+    """One way to train: which model, which engine, compiled or not."""
 
     name: str
     peer: bool = False
+    """True for torchvision's model."""
     zero_stage: int | None = None
     """None for the plain engine, which supports one process only."""
     compiled: bool = False
 
 
 def training_setups(processes: int) -> tuple[TrainingSetup, ...]:
-    """All setups to compare; the plain engine only with one process."""
+    """All setups to compare. The plain engine is among them only with one process."""
     plain = (TrainingSetup("plain"), TrainingSetup("plain, compiled", compiled=True)) if processes == 1 else ()
     zero = tuple(TrainingSetup(f"ZeRO-{stage}", zero_stage=stage) for stage in (0, 1, 2, 3))
     compiled = TrainingSetup("ZeRO-1, compiled", zero_stage=1, compiled=True)
     stage = None if processes == 1 else 1
-    # The peer is measured first and last, so that a drift of the machine in between is visible.
+    # Setups run one after the other and cannot take turns, as each needs its own processes. So the peer is measured
+    # first and last, and a difference between the two shows how much the machine drifted.
     first, last = (TrainingSetup(name, peer=True, zero_stage=stage) for name in ("torchvision", "torchvision again"))
     return (first, *plain, *zero, compiled, last)
 
@@ -87,8 +93,9 @@ def training_setups(processes: int) -> tuple[TrainingSetup, ...]:
 def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -> dict[str, Any]:
     """Clips per second, seconds per step, peak memory and TFLOP/s of each setup, or why it did not run; plain JSON.
 
-    FLOPs are those of the model's matrix products, three times the forward pass; recomputation by activation
-    checkpointing is not counted. Raises UsageError for a size that torchvision does not have, and for too few GPUs.
+    FLOPs are those of the model's matrix products, three times those of the forward pass. Recomputation by activation
+    checkpointing is not counted. Raises UsageError for a size that torchvision does not have, and if there are fewer
+    GPUs than processes.
     """
     peer_name = torchvision_peer(work.model)
     if work.device == "cuda" and torch.cuda.device_count() < work.processes:
@@ -97,7 +104,7 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
         )
     torch.set_num_threads(work.threads)
     device = torch.device(work.device)
-    # The most that this device does per second; a step's share of it says how well the device is used.
+    # The rate of a large matrix product is the limit of this device; a step's share of it shows how well it is used.
     speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     chosen = training_setups(work.processes) if setups is None else setups
@@ -113,12 +120,13 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
 
 
 def _row(work: Workload, setup: TrainingSetup, flops_per_clip: int, speed: float) -> dict[str, Any]:
+    """The figures of one setup. `speed` is that of a large matrix product, in FLOP/s per device."""
     row: dict[str, Any] = {"way": setup.name, "peer": setup.peer, "compiled": setup.compiled}
     measured = run_setup(work, setup)
     if "not_run" in measured:
         return row | measured
     seconds = statistics.median(measured["seconds"])
-    flops = flops_per_clip * work.clips / seconds
+    flops = flops_per_clip * work.clips / seconds  # FLOP/s of one device
     return row | {
         "step_seconds": seconds,
         "all_seconds": measured["seconds"],
@@ -130,7 +138,10 @@ def _row(work: Workload, setup: TrainingSetup, flops_per_clip: int, speed: float
 
 
 def run_setup(work: Workload, setup: TrainingSetup) -> dict[str, Any]:
-    """`seconds` of each step and the largest `peak_bytes` of any process, in fresh processes; or `not_run`."""
+    """Run a setup in fresh processes.
+
+    Returns the `seconds` of each step and the largest `peak_bytes` of any process, or `not_run` with the reason.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_train, (work, setup, folder), work.processes)
@@ -138,19 +149,20 @@ def run_setup(work: Workload, setup: TrainingSetup) -> dict[str, Any]:
             return {"not_run": _last_error_line(str(error))}
         except ProcessExitedException as error:
             return {"not_run": f"a process was killed, probably for lack of memory ({error})"}
+        # One file per rank. A barrier before each step makes the times of all ranks nearly equal, so rank 0's will do.
         measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
     return {"seconds": measured[0]["seconds"], "peak_bytes": max(one["peak_bytes"] for one in measured)}
 
 
 def _last_error_line(trace: str) -> str:
-    """The last line of a traceback that is not indented, at most 200 characters of it."""
+    """The last line of a traceback that is not indented, which names the error; at most 200 characters of it."""
     lines = [line for line in trace.strip().splitlines() if line and not line.startswith(" ")]
     return lines[-1][:200] if lines else "failed without a message"
 
 
 def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None:
-    """Runs in each process: build model and engine, take the steps, write the measurements to `folder`."""
-    os.environ["LOCAL_RANK"] = str(rank)
+    """What each process runs: build model and engine, take the steps, write the figures to `folder`/RANK.json."""
+    os.environ["LOCAL_RANK"] = str(rank)  # read by join_world, which chooses the GPU by it
     torch.set_num_threads(work.threads)
     dist.init_process_group(
         "nccl" if work.device == "cuda" else "gloo",
@@ -166,11 +178,12 @@ def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None
 
 
 def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, Any]:
+    """The seconds of each timed step, and the peak bytes beyond what the process holds before training."""
     _load_libraries(work, setup, world)
     before = reset_peak_bytes(world.device)
     torch.manual_seed(0)
     module = build_model(work, setup.peer).train()
-    # Ours needs its depths for layer-wise learning rate decay, whose factor is 1 here.
+    # `parameter_groups` needs the depths of our model for layer-wise learning rate decay, which is off here.
     groups = _peer_groups(module) if setup.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
     engine = make_engine(
         module, groups, _engine_config(work, setup), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
@@ -181,7 +194,7 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
     seconds = []
     for step in range(WARM_UP_STEPS + work.rounds):
         if world.size > 1:
-            dist.barrier()  # a step starts together, so that waiting for a slow start is not timed
+            dist.barrier()  # all processes start a step together, so that no wait for a late one is timed
         started = wall_seconds(world.device)
         engine.backward(F.cross_entropy(engine.forward(clips).float(), labels))
         engine.step()
@@ -191,7 +204,7 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
 
 
 def _load_libraries(work: Workload, setup: TrainingSetup, world: World) -> None:
-    """Take a step with a tiny model: memory that libraries allocate when first used is not part of training's."""
+    """Take a step with a tiny model, so that what libraries allocate at first use is not counted as training."""
     module = nn.Linear(4, CLASSES)
     engine = make_engine(
         module,
@@ -221,7 +234,7 @@ def _step(work: Workload) -> StepSettings:
 
 
 def build_model(work: Workload, peer: bool) -> nn.Module:
-    """A freshly initialised classifier of clips: ours, or torchvision's of the same size."""
+    """A freshly initialised classifier of clips: our model, or torchvision's of the same size."""
     if not peer:
         return create_model(
             work.model,
@@ -236,13 +249,17 @@ def build_model(work: Workload, peer: bool) -> nn.Module:
 
 
 def _depths(module: nn.Module) -> tuple[int, ...]:
+    """The number of blocks in each stage of our model."""
     if not isinstance(module, SwinV2):
         raise TypeError(f"{type(module).__name__} is not our SwinV2, so its depths are unknown")
     return tuple(module.depths)
 
 
 def _peer_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups for a model whose layers we do not know by name: matrices decay, vectors do not."""
+    """Optimizer groups for a model whose parameter names we do not know: matrices have weight decay, vectors do not.
+
+    The groups have the keys that `engine.optimizer` expects.
+    """
     groups = []
     for decayed in (True, False):
         named = [(name, value) for name, value in module.named_parameters() if (value.ndim > 1) == decayed]
@@ -261,14 +278,14 @@ def _peer_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _forward_flops(work: Workload, peer: bool) -> int:
-    """FLOPs of one clip's forward pass; a multiply-accumulate counts as two."""
+    """FLOPs of one clip's forward pass, counted on the meta device; a multiply-accumulate counts as two."""
     with torch.device("meta"):
         module = build_model(work, peer).eval()
     return count_forward_flops(module, torch.empty(1, 3, work.frames, work.pixels, work.pixels, device="meta"))
 
 
 def training_table(result: dict[str, Any]) -> str:
-    """The result of `bench_train` for people."""
+    """The result of `bench_train` as text."""
     work = result["work"]
     size = f"{work['frames']}x{work['pixels']}x{work['pixels']}"
     heading = (

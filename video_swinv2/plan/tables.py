@@ -94,8 +94,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Printed into a buffer of fixed width, because rich would otherwise fit the table to the terminal. Cells are padded,
-    # so trailing spaces are removed.
+    # Printed into a buffer of fixed width, because rich would otherwise fit the table to the terminal. Cells are
+    # padded, so trailing spaces are removed.
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:
         console.print(table)

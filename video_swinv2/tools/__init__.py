@@ -1,1 +1,1 @@
-"""Is this machine fit (`doctor`), and does the whole path work on it (`demo`)?"""
+"""Tools for a new installation: `doctor` checks the machine, `demo` runs the whole path on generated clips."""

@@ -1,7 +1,11 @@
-"""The whole path on generated clips, small enough for a laptop: generate, pre-train, inflate, fine-tune, test, report.
+"""The demo: the whole path on generated clips, from pre-training to a test report, small enough for a laptop.
 
-The classes of the clips are motions, each paired with its time reversal, so a model that ignores the order of frames
-gets at most half of them right. That is why each model is also tested on the same frames shuffled in time.
+The steps are: generate clips, pre-train on single frames, inflate to a clip model, fine-tune, test, report. Each step
+is a command that a user could type, run in a process of its own.
+
+The classes of the clips are motions, and each motion has its time reversal as another class. A model that ignores the
+order of the frames can therefore get at most half of the clips right. To show that the order is used, each model is
+also tested on the same frames shuffled in time.
 """
 
 from __future__ import annotations
@@ -20,22 +24,25 @@ from video_swinv2.files import write_json
 
 PROTOCOL = "videoswin-4x3"
 PROCESSES = 2  # DeepSpeed processes in fine-tuning
-ORDERS = ("in-order", "shuffled")
+ORDERS = ("in-order", "shuffled")  # values of data.frame_order
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One initialisation of the clip model to fine-tune from."""
+    """One way to initialise the clip model for fine-tuning."""
 
     key: str
+    """For file names and result.json."""
     title: str
     settings: tuple[str, ...]
+    """Settings for `train`, as KEY=VALUE."""
 
 
 def run_demo(out: Path) -> None:
-    """Run every step, print a table and write OUT/result.json.
+    """Run all steps, print a table and write OUT/result.json.
 
-    Interrupted and run again, it resumes: each step keeps its own finished work. Raises UserError if a step fails.
+    If it was interrupted, it can be run again: each command finds what it has finished before and continues from there.
+    Raises UserError if a step fails.
     """
     started = time.monotonic()
     data, pretrained = out / "data", out / "pretrain" / "model.safetensors"
@@ -45,13 +52,14 @@ def run_demo(out: Path) -> None:
     _step("SimMIM on single frames", *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
     trials = [
         Trial("scratch", "from scratch", ("init=scratch",)),
-        # Without the noise, four epochs are too few to tell a motion from its reversal: docs/results/demo.md.
+        # Inflated weights are symmetric in time. Without noise to break the symmetry, four epochs are too few to learn
+        # to tell a motion from its reversal (docs/results/demo.md).
         Trial("simmim", "from SimMIM", (f"init={pretrained}", "init_time_noise=2")),
     ]
     results: dict[str, Any] = {}
     for trial in trials:
         results[trial.key] = _finetune_and_test(trial, data, out)
-    # Chosen by validation accuracy: the test split must not take part in any choice.
+    # Chosen by the accuracy on the validation split, because the test split must not influence any choice.
     chosen = max(results, key=lambda key: float(results[key]["val_top1"]))
     best = results[chosen]
     report = out / f"test-{chosen}-in-order" / "report.html"
@@ -74,7 +82,7 @@ def run_demo(out: Path) -> None:
 
 
 def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
-    """The test results by order of frames, and the best validation accuracy."""
+    """Fine-tune one trial and test it. Returns the results by order of frames, and the best validation accuracy."""
     folder = out / f"finetune-{trial.key}"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
     settings = [f"data.source={data}", f"out={folder}", *trial.settings]
@@ -85,8 +93,9 @@ def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
 
 
 def recipe(name: str) -> Path:
-    """The path of configs/`name`, in the installed package or the repository. Raises UserError if it is missing."""
+    """The path of the recipe `name` below `configs/`. Raises UserError if it is missing."""
     package = Path(__file__).resolve().parents[1]
+    # An installed package contains the recipes; in the repository they lie beside the package.
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
@@ -98,7 +107,8 @@ def _verb(name: str) -> tuple[str, str, str]:
 
 
 def _step(title: str, *arguments: str) -> None:
-    """Run one command in a process of its own; processes that share the cores get one thread each."""
+    """Run a Python command in a process of its own. Raises UserError if it fails."""
+    # Several processes on the same cores get one thread each, as they would otherwise slow each other down.
     print(f"\n== {title}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in arguments else os.environ
     code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
@@ -107,6 +117,7 @@ def _step(title: str, *arguments: str) -> None:
 
 
 def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
+    """Test the best model of a run folder with its frames in the given order; returns the main results."""
     model = str(folder / "model.safetensors")
     settings = [f"data.frame_order={order}", "engine.device=cpu"]
     title = f"test of {folder.name}, {PROTOCOL}, frames {order}"
@@ -117,6 +128,7 @@ def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
 
 
 def _table(trials: list[Trial], results: dict[str, Any]) -> str:
+    """Top-1 accuracy of each trial, with frames in order and shuffled; the interval is for frames in order."""
     lines = ["", f"{PROTOCOL} top-1 on unseen clips        in order    shuffled in time"]
     for trial in trials:
         orders = [results[trial.key][order] for order in ORDERS]

@@ -1,4 +1,8 @@
-"""Is this machine fit to train, and if not, what is the fix? Each check does the thing it asks about, in miniature."""
+"""`doctor`: checks whether this machine is fit to train, and says what to do if it is not.
+
+Wherever possible a check does on a small scale what training will do, such as a ZeRO step or decoding a video, instead
+of asking libraries what they support.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +30,25 @@ from video_swinv2.memory import free_memory_bytes
 from video_swinv2.training.throughput import usable_cores
 
 MIN_VERSIONS = {"torch": (2, 7), "torchvision": (0, 22), "deepspeed": (0, 19), "av": (17, 0)}  # as in pyproject.toml
-# A checkpoint of the base model is 1 GB, and three are kept while a fourth is written.
+# For each pair below: a fault if there is less than the first, a note if there is less than the second.
+# A checkpoint of the base model takes 1 GB. By default a run keeps two, and has a third while that is written.
 DISK_FAULT_BYTES, DISK_NOTE_BYTES = 2e9, 50e9
-# In /dev/shm: eight workers with four batches each of 8 clips of 32x224x224 hold 1.2 GB.
+# In /dev/shm: eight workers with four batches each, of 8 clips of 32x224x224 (uint8), hold 1.2 GB.
 SHARED_MEMORY_FAULT_BYTES = 1e9
 OPEN_FILES_FAULT, OPEN_FILES_NOTE = 1024, 4096
 MEMORY_FAULT_BYTES = 4e9
-# Frames of the generated clip that each decoder must return: both ends, inside and at the start of a GOP.
+# The frames of the generated clip that each decoder must return: the first and the last, one inside a group of pictures
+# (GOP, 16 frames) and the key frame that starts the second one.
 TEST_FRAMES = (0, 7, 16, 29)
-FRAME_TOLERANCE = 0.4  # in frames: compression blurs the grey that encodes the frame number
+FRAME_TOLERANCE = 0.4  # in frames: compression changes the grey that encodes the frame number a little
 
 State = Literal["ok", "note", "fault"]
+"""note: training works, but something is missing or could be better. fault: training is likely to fail."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `fix` says what to do about a note or a fault."""
+    """The result of one check; `fix` says what to do about a note or a fault."""
 
     name: str
     state: State
@@ -50,7 +57,10 @@ class Finding:
 
 
 def run_doctor(folder: Path) -> list[Finding]:
-    """Run all checks, in the order in which a training run would depend on them; `folder` is where runs are written."""
+    """Run all checks, in the order in which a training run depends on them.
+
+    folder: where runs will be written. No check stops the others: one that raises is a fault.
+    """
     checks: Sequence[tuple[str, Callable[[], list[Finding]]]] = (
         ("packages", check_packages),
         ("device", check_device),
@@ -68,13 +78,13 @@ def run_doctor(folder: Path) -> list[Finding]:
     for name, check in checks:
         try:
             findings += check()
-        except Exception as error:  # a broken installation may raise anything, and that is the finding
+        except Exception as error:  # a broken installation may raise anything
             findings.append(Finding(name, "fault", _last_line(error), "install the packages again (pip install .)"))
     return findings
 
 
 def check_packages() -> list[Finding]:
-    """Whether the required versions of the main dependencies are installed."""
+    """Whether the main dependencies are installed in the required versions."""
     found = []
     for name, oldest in MIN_VERSIONS.items():
         wanted = ".".join(map(str, oldest))
@@ -83,6 +93,7 @@ def check_packages() -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             found.append(Finding(name, "fault", "not installed", f"pip install '{name}>={wanted}'"))
             continue
+        # Major and minor version; a local version such as 2.7.0+cu126 is cut off at the plus sign.
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         state: State = "ok" if numbers >= oldest else "fault"
         found.append(Finding(name, state, version, "" if state == "ok" else f"pip install '{name}>={wanted}'"))
@@ -90,10 +101,10 @@ def check_packages() -> list[Finding]:
 
 
 def check_device() -> list[Finding]:
-    """Whether GPUs and NCCL work; without a GPU, the reason."""
+    """Whether a GPU and NCCL work; without a GPU, why there is none."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        # A sum of 64 elements, each the product of 8 ones: exact in any precision.
+        # The sum of 64 elements, each a sum of 8 products of ones: 512, which is exact in any precision.
         total = float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum())
         if total != 512:
             return [
@@ -104,6 +115,7 @@ def check_device() -> list[Finding]:
         text = f"{count} x {torch.cuda.get_device_name(0)}, {memory:.0f} GB, CUDA {torch.version.cuda}"
         missing = Finding("NCCL", "fault", "this build of torch has none", "install PyPI's torch (pip install torch)")
         return [Finding("device", "ok", text), Finding("NCCL", "ok", nccl) if nccl else missing]
+    # No GPU: torch was built without CUDA, or there is a driver that does not work with it, or the machine has none.
     if torch.version.cuda is None:
         return [Finding("device", "note", "CPU only: this build of torch has no CUDA", "for GPUs: pip install torch")]
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
@@ -113,7 +125,7 @@ def check_device() -> list[Finding]:
 
 
 def check_bf16() -> list[Finding]:
-    """Which precision to train in."""
+    """Whether bf16 works, and if not, in which precision to train."""
     if torch.cuda.is_available():
         if has_native_bf16(torch.device("cuda")):
             return [Finding("bf16", "ok", "on the GPU")]
@@ -127,17 +139,20 @@ def check_bf16() -> list[Finding]:
 
 
 def check_processes() -> list[Finding]:
-    """Whether two processes can form a group and sum a number."""
+    """Whether two processes on this machine can form a process group and sum a number over it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_sum_ranks, (folder,), 2)  # a file as the store: no port that could be taken or blocked
-        except Exception as error:  # anything may keep processes apart
+            # The processes find each other through a file, so no port for this can be taken or blocked. gloo then
+            # connects them through the network interface of the host name, which misconfigured machines do not allow.
+            spawn(_sum_ranks, (folder,), 2)
+        except Exception as error:  # there are many ways to fail
             fix = "make the host name resolve, keep the firewall off the loopback, or set GLOO_SOCKET_IFNAME=lo"
             return [Finding("processes", "fault", f"two processes cannot form a group ({_last_line(error)})", fix)]
     return [Finding("processes", "ok", "two processes formed a group over gloo")]
 
 
 def _sum_ranks(rank: int, folder: str) -> None:
+    """What each of the two processes runs; raises if the sum is wrong."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     number = torch.tensor([rank + 1.0])
     dist.all_reduce(number)
@@ -147,8 +162,8 @@ def _sum_ranks(rank: int, folder: str) -> None:
 
 
 def check_deepspeed() -> list[Finding]:
-    """Whether a ZeRO-1 step works in one process, and which of DeepSpeed's compiled operators are installed."""
-    # Imported here, so that a DeepSpeed that fails to import becomes a finding and the other checks still run.
+    """Whether a ZeRO-1 step in one process changes the weights, and which compiled operators DeepSpeed has."""
+    # Imported here, so that an import that fails becomes a finding of this check and the other checks still run.
     from video_swinv2.config import EngineConfig
     from video_swinv2.distributed.world import join_world, leave_world
     from video_swinv2.engine.base import StepSettings
@@ -173,6 +188,7 @@ def check_deepspeed() -> list[Finding]:
         return [Finding("DeepSpeed", "fault", _last_line(error), fix)]
     if outcome is None or not outcome.applied or not moved:
         return [Finding("DeepSpeed", "fault", "a ZeRO-1 step changed no weight", fix)]
+    # Operators that were compiled when DeepSpeed was installed. Our engines use none of them.
     built = [
         name
         for name, installed in importlib.import_module("deepspeed.git_version_info").installed_ops.items()
@@ -183,7 +199,7 @@ def check_deepspeed() -> list[Finding]:
 
 
 def check_compiler() -> list[Finding]:
-    """Whether what engine.compile needs is installed."""
+    """Whether the compiler that engine.compile needs is installed: Triton for GPUs, a C++ compiler for CPUs."""
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton"):
             return [Finding("torch.compile", "ok", "Triton is installed")]
@@ -195,10 +211,10 @@ def check_compiler() -> list[Finding]:
 
 
 def check_decoders() -> list[Finding]:
-    """Whether each decoder returns the requested frames of a clip generated now; only PyAV is required.
+    """Whether each decoder returns the requested frames of a generated clip; only PyAV is required.
 
-    The grey in the middle of each frame encodes its number (`sample_clip`), so that a decoder that is off by one frame
-    is found out.
+    The grey in the middle of each frame encodes the frame's number (`bench/sample_clip.py`), so a decoder that is off
+    by one frame is detected.
     """
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -221,26 +237,29 @@ def check_decoders() -> list[Finding]:
 
 
 def _read_av(path: Path) -> list[float]:
-    """The mean grey in the middle of each frame of TEST_FRAMES."""
+    """The mean grey in the middle of each of TEST_FRAMES, decoded by PyAV. Frames are (3, 64, 96)."""
     with VideoReader(path) as video:
         return [float(frame[:, 30:34, 44:52].float().mean()) for frame in video.frames(TEST_FRAMES)]
 
 
 def _read_decord(path: Path) -> list[float]:
+    """The same by decord, whose frames are (64, 96, 3)."""
     decord = importlib.import_module("decord")
     frames = decord.VideoReader(str(path)).get_batch(list(TEST_FRAMES)).asnumpy()
     return [float(frame[30:34, 44:52].mean()) for frame in frames]
 
 
 def _read_torchcodec(path: Path) -> list[float]:
+    """The same by torchcodec, whose frames are (3, 64, 96)."""
     decoders = importlib.import_module("torchcodec.decoders")
     frames = decoders.VideoDecoder(str(path)).get_frames_at(indices=list(TEST_FRAMES)).data
     return [float(frame[:, 30:34, 44:52].float().mean()) for frame in frames]
 
 
 def check_disk(folder: Path) -> Finding:
-    """Whether `folder`, or the nearest existing folder above it, is writable and has space."""
+    """Whether `folder`, or the nearest existing folder above it, is writable and has enough free space."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    # Writing a file is the only reliable test: permissions say nothing about read-only mounts.
     try:
         with tempfile.NamedTemporaryFile(dir=existing):
             pass
@@ -255,7 +274,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_shared_memory(folder: Path) -> Finding:
-    """Whether there is enough shared memory; loader workers pass their batches through it."""
+    """Whether there is enough shared memory, through which loader workers pass their batches."""
     if not folder.is_dir():
         return Finding("shared memory", "note", f"no {folder}", "if loader workers fail, use data.workers=0")
     free = shutil.disk_usage(folder).free
@@ -269,11 +288,12 @@ def check_shared_memory(folder: Path) -> Finding:
 
 
 def check_open_files() -> Finding:
-    """Whether enough files may be open; loader workers hold pipes, shared batches and videos open."""
+    """Whether enough files may be open at once: loader workers use pipes, shared batches and videos."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = soft == resource.RLIM_INFINITY
     state: State = "ok" if unlimited or soft >= OPEN_FILES_NOTE else "note" if soft >= OPEN_FILES_FAULT else "fault"
     text = "no limit" if unlimited else f"at most {soft}"
+    # A user may raise the soft limit up to the hard one, which only an administrator can raise.
     wanted = OPEN_FILES_NOTE if hard == resource.RLIM_INFINITY else min(hard, 65536)
     fix = f"ulimit -n {wanted}" + (
         ""
@@ -284,7 +304,7 @@ def check_open_files() -> Finding:
 
 
 def check_memory() -> Finding:
-    """Whether the host has enough free memory; also reports its cores."""
+    """Whether the host has enough free memory; also reports the number of usable cores."""
     free = free_memory_bytes()
     if free is None:
         return Finding("memory", "ok", f"unknown; {usable_cores()} cores")
@@ -294,13 +314,13 @@ def check_memory() -> Finding:
 
 
 def _last_line(error: BaseException) -> str:
-    """The last line of an error's message that is not empty, at most 160 characters of it."""
+    """The last line of an error's message that is not empty, or its type; at most 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:160]
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
-    """The findings for people, with the fix of each note and fault."""
+    """The findings as text, with the fix below each note and fault, and a verdict."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.state:6s}{finding.name:15s}{finding.found}")
