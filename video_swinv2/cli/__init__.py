@@ -1,6 +1,7 @@
-"""The command line `video-swinv2`: one file per group of verbs, each verb's arguments beside the call they lead to.
+"""The command line `video-swinv2`, with one file for each group of verbs.
 
-The verbs import what they need when they run, so that `--help` does not wait for torch.
+In these files, the arguments of each verb stand next to the function that runs it. That function imports what it needs
+only when it runs, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from video_swinv2.command import run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code; `arguments` are by default those of the process."""
+    """Run one verb and return its exit code. `arguments` defaults to those of the process."""
     return run_verb(make_parser(), arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser with every verb, its arguments and an example."""
+    """Build the parser with all verbs, their arguments and examples."""
     parser = argparse.ArgumentParser(
         prog="video-swinv2",
         description="Swin Transformer V2 for video: train, test with multiple views, predict. Prepare the clips with "
@@ -34,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
         "hides the 75; a file named start-again in the run folder means the same.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    # DeepSpeed's launcher passes it before the verb to every process. We read the rank from the environment instead.
+    # DeepSpeed's launcher passes --local_rank to every process, before the verb. It is accepted and ignored, because
+    # the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_training_verbs(verbs)

@@ -1,4 +1,4 @@
-"""Command-line verb `bench`: measures speed and memory on this machine, beside other libraries."""
+"""Command-line verb `bench`: measures speed and memory on this machine and compares them with other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from video_swinv2.errors import UsageError
 
 
 def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    """Add `bench`, whose first argument says what to measure; help texts name the benchmarks an option applies to."""
+    """Add `bench`. Its first argument selects the benchmark.
+
+    The help text of an option begins with the benchmarks that it applies to, unless it applies to all of them.
+    """
+    # Options without a default here have one that depends on the benchmark.
     text = "measure speed and memory on this machine"
     verb = add_verb(verbs, "bench", _bench, text, "video-swinv2 bench model --against torchvision")
     verb.add_argument(
@@ -96,12 +100,14 @@ def _bench_model(options: argparse.Namespace) -> None:
         rows = bench_layer(options.model or "swinv2_tiny", **common)
         print(json.dumps(rows, indent=1) if options.json else layer_table(rows))
         return
+    # The defaults of each comparison: images against timm, a clip against torchvision.
     name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
     result = bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
     print(json.dumps(result, indent=1) if options.json else model_table(result))
 
 
 def _bench_train(options: argparse.Namespace) -> None:
+    # The window is not an option: it is the one that the other libraries are measured with.
     from video_swinv2.bench.peers import WINDOW
     from video_swinv2.bench.train import Workload, bench_train, training_table
 
@@ -124,6 +130,8 @@ def _bench_train(options: argparse.Namespace) -> None:
 def _bench_loader(options: argparse.Namespace) -> None:
     from video_swinv2.bench.loader import Reading, bench_loader, loader_table
 
+    # Frames are resized to a slightly larger short side than the crop, in the usual ratio of 256 to 224. The stride is
+    # 2.
     short_side = round(options.pixels * 256 / 224)
     reading = Reading(options.frames, 2, options.pixels, short_side, options.batch or 8, options.clips)
     result = bench_loader(options.data, reading, options.workers, rounds=options.rounds)

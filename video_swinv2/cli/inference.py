@@ -60,12 +60,14 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="instead of classifying, find the nearest files in a --features file",
     )
     verb.add_argument("--k", type=int, default=5, help="files to find with --gallery (default: %(default)s)")
+    # --json and --csv share the value `form`. argparse takes its default from the first of them.
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="print JSON")
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV")
 
 
 def _predict(options: argparse.Namespace) -> int:
+    """Run `predict`. The exit code is 1 if any source could not be read."""
     if options.features or options.gallery:
         return _retrieve(options)
 
@@ -73,9 +75,12 @@ def _predict(options: argparse.Namespace) -> int:
     from video_swinv2.inference.predictor import OverTime, predict
 
     def print_now(text: str) -> None:
+        # Formatters return an empty string where their form prints nothing. The output of a live stream must not wait
+        # in a buffer, even if it is a pipe.
         if text:
             print(text, flush=True)
 
+    # The header of CSV comes first, then segments as they are classified, and everything else at the end.
     print_now(csv_header(options.form))
     predictions = predict(
         options.model,
@@ -90,14 +95,17 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _retrieve(options: argparse.Namespace) -> int:
+    """Run `predict` with --features or --gallery, or both. The exit code is 1 if any file could not be read."""
     from video_swinv2.inference.formatting import format_search_results
     from video_swinv2.inference.retrieval import load_gallery, make_gallery, save_gallery, search
 
+    # The gallery is loaded first, so that a wrong file is reported before the features are computed.
     gallery = load_gallery(options.gallery) if options.gallery else None
     queries = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1")
     if options.features:
         save_gallery(queries, options.features)
         read = len(queries.reasons) - sum(map(bool, queries.reasons))
+        # On standard error, because the search results go to standard output.
         print(f"wrote {options.features}: {read} of {len(queries.names)} files", file=sys.stderr)
     if gallery is not None:
         print(format_search_results(search(gallery, queries, options.k), options.form))

@@ -1,4 +1,4 @@
-"""Command-line verbs that measure a model: `test`, `probe`, and `report`, which needs only saved scores."""
+"""Command-line verbs that evaluate a model: `test`, `probe`, and `report`, which works from saved scores alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def _test(options: argparse.Namespace) -> None:
         out=options.out,
         overrides=parse_overrides(options.overrides),
     )
-    if os.environ.get("RANK", "0") == "0":  # every process of a distributed test gets here; one prints
+    # All processes of a distributed test reach this line, and only the first prints. torchrun sets RANK.
+    if os.environ.get("RANK", "0") == "0":
+        # One protocol is printed as its result, several as a dictionary by name.
         printed = results if len(results) > 1 else next(iter(results.values()))
         print(json.dumps(printed, indent=1) if options.json else summarize_tests(results, options.out))
 

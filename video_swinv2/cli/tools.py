@@ -1,4 +1,4 @@
-"""Command-line verbs around the work: `doctor` checks a machine, `demo` runs everything once on generated clips."""
+"""Command-line verbs for getting started: `doctor` checks a machine, `demo` runs every step on generated clips."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def add_tools_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    """Run `doctor`. The exit code is 1 if there is a fault; notes do not count."""
     from video_swinv2.tools.doctor import findings_text, run_doctor
 
     findings = run_doctor(options.folder)

@@ -1,4 +1,4 @@
-"""Command-line verbs that train: `pretrain`, `train`, and `plan`, which predicts what either will cost."""
+"""Command-line verbs for training: `pretrain`, `train`, and `plan`, which estimates the cost of either."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def _add_run(
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
+    # Shared by all three verbs, so that `plan` accepts exactly what the training command will be given.
     verb.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see configs/ for examples")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="override values of the file")
 
@@ -72,6 +73,7 @@ def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Run `plan`. The exit code is 1 if memory, disk space or data loading workers do not suffice."""
     from video_swinv2.config import load_config
     from video_swinv2.plan.plan import make_plan, memory_here, shortfalls
     from video_swinv2.plan.tables import plan_text
@@ -88,13 +90,14 @@ def _plan(options: argparse.Namespace) -> int:
     )
     memory = memory_here(plan) if options.memory is None else options.memory
     problems = shortfalls(plan, config, memory)
+    # `asdict` leaves out properties, such as `peak`.
     values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}
     print(json.dumps(values, indent=1) if options.json else plan_text(plan, problems, memory))
     return int(bool(problems))
 
 
 def _byte_count(text: str) -> int:
-    """`80GB` (10^9 bytes) or `80GiB` (2^30 bytes) -> bytes."""
+    """Parse an amount of memory, such as `80GB` (10^9 bytes each) or `80GiB` (2^30 bytes each), for argparse."""
     for unit, size in (("GiB", 2**30), ("GB", 10**9)):
         if text.endswith(unit):
             try:

@@ -1,4 +1,4 @@
-"""Command-line verb that converts checkpoints: `convert`. Also the type of sizes given per axis, such as `8,7,7`."""
+"""Command-line verb `convert`, and the argument type for sizes per axis, such as `8,7,7`, that other verbs share."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def axis_sizes(text: str) -> int | tuple[int, ...]:
-    """`8,7,7`, or a single number for all axes; for argparse."""
+    """Parse sizes per axis, such as `8,7,7`, or a single number for all axes, for argparse."""
     numbers = comma_separated_integers(text)
     return numbers[0] if len(numbers) == 1 else numbers

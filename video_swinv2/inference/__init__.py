@@ -1,1 +1,1 @@
-"""Using a trained model: prediction, streams, retrieval, export, the page."""
+"""Using a trained model: prediction, streams, search by example, export, and the web page of `serve`."""

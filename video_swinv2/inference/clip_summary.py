@@ -1,6 +1,6 @@
-"""What the page of `serve` shows about a clip: its classes, how they change over time, and the frames that were used.
+"""The summary of a clip for the page of `serve`: its classes, how they change over time, and the frames used.
 
-T frames, H W pixels, K classes.
+Letters: T frames, H W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -23,36 +23,38 @@ from video_swinv2.inference.segments import Segment
 from video_swinv2.inference.watching import Watcher
 from video_swinv2.report.metrics import ranking
 
-SOURCE_NAME = "The clip"  # the user's name for the file stays in the browser
-TILE_PIXELS = 112
+SOURCE_NAME = "The clip"  # begins error messages; the browser does not send the real file name
+# A contact sheet is a grid of small frames.
+TILE_PIXELS = 112  # height
 TILE_COLUMNS = 8
 TILE_GAP_PIXELS = 2
-MAX_TILES = 16
+MAX_TILES = 16  # per segment; longer segments show evenly spaced frames
 JPEG_QUALITY = 78
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a single request may cost."""
+    """Limits on a single request."""
 
     upload_bytes: int = 200 * 10**6
     upload_seconds: float = 60.0
-    """From the first byte of the clip to the last."""
+    """Time for the upload, from the first byte of the clip to the last."""
     seconds: float = 60.0
-    """For decoding and classifying the clip."""
+    """Time for decoding and classifying the clip."""
     memory_bytes: int = 2 * 2**30
-    """Of the process that decodes it."""
+    """Memory of the process that decodes the clip."""
     segments: int = 24
+    """Approximate number of segments; they lie further apart in a longer clip."""
     silence_seconds: int = 15
-    """How long the client may neither send nor read."""
+    """How long the client may stall, neither sending nor reading."""
 
 
 def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> dict[str, Any]:
-    """Classify the video in the open file `descriptor`. Returns plain JSON; UserError if it exceeds the limits.
+    """Classify the video in the open file `descriptor`. Returns plain JSON; raises UserError beyond the limits.
 
-    `answers` are the most likely classes by the mean over all `windows`, the segments of the clip. Each of these has
-    its own answers, its probabilities of the classes in `answers` (`shares`, in the same order), the times of its first
-    and last frame, and a contact sheet of its frames (`film`).
+    `answers` are the most likely classes by the mean over all segments, which are listed as `windows`. Each of them has
+    its own answers, the times of its first and last frame, its probabilities for the classes of the overall `answers`
+    (`shares`, in the same order), and a contact sheet of its frames (`film`).
     """
     started = time.monotonic()
     request = replace(
@@ -64,12 +66,13 @@ def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> d
     classified: list[tuple[Segment, NDArray[np.float64], SegmentPrediction]] = []
 
     def note(segment: Segment, row: NDArray[np.float64], prediction: SegmentPrediction) -> None:
-        # Only small copies of the frames are kept: all segments at full size could fill the memory.
+        # Only small copies of the frames are kept, because all segments at full size could fill the memory.
         classified.append((replace(segment, pixels=_make_tiles(segment.pixels)), row, prediction))
 
     with Watcher(request, descriptor=descriptor, limit_seconds=limits.seconds) as watcher:
         mean, summary = classify_segments(classifier, watcher, classifier.batch_views, note)
     answers = classifier.top_classes(mean)
+    # The same ranking as in `top_classes`, as indices into the probabilities (K,) of each segment.
     top_indices = ranking(mean[None], len(answers))[0]
     return {
         "answers": [asdict(answer) for answer in answers],
@@ -89,7 +92,7 @@ def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> d
 
 
 def _make_tiles(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Frames (T, H, W, 3) -> at most MAX_TILES of them, evenly spaced, at most TILE_PIXELS high: (n, h, w, 3)."""
+    """Frames (T, H, W, 3) -> at most MAX_TILES evenly spaced ones, at most TILE_PIXELS high: uint8 (n, h, w, 3)."""
     count = min(len(pixels), MAX_TILES)
     chosen = np.linspace(0, len(pixels) - 1, count).round().astype(int)
     height, width = pixels.shape[1:3]
@@ -99,11 +102,12 @@ def _make_tiles(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _contact_sheet(tiles: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> str:
-    """Tiles in rows of TILE_COLUMNS, with gaps between them, as the data URL of one JPEG."""
+    """Arrange tiles (n, h, w, 3) in rows of TILE_COLUMNS, with gaps between them. Returns a JPEG as a data URL."""
     count, (height, width) = len(tiles), tiles[0].shape[:2]
     columns = min(TILE_COLUMNS, count)
     rows = math.ceil(count / columns)
     row_height, column_width = height + TILE_GAP_PIXELS, width + TILE_GAP_PIXELS
+    # There is no gap after the last row and the last column.
     sheet = np.zeros((rows * row_height - TILE_GAP_PIXELS, columns * column_width - TILE_GAP_PIXELS, 3), dtype=np.uint8)
     for number, tile in enumerate(tiles):
         top, left = number // columns * row_height, number % columns * column_width

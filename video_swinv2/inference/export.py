@@ -1,7 +1,7 @@
-"""Export of a model file for other software: torch.export (`.pt2`) or ONNX, compared with the model before it is kept.
+"""Export of a model file to torch.export (`.pt2`) or ONNX, for use without this package.
 
-An exported program takes any number of samples and carries the classes and the preprocessing, so that it can be used
-without this package.
+An exported program accepts any batch size and contains the class names and the preprocessing. It is kept only if its
+outputs agree with those of the model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card
 
-OPSET = 23  # the first with an operator for scaled dot-product attention
+OPSET = 23  # the first opset with an operator for scaled dot-product attention
 OPSETS = range(18, OPSET + 1)
-MAX_LOGIT_DIFFERENCE = 1e-4  # summing in another order gives about 1e-6
+MAX_LOGIT_DIFFERENCE = 1e-4  # for comparison, a different summation order changes logits by about 1e-6
 MAX_ONNX_BYTES = 2**31  # protobuf's limit for one file
-SAMPLES = 3
+SAMPLES = 3  # views compared per file, or samples of noise
 TOP = 5
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -43,10 +43,10 @@ Program = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How closely an exported program follows its model on `samples` samples.
+    """How closely the outputs of an exported program agree with those of its model on `samples` samples.
 
-    difference: the largest absolute difference of a logit. same_top: for how many samples the top five classes are the
-    same, in the same order.
+    difference: the largest absolute difference between two logits. same_top: the number of samples for which the top
+    five classes are the same, in the same order.
     """
 
     difference: float
@@ -64,18 +64,20 @@ def export(
     opset: int | None = None,
     check: Sequence[Path | str] = (),
 ) -> Comparison:
-    """Write the model to `out`, `*.pt2` or `*.onnx`, and return how its outputs compare with the model's.
+    """Export a model file to `out`, `*.pt2` or `*.onnx`, and compare the outputs of both.
 
-    frames, image_size, window: default to those of the file. check: files and folders of videos (for an image model: of
-    images, or single videos) to compare on; random noise by default. Raises UsageError for a wrong name or option,
-    UserError for a model that cannot be exported and for a program that differs from it by more than
-    MAX_LOGIT_DIFFERENCE. Nothing is left behind then.
+    frames, image_size, window: sizes to export at, by default those of the file. check: videos to compare on, as files
+    or folders; for an image model, images or single video files. By default the comparison uses random noise. Raises
+    UsageError for a wrong name or option, and UserError for a model that cannot be exported or whose exported program
+    differs from it by more than MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
     """
     model_path, out = Path(model_path), Path(out)
     _check_request(out, opset)
+    # With sdpa, the attention of a block is exported as one operator, which ONNX has, too, from opset 23 on.
     model = load_model(model_path, frames=frames, image_size=image_size, window=window, attention="sdpa")
     card = _card_at_sizes_of(model, read_card(model_path))
     samples = _comparison_inputs(card.preprocessing, [Path(path) for path in check])
+    # The first batch serves as the example input of the export, too.
     inputs = next(samples)
     size = sum(parameter.nbytes for parameter in model.parameters())
     if out.suffix == ".onnx" and size >= MAX_ONNX_BYTES:
@@ -88,8 +90,9 @@ def export(
                 program = _write_onnx(exported, part, description, opset or OPSET)
             else:
                 program = _write_pt2(exported, part, description)
-        # One sample, then several: the batch size must not have been fixed by the export.
+        # Compared on one sample first, then on several, which shows that the export has not fixed the batch size.
         comparison = _compare(model, program, chain([inputs[:1], inputs], samples))
+        # On an error, `atomic_write` deletes the partial file, and an earlier file of this name stays.
         if not comparison.difference <= MAX_LOGIT_DIFFERENCE:
             raise UserError(
                 f"{out}: differs from the model by {comparison.difference:.1e}, above {MAX_LOGIT_DIFFERENCE:.0e}, and "
@@ -105,20 +108,21 @@ def _check_request(out: Path, opset: int | None) -> None:
         raise UsageError(f"--opset {opset}: must be from {OPSETS[0]} to {OPSETS[-1]}, and applies to .onnx only")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist; create it first")
+    # `find_spec` looks a package up without importing it.
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if out.suffix == ".onnx" and missing:
         raise UserError(f"{out}: {', '.join(missing)} not installed; pip install 'video-swinv2[export]'")
 
 
 def _card_at_sizes_of(model: SwinV2, card: ModelCard) -> ModelCard:
-    """The card of the file, with the sizes that the model was loaded with."""
+    """The card of the file, with its sizes replaced by those that the model was loaded with."""
     height, width = model.image_size
     preprocessing = dataclasses.replace(card.preprocessing, frames=model.frames, image_size=(height, width))
     return dataclasses.replace(card, preprocessing=preprocessing, architecture=model.architecture())
 
 
 def _description(card: ModelCard) -> dict[str, object]:
-    """Everything that a user of the exported file needs to know, as JSON inside the file."""
+    """Everything that a user of the exported file needs to know; it is stored in the file as JSON."""
     axes = "batch, 3, H, W" if card.preprocessing.frames is None else "batch, 3, T, H, W"
     return {
         "input": f"pixels ({axes}) float32: RGB from 0 to 1, less mean, over std, both per channel",
@@ -131,7 +135,10 @@ def _description(card: ModelCard) -> dict[str, object]:
 
 
 def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> Iterator[Tensor]:
-    """Normalised views of each file, or noise: float32, (2 or more, 3, [T,] H, W)."""
+    """Normalised views of each file in `check`, or noise if it is empty: float32 (2 to SAMPLES, 3, [T,] H, W).
+
+    There must be at least two: from an example of one sample, torch.export would fix the batch size at 1.
+    """
     protocol, missing = PROTOCOLS["videoswin-4x3"], [path for path in check if not path.exists()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file")
@@ -147,6 +154,8 @@ def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> I
 
 
 def _write_pt2(exported: ExportedProgram, part: Path, description: str) -> Program:
+    """Write the program to `part` and load it again, so that the comparison covers the file itself."""
+    # torch.export wants a name that ends in .pt2, which a partial file does not have. Open files have no such rule.
     with part.open("wb") as file:
         torch.export.save(exported, file, extra_files={f"{CARD_KEY}.json": description})
     with part.open("rb") as file:
@@ -154,6 +163,7 @@ def _write_pt2(exported: ExportedProgram, part: Path, description: str) -> Progr
 
 
 def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: int) -> Program:
+    """Write the program to `part` and open it with ONNX Runtime on the CPU. Requires the packages of `_PACKAGES`."""
     import onnxruntime
 
     program = torch.onnx.export(
@@ -168,7 +178,7 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
 
 
 def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Comparison:
-    """Run both on the same batches, whose sizes should differ. A NaN counts as an infinite difference."""
+    """Run model and program on the same batches, which should differ in size. NaN counts as an infinite difference."""
     worst, samples, same = 0.0, 0, 0
     for batch in batches:
         with torch.no_grad():
@@ -182,7 +192,7 @@ def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Comp
 
 @contextmanager
 def _without_exporter_notes() -> Iterator[None]:
-    """Silence warnings and notes of the exporters about their own internals; errors still come through."""
+    """Silence warnings and log messages of the exporters about their own internals. Errors still come through."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Predictions and search results as text for people, as JSON and as CSV. The keys and columns are a public format."""
+"""Formats predictions and search results as text, JSON and CSV. The JSON keys and CSV columns are a public format."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ SEARCH_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
 
 
 def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -> str:
-    """All predictions as text, as a JSON list, or as rows of CSV without the header (see `csv_header`).
+    """Format all predictions as text, as a JSON list, or as rows of CSV without the header (see `csv_header`).
 
-    A row of CSV is one class. Rows of a whole file have no times; those of its segments are left to `format_segment`.
+    Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`.
     """
     if form == "json":
         return json.dumps([_prediction_as_json(prediction) for prediction in predictions], indent=1)
     if form == "csv":
+        # A source that failed after some segments has no answers, and a row with the error only.
         rows: list[Sequence[object]] = []
         for prediction in predictions:
             if prediction.error:
@@ -43,12 +44,15 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
 
 
 def csv_header(form: Form) -> str:
-    """The header row for CSV; empty for the other forms."""
+    """The header row of predictions as CSV; empty for the other forms."""
     return _to_csv([PREDICTION_COLUMNS]) if form == "csv" else ""
 
 
 def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
-    """The prediction of one segment, to print as soon as it is known; empty for JSON, which is written at the end."""
+    """Format the prediction of one segment, to print as soon as it is known.
+
+    Empty for JSON, which is printed as one list at the end and contains the segments.
+    """
     start, end = f"{segment.start_seconds:.2f}", f"{segment.end_seconds:.2f}"
     if form == "csv":
         return _to_csv(_class_rows(path, start, end, segment.answers))
@@ -59,7 +63,7 @@ def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
 
 
 def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
-    """The neighbours of all queries as text, as a JSON list, or as CSV with a header."""
+    """Format the neighbours of all queries as text, as a JSON list, or as CSV with a header."""
     if form == "json":
         return json.dumps([_search_result_as_json(result) for result in results], indent=1)
     if form == "csv":
@@ -79,6 +83,7 @@ def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
 
 
 def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
+    # The keys are public and differ from the names in the code: `windows` are the segments.
     return {
         "path": prediction.path,
         "answers": [asdict(answer) for answer in prediction.answers],
@@ -89,6 +94,7 @@ def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
 
 
 def _search_result_as_json(result: SearchResult) -> dict[str, Any]:
+    # As above, `likeness` is the cosine similarity.
     return {
         "path": result.path,
         "neighbours": [
@@ -113,4 +119,5 @@ def _class_rows(path: str, start: str, end: str, answers: Sequence[Answer]) -> l
 def _to_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
+    # `print` adds the last newline.
     return text.getvalue().rstrip("\n")

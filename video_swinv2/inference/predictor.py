@@ -1,4 +1,4 @@
-"""The most likely classes of videos, images and streams. What cannot be read is reported and stops nothing else."""
+"""Predicts the most likely classes of videos, images and streams. One that cannot be read does not stop the others."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ OnSegment = Callable[[str, SegmentPrediction], None]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of a file or stream, most likely first; empty, with an `error`, if it cannot be read.
+    """The most likely classes of a file or stream, most likely first.
 
-    Over time, `answers` come from the mean over all `segments`; `skipped` counts the segments of a live stream that
-    came faster than the model.
+    If it cannot be read, `answers` is empty and `error` gives the reason. For predictions over time, `answers` come
+    from the mean over all `segments`, and `skipped` counts the segments of a live stream that were not classified
+    because the model was still busy.
     """
 
     path: str
@@ -46,10 +47,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class OverTime:
-    """How to predict over time: a segment every `every_seconds` (by default without overlap), and when to stop.
+    """Settings for predictions over time.
 
-    seconds: how much of a stream to watch; files are watched to their end. video: a folder for copies of the videos
-    with the answers drawn on them.
+    every_seconds: the time from the start of one segment to the start of the next, by default without overlap. seconds:
+    how much of a stream to watch; files are watched to their end. video: a folder for copies of the videos with the
+    answers drawn on them.
     """
 
     every_seconds: float | None = None
@@ -58,7 +60,7 @@ class OverTime:
 
     @property
     def includes_files(self) -> bool:
-        """Whether files are classified over time too, instead of in the views of a protocol."""
+        """Whether files, too, are classified over time instead of in the views of a protocol."""
         return self.every_seconds is not None or self.video is not None
 
 
@@ -76,28 +78,32 @@ def predict(
     time_limit_seconds: float = 60.0,
     on_segment: OnSegment = lambda source, segment: None,
 ) -> list[Prediction]:
-    """Classify files, the videos (for an image model: images) in folders, and streams. Predictions keep their order.
+    """Classify files, the videos (for an image model: images) in folders, and streams. Returns them in this order.
 
     A file is classified in the views of `protocol`, or over time if `over_time` asks for it. A stream (a URL, a camera,
-    `-` for standard input) is always classified over time, until it ends or Ctrl-C. on_segment: called with each
-    segment's prediction as soon as it is known. workers: reading processes, by default one per core and at most 8.
-    Raises UsageError for a model without class names, an unknown protocol, and a folder without a suitable file.
+    or `-` for standard input) is always classified over time, until it ends or is interrupted with Ctrl-C. on_segment:
+    called with the prediction of each segment as soon as it is known. workers: number of reading processes, by default
+    one per core and at most 8. Raises UsageError for a model without class names, an unknown protocol, and a folder
+    without a suitable file.
     """
     timing, chosen_protocol = over_time or OverTime(), find_protocol(protocol)
     classifier = open_classifier(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
     wanted = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
     found = find_sources([str(source) for source in sources], wanted)
+    # The media types that are classified over time.
     watched = {STREAM, VIDEO} if timing.includes_files else {STREAM}
     if watched & {media_type for _, media_type in found}:
-        # Wrong times are refused here, before anything is read; and the server of the decoders starts meanwhile.
+        # This request is not used. Making it checks the times before anything is read. The server that decoding
+        # processes are forked from starts now, because it takes a second or two.
         request_for(classifier.card, "", ahead=1, every_seconds=timing.every_seconds, seconds=timing.seconds)
         start_forkserver()
-    # Videos that are not watched are read ahead by several processes, so they all go first.
+    # Videos in the views of a protocol are read ahead by several processes, so all of them are classified first.
     videos = [i for i, (_, media_type) in enumerate(found) if media_type == VIDEO and media_type not in watched]
     by_protocol = _predict_videos(
         classifier, [found[i][0] for i in videos], chosen_protocol, workers, time_limit_seconds
     )
     results = dict(zip(videos, by_protocol, strict=True))
+    # Everything else follows in the given order, one source at a time.
     outputs = _output_paths(timing.video, [name for name, media_type in found if media_type in watched])
     for i, (name, media_type) in enumerate(found):
         if media_type in watched:
@@ -108,10 +114,10 @@ def predict(
 
 
 def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | None]]:
-    """(name, STREAM) of streams, (path, media type) of files, and of the files in folders as in `find_media_files`.
+    """Expand sources to (name, STREAM) for streams and (path, media type) for files and the files in folders.
 
-    Raises UsageError for a folder without a wanted file, for a kind of URL that is not read, and for standard input
-    given twice.
+    Folders and media types are those of `find_media_files`. Raises UsageError for a folder without a file of the type
+    `wanted`, for a URL of an unsupported scheme, and for standard input given twice.
     """
     found: list[tuple[str, str | None]] = []
     for source in sources:
@@ -127,15 +133,16 @@ def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | N
 
 
 def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Tensor:
-    """The distinct views of an image -> uint8 (V, 3, H, W), oriented by its EXIF tag. UserError if it is unreadable."""
+    """The views of an image, oriented by its EXIF tag: uint8 (V, 3, H, W). Raises UserError if it cannot be read."""
     return cut_image(read_image(path), protocol_for_images(protocol), preprocessing)[0]
 
 
 def _predict_videos(
     classifier: Classifier, names: Sequence[str], protocol: Protocol, workers: int | None, time_limit_seconds: float
 ) -> list[Prediction]:
-    """Classify videos in the views of a test, with the crash-tolerant reader of the test."""
+    """Classify videos in the views of a protocol, with the crash-tolerant reader that tests use."""
     results: dict[int, Prediction] = {}
+    # Groups of one video, so that each video is delivered, or reported as failed, on its own. The label -1 is unused.
     groups = VideoGroups(
         [Entry(name, Path(name).absolute(), -1) for name in names],
         protocol,
@@ -148,6 +155,7 @@ def _predict_videos(
 
     def deliver(group: Group, waited_seconds: float) -> None:
         (record,) = group.videos
+        # A video that cannot be read arrives with the reason and no usable pixels.
         answers: tuple[Answer, ...] = ()
         if not record.reason:
             answers = classifier.top_classes(classifier.average_probabilities(group.pixels, protocol.average))
@@ -165,10 +173,11 @@ def _predict_over_time(
     time_limit_seconds: float,
     on_segment: OnSegment,
 ) -> Prediction:
-    """Classify one source segment by segment; whatever goes wrong with it becomes its error."""
+    """Classify one source segment by segment. A UserError becomes the error of its prediction."""
     live, stream = is_live(name), is_stream(name)
-    # Somebody waits for the answers about a stream, and frames in memory for their caption: no batches there. A live
-    # stream may have one unanswered segment, so that each is cut from the latest frames; a file is read further ahead.
+    # Streams and annotated videos are not batched: a person waits for the answers about a stream, and the frames of an
+    # annotated video wait in memory for their captions. A live stream may have one unanswered segment at a time, so
+    # that the next one is cut from the latest frames. Other sources are read further ahead.
     batch = 1 if stream or output is not None else classifier.batch_views
     request = request_for(
         classifier.card,
@@ -191,12 +200,13 @@ def _predict_over_time(
         ):
             mean, summary = classify_segments(classifier, watcher, batch, note)
     except UserError as error:
+        # The segments until then are kept. The message begins with the name, which the prediction has anyway.
         return Prediction(name, (), str(error).removeprefix(f"{name}: "), tuple(predictions))
     return Prediction(name, classifier.top_classes(mean), "", tuple(predictions), summary.skipped)
 
 
 def _predict_image(classifier: Classifier, path: Path, media_type: str | None, protocol: Protocol) -> Prediction:
-    """Classify an image with an image model; for anything else, the error."""
+    """Classify an image with an image model. Anything else gives a prediction with an error."""
     preprocessing = classifier.card.preprocessing
     error = unreadable_reason(path, media_type, VIDEO if preprocessing.frames is not None else IMAGE)
     if error:
@@ -209,7 +219,10 @@ def _predict_image(classifier: Classifier, path: Path, media_type: str | None, p
 
 
 def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
-    """Why a model that takes `wanted` files cannot read this one; empty if it can. An image model reads videos too."""
+    """Why a model that takes `wanted` files cannot read this one; empty if it can.
+
+    An image model reads videos as well, with one frame per view.
+    """
     if not path.exists():
         return "no such file"
     if media_type is None:
@@ -218,9 +231,10 @@ def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
 
 
 def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None]:
-    """Where in `folder` the annotated copy of each source goes: all different, and none of them a source itself.
+    """The path in `folder` for the annotated copy of each source, or None for each if there is no folder.
 
-    Named after the file, the last part of a URL's path or else its host. Without a folder, None for each.
+    A copy is named after the file, the last part of a URL's path, or its host. All paths differ from each other, and
+    none is the path of its own source. Raises UserError if the folder cannot be created.
     """
     if folder is None:
         return [None] * len(names)
@@ -230,9 +244,11 @@ def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None
         raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another --video") from error
     taken: list[Path | None] = []
     for name in names:
+        # `stem` is reduced to characters that are safe in file names everywhere.
         url = urlsplit(name) if "://" in name else None
         title = "input" if name == STANDARD_INPUT else Path(url.path).stem or url.netloc if url else Path(name).stem
         stem = re.sub(r"[^\w. -]", "_", title)
+        # name.mp4, name-2.mp4, name-3.mp4, ...
         path, count = folder / f"{stem}.mp4", 2
         while path in taken or path.absolute() == Path(name).absolute():
             path, count = folder / f"{stem}-{count}.mp4", count + 1

@@ -1,6 +1,8 @@
-"""Search by example: feature vectors of files, saved as a gallery, and the files in it nearest to a query.
+"""Search by example: feature vectors of files, saved as a gallery, and the nearest files in it to a query.
 
-Needs neither classes nor training, so it also serves where no classifier exists. N files, C channels.
+This needs neither class names nor a trained classifier, only a backbone.
+
+Letters: N files, C channels.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from video_swinv2.report.scores import read_arrays, write_arrays
 class Gallery:
     """The feature vectors of N files.
 
-    names: as found. labels: empty where a file has none. vectors: (N, C) float32, zero for files that could not be
-    read. reasons: why, empty for files that could. record: how the vectors were made, as JSON; only vectors with equal
-    records can be compared.
+    names: paths as they were given or found. labels: empty for a file without one. vectors: (N, C) float32, zero for
+    files that could not be read. reasons: why a file could not be read; empty for the others. record: how the vectors
+    were made, as JSON. Only vectors with equal records can be compared.
     """
 
     names: tuple[str, ...]
@@ -44,7 +46,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A file of the gallery, its label, and the cosine similarity of its vector and the query's, -1 to 1."""
+    """A file of the gallery, its label, and the cosine similarity (-1 to 1) of its vector and that of the query."""
 
     path: str
     label: str
@@ -53,7 +55,10 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The files of a gallery nearest to one query, nearest first, and the vote of their labels; or an `error`."""
+    """The files of a gallery nearest to one query, nearest first, and the vote of their labels.
+
+    If the query could not be read, both are empty and `error` gives the reason.
+    """
 
     path: str
     neighbours: tuple[Neighbour, ...]
@@ -71,11 +76,11 @@ def make_gallery(
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
 ) -> Gallery:
-    """Compute the vectors of files, and of the videos (for an image model: images) in folders.
+    """Compute the feature vectors of files, and of the videos (for an image model: images) in folders.
 
-    The model is a checkpoint in any supported layout. In a folder with subfolders, a file's label is the name of the
-    first subfolder on the way to it. Raises UsageError for a stream and for a folder without a suitable file, UserError
-    if no file at all can be read.
+    The model is a checkpoint in any supported layout. The label of a file is the name of the first subfolder on the
+    path from a given folder to the file; files that are given by name or lie directly in the folder have none. Raises
+    UsageError for a stream and for a folder without a suitable file, and UserError if no file can be read.
     """
     chosen_protocol = find_protocol(protocol)
     overrides = TestOverrides(
@@ -88,18 +93,19 @@ def make_gallery(
         unreadable_reason(Path(name), media_type, wanted) for name, media_type in zip(names, media_types, strict=True)
     ]
     vectors = np.zeros((len(names), backbone.model.num_features), np.float32)
-    # Videos and images are read in different views, each kind in one go.
+    # Videos and images are read in different views, so each type is extracted in one pass over its files.
     for media_type, views in ((VIDEO, chosen_protocol), (IMAGE, protocol_for_images(chosen_protocol))):
         positions = [i for i, reason in enumerate(reasons) if not reason and media_types[i] == media_type]
         if positions:
             some_vectors, some_reasons = _extract(backbone, [names[i] for i in positions], views, overrides)
             vectors[positions] = some_vectors
             for i, reason in zip(positions, some_reasons, strict=True):
+                # The name is stored beside the reason and need not be repeated in it.
                 reasons[i] = reason.removeprefix(f"{names[i]}: ")
     if all(reasons):
         raise UserError(f"{names[0]}: {reasons[0]}; none of {len(names)} files could be read")
     record = {
-        # Where the weights were read from does not change the vectors.
+        # The path of the weights is left out, because it does not change the vectors.
         "backbone": {key: value for key, value in backbone.record.items() if key != "path"},
         "preprocessing": asdict(backbone.preprocessing),
         "protocol": protocol,
@@ -108,9 +114,10 @@ def make_gallery(
 
 
 def save_gallery(gallery: Gallery, path: Path) -> None:
-    """Write a gallery as an `.npz` file. Raises UsageError for another suffix, UserError if it cannot be written."""
+    """Write a gallery to an `.npz` file. Raises UsageError for another suffix, UserError if it cannot be written."""
     if path.suffix != ".npz":
         raise UsageError(f"{path}: the name must end in .npz")
+    # Arrays of strings and not of objects, which NumPy would have to pickle.
     texts = {key: np.array(getattr(gallery, key), dtype=np.str_) for key in ("names", "labels", "reasons", "record")}
     write_arrays(path, {**texts, "vectors": gallery.vectors})
 
@@ -126,9 +133,10 @@ def load_gallery(path: Path) -> Gallery:
 
 
 def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
-    """Find the k files of a gallery nearest to each query by cosine similarity, and let their labels vote.
+    """Find the k files of a gallery that are nearest to each query by cosine similarity, and let their labels vote.
 
-    Raises UsageError unless the gallery and the queries come from the same model, sizes and protocol.
+    A gallery with fewer than k readable files gives all of them. Raises UsageError for k below 1, and unless the
+    gallery and the queries were made with the same model, sizes and protocol.
     """
     if k < 1:
         raise UsageError(f"--k {k}: must be at least 1")
@@ -138,14 +146,15 @@ def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
         )
     readable = [i for i, reason in enumerate(gallery.reasons) if not reason]
     tree = NearestNeighbors(n_neighbors=min(k, len(readable)), metric="cosine").fit(gallery.vectors[readable])
-    distances, positions = tree.kneighbors(queries.vectors)  # both (queries, k); positions within `readable`
+    # Both are (queries, k), nearest first. Positions are indices into `readable`.
+    distances, positions = tree.kneighbors(queries.vectors)
     results = []
     for i, name in enumerate(queries.names):
         if queries.reasons[i]:
             results.append(SearchResult(name, (), (), queries.reasons[i]))
             continue
         nearest = tuple(
-            # scikit-learn's cosine distance is 1 - cosine
+            # scikit-learn's cosine distance is 1 minus the cosine similarity.
             Neighbour(gallery.names[readable[position]], gallery.labels[readable[position]], 1.0 - float(distance))
             for position, distance in zip(positions[i], distances[i], strict=True)
         )
@@ -154,7 +163,7 @@ def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
 
 
 def _find_labelled_files(sources: Sequence[Path | str], wanted: str) -> tuple[list[str], list[str], list[str | None]]:
-    """The names, labels and media types of all files. Raises UsageError for a stream."""
+    """The names, labels and media types of all files in `sources`. Raises UsageError for a stream."""
     names, labels, media_types = [], [], []
     for source in map(str, sources):
         for name, media_type in find_sources([source], wanted):
@@ -170,7 +179,8 @@ def _find_labelled_files(sources: Sequence[Path | str], wanted: str) -> tuple[li
 def _extract(
     backbone: Backbone, names: Sequence[str], protocol: Protocol, overrides: TestOverrides
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    """Vectors (n, C) of files, and why one could not be read."""
+    """The vectors (n, C) of n files, and the reason for each one that could not be read (otherwise empty)."""
+    # A manifest in memory, which the feature extraction of tests can read. The label -1 is not used.
     entries = [Entry(name, Path(name).absolute(), -1) for name in names]
     manifest = Manifest(Path(), "files", (), entries, fingerprint="")
     features = extract_features(backbone, manifest, protocol, overrides, None)
@@ -178,10 +188,10 @@ def _extract(
 
 
 def _vote(neighbours: Sequence[Neighbour]) -> tuple[Answer, ...]:
-    """The share of each label, largest first; empty if no neighbour has a label.
+    """The share of each label in the votes of the neighbours, largest first; empty if no neighbour has a label.
 
-    A neighbour votes with weight exp(cosine / temperature), as in `probe`. The cosine is taken relative to 1, which
-    changes no share and keeps the exponential from overflowing.
+    A neighbour votes with weight exp(cosine / temperature), as in `probe`. Subtracting 1 from the cosine does not
+    change the shares and prevents the exponential from overflowing.
     """
     votes: dict[str, float] = {}
     for neighbour in neighbours:

@@ -1,7 +1,7 @@
-"""The verb `serve`: a web page, on this machine only, that classifies a clip dropped on it.
+"""The verb `serve`: a web page, reachable from this machine only, that classifies a clip dropped on it.
 
-The page itself, and every rule about who may send what, is in web_app.py. That file needs the packages of the extra
-`serve`; this one does not, so that a missing package is reported in one line.
+The page itself, and the checks of who may send what, are in web_app.py. That module needs the packages of the extra
+`serve`. This one does not, so that it can report a missing package in one line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def serve(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Serve the page of a model until Ctrl-C, and print its address. port: 0 picks a free one.
+    """Print the address of the page and serve it until Ctrl-C. port: 0 picks a free one.
 
     Raises the errors of `open_server`.
     """
@@ -51,9 +51,9 @@ def open_server(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> PageServer:
-    """Load a model and listen for connections, which `run` then answers.
+    """Load a model and listen for connections; `run` of the returned server then answers them.
 
-    Raises UsageError for impossible limits and port numbers, UserError for a port in use and if a package is missing.
+    Raises UsageError for invalid limits and port numbers, and UserError for a port in use and for missing packages.
     """
     limits = limits or Limits()
     if not 0 <= port < 2**16:
@@ -63,9 +63,10 @@ def open_server(
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve: {', '.join(missing)} not installed; pip install 'video-swinv2[serve]'")
-    from video_swinv2.inference.web_app import PageServer
+    from video_swinv2.inference.web_app import PageServer  # only now, because it imports these packages
 
     classifier = open_classifier(model_path, top=top, device=device, precision=precision)
+    # Started before the first request needs it, which would otherwise wait a second or two.
     start_forkserver()
     try:
         return PageServer(classifier, port, limits)

@@ -1,16 +1,19 @@
-"""A stream decoded in a process of its own, which can be killed: segments come out, the model's answers go back in.
+"""Decodes a stream in a separate process that can be killed. It sends segments and receives the model's answers.
 
-Whatever a decoder does to a file (hang, crash, eat memory), it costs that process alone. The answers serve three
-purposes: they limit how far the process runs ahead of the model, they decide which segments of a live stream are
-skipped, and they are the captions that the process writes on the annotated video.
+A decoder that hangs, crashes or takes too much memory costs only that process. The answers serve three purposes. They
+limit how far the process runs ahead of the model, they decide which segments of a live stream are skipped, and they are
+the captions that the process draws on the annotated video.
 
     this process                             the process of the stream
     ------------                             -------------------------
-                       <-- None              alive, nothing to say (at least once a second)
+                       <-- None              a sign of life, about once a second while frames arrive
                        <-- Segment           one clip of frames, to be answered
-    caption or None    -->                   the answer; None: stop as if the stream ended here
+    caption or None    -->                   the answer; None: stop as if the stream had ended here
                        <-- StreamSummary     no further segment will come
                        <-- _Done or _Failed  the last message
+
+An annotated video is written under `files.partial_path` and gets its name only when it is complete. After an error, or
+if the `Watcher` is left early, the partial file is deleted.
 """
 
 from __future__ import annotations
@@ -38,19 +41,19 @@ from video_swinv2.inference.segments import Segment, SegmentCutter
 from video_swinv2.inference.streams import Frame, FrameStream, centre_crop
 from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedError, prepare_forkserver
 
-START_SECONDS = 60.0  # for the first process to import its libraries on a busy machine
-_ALIVE_SECONDS = 1.0
+START_SECONDS = 60.0  # extra time for the first message: importing the libraries can be slow on a busy machine
+_ALIVE_SECONDS = 1.0  # the longest silence between two messages while frames arrive
 
 
 @dataclass(frozen=True)
 class WatchRequest:
-    """Which stream to watch, and the segments to cut from it: `frames` frames, `stride` apart, of `size` (H, W) pixels.
+    """A stream to watch, and the segments to cut from it: `frames` frames, `stride` apart, of `size` (H, W) pixels.
 
-    A segment starts `every_seconds` after the last, or such that there are about `max_segments` in all; with neither,
-    segments do not overlap. `seconds`: stop after that much of the stream. `ahead`: how many segments may wait for an
-    answer; once that many do, a `live` stream skips the next one, any other stream pauses. `video`: write the captioned
-    frames there, under `files.partial_path` until it is complete. `memory_bytes` limits the data of the process.
-    `wait_seconds`: how long the stream may stay silent.
+    every_seconds: the time from the start of one segment to the start of the next. max_segments: if given instead,
+    segments are spaced such that there are about this many. With neither, segments follow each other without overlap.
+    seconds: stop after this much of the stream. ahead: how many segments may be unanswered; once that many are, a
+    `live` stream skips the next segment, and any other stream pauses. video: where to write the captioned frames.
+    memory_bytes: limit on the data segment of the process. wait_seconds: how long the stream may stay silent.
     """
 
     source: str
@@ -69,7 +72,7 @@ class WatchRequest:
 
 @dataclass(frozen=True)
 class StreamSummary:
-    """Totals of a stream: frames and seconds decoded, and the segments `skipped` because the model was too slow."""
+    """Totals of a stream: decoded frames (`pictures`) and seconds, and segments skipped because the model was busy."""
 
     pictures: int
     seconds: float
@@ -78,35 +81,38 @@ class StreamSummary:
 
 @dataclass(frozen=True)
 class _Failed:
+    """The stream cannot be read further. The message begins with the name of the source."""
+
     message: str
 
 
 @dataclass(frozen=True)
 class _Done:
-    """All segments are answered and the video, if one was asked for, is written."""
+    """All segments are answered, and the video, if one was asked for, is written."""
 
 
-_Message = Segment | StreamSummary | _Failed | _Done | None  # None: alive, nothing to say
+_Message = Segment | StreamSummary | _Failed | _Done | None  # None: a sign of life
 
 
 class Watcher:
-    """The segments of a stream, one after the other; a context manager that kills the process when it is left.
+    """Iterates over the segments of a stream. It is a context manager that kills the decoding process on exit.
 
-    Every segment has to be answered with `answer`, in order. Raises UserError, beginning with the name of the source,
-    if the source cannot be read, if no frame came for `wait_seconds`, and past `limit_seconds` in all. `summary` is set
-    once the segments have ended; `finish`, called after the last answer, waits for the video.
+    Every segment must be answered with `answer`, in order. After the last segment, `summary` is set, and `finish` waits
+    for the video once all answers are given. Raises UserError, with a message that begins with the name of the source,
+    if the source cannot be read, if no frame arrives for `wait_seconds`, or after `limit_seconds` in total.
     """
 
     def __init__(
         self, request: WatchRequest, *, descriptor: int | None = None, limit_seconds: float = math.inf
     ) -> None:
-        """descriptor: an open file to read in place of the source that the request names."""
+        """Start the process. descriptor: an open file to read in place of the source that the request names."""
         self._request = request
         self._deadline = time.monotonic() + limit_seconds
         self._limit_seconds = limit_seconds
         self.summary: StreamSummary | None = None
         self._finished = False
         start_forkserver()
+        # A forked server does not share the open files of this process. DupFd passes the file on over a socket.
         handed = None if descriptor is None else reduction.DupFd(descriptor)
         limits = {} if request.memory_bytes is None else {resource.RLIMIT_DATA: request.memory_bytes}
         self._process = KillableProcess(_watch, request, handed, method="forkserver", limits=limits)
@@ -122,6 +128,7 @@ class Watcher:
             partial_path(self._request.video).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[Segment]:
+        # The first message takes longer, since the process has to start.
         patience = self._request.wait_seconds + START_SECONDS
         while True:
             message = self._receive(patience)
@@ -134,11 +141,12 @@ class Watcher:
 
     def answer(self, caption: Caption) -> None:
         """Send the model's answer for the oldest unanswered segment."""
-        with contextlib.suppress(ProcessDiedError):  # the next `_receive` reports it
+        with contextlib.suppress(ProcessDiedError):  # the next `_receive` raises the error
             self._process.send(tuple(caption))
 
     def finish(self) -> None:
-        """Wait until the video is complete and give it its name; every segment must have been answered."""
+        """Wait until the video is complete, and rename it to its final path. All segments must have been answered."""
+        # Signs of life are skipped; a failure raises.
         while not isinstance(self._receive(self._request.wait_seconds), _Done):
             pass
         if self._request.video is not None:
@@ -146,15 +154,17 @@ class Watcher:
         self._finished = True
 
     def stop(self) -> None:
-        """End the stream here as if it had ended by itself; what the process still sends has to be read."""
+        """End the stream as if it had ended by itself. Messages that the process still sends must be read."""
         with contextlib.suppress(ProcessDiedError):
             self._process.send(None)
 
     def _receive(self, patience: float) -> _Message:
+        """The next message, within `patience` seconds and the deadline. Raises UserError for every kind of failure."""
         left = self._deadline - time.monotonic()
         try:
             message: _Message = self._process.receive(min(patience, left))
         except NoAnswerError:
+            # The shorter of the two limits is the one that was exceeded.
             if left <= patience:
                 raise UserError(
                     f"{self._request.source}: took longer than {self._limit_seconds:g} seconds; send a shorter one"
@@ -169,38 +179,40 @@ class Watcher:
 
 @functools.cache
 def start_forkserver() -> None:
-    """Start the server that the processes are forked from, which takes a second or two; the first Watcher does it too.
+    """Start the server that decoding processes are forked from. A Watcher does so, too, unless it is already running.
 
-    It has imported the libraries and done nothing else, so forking it is quick and inherits no locks.
+    Starting takes a second or two. The server has imported the libraries and done nothing else, so forking from it is
+    quick and inherits no locks.
     """
     prepare_forkserver(__name__)
 
 
 def _watch(pipe: Connection, request: WatchRequest, handed: Any) -> None:
-    """The process: every failure known of becomes a message. handed: made by reduction.DupFd, or None."""
+    """The main function of the decoding process: every exception becomes a message. handed: a DupFd or None."""
     try:
+        # The first sign of life: from now on the parent waits without START_SECONDS.
         pipe.send(None)
         _Watch(pipe, request).run(None if handed is None else handed.detach())
     except (BrokenPipeError, EOFError):
-        return  # the parent has stopped listening
+        return  # the parent no longer listens
     except UserError as error:
         pipe.send(_Failed(str(error)))
     except MemoryError:
         pipe.send(_Failed(f"{request.source}: takes too much memory to decode"))
-    except Exception as error:  # whatever a decoder throws
+    except Exception as error:  # decoders and encoders may raise anything
         pipe.send(_Failed(f"{request.source}: {type(error).__name__}: {error}"))
 
 
 class _Watch:
-    """The state of the process while it decodes one stream."""
+    """Decodes one stream, in the decoding process."""
 
     def __init__(self, pipe: Connection, request: WatchRequest) -> None:
         self._pipe, self._request = pipe, request
-        self._unanswered: deque[int] = deque()  # the last frame of each segment that was sent
+        self._unanswered: deque[int] = deque()  # the last frame index of each segment that waits for its answer
         self._writer: AnnotatedVideoWriter | None = None
         self._skipped = 0
         self._stopped = False
-        self._last_sent = time.monotonic()
+        self._last_sent = time.monotonic()  # when the last message was sent
 
     def run(self, descriptor: int | None) -> None:
         """Decode the stream to its end, send its segments and write its video."""
@@ -211,21 +223,26 @@ class _Watch:
             if request.video is not None:
                 self._writer = AnnotatedVideoWriter(partial_path(request.video), stream.fps)
             for seconds, frame in stream:
+                # `_stopped` is set by a None from the parent.
                 if self._stopped or seconds >= request.seconds:
                     break
+                # For the model: resized, then cropped to (H, W, 3) at its input size.
                 side, crop = centre_crop(stream.shown_size, request.size)
                 image = np.ascontiguousarray(stream.image(frame, side)[crop])
                 if self._writer is not None:
                     height, width = stream.shown_size
-                    # The encoder's 4:2:0 pixels need even sides.
+                    # For the annotated video: resized only. Both sides must be even, because the colours of the
+                    # encoder's yuv420p format have half the resolution.
                     shown = stream.image(frame, min(height, width, MAX_SHORT_SIDE) // 2 * 2)
                     self._writer.add(count, seconds, shown[: shown.shape[0] // 2 * 2, : shown.shape[1] // 2 * 2])
                 self._offer(cutter.add(Frame(count, seconds, image)), may_skip=True)
                 count += 1
                 self._take_waiting_answers()
-            stream.shown_size  # noqa: B018 - raises if there was not a single frame
+            stream.shown_size  # noqa: B018 - raises DecodeError if there was no frame at all
+            # The last segment is never skipped, so even a short live stream has one.
             self._offer(cutter.finish(), may_skip=False)
-        # Sent before the answers are in: whoever collects segments into a batch must know that no other will come.
+        # Sent before all answers have arrived: a parent that collects segments into a batch waits for the next segment
+        # and would never answer if it did not know that there is none.
         self._pipe.send(StreamSummary(count, seconds, self._skipped))
         while self._unanswered:
             self._wait_for_answer()
@@ -234,7 +251,7 @@ class _Watch:
         self._pipe.send(_Done())
 
     def _offer(self, segment: Segment | None, may_skip: bool) -> None:
-        """Send a segment once fewer than `ahead` are unanswered; a live stream cannot wait and skips it."""
+        """Send a segment once fewer than `ahead` are unanswered. A live stream does not wait but skips the segment."""
         if segment is None:
             return
         if self._request.live and may_skip and len(self._unanswered) >= self._request.ahead:
@@ -246,13 +263,14 @@ class _Watch:
         self._unanswered.append(max(segment.indices))
 
     def _take_waiting_answers(self) -> None:
-        """Take the answers that have arrived, and let the parent know that the stream is alive."""
+        """Take the answers that have arrived, without waiting, and send a sign of life if it is time for one."""
         while self._pipe.poll():
             self._wait_for_answer()
         if time.monotonic() - self._last_sent > _ALIVE_SECONDS:
             self._send(None)
 
     def _wait_for_answer(self) -> None:
+        """Take one answer, waiting for it if necessary, and caption the frames that it applies to."""
         caption = self._pipe.recv()
         if caption is None:
             self._stopped = True
@@ -267,12 +285,12 @@ class _Watch:
 
 
 def _frames_between_segments(request: WatchRequest, stream: FrameStream) -> int:
-    """Frames from the start of one segment to the start of the next."""
+    """The number of frames from the start of one segment to the start of the next."""
     span = (request.frames - 1) * request.stride + 1
     if request.every_seconds is not None:
         return max(1, round(request.every_seconds * stream.fps))
     if request.max_segments is not None and stream.duration_seconds is not None:
-        # n segments have n - 1 gaps between their starts, which share what the last segment leaves of the stream.
+        # n segments have n - 1 distances between their starts. Together these are the stream less one segment.
         spare = stream.duration_seconds * stream.fps - span
         return max(1, math.ceil(spare / max(1, request.max_segments - 1)))
     return span

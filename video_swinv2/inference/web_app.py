@@ -1,10 +1,10 @@
-"""The web page of `serve`: a Starlette application, and uvicorn with the limits that it lacks.
+"""The web server of `serve`: a Starlette application, run by uvicorn with additional limits.
 
-The page is for the user of this machine, so the threats are other programs' mistakes and other web sites open in the
-user's browser. Only this machine can connect (the socket is bound to 127.0.0.1). A foreign site that resolves its own
-name to 127.0.0.1 (DNS rebinding) is recognised by the `Host` header, and one that posts here by the `Origin` header.
-Every connection carries a single request, so there is no second one to smuggle in. No file is ever served, and
-nothing of a clip is kept: it is written to a temporary file that has no name.
+The page is meant for the user of this machine. The threats are mistakes of other programs, and other web sites that are
+open in the user's browser. Only this machine can connect, because the socket is bound to 127.0.0.1. A foreign site that
+resolves its own name to 127.0.0.1 (DNS rebinding) is recognised by the `Host` header, and one that posts here by the
+`Origin` header. Every connection carries a single request, so a second one cannot be smuggled in. No file is ever
+served, and no clip is kept: uploads go to a temporary file that has no name.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from video_swinv2.pages import render
 ADDRESS = "127.0.0.1"
 HOSTS = frozenset({ADDRESS, "localhost"})
 PAGE, PREDICT = "/", "/predict"
-UPLOADS_AT_ONCE = 3  # one is being classified while the others arrive or wait
+UPLOADS_AT_ONCE = 3  # one clip is being classified while the others arrive or wait
 CONNECTIONS_AT_ONCE = 32
-LINGER_SECONDS = 2.0
+LINGER_SECONDS = 2.0  # how long the rest of a refused request is read
+# The port at the end of a Host header.
 _PORT = re.compile(r":\d{1,5}$")
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -58,13 +59,13 @@ _Result = TypeVar("_Result")
 
 
 class PageServer:
-    """The server of one model's page; a context manager. It listens from the start, and `run` answers."""
+    """The server of one model's page; a context manager. Connections are accepted at once and answered by `run`."""
 
     def __init__(self, classifier: Classifier, port: int, limits: Limits) -> None:
         """port: 0 picks a free one. Raises OSError if the port cannot be used."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            # A port whose last connections are still in TIME_WAIT may be used again; one that is listened on may not.
+            # Allows a port whose last connections are still in TIME_WAIT, but not one that another program listens on.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((ADDRESS, port))
             self._socket.listen()
@@ -72,6 +73,7 @@ class PageServer:
             self._socket.close()
             raise
         self.address, self.port = self._socket.getsockname()
+        # uvicorn as plain HTTP/1.1: no WebSockets, no start-up hooks, no logs, and no trust in forwarding headers.
         config = uvicorn.Config(
             make_app(classifier, limits),
             http=_LimitedProtocol,
@@ -79,9 +81,9 @@ class PageServer:
             loop="asyncio",
             lifespan="off",
             interface="asgi3",
-            proxy_headers=False,  # nobody but the connection itself says where it comes from
+            proxy_headers=False,  # the address of a client is that of its connection
             server_header=False,
-            access_log=False,  # who looked at what stays between the page and its user
+            access_log=False,  # what users look at is not recorded
             log_config=None,
             log_level="critical",  # `_report_failure` prints its own line
             timeout_keep_alive=limits.silence_seconds,
@@ -99,35 +101,41 @@ class PageServer:
         self._socket.close()
 
     def run(self) -> None:
-        """Answer requests until `stop` or, in the main thread, until Ctrl-C, which raises KeyboardInterrupt."""
+        """Answer requests until `stop` or, in the main thread, Ctrl-C, which raises KeyboardInterrupt."""
         self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
-        """Make `run` return, within about two seconds; callable from any thread."""
+        """Make `run` return within about two seconds. May be called from any thread."""
         self._server.should_exit = True
 
 
 def make_app(classifier: Classifier, limits: Limits) -> ASGIApp:
-    """The application: `GET /` is the page, `POST /predict` classifies the clip in the body, all else is refused."""
+    """The application: `GET /` returns the page, `POST /predict` classifies the clip in the body of the request.
+
+    Everything else is refused.
+    """
     page = _Page(classifier, limits)
     app = Starlette(
         routes=[Route(PAGE, page.show), Route(PREDICT, page.predict, methods=["POST"])],
         middleware=[Middleware(_LocalOnly)],
         exception_handlers={HTTPException: _refuse, UserError: _refuse_clip, Exception: _report_failure},
     )
+    # `/predict/` is refused rather than redirected to `/predict`.
     app.router.redirect_slashes = False
     return app
 
 
 class _LimitedProtocol(H11Protocol):
-    """HTTP/1.1 as uvicorn speaks it, with limits on connections, on a late request and on a response nobody reads.
+    """uvicorn's HTTP/1.1 with limits on the number of connections, on late requests and on responses nobody reads.
 
-    Without these a few idle connections could block the page for good. `timeout_keep_alive`, which uvicorn applies
-    between requests only, is the limit on silence here.
+    Without these limits, a few idle connections could block the page forever. `timeout_keep_alive`, which uvicorn only
+    applies between requests, is used as the limit on silence here.
+
+    `cycle` is uvicorn's object for the current request and its response; it is None until the headers are complete.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection if there is room for it, and expect a request."""
+        """Accept a connection if there are not too many, and give it a time limit for its request."""
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS_AT_ONCE:
             transport.abort()
@@ -135,9 +143,10 @@ class _LimitedProtocol(H11Protocol):
         self.loop.call_later(self.config.timeout_keep_alive, self._close_without_request)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has sent all it will send, but may still read: True keeps the connection open for the response.
+        """Handle a client that has closed its sending side but may still read.
 
-        If the body is incomplete, the application sees it end early and refuses it as too short.
+        Returning True keeps the connection open for the response. If the body is incomplete, the application sees it
+        end early and refuses it as too short.
         """
         if self.cycle is None:
             return False
@@ -146,17 +155,17 @@ class _LimitedProtocol(H11Protocol):
         return not self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        """The response is in the buffer: whoever does not fetch it from there in time loses it."""
+        """Give the client a time limit for reading the response, which is now in the send buffer."""
         super().on_response_complete()
         self.loop.call_later(self.config.timeout_keep_alive, self.transport.abort)
 
     def _close_without_request(self) -> None:
-        if self.cycle is None:  # the header of a request has not arrived in full
+        if self.cycle is None:  # the headers of the request have not arrived in full
             self.transport.abort()
 
 
 class _LocalOnly:
-    """Middleware that refuses requests made under another host name, and any query string: no page here takes one."""
+    """Middleware that refuses requests under a foreign host name, and query strings, which no page here takes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -164,6 +173,7 @@ class _LocalOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
         if host not in HOSTS:
+            # 421 is "Misdirected Request".
             await _Refusal(421, f"this page is served to {ADDRESS} and localhost only")(scope, receive, send)
         elif scope["query_string"]:
             await _Refusal(404, "there is no such page")(scope, receive, send)
@@ -172,26 +182,28 @@ class _LocalOnly:
 
 
 class _Page:
-    """The two things that can be asked for: the page, and what the model says about a clip."""
+    """The two endpoints: the page, and the classification of a clip."""
 
     def __init__(self, classifier: Classifier, limits: Limits) -> None:
         self._classifier, self._limits = classifier, limits
         self._html = _render_page(classifier, limits)
         self._wants_video = classifier.card.preprocessing.frames is not None
+        # At most UPLOADS_AT_ONCE clips are held at a time, and the model classifies one of them.
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._model = asyncio.Lock()
 
     async def show(self, request: Request) -> Response:
-        """The page; without its content for HEAD."""
+        """Return the page; for HEAD, only its headers."""
         return Response(self._html, media_type="text/html", headers=_HEADERS)
 
     async def predict(self, request: Request) -> Response:
-        """The body of the request is a clip; the answer is what `summarise_clip` says about it, as JSON."""
+        """Classify the clip in the body of the request. Returns the result of `summarise_clip` as JSON."""
         started = time.monotonic()
         length = _check_upload(request.headers, self._limits)
         if self._uploads.locked():
             raise HTTPException(503, "busy with other clips; try again in a moment")
-        # A temporary file without a name: however this program ends, nothing of the clip is left.
+        # No `await` lies between the check and the acquisition, so this never waits for the semaphore. The temporary
+        # file has no name: however this program ends, nothing of the clip is left on disk.
         async with self._uploads:
             with tempfile.TemporaryFile() as file:
                 await self._receive(request, file, length)
@@ -202,7 +214,7 @@ class _Page:
         return JSONResponse(result, headers=_HEADERS)
 
     async def _receive(self, request: Request, file: BinaryIO, length: int) -> None:
-        """Write the body to `file`. HTTPException as soon as it turns out to be slow, short or not a clip."""
+        """Write the body to `file`. Raises HTTPException once it is known to be too slow, too short or no clip."""
         deadline = time.monotonic() + self._limits.upload_seconds
         head, received, more = b"", 0, True
         while more:
@@ -211,6 +223,7 @@ class _Page:
             received += len(chunk)
             if len(head) < HEAD_BYTES:
                 head = (head + chunk)[:HEAD_BYTES]
+                # The type is checked once, as soon as the head is complete or the whole of a tiny file is here.
                 if len(head) == HEAD_BYTES or (head and received == length):
                     self._check_media_type(head)
         if received < length or not length:
@@ -218,7 +231,10 @@ class _Page:
         file.flush()
 
     def _check_media_type(self, head: bytes) -> None:
-        """Refuse by the first bytes whatever is not a clip, a playlist above all: it would make FFmpeg open others."""
+        """Refuse anything that is not a clip, judging by its first bytes.
+
+        The most important case is a playlist, which would make FFmpeg open other files and addresses.
+        """
         media_type = media_type_of_bytes(head)
         if media_type is None:
             raise HTTPException(415, "This is neither a video nor an image.")
@@ -227,12 +243,18 @@ class _Page:
 
 
 def _check_upload(headers: Headers, limits: Limits) -> int:
-    """The length of an upload, checked before a byte of it is read: the server answers `Expect: 100-continue` later."""
+    """Check the headers of an upload, before any of its body is read, and return its length. Raises HTTPException.
+
+    A client that sent `Expect: 100-continue` has not even started to send the body, since uvicorn answers with 100 only
+    when the body is read.
+    """
+    # Browsers add Origin to every cross-site POST, and a site cannot change it. Other clients need not send it.
     origin = headers.get("origin")
     if origin is not None and origin != f"http://{headers.get('host')}":
         raise HTTPException(403, "other sites may not post here")
     text = headers.get("content-length", "")
-    # With both headers the two ends of a proxy may disagree about where the body ends.
+    # A length in plain digits is required. With Transfer-Encoding as well, two parsers could disagree about where the
+    # body ends, which is how requests are smuggled.
     if "transfer-encoding" in headers or not (text.isascii() and text.isdecimal()):
         raise HTTPException(411, "the request must give the length of the file (Content-Length)")
     length = int(text)
@@ -242,9 +264,10 @@ def _check_upload(headers: Headers, limits: Limits) -> int:
 
 
 async def _next_chunk(request: Request, silence_seconds: float, deadline: float) -> tuple[bytes, bool]:
-    """The next bytes of the body, and whether more will follow. HTTPException if they do not arrive in time.
+    """The next bytes of the body, and whether more will follow. Raises HTTPException if they do not arrive in time.
 
-    Both clocks are needed: silence finds a stalled sender soon, the deadline one that sends a byte now and then.
+    Both limits are needed. The limit on silence detects a stalled sender quickly, and the deadline detects a sender
+    that keeps sending a few bytes now and then.
     """
     left = deadline - time.monotonic()
     try:
@@ -257,14 +280,17 @@ async def _next_chunk(request: Request, silence_seconds: float, deadline: float)
 
 
 async def _in_thread(work: Callable[[], _Result]) -> _Result:
-    """Run `work` in a daemon thread, which, unlike those of asyncio's pool, does not delay the end at Ctrl-C."""
+    """Run `work` in a daemon thread and return its result.
+
+    Unlike the threads of asyncio's pool, a daemon thread does not delay the exit after Ctrl-C.
+    """
     future: concurrent.futures.Future[_Result] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # from here on nobody can cancel it, and its result has a place to go
+    future.set_running_or_notify_cancel()  # it can no longer be cancelled, so `set_result` cannot fail
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # handed to the coroutine that waits
+        except BaseException as error:  # raised again in the waiting coroutine
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -272,10 +298,11 @@ async def _in_thread(work: Callable[[], _Result]) -> _Result:
 
 
 class _Refusal(JSONResponse):
-    """An error status with one line that says why; then, for a moment, the rest of the request is read and dropped.
+    """An error response with one line of explanation, which also reads and drops the rest of the request for a moment.
 
-    Closing a connection with unread bytes resets it, which can destroy the response on its way to a client that is
-    still sending. So the response goes out in full first, and the end of it, which closes, only afterwards.
+    Closing a connection with unread bytes resets it, which can destroy a response that is still on its way to a client
+    that is still sending. The response is therefore sent in full first. Its final, empty part, which closes the
+    connection, follows when the request has been read or LINGER_SECONDS have passed.
     """
 
     def __init__(self, status: int, reason: str) -> None:
@@ -290,16 +317,18 @@ class _Refusal(JSONResponse):
 
 
 async def _drop_body(receive: Receive) -> None:
-    """Read until the body or the connection ends."""
+    """Read and discard until the body or the connection ends."""
     while (await receive()).get("more_body", False):
         pass
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """The response to an HTTPException of ours, and to Starlette's for a path or method that does not exist."""
+    """The response to an HTTPException, whether raised here or by Starlette for an unknown path or method."""
     if not isinstance(error, HTTPException):
         raise TypeError(f"not an HTTPException: {error!r}")
-    if error.status_code == 405:  # a known path asked for with the method of the other, or a method nobody implements
+    # Starlette's 405 means a known path with an unsuitable method: either that of the other path, or one that does not
+    # exist here at all.
+    if error.status_code == 405:
         known = request.method in ("GET", "HEAD", "POST")
         return _Refusal(404 if known else 501, f"get {PAGE}, or post a clip to {PREDICT}")
     return _Refusal(error.status_code, error.detail)
@@ -311,12 +340,13 @@ async def _refuse_clip(request: Request, error: Exception) -> Response:
 
 
 async def _report_failure(request: Request, error: Exception) -> Response:
-    """A defect of ours: one line for the user of the terminal; the page keeps running."""
+    """The response to an unexpected exception, which is printed to the terminal in one line; the server continues."""
     print(f"serve: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return _Refusal(500, "the clip could not be classified; see the terminal in which the page was started")
 
 
 def _render_page(classifier: Classifier, limits: Limits) -> bytes:
+    """The page as HTML. `settings` is read by the script in it."""
     card = classifier.card
     values: dict[str, Any] = {
         "name": card.architecture["name"],
