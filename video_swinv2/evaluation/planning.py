@@ -106,6 +106,7 @@ def plan_test(
         raise UsageError(
             f"{model_path}: contains no class names to check labels against; save the model with its classes"
         )
+    # Labels are mapped to the model's class order by name, so data sets may list the same classes in another order.
     preprocessing = override_preprocessing(card.preprocessing, overrides)
     manifest = read_labelled_split(data, split, card.classes, classes_by)
     applied = tuple(protocol_for_split(manifest, protocol, preprocessing) for protocol in chosen)
@@ -126,6 +127,7 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
         "std": list(preprocessing.std),
         "model": {
             "path": str(plan.model_path),
+            # The weights themselves: a file of the same name may hold others tomorrow.
             "sha256": sha256(model_file(plan.model_path)),
             "architecture": plan.card.architecture,
             "provenance": plan.card.provenance,

@@ -63,6 +63,7 @@ def analyse(scores: Scores) -> Analysis:
     # The same metrics with views averaged the other way. Only top-1 and its interval are kept.
     other = ranking(video_probabilities(scores, OTHER_AVERAGE[average]), 5)
     again = metrics_of_ranking(labels, other, scores.classes, listed=metrics.listed, seed=seed, sources=sources)
+    # The views curve needs to know which views are clips and which are crops; the shape of the logits has only V.
     view_counts = clips_and_crops(record, scores.logits.shape[1])
     return Analysis(
         scores=scores,

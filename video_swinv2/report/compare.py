@@ -153,7 +153,7 @@ def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
     # per_class has one row per class in the order of the classes, which `_read_tests` has made the same for all tests.
     for row in zip(*(test.analysis.metrics.per_class for test in tests), strict=True):
         shares = [one.accuracy for one in row if one.accuracy is not None]
-        if len(shares) == len(row):
+        if len(shares) == len(row):  # no test lacks videos of the class
             rows.append(ClassComparison(row[0].name, row, max(shares) - min(shares)))
     return sorted(rows, key=lambda row: -row.apart)
 
@@ -183,6 +183,7 @@ def _read_tests(folders: Sequence[Path]) -> list[ComparedTest]:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"{name}: given twice; name each test once")
+    # The first test sets the order of the classes. A comparison of tests with other classes is refused.
     first = load_scores(folders[0] / "scores.npz")
     tests = []
     for letter, folder in zip(ascii_uppercase, folders, strict=False):

@@ -61,7 +61,7 @@ def confused_order(confusion: NDArray[np.int64]) -> list[int]:
     """Class indices, ordered so that classes that are often confused with each other are neighbours.
 
     These are the leaves of a hierarchical clustering with average linkage (scipy). The distance of two classes is 1
-    minus the shares of their videos that are answered as the other class, added up.
+    minus the sum of the shares of their videos that are answered as the other class.
     """
     k = len(confusion)
     if k < 3:  # nothing to order

@@ -28,7 +28,10 @@ _CHUNK_VIDEOS = 64  # averaged at a time, to bound the memory of (chunk, subsets
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The n videos whose confidence, the highest probability, is in (low, high], with its mean and their accuracy."""
+    """The n videos whose confidence is in (low, high]: their mean confidence and their accuracy.
+
+    The confidence in an answer is its probability, the highest of all classes.
+    """
 
     low: float
     high: float

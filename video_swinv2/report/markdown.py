@@ -73,6 +73,7 @@ def report_text(result: Mapping[str, Any]) -> str:
             ],
         ),
     ]
+    # The last section, because it may be long; left out if every video could be read.
     if result["failures"]:
         rows = [(failure["path"], failure["reason"]) for failure in result["failures"][:MAX_ROWS]]
         parts += [f"## Failed {unit}", table(["file", "reason"], rows)]
@@ -125,6 +126,7 @@ def _headline(result: Mapping[str, Any]) -> str:
         f"* {videos['scored']} of {videos['listed']} listed {unit} scored, {videos['failed']} failed: top-1 over all "
         f"listed {unit}: {span(result['top1_bounds'])} %"
     )
+    # In bold: with classes in the wrong order every accuracy above is meaningless.
     if result["class_order_hint"]:
         hint = result["class_order_hint"]
         rule = f" as if the model's class list were {hint['rule']}" if hint["rule"] else ""
@@ -138,5 +140,6 @@ def _headline(result: Mapping[str, Any]) -> str:
 def _class_rows(result: Mapping[str, Any]) -> list[tuple[object, ...]]:
     """The worst classes, worst first, of equals those with more videos first; classes without videos are left out."""
     rows = [row for row in result["per_class"] if row["n"]]
+    # As in `page.split_classes`, so that the text lists the classes that the page shows first.
     rows.sort(key=lambda row: (row["accuracy"], -row["n"]))
     return [(row["name"], percent(row["accuracy"]), span(row["interval"]), row["n"]) for row in rows[:MAX_ROWS]]

@@ -95,12 +95,14 @@ def plot(
     series = [one for one, _ in coloured]
     if not series:
         return None
+    # The axes span all series; the y axis also makes room for their intervals.
     x_low, x_high = min(one.x.min() for one in series), max(one.x.max() for one in series)
     y_low = min((one.y if one.low is None else one.low).min() for one in series)
     y_high = max((one.y if one.high is None else one.high).max() for one in series)
     scale = 100.0 if percent else 1.0
     bottom, top = (scale * end for end in y_range) if y_range else _axis_ends(scale * y_low, scale * y_high, percent)
     if mark_every_count:
+        # `tick_marks` would put marks at round numbers only, and between counts.
         counts = range(round(x_low), round(x_high) + 1)
         x_ticks = tuple(TickMark(f"{count}", _position(count, x_low, x_high)) for count in counts)
     else:
@@ -126,6 +128,7 @@ def _line(
     series: Series, colour: int, x_range: tuple[float, float], y_range: tuple[float, float], scale: float
 ) -> Line:
     """A series in the coordinates of the box. scale: what y is multiplied by, as the ends of `y_range` already are."""
+    # x from 0 (left) to 100 (right); y is turned over by `_box_heights`.
     x = [100 * _position(value, *x_range) for value in series.x.tolist()]
     y = _box_heights(series.y, y_range, scale)
     band = ""
