@@ -1,1 +1,1 @@
-"""Weights on disk: whose they are, how they become this model's, and what became of every tensor."""
+"""Weights on disk: reads checkpoints of all known layouts, loads them into models, and writes model files."""

@@ -1,4 +1,4 @@
-"""The account of a loaded checkpoint: what happened to every tensor. An unexplained tensor stops the loading."""
+"""The account of a loaded checkpoint: what happened to every tensor. Loading fails if any tensor is unexplained."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from video_swinv2.errors import UserError
 
 @dataclass
 class Account:
-    """What happened to every tensor, key by key. `loaded` and `inflated` are the model's tensors that took values."""
+    """What happened to every tensor of the file and of the model, by name. The dicts give a reason for each name."""
 
     source: str
     layout: str
     loaded: list[str] = field(default_factory=list)
+    """Tensors of the model that were taken from the file as they are."""
     inflated: dict[str, str] = field(default_factory=dict)
+    """Tensors of the model that were expanded in time from those of an image model."""
     derived: dict[str, str] = field(default_factory=dict)
-    """In the file, but computed from sizes by this model: tables, indices, masks. With the reason."""
+    """Tensors of the file that this model computes from its sizes instead: tables, indices, masks."""
     initialised: dict[str, str] = field(default_factory=dict)
-    """In the model, but not taken from the file. With the reason."""
+    """Tensors of the model that were not taken from the file and keep their initial values."""
     unused: dict[str, str] = field(default_factory=dict)
-    """In the file, but without a place in this model. With the reason."""
+    """Tensors of the file that have no place in this model."""
     provenance: dict[str, object] = field(default_factory=dict)
     """What the file itself records about the origin of its weights."""
     notes: list[str] = field(default_factory=list)
     """Decisions about the checkpoint as a whole, such as where the log-CPB normaliser came from."""
 
     def __str__(self) -> str:
-        """The account for people: counts, and each group of keys with its reason."""
+        """The account as text: the number of tensors of each kind and, for each reason, the first three names."""
         lines = [f"weights: {self.source} ({self.layout})", f"  loaded       {len(self.loaded):4d}"]
         for kind in ("inflated", "derived", "initialised", "unused"):
             reasons: dict[str, str] = getattr(self, kind)
@@ -40,5 +42,5 @@ class Account:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
     def refusal(self, fault: str, fix: str) -> UserError:
-        """The error to raise for a checkpoint that cannot be explained."""
+        """The error to raise for a checkpoint that cannot be loaded, because of `fault`; `fix` says what to do."""
         return UserError(f"{self.source} ({self.layout}): {fault}; {fix}")

@@ -1,4 +1,4 @@
-"""Converts any known checkpoint to a model file or Hub-style folder, and our own files to other windows and sizes."""
+"""Converts checkpoints of any known layout to model files or Hub-style folders, and model files to other sizes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ def convert(
     class_map: Path | None = None,
     frame_stride: int | None = None,
 ) -> Account:
-    """Write the weights of `source` to `out`, a `*.safetensors` file or a folder; returns the account of every tensor.
+    """Convert the checkpoint `source` and write it to `out`, a `*.safetensors` file or a folder.
 
     Args:
-        sizes: sizes that differ from the checkpoint's.
-        cpb_norm: one normaliser per stage, for both height and width.
-        classes: a file with one class name per line. It names the head's rows if the checkpoint does not, and selects
-            rows by name if it does.
-        class_map: a file that selects rows of the head by number (`read_class_map`); `classes` then names the
+        sizes: the sizes that should differ from the checkpoint's.
+        name: a variant of `list_models()`, as in `open_model`.
+        cpb_norm: one log-CPB normaliser per stage, used for both height and width.
+        classes: a file with one class name per line. If the checkpoint has class names, the file selects rows of the
+            head by name; otherwise it names the rows.
+        class_map: a file that selects rows of the head by number (see `read_class_map`); `classes` then names the
             selected rows.
-        frame_stride: in frames of the video; by default the checkpoint's, or 1.
+        frame_stride: distance between the frames of a clip, in frames of the video; by default the checkpoint's, or 1.
 
-    UserError and UsageError as in `open_model`. `out` is written completely or not at all.
+    Returns the account of every tensor. Raises UserError and UsageError as `open_model` does. A model file is written
+    completely or not at all.
     """
+    # Refuse wrong options before the checkpoint is read, which takes long if it is large.
     for key, value in (("--frames", sizes.frames), ("--frame-stride", frame_stride)):
         if value is not None and value < 1:
             raise UsageError(f"{key} {value}: give a number of at least 1, or omit the option")
@@ -47,6 +50,7 @@ def convert(
             f"{out}: weights are not written in this format; give a name that ends in .safetensors, or a folder"
         )
     checkpoint = read_checkpoint(source)
+    # A conversion may drop tensors, so it must not overwrite the checkpoint that it is made from.
     target = out if to_file else out / "model.safetensors"
     if target.resolve() in [file.resolve() for file in checkpoint.source.files]:
         raise UsageError(f"{out}: is the checkpoint itself; choose another name")
@@ -75,9 +79,9 @@ def convert(
 
 
 def read_class_map(path: Path) -> tuple[int, ...]:
-    """Rows of a larger head, one number per line in the order of the new classes, as in Microsoft's map22kto1k.txt.
+    """Read the rows of a larger head that the new classes use, one number per line, as in Microsoft's map22kto1k.txt.
 
-    UserError for an unreadable file, UsageError naming a line that is not a row number.
+    Raises UserError for a file that cannot be read, and UsageError, naming the line, for one that is not a row number.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -98,7 +102,7 @@ def read_class_map(path: Path) -> tuple[int, ...]:
 
 
 def _classes_in_checkpoint(checkpoint: Checkpoint, model: SwinV2, rows: Sequence[int] | None) -> tuple[str, ...]:
-    """The checkpoint's own names for the model's classes; () if it has none."""
+    """The checkpoint's own names of the model's classes, after the selection of `rows`; () if they are unknown."""
     found = checkpoint.classes
     if rows is not None and found:
         found = tuple(found[row] for row in rows if row < len(found))
@@ -106,7 +110,10 @@ def _classes_in_checkpoint(checkpoint: Checkpoint, model: SwinV2, rows: Sequence
 
 
 def preprocessing_of(model: SwinV2, checkpoint: Checkpoint, frame_stride: int | None = None) -> Preprocessing:
-    """The preprocessing of the file's card with the new model's sizes; released SwinV2s use ImageNet's mean and std."""
+    """The preprocessing for a converted model: its own sizes, with mean and std from the card of the checkpoint.
+
+    Without a card, these are ImageNet's, which all released SwinV2 models use.
+    """
     height, width = model.image_size
     known = checkpoint.card.preprocessing if checkpoint.card is not None else None
     stride = frame_stride or (known.frame_stride if known is not None else 1)

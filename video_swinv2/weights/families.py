@@ -1,7 +1,8 @@
-"""The sizes that weights were trained with, from the configuration beside them or from a table of released files.
+"""Finds the sizes that weights were trained with, in a configuration beside them or in a table of released files.
 
-The window and the log-CPB normaliser belong to the weights, but few files contain them. Nothing is guessed here: a
-source is a configuration that came with the weights, or the exact name of a released file.
+The window and the log-CPB normaliser belong to the weights, but few files contain them. Nothing is guessed here: sizes
+come from a configuration stored with the weights, from a layout that implies them, or from the exact name of a released
+file.
 """
 
 from __future__ import annotations
@@ -16,31 +17,35 @@ from video_swinv2.models.windows import PerAxis
 
 SUPERVISED = "Microsoft's model zoo"
 SIMMIM = "the zoo of SimMIM, all pre-trained with 192 pixels and window 12"
-PATCH = 4  # of every image SwinV2
-STAGES = 4
+PATCH = 4  # side of a patch in pixels, the same in every image SwinV2
+STAGES = 4  # likewise the same in all of them
 
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """How the model was built when its weights were trained last."""
+    """The sizes of the model in the last training of its weights."""
 
     image_size: PerAxis
     """(H, W) in pixels."""
     window: int
-    """As configured, in tokens, before stages with smaller grids shrink it."""
+    """The configured window in tokens. In a stage whose grid is smaller, the window shrinks to the grid."""
     pretrained: PerAxis
-    """Windows of an earlier training per stage, by which log-CPB is normalised; 0 if there was none."""
+    """The window of each stage in an earlier training, which log-CPB is then still normalised by; 0 without one."""
     source: str
-    """Where this is known from, for messages."""
+    """Where these sizes come from, for messages."""
 
     @property
     def cpb_norm(self) -> list[PerAxis] | None:
-        """The normaliser (h, w) per stage; None for an image that is not square, where libraries shrink differently."""
+        """The log-CPB normaliser (h, w) of each stage.
+
+        None if it depends on the shrunken window of an image that is not square: libraries shrink it differently then.
+        """
         if all(self.pretrained):
             return [(norm, norm) for norm in self.pretrained]
         height, width = self.image_size
         if height != width:
             return None
+        # The grid of stage s has ceil(height / (4 * 2^s)) tokens per axis: patches of 4, halved by each merging.
         native = [min(self.window, -(-height // (PATCH * 2**stage))) for stage in range(len(self.pretrained))]
         return [(norm or own,) * 2 for norm, own in zip(self.pretrained, native, strict=True)]
 
@@ -52,17 +57,24 @@ TORCHVISION = PretrainedConfig(
 
 
 def released_config_for(name: str) -> PretrainedConfig | None:
-    """The configuration of a released file: by its stem, timm architecture (tag optional), or last part of a Hub id."""
+    """The configuration of a released file, or None for an unknown name.
+
+    `name` is the stem of the file, a timm architecture with or without its tag, or the last part of a Hub id.
+    """
     return _released_configs().get(name)
 
 
 @functools.cache
 def _released_configs() -> dict[str, PretrainedConfig]:
-    """Every released SwinV2 and SimMIM file.
+    """The configurations of all released SwinV2 and SimMIM files, by name.
 
-    Sizes and windows come from the model zoo and configs/swinv2 of microsoft/Swin-Transformer, names from its release
-    v2.0.0, timm's swin_transformer_v2.py, and Microsoft's repositories on the Hub; SimMIM from zdaxie/SimMIM there.
+    Sizes and windows come from the model zoo and configs/swinv2 of microsoft/Swin-Transformer. Names come from its
+    release v2.0.0, timm's swin_transformer_v2.py and Microsoft's repositories on the Hub, and those of SimMIM from
+    zdaxie/SimMIM on the Hub.
     """
+    # Model sizes, windows part of the name, tail of Microsoft's name, timm's tag, pixels, window, earlier windows.
+    # "window12to16_192to256": trained with 192 pixels and window 12, then fine-tuned with 256 pixels and window 16. The
+    # last stage has a grid of 6 at 192 pixels, hence 6 instead of 12.
     small, big = ("tiny", "small", "base"), ("base", "large")
     rows: list[tuple[tuple[str, ...], str, str, str, int, int, PerAxis]] = [
         (small, "window8_256", "", "ms_in1k", 256, 8, (0, 0, 0, 0)),
@@ -78,6 +90,8 @@ def _released_configs() -> dict[str, PretrainedConfig]:
             microsoft, timm = f"swinv2_{size}_patch4_{windows}{tail}", f"swinv2_{size}_{windows}"
             names = (microsoft, microsoft.replace("_", "-"), timm, f"{timm}.{tag}")
             released |= dict.fromkeys(names, config)
+    # SimMIM: a size was trained on several subsets of ImageNet, each for 125k, 250k and 500k steps, not every size on
+    # every subset.
     data: dict[str, tuple[str, ...]] = {"base": ("1kper10", "1kper20", "1kper50", "1k", "22k")}
     data |= {"small": data["base"][:4], "large": data["base"], "huge": data["base"][1:], "giant": data["base"][2:]}
     for size, sets in data.items():
@@ -90,14 +104,21 @@ def _released_configs() -> dict[str, PretrainedConfig]:
 
 
 def config_from_layout(layout: str, names: Sequence[str]) -> PretrainedConfig | None:
-    """What a layout implies: torchvision has one window, and only SimMIM's zoo has both `encoder.` and `rpe_mlp`."""
+    """The configuration that a layout implies, or None.
+
+    torchvision has one window for all its models. A SimMIM file that calls the bias network `rpe_mlp` can only come
+    from SimMIM's model zoo, all of which was trained with the same sizes.
+    """
     if layout == "torchvision":
         return TORCHVISION
     return SIMMIM_PRETRAINING if layout == "SimMIM" and any(".rpe_mlp." in name for name in names) else None
 
 
 def config_from_extras(extras: Mapping[str, Any]) -> PretrainedConfig | None:
-    """From what a training checkpoint holds beside tensors: Microsoft's `config`, or timm's `arch` and `args`."""
+    """The configuration that a training checkpoint holds beside its tensors, or None.
+
+    Microsoft's code stores a yacs `config`, timm's training script stores `arch` and `args`.
+    """
     config = extras.get("config")
     if isinstance(config, Mapping) and isinstance(config.get("MODEL"), Mapping):
         settings, data = config["MODEL"].get("SWINV2"), config.get("DATA")
@@ -115,7 +136,7 @@ def config_from_extras(extras: Mapping[str, Any]) -> PretrainedConfig | None:
 
 
 def config_from_json(config: Mapping[str, Any]) -> PretrainedConfig | None:
-    """From the config.json of a Hub folder, Hugging Face's or timm's."""
+    """The configuration in the config.json of a Hub folder, in Hugging Face's format or timm's; None for others."""
     if config.get("model_type") == "swinv2":
         pretrained = config.get("pretrained_window_sizes", (0,) * STAGES)
         return _checked(config.get("image_size"), config.get("window_size"), pretrained, "config.json")
@@ -126,19 +147,23 @@ def config_from_json(config: Mapping[str, Any]) -> PretrainedConfig | None:
 
 
 def classes_from_json(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Class names in the config.json of a Hub folder; () if there are none (`LABEL_3` is not a name)."""
+    """Class names from the config.json of a Hub folder, in order; () if there are none.
+
+    Hugging Face fills in `LABEL_3` for a class without a name, which does not count as one.
+    """
     labels = config.get("id2label") or config.get("label_names") or {}
     if isinstance(labels, Sequence) and not isinstance(labels, str):
         labels = dict(enumerate(labels))
     if not isinstance(labels, Mapping):
         return ()
+    # JSON keys are strings, and need not be sorted. A missing number leaves an empty name, which is refused below.
     ordered = {int(index): str(name) for index, name in labels.items() if re.fullmatch(r"\d+", str(index))}
     names = tuple(ordered.get(index, "") for index in range(len(ordered)))
     return () if any(re.fullmatch(r"|LABEL_\d+", name) for name in names) else names
 
 
 def _timm(architecture: str, changes: Mapping[str, Any], source: str) -> PretrainedConfig | None:
-    """A timm model: the sizes its name implies, replaced by the arguments it was created with."""
+    """The configuration of a timm model: the sizes that its name implies, overridden by the arguments in `changes`."""
     released = released_config_for(architecture.split(".")[0])
     if released is None:
         return None
@@ -151,7 +176,7 @@ def _timm(architecture: str, changes: Mapping[str, Any], source: str) -> Pretrai
 
 
 def _checked(image_size: Any, window: Any, pretrained: Any, source: str) -> PretrainedConfig | None:
-    """A PretrainedConfig from unchecked values; None if any of them has the wrong type."""
+    """A PretrainedConfig from values read from a file; None if any of them has the wrong type or range."""
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
     window = window[0] if isinstance(window, list | tuple) and len(set(window)) == 1 else window
     if not _all_integers(size, 1) or len(size) != 2 or not isinstance(window, int) or window < 1:

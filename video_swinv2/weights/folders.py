@@ -1,4 +1,4 @@
-"""Finds the files of a checkpoint: a single file, a Hub-style folder, or a folder with an index over several files."""
+"""Finds the files of a checkpoint: a single file, a Hub-style folder, or a folder with several indexed files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from video_swinv2.errors import UserError
 
+# Hugging Face's names for weights. The first one that exists is read, so safetensors is preferred to pickle.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INDEX = ".index.json"
 
@@ -21,18 +22,21 @@ class CheckpointFiles:
     """As given by the user, for messages."""
     files: tuple[Path, ...]
     index: dict[str, str] | None = None
-    """Tensor name to file name, if the checkpoint has an index."""
+    """The file name of each tensor, if the checkpoint has an index over several files."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The config.json beside the weights; {} without one."""
+    """The contents of config.json beside the weights; {} if there is none."""
 
     @property
     def name(self) -> str:
-        """The checkpoint's name: the file's stem, or the folder's name."""
+        """The name of the checkpoint: the stem of the file, or the name of the folder."""
         return self.path.resolve().name if self.path.is_dir() else self.path.stem
 
 
 def find_checkpoint_files(path: Path | str) -> CheckpointFiles:
-    """The files behind `path`; UserError if there are none, or if an index names files outside its folder."""
+    """The files of the checkpoint at `path`.
+
+    Raises UserError if there are none, or if an index is damaged or names files outside its folder.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; check the path")
@@ -42,12 +46,15 @@ def find_checkpoint_files(path: Path | str) -> CheckpointFiles:
         if not present:
             raise UserError(f"{path}: this folder has none of {', '.join(WEIGHTS)}; name the checkpoint file itself")
         file = present[0]
+    # A config.json belongs to the weights only if they have one of the standard names.
     config = _json(file.with_name("config.json")) if file.name in WEIGHTS else {}
     if not file.name.endswith(INDEX):
         return CheckpointFiles(path, (file,), None, config)
     index = _json(file).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise UserError(f"{file}: has no weight_map; download it again")
+    # An index from the network must not make us read files elsewhere: names have to be those of files in this folder,
+    # also by the rules of Windows, where "\\" separates folders.
     for name in index.values():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
             raise UserError(f"{file}: names {name!r}, which is not a file of this folder; nothing was read")
@@ -61,6 +68,7 @@ def find_checkpoint_files(path: Path | str) -> CheckpointFiles:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no file. RecursionError comes from maliciously deep nesting."""
     if not file.is_file():
         return {}
     try:

@@ -1,6 +1,6 @@
-"""Reads a checkpoint of any known kind: tensors under Microsoft's names, and what is known about their training.
+"""Reads checkpoints of any known format, and gives their tensors Microsoft's names and their sizes in training.
 
-Nothing in a file is executed: see `unpickle`.
+Nothing in a file is ever executed; see `unpickle`.
 """
 
 from __future__ import annotations
@@ -25,33 +25,40 @@ from video_swinv2.weights.layouts import UnknownLayoutError, to_microsoft
 from video_swinv2.weights.store import ModelCard, parse_card, read_tensors
 from video_swinv2.weights.unpickle import CallRefusedError, read_inert
 
+# Suffixes of buffers that Microsoft's models save although they follow from the window and the image size.
 DERIVED = ("relative_coords_table", "relative_position_index", "attn_mask")
+# Keys under which training checkpoints hold a state dict, in order of preference: averaged weights (EMA) come first.
 AVERAGED = ("state_dict_ema", "model_ema")
 WRAPPERS = (*AVERAGED, "model", "state_dict", "module")
+# Prefixes that wrappers add to all names: DistributedDataParallel, Lightning and the like, torch.compile.
 PREFIXES = re.compile(r"^((module|model|_orig_mod)\.)+")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors under Microsoft's names, without `encoder.`; SimMIM adds `mask_token` and `decoder.*`."""
+    """A checkpoint as read: tensors under Microsoft's names, and what is known about their training.
+
+    Names have no `encoder.` prefix. SimMIM files also have `mask_token` and `decoder.*`.
+    """
 
     source: CheckpointFiles
     layout: str
     tensors: dict[str, Tensor]
     derived: dict[str, Tensor]
-    """Buffers that depend on the window only; kept because the log-CPB normaliser can be read from them."""
+    """Buffers computed from sizes, kept because window, image size and normaliser can be inferred from them."""
     dropped: dict[str, str]
     """Parts of tensors that have no effect, with the reason."""
     card: ModelCard | None
+    """The card of a model file of this project; None for any other checkpoint."""
     pretrained: PretrainedConfig | None
-    """How the weights were trained, if a configuration, the layout or the name of a released file says so."""
+    """The sizes in training, if a configuration, the layout or the name of a released file gives them."""
     classes: tuple[str, ...]
-    """Names of the head's rows, in order; () if unknown."""
+    """The names of the head's rows, in order; () if unknown."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def cpb_norm(self) -> tuple[list[PerAxis] | None, str]:
-        """The normaliser of every stage and where it comes from; None if it is unknown."""
+        """The log-CPB normaliser of each stage, or None if it is unknown; and where it comes from, for messages."""
         if self.card is not None:
             return [tuple(norm) for norm in self.card.architecture["cpb_norm"]], "the file's card"  # type: ignore[attr-defined]  # plain data
         norms = norm_from_tables(self.derived)
@@ -63,9 +70,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a file or folder and recognise its layout by content.
+    """Read a checkpoint file or folder, and recognise its layout by its contents.
 
-    UserError for a checkpoint that is missing, damaged, not a SwinV2, or cannot be read without executing it.
+    Raises UserError for a checkpoint that is missing, damaged, not a SwinV2, or that cannot be read without executing
+    it.
     """
     source = find_checkpoint_files(path)
     tensors, extras, card, notes = _read_files(source)
@@ -77,8 +85,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if card is not None:
         layout = f"{card.architecture['name']} of this project, {'SimMIM' if layout == 'SimMIM' else 'classifier'}"
     derived = {name: t for name, t in named.tensors.items() if name.endswith(DERIVED)}
-    # The closer to the weights, the more it counts: what the checkpoint itself holds, the configuration beside it, what
-    # its layout implies, and last its name.
+    # The closer a source is to the weights, the more it is trusted: first a configuration inside the checkpoint, then
+    # one beside it, then what its layout implies, and last its name.
     pretrained = (
         families.config_from_extras(extras)
         or families.config_from_json(source.config)
@@ -102,7 +110,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _read_files(source: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str, Any], ModelCard | None, list[str]]:
-    """The tensors under the file's own names, what else it holds, the card, and notes for the account."""
+    """Read all files: tensors under their own names, other contents, the card, and notes for the account."""
     tensors: dict[str, Tensor] = {}
     for file in source.files:
         if _is_safetensors(file):
@@ -113,6 +121,7 @@ def _read_files(source: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str
             content, card = _read_torch(file), None
         state, notes = unwrap(content, file)
         tensors |= state
+    # With several files, card, notes and other contents are those of the last one; the tensors are from all of them.
     absent = [name for name in source.index or {} if PREFIXES.sub("", name) not in tensors]
     if absent:
         raise UserError(
@@ -122,7 +131,11 @@ def _read_files(source: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Recognised by the brace that opens its header after 8 bytes of length; torch's own files start differently."""
+    """Whether a file is safetensors, by its suffix or its contents.
+
+    Such a file begins with 8 bytes of length and then a JSON header, so its 9th byte is a brace. torch's zip files
+    begin with "PK".
+    """
     try:
         with file.open("rb") as opened:
             start = opened.read(9)
@@ -132,6 +145,7 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _read_torch(file: Path) -> object:
+    """Read a file of `torch.save`, first with torch's own safe loader, and with `read_inert` if it refuses objects."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -140,7 +154,7 @@ def _read_torch(file: Path) -> object:
                 f"{file}: is neither in torch's zip format nor made of tensors alone, and cannot be read without "
                 "executing it; save its state dict as safetensors"
             ) from error
-    except Exception as error:  # the bytes of a damaged file decide what fails, and how
+    except Exception as error:  # in a damaged file, almost anything may fail
         raise _unreadable(file, error) from error
     try:
         return read_inert(file)
@@ -157,11 +171,13 @@ def _unreadable(file: Path, error: Exception) -> UserError:
 
 
 def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside {'model': ...}, {'state_dict': ...} and a `module.` prefix, and notes for the account.
+    """Find the state dict in a checkpoint such as {'model': ...} or {'state_dict': ...}, and strip prefixes of names.
 
-    Averaged weights take precedence over plain ones, as in timm: they are the ones that were tested.
+    Averaged weights take precedence over plain ones, as in timm, because they are the ones that were evaluated. Returns
+    the state dict and notes for the account.
     """
     notes: list[str] = []
+    # Wrappers may be nested. The loop is limited so that a file whose dict contains itself cannot make it endless.
     for _ in WRAPPERS:
         if not isinstance(content, Mapping) or all(isinstance(v, Tensor) for v in content.values()):
             break
@@ -182,21 +198,25 @@ def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def norm_from_tables(derived: Mapping[str, Tensor]) -> list[PerAxis] | None:
-    """Recover the normaliser from coordinate tables (1, 2Wh - 1, 2Ww - 1, 2), stage by stage.
+    """Recover the normaliser of each stage from Microsoft's coordinate tables (1, 2Wh - 1, 2Ww - 1, 2).
 
-    The last entry of an axis is t = log2(1 + 8 (W - 1) / (norm - 1)) / 3, and W is known from the shape; solved for the
-    normaliser, norm = 8 (W - 1) / (2^(3t) - 1) + 1. None without tables, or if a window of 1 hides it.
+    A table holds all offsets between two tokens of a window, log-spaced as in Microsoft's code. Along an axis of W
+    tokens, the largest offset, at the table's end, is t = log2(1 + 8 (W - 1) / (norm - 1)) / 3. W is known from the
+    shape, so norm = 8 (W - 1) / (2^(3t) - 1) + 1. Returns None without tables, or if the normaliser cannot be
+    recovered, as for a window of 1, whose only offset is 0.
     """
     stages: dict[int, PerAxis] = {}
     for name, table in derived.items():
         stage = re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_coords_table$", name)
         if stage is None:
             continue
+        # 4 axes for images, 5 for clips: (1, offsets per axis..., number of axes).
         if table.ndim not in (4, 5) or table.shape[-1] != table.ndim - 2 or table.numel() == 0:
             return None
         sizes = [(n + 1) // 2 for n in table.shape[1:-1]]
         corner = table[(-1,) * (table.ndim - 1)].double().tolist()
-        # 0.05 is one token at a normaliser of 80, and 4 a window of 500 at a normaliser of 2. NaN is outside as well.
+        # Refuse implausible values: about 0.05 is an offset of one token at a normaliser of 80, and about 4 is a window
+        # of 500 at a normaliser of 2. The comparison is also false for NaN.
         if any(w == 1 or not 0.05 < t < 4 for w, t in zip(sizes, corner, strict=True)):
             return None
         stages[int(stage[1])] = tuple(
