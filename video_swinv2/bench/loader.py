@@ -76,9 +76,10 @@ class PlainClips(Dataset[Tensor]):
         reading = self.reading
         with av.open(str(self.entries[index % len(self.entries)].path)) as container:
             stream = container.streams.video[0]
+            # Positions come from a generator seeded by the index, so each round reads the same clips.
             with seeded(0, index):
                 wanted = random_clip(stream.frames, reading.frames, reading.stride)
-            decoded: dict[int, Tensor] = {}
+            decoded: dict[int, Tensor] = {}  # frames by number: a short video is looped, so numbers may repeat
             # Without seeking: every frame from the start of the file to the last one wanted is decoded.
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
@@ -127,6 +128,7 @@ def bench_loader(data: Path | None, reading: Reading, workers: Sequence[int], *,
 
 
 def _config(source: str, reading: Reading, workers: int) -> DataConfig:
+    """The data section of a config that describes `reading`."""
     return DataConfig(
         source=(source,),
         image_size=reading.pixels,
@@ -138,6 +140,7 @@ def _config(source: str, reading: Reading, workers: int) -> DataConfig:
 
 
 def _generate_videos(folder: Path) -> list[Entry]:
+    """GENERATED_VIDEOS copies of one generated video in `folder`, which is encoded once only."""
     first = folder / "0.mp4"
     write_clip(first)
     paths = [folder / f"{number}.mp4" for number in range(GENERATED_VIDEOS)]
@@ -175,6 +178,7 @@ def _milliseconds_per_step(entries: Sequence[Entry], reading: Reading) -> dict[s
 
     `open` opens and indexes the video, `decode` decodes and resizes the frames, `augment` crops and flips them.
     """
+    # The transform that the loader applies, and the reader that it uses, called one after the other.
     transform = SampleDataset(entries, _config("", reading, 0), AugmentConfig(), 0, None).transform
     seconds: dict[str, list[float]] = {"open": [], "decode": [], "augment": []}
     for number in range(TIMED_CLIPS):

@@ -88,6 +88,7 @@ def bench_model(
     models = {side: build_side(comparison, side).to(where) for side in SIDES}
     x = torch.randn(comparison.shape, device=where)
     races = [_race(what, models, x, rounds) for what in comparison.passes]
+    # By the same clock as the races, since CPU time and wall time differ with several threads.
     flops_per_second = matmul_flops_per_second(where, clock_for(where))
     floors = _floor_seconds(comparison, flops_per_second)
     # Not in this process, whose peak would include the other model and the races.
@@ -107,6 +108,7 @@ def bench_model(
         "peak_bytes": peaks,
         "product_gigaflops_per_second": flops_per_second / 1e9,
         "floor_seconds": {race.what: floors[race.what] for race in races},
+        # The floor is a best rate, so it is compared with the fastest round.
         "share_of_floor": {race.what: floors[race.what] / min(race.ours) for race in races},
         "where_time_goes": {race.what: _time_shares(models["ours"], x, race.what) for race in races},
     }
@@ -123,6 +125,7 @@ def _floor_seconds(comparison: Comparison, flops_per_second: float) -> dict[str,
 
 
 def _race(what: str, models: dict[Side, nn.Module], x: Tensor, rounds: int) -> Race:
+    """Let the models take turns in one pass, "forward" or "training step"."""
     clock = clock_for(x.device)
     seconds = take_turns(
         {side: partial(elapsed, partial(_run, model, x, what), clock) for side, model in models.items()}, rounds
@@ -132,6 +135,7 @@ def _race(what: str, models: dict[Side, nn.Module], x: Tensor, rounds: int) -> R
 
 def _run(model: nn.Module, x: Tensor, what: str) -> None:
     """One pass of a model on the input `x`."""
+    # The modes are set in each pass, because the model runs both passes in turn.
     if what == "forward":
         with torch.inference_mode():
             model.eval()(x)
@@ -147,6 +151,7 @@ def _time_shares(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
     activities = [activity.CPU] + ([activity.CUDA] if x.is_cuda else [])
     with torch.profiler.profile(activities=activities) as profile:
         _run(model, x, what)
+    # CPU time does not show what a GPU does, so there the time of its kernels is taken.
     # Self time does not include the operators that an operator calls, so nothing is counted twice.
     times = {
         event.key: event.self_device_time_total if x.is_cuda else event.self_cpu_time_total

@@ -71,6 +71,7 @@ def bench_test(
     chosen = find_protocols(protocols)
     entries = read_labelled_split(data, split, card.classes or None).entries[:videos]
     views = sum(protocol.views for protocol in chosen)
+    # The groups of videos that `test` makes for this number of views and this batch.
     groups = VideoGroups(
         entries,
         chosen,
@@ -90,6 +91,7 @@ def bench_test(
     results = take_turns(
         {name: partial(_run_round, read, groups, model, batch_views, clock) for name, read in readers.items()}, rounds
     )
+    # One round is enough to compare: the logits of a way are the same in every round.
     logits = {name: of_rounds[-1].logits for name, of_rounds in results.items()}
     difference = max(float((logits[ONE_DECODE] - logits[rival]).abs().max()) for rival in RIVALS)
     if difference > MAX_LOGIT_DIFFERENCE:
@@ -108,12 +110,14 @@ def bench_test(
 def _run_round(
     read: Callable[[int], Tensor], groups: VideoGroups, model: nn.Module, batch_views: int, clock: Callable[[], float]
 ) -> Round:
+    """Score all videos once, reading with `read`; `clock` measures reading and computing separately."""
     decode = compute = 0.0
     logits = []
     # Groups as in a test, so that the model gets the same batches whatever the way. Reading and computing alternate and
     # do not overlap, so that each can be timed.
     for number in range(len(groups)):
         started = clock()
+        # (V, 3, [T,] H, W) of each video, one after the other, as in a batch of `test`.
         pixels = torch.cat([read(position) for position in groups.positions(number)])
         have_pixels = clock()
         logits.append(forward_views(model, pixels, groups.preprocessing, batch=batch_views, bf16=False))
@@ -195,7 +199,7 @@ def bench_test_table(result: dict[str, Any]) -> str:
     )
     rows = []
     for name, row in result["ways"].items():
-        ratios = ["", ""]
+        ratios = ["", ""]  # our own way has nothing to be compared with
         if name in RIVALS:
             ratios = [f"{result[key][name]:.2f}" for key in ("times_as_fast", "decode_times_as_fast")]
         seconds = [f"{row['decode_seconds']:.2f}", f"{row['compute_seconds']:.2f}"]

@@ -1,7 +1,7 @@
 """Benchmark of training steps on clips: engines, ZeRO stages and torch.compile, against torchvision's Video Swin.
 
-Each setup runs in fresh processes, one setup after the other, on the same random clips, with the engine and the
-optimizer that `train` uses. Reading clips is not part of it; `bench loader` measures that.
+Each setup runs in fresh processes, one setup after the other, with the engine and the optimizer that `train` uses. The
+input is random clips that stay on the device: reading clips is measured by `bench loader`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def training_setups(processes: int) -> tuple[TrainingSetup, ...]:
     plain = (TrainingSetup("plain"), TrainingSetup("plain, compiled", compiled=True)) if processes == 1 else ()
     zero = tuple(TrainingSetup(f"ZeRO-{stage}", zero_stage=stage) for stage in (0, 1, 2, 3))
     compiled = TrainingSetup("ZeRO-1, compiled", zero_stage=1, compiled=True)
+    # The peer is trained by the plain engine, or with several processes by ZeRO-1.
     stage = None if processes == 1 else 1
     # Setups run one after the other and cannot take turns, as each needs its own processes. So the peer is measured
     # first and last, and a difference between the two shows how much the machine drifted.
@@ -106,6 +107,7 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
     device = torch.device(work.device)
     # The rate of a large matrix product is the limit of this device; a step's share of it shows how well it is used.
     speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
+    # By `setup.peer`: False for our model, True for torchvision's.
     flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
     chosen = training_setups(work.processes) if setups is None else setups
     rows = [_row(work, setup, flops[setup.peer], speed) for setup in chosen]
@@ -164,6 +166,7 @@ def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None
     """What each process runs: build model and engine, take the steps, write the figures to `folder`/RANK.json."""
     os.environ["LOCAL_RANK"] = str(rank)  # read by join_world, which chooses the GPU by it
     torch.set_num_threads(work.threads)
+    # The processes meet through a file in the temporary folder, so no port is needed. join_world uses this group.
     dist.init_process_group(
         "nccl" if work.device == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
@@ -179,6 +182,7 @@ def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None
 
 def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, Any]:
     """The seconds of each timed step, and the peak bytes beyond what the process holds before training."""
+    # What the process holds before training starts is not memory of training.
     _load_libraries(work, setup, world)
     before = reset_peak_bytes(world.device)
     torch.manual_seed(0)
@@ -195,6 +199,7 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
     for step in range(WARM_UP_STEPS + work.rounds):
         if world.size > 1:
             dist.barrier()  # all processes start a step together, so that no wait for a late one is timed
+        # wall_seconds waits for the device, so the time of a step includes all of its work.
         started = wall_seconds(world.device)
         engine.backward(F.cross_entropy(engine.forward(clips).float(), labels))
         engine.step()
@@ -293,6 +298,7 @@ def training_table(result: dict[str, Any]) -> str:
         f"process(es) on {result['device_name']}, {work['precision']}, torch {result['torch']}; a large matrix product "
         f"reaches {result['product_tflops']:.3g} TFLOP/s"
     )
+    # Setups that did not run get an empty row, and the reason below the table.
     rows, notes = [], []
     for row in result["rows"]:
         name = row["way"].replace("torchvision", result["peer"])

@@ -141,6 +141,7 @@ def make_plan(
         raise UsageError(f"--processes {processes}: give 1 or more")
     if config.engine.engine == "plain" and processes > 1:
         raise UsageError("engine: plain runs in one process; omit --processes or use engine.engine=deepspeed")
+    # The same functions as in `train`, so that a config that `train` refuses is refused here with the same message.
     entries, samples, classes = _data(config, samples, classes, pretraining)
     batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
     config, encoder, module = _model_without_memory(config, classes, pretraining)
@@ -148,6 +149,7 @@ def make_plan(
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     flops = training_flops(encoder, frozen_stages=config.optim.frozen_stages, pretraining=pretraining)
     backends = choose_backends(encoder, device)
+    # From here on the weights of the module are fake tensors; their shapes, and so all counts below, stay the same.
     with without_memory(module):
         giga_macs = forward_giga_macs(module, config)
         passed = micro_batch_memory(module, config, device, batch.micro)
@@ -159,6 +161,7 @@ def make_plan(
     checkpoint = FP32_BYTES * (parameters + (3 if config.optim.ema else 2) * counts.trained)
     # Recomputed blocks run forward a second time; all blocks are taken to be equally large. Two operations per MAC.
     recomputed = 2e9 * giga_macs * min(config.model.checkpoint_blocks / sum(encoder.depths), 1)
+    # FLOP/s of one device: measured, as given, or unknown.
     if tflops is None and measuring:
         speed = training_flops_per_second(device, config.engine.precision, processes)
     else:
@@ -184,6 +187,7 @@ def make_plan(
         activations=passed.activations,
         moments=step_peaks(states, passed, config.engine, counts, device),
         checkpoint=checkpoint,
+        # The checkpoints that are kept and one being written, model.safetensors and last.safetensors.
         files=checkpoint * (config.keep_checkpoints + 1) + 2 * FP32_BYTES * parameters,
         pace=_estimate_time(config, batch, int(flops + recomputed), steps, speed, read),
     )
@@ -216,6 +220,7 @@ def _data(
 
 def _model_without_memory(config: Config, classes: int, pretraining: bool) -> tuple[Config, SwinV2, nn.Module]:
     """The config with its mask resolved, the encoder, and the module that would be trained, both on the meta device."""
+    # Parameters on the meta device have shapes and no memory, so even the largest model is built at once.
     with torch.device("meta"):
         encoder = build_model(config, 0 if pretraining else classes)
         if pretraining:
@@ -244,6 +249,7 @@ def _rate_groups(
     for group, numbers in zip(groups, sizes, strict=True):
         decayed = not group["name"].endswith("_no_decay")
         name = group["name"].removesuffix("_decay").removesuffix("_no")
+        # The peak learning rate of a group: optim.lr, scaled to the batch and by layer decay.
         before = found.get(name, RateGroup(name, 0, 0, optim.lr * linear_scaling(optim) * group["lr_scale"]))
         total = sum(numbers)
         found[name] = dataclasses.replace(
@@ -302,6 +308,7 @@ def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
             f"disk: {plan.files / 1e9:.1f} GB of checkpoints and model files do not fit into the {free / 1e9:.1f} GB "
             f"free in {folder}; choose another out, or fewer keep_checkpoints"
         )
+    # The workers of all processes share the cores of a machine, so more workers help only up to that number.
     needed = plan.pace.workers_needed
     if needed is not None and needed > plan.pace.workers:
         fix = f"data.workers={needed}"

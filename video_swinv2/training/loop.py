@@ -142,9 +142,11 @@ class TrainingRun:
         if self.step >= self.steps or (self.cadence.validates_at(self.step) and self._is_stale()):
             self._print(f"{self.folder}: finished at step {self.step}; choose another out or more optim.epochs")
             return
+        # Written at the start, after each validation and at the end, so a run that is killed has a record too.
         self._write_record()
         log = None
         if self.world.rank == 0:
+            # The marker asks job scripts to start the run again, which has just happened.
             remove_restart_marker(self.folder)
             log = MetricLog(self.folder, self.step, self.config.wandb)
         try:
@@ -166,6 +168,7 @@ class TrainingRun:
 
         After each step, in this order: agree with the other processes, log, validate, save, stop.
         """
+        # The loader reads ahead in worker processes; `waits` adds up the time that it keeps the device waiting.
         waits = WaitTimer()
         batches = waits.iterate(self._load_batches())
         interval = LogInterval()
@@ -222,6 +225,7 @@ class TrainingRun:
         # Set at every step from the config and never restored, so a run that is resumed with other values uses them.
         self.engine.set_lr(self.schedule.lr_at(self.step))
         outcome = None
+        # If the step is skipped, record_step writes down the inputs that are collected from here on.
         interval.begin_step()
         for micro in range(self.plan.accumulation):
             batch = next(batches)
@@ -344,6 +348,7 @@ class TrainingRun:
         tensors = self.engine.training_state()
         faults = self.faults.state()
         self.saved = time.monotonic()
+        # All collectives are done: from here on rank 0 works alone, and its writer thread in the background.
         if tensors is None:  # only rank 0 gets the tensors, and only rank 0 writes
             return
         state: dict[str, Any] = {

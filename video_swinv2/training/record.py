@@ -49,6 +49,7 @@ def package_versions() -> dict[str, str]:
 def git_state() -> str:
     """The commit of the running code, with `-dirty` if tracked files were changed; "" outside a git checkout."""
     try:
+        # In the folder of this file: the current folder may belong to another repository.
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         here = Path(__file__).parent
         return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -58,6 +59,7 @@ def git_state() -> str:
 
 def describe_batch(config: Config, plan: BatchPlan) -> str:
     """One line that shows the global batch as processes x micro-batch x accumulation."""
+    # With repeats a micro-batch is described as clips x repeats, since that is how it is read.
     repeats, micro_batch = config.augment.repeats, f"{plan.micro} samples"
     if repeats > 1:
         micro_batch = f"{plan.micro // repeats} clips x {repeats} repeats"
@@ -78,6 +80,7 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
     record: the contents of run.json. last: the metrics of the last validation, empty without a validation split.
     """
     speed = record["speed"]
+    # Best and last validation, then costs, then faults, with the file to look into if there were any.
     rows = [("last", ", ".join(f"{key} {value:.4f}" for key, value in last.items()) or "no validation split")]
     if record["best"] is not None:
         rows.insert(0, ("best", f"{record['best_metric']} {record['best']:.4f} at step {record['best_step']}"))

@@ -83,6 +83,7 @@ class Task(Protocol):
 
 def build_model(config: Config, num_classes: int) -> SwinV2:
     """A model with random weights, built from the config. Raises UsageError naming the key that is wrong."""
+    # The keys of the model section are constructor arguments; the sizes of the input come from the data section.
     model, data = config.model, config.data
     try:
         return create_model(
@@ -129,6 +130,7 @@ def save_task_model(
     provenance: Mapping[str, object],
 ) -> None:
     """Write a model file that also records how its input must be prepared, so that a test needs no config."""
+    # frames is None for image models; a single number stands for square images.
     size = config.data.image_size
     height, width = (size, size) if isinstance(size, int) else size
     preprocessing = Preprocessing(config.data.frames, config.data.frame_stride, (height, width))
