@@ -84,6 +84,7 @@ def export(
         raise UserError(f"{out}: an ONNX file is limited to 2 GB, and the weights have {size / 1e9:.1f} GB; use .pt2")
     with atomic_write(out) as part:
         with torch.no_grad(), _without_exporter_notes():
+            # Only the batch axis is dynamic. The grid decides windows and masks, which become constants of the program.
             exported = torch.export.export(model, (inputs,), dynamic_shapes=({0: Dim.DYNAMIC},))
             description = json.dumps(_description(card))
             if out.suffix == ".onnx":
@@ -166,11 +167,13 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
     """Write the program to `part` and open it with ONNX Runtime on the CPU. Requires the packages of `_PACKAGES`."""
     import onnxruntime
 
+    # `dynamo=True` converts the exported program; the older exporter would trace the model.
     program = torch.onnx.export(
         exported, dynamo=True, opset_version=opset, input_names=["pixels"], output_names=["logits"], verbose=False
     )
     if program is None:
         raise UserError(f"{part}: torch.onnx.export returned no program; use .pt2")
+    # ONNX's own map of strings, which ONNX Runtime returns as `custom_metadata_map`.
     program.model.metadata_props[CARD_KEY] = description
     program.save(part)
     session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
@@ -184,6 +187,7 @@ def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Comp
         with torch.no_grad():
             ours, theirs = model(batch), program(batch)
         worst = max(worst, torch.nan_to_num((theirs - ours).abs(), nan=torch.inf).max().item())
+        # Each sample counts if all of its top classes agree, in order.
         top = min(TOP, ours.shape[1])
         agreeing = (ours.topk(top).indices == theirs.topk(top).indices).all(dim=1)
         samples, same = samples + len(batch), same + int(agreeing.sum())

@@ -189,6 +189,7 @@ def _predict_over_time(
     request = replace(request, live=live, video=output, wait_seconds=time_limit_seconds)
     predictions: list[SegmentPrediction] = []
 
+    # Only the answers are kept; segments with their pixels would fill the memory on an endless stream.
     def note(_segment: object, _row: object, prediction: SegmentPrediction) -> None:
         predictions.append(prediction)
         on_segment(name, prediction)

@@ -146,7 +146,8 @@ def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
         )
     readable = [i for i, reason in enumerate(gallery.reasons) if not reason]
     tree = NearestNeighbors(n_neighbors=min(k, len(readable)), metric="cosine").fit(gallery.vectors[readable])
-    # Both are (queries, k), nearest first. Positions are indices into `readable`.
+    # Both are (queries, k), nearest first. Positions are indices into `readable`. Unreadable queries have zero vectors,
+    # whose neighbours mean nothing; they are passed over below.
     distances, positions = tree.kneighbors(queries.vectors)
     results = []
     for i, name in enumerate(queries.names):
@@ -169,6 +170,7 @@ def _find_labelled_files(sources: Sequence[Path | str], wanted: str) -> tuple[li
         for name, media_type in find_sources([source], wanted):
             if media_type == STREAM:
                 raise UsageError(f"{name}: is a stream; features can be computed for files only")
+            # For root/class/a/b.mp4 found in the folder root, the parts are (class, a, b.mp4).
             inside = Path(name).relative_to(source).parts if Path(source).is_dir() else ()
             names.append(name)
             labels.append(inside[0] if len(inside) > 1 else "")

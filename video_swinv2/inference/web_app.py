@@ -226,6 +226,7 @@ class _Page:
                 # The type is checked once, as soon as the head is complete or the whole of a tiny file is here.
                 if len(head) == HEAD_BYTES or (head and received == length):
                     self._check_media_type(head)
+        # The body cannot be longer than its Content-Length, which the HTTP parser enforces.
         if received < length or not length:
             raise HTTPException(400, "the upload is incomplete" if length else "the file is empty")
         file.flush()

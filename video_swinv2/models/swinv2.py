@@ -100,6 +100,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.norm2 = BranchNorm(dim)
         self.drop_path = DropPath(drop_path)
+        # `enorm` is a name in released checkpoints. Blocks without the norm have no such attribute.
         if extra_norm:
             self.enorm = nn.LayerNorm(dim)
 
@@ -271,6 +272,7 @@ class SwinV2(nn.Module):
         rates = torch.linspace(0, drop_path, sum(self.depths), device="cpu").tolist()
         stages = []
         for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            # Width doubles from stage to stage; `first` is the number of blocks before this stage.
             dim, first = embed_dim * 2**i, sum(self.depths[:i])
             blocks = [
                 Block(
@@ -305,6 +307,7 @@ class SwinV2(nn.Module):
 
     def blocks(self) -> list[Block]:
         """All blocks in the order of the forward pass."""
+        # The `isinstance` is for the type checker, to which a ModuleList holds any modules.
         return [block for stage in self.stages() for block in stage.blocks if isinstance(block, Block)]
 
     def stages(self) -> list[Stage]:
@@ -313,6 +316,7 @@ class SwinV2(nn.Module):
 
     def architecture(self) -> dict[str, object]:
         """The constructor arguments as plain data, to build an equal model. `cpb_norm` is always given explicitly."""
+        # Model files store this dictionary, so its keys must not change.
         return {
             "name": self.name,
             "embed_dim": self.embed_dim,
@@ -341,6 +345,7 @@ class SwinV2(nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """(B, *S, C) -> mean over all tokens -> (B, num_classes), or the mean (B, C) of a model without a head."""
+        # (B, *S, C) -> (B, tokens, C) -> (B, C)
         return self.head(self.head_drop(features.flatten(1, -2).mean(dim=1)))
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
