@@ -72,7 +72,7 @@ class PlainClips(Dataset[Tensor]):
         return self.reading.clips
 
     def __getitem__(self, index: int) -> Tensor:
-        """A random clip of the video with this index, counted round and round through the list."""
+        """A random clip of video `index`; past the end of the list, counting starts at the first video again."""
         reading = self.reading
         with av.open(str(self.entries[index % len(self.entries)].path)) as container:
             stream = container.streams.video[0]

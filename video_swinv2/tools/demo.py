@@ -95,7 +95,7 @@ def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
 def recipe(name: str) -> Path:
     """The path of the recipe `name` below `configs/`. Raises UserError if it is missing."""
     package = Path(__file__).resolve().parents[1]
-    # An installed package contains the recipes; in the repository they lie beside the package.
+    # An installed package contains the recipes; in the repository they are next to the package.
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name

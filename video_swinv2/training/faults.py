@@ -93,7 +93,7 @@ class Faults:
         self.broken: dict[str, None] = {}
         """One line for each broken file. The keys of a dict are an ordered set; the values mean nothing."""
         self.broken_samples = 0
-        """How many training samples of this process came from a broken file and were replaced by another sample."""
+        """How often a broken file was replaced in this process; a sample that needs two replacements counts twice."""
         self.skipped = self.skipped_in_row = 0
         """Skipped steps of the whole run, and how many of the latest steps were skipped in a row."""
         self.slowest = (0.0, "")
