@@ -14,7 +14,7 @@ block proceeds as follows:
 
 A shifted window can contain tokens that are not neighbours: tokens from opposite ends of an axis, which the roll has
 brought together, and padding. They are told apart by labels, and a token attends only to tokens with its own label.
-Microsoft instead adds -100 to the logits of such pairs, which leaves a small influence. Here the result does not depend
+Microsoft instead adds -100 to the logits of such pairs, which leaves some influence. Here the result does not depend
 on the padding at all.
 """
 
