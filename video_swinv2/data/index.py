@@ -206,6 +206,9 @@ def name_hashes(names: Iterable[bytes]) -> NDArray[np.int64]:
     return np.fromiter((int.from_bytes(hashlib.sha256(name).digest()[:4], "big") for name in names), np.int64)
 
 
+# How an index stays correct. Readers take no lock. A writer holds the lock from the second check to the replacement of
+# the file, so a source is listed in full by one process at a time. A process that dies in between leaves the old file
+# as it was, since `atomic_write` renames a complete file into place, and the kernel releases its lock.
 def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
     """Open the index of a source, and create or update it first if necessary.
 
@@ -222,6 +225,7 @@ def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
         try:
             stack.enter_context(_locked(path))
         except OSError as fault:
+            # A read-only or full home directory costs time at each start, but is no reason to fail.
             print(f"{path}: cannot be written ({fault}), so {root} is listed again at every start", file=sys.stderr)
             return _assemble(list(_with_progress(scan(None), root)), None)
         # Another process may have updated the index while this one waited for the lock, so load it again.
@@ -271,7 +275,7 @@ def _with_progress(found: Iterator[ContainerContents | int], root: Path) -> Iter
 def _assemble(found: Sequence[ContainerContents | int], previous: FileIndex | None) -> FileIndex:
     """Concatenate all containers, new ones as listed and unchanged ones copied from the previous index."""
     contents = [item if isinstance(item, ContainerContents) else _unchanged_contents(previous, item) for item in found]
-    counts = [one.names.count(0) for one in contents]
+    counts = [one.names.count(0) for one in contents]  # each name ends with NUL, so this counts names
     keys = contents[0].columns if contents else ()
     return FileIndex(
         NameTable.from_names(one.container for one in contents),
@@ -299,6 +303,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _save(index: FileIndex, path: Path) -> None:
+    # Names of the arrays in the file; `_load` reads them back by these.
     arrays: dict[str, NDArray[Any]] = {"stamps": index.stamps, "starts": index.starts}
     for key, names in (("containers", index.containers), ("about", index.about), ("names", index.names)):
         arrays |= {f"{key}.text": names.text, f"{key}.ends": names.ends}

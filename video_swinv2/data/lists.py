@@ -63,6 +63,7 @@ def split_sources(source: Path, annotations: Sequence[Path] = ()) -> dict[str, l
     Raises UsageError if `source` or one of `annotations` does not exist or holds no lists.
     """
     source = _existing(source)
+    # (split, list or folder) pairs; several lists may belong to the same split.
     found: list[tuple[str, Path]] = []
     if annotations:
         for path in map(_existing, annotations):
@@ -77,6 +78,7 @@ def split_sources(source: Path, annotations: Sequence[Path] = ()) -> dict[str, l
         found = _lists_in(source) or _lists_in(source / "annotations")
         if not found and not (source / "dataset.json").is_file():
             found = [(split, source / split) for split in SPLITS if (source / split).is_dir()] or [("train", source)]
+    # A dict without values serves as an ordered set: the usual splits first, then any others by name.
     order = dict.fromkeys((*SPLITS, *sorted(split for split, _ in found)))
     return {split: paths for split in order if (paths := [path for word, path in found if word == split])}
 
@@ -141,6 +143,7 @@ def labels_in(root: Path, source: Path) -> set[str | int]:
 def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
     """The videos of a folder: labelled with the top folder they are in, or all unlabelled in a flat folder."""
     shown = videos_below(folder)
+    # Videos directly in the folder. A mixture of these and class folders has no clear meaning, so it is refused.
     loose = [name for name in shown if "/" not in name]
     if loose and len(loose) < len(shown):
         raise UsageError(f"{folder / loose[0]}: a video beside class folders; move it into one, or use a list")
@@ -197,6 +200,7 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
 
     For a file that does not exist, gives the name that it should have, so that it is reported as missing.
     """
+    # Depending on the downloader, a file is STEM.mp4, SPLIT/STEM.mp4, CLASS/STEM.mkv and so on: find it by its stem.
     files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
         name = choose_copy(files.get(clip.stem, [f"{clip.stem}.mp4"]), split)

@@ -149,6 +149,7 @@ class Loader:
         return len(self.addresses)
 
     def __iter__(self) -> Iterator[Batch]:
+        # `delivered` counts batches since the beginning, `deaths` those since the last delivered batch.
         delivered = deaths = 0
         while delivered < len(self):
             batches = self._start(delivered)
@@ -191,6 +192,8 @@ class Loader:
             return
         patience = self.dataset.patience_seconds
         for file in self.dataset.in_hand.abandoned():
+            # A hang is certain, as the alarm ends only a reader that is far over its limits. A crash may have been the
+            # fault of the machine (out of memory), so the file is tried once more.
             if file.seconds >= patience:
                 self.dataset.given_up[file.number] = (
                     f"the decoder did not answer within {patience:g} s; remove the file from the list"

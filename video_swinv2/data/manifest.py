@@ -123,6 +123,7 @@ def classes_of_source(
     """
     if not annotations and (root / "dataset.json").is_file():
         return tuple(_recorded(root)["classes"])
+    # The file next to the data comes first, then one next to the annotations.
     for folder in (root, *(path if path.is_dir() else path.parent for path in annotations)):
         if (folder / "classes.txt").is_file():
             return read_class_list(folder / "classes.txt")
@@ -153,6 +154,7 @@ def label_index(label: str | int | None, where: str, own: Sequence[str], index: 
             raise UsageError(f"{where}: label {label}, but there are {len(own)} classes (0 to {len(own) - 1})")
         label = own[label]
     if label not in index:
+        # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.
         nearest = difflib.get_close_matches(label, index, n=1, cutoff=0.0)
         hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
         raise UsageError(f"{where}: label {label!r} is not one of the {len(index)} classes; {hint}rename or add it")

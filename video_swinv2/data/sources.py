@@ -70,6 +70,7 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
             videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
             check_files_exist(videos)
             entries, per_entry = compact_entries(videos), 1 if validation else data.frames_per_video * repeats
+        # Weights balance training. In validation, each sample counts once.
         weight = source.weight if isinstance(source, WeightedSource) and not validation else None
         if len(entries):
             mixed.append(MixtureSource(entries, per_entry, weight))

@@ -54,6 +54,8 @@ def convert(
     target = out if to_file else out / "model.safetensors"
     if target.resolve() in [file.resolve() for file in checkpoint.source.files]:
         raise UsageError(f"{out}: is the checkpoint itself; choose another name")
+    # Without a map, `names` selects rows or names all of them, which `open_model` checks. With a map, it names the
+    # selected rows, so there has to be one name for each.
     names = read_class_list(classes) if classes is not None else None
     if names == ():
         raise UsageError(f"{classes}: contains no class names; one name per line")
@@ -64,6 +66,7 @@ def convert(
     model, account = open_model(checkpoint, sizes, name=name, cpb_norm=norms, classes=names, class_map=rows)
     class_names = names if names is not None else _classes_in_checkpoint(checkpoint, model, rows)
     preprocessing = preprocessing_of(model, checkpoint, frame_stride)
+    # Recorded in the card, so that a model file can be traced to the exact bytes that it was made from.
     provenance = {
         "converted_from": checkpoint.source.name,
         "sha256": {file.name: sha256(file) for file in checkpoint.source.files},
@@ -104,6 +107,7 @@ def read_class_map(path: Path) -> tuple[int, ...]:
 def _classes_in_checkpoint(checkpoint: Checkpoint, model: SwinV2, rows: Sequence[int] | None) -> tuple[str, ...]:
     """The checkpoint's own names of the model's classes, after the selection of `rows`; () if they are unknown."""
     found = checkpoint.classes
+    # Names that are too few for the selected rows, or that do not fit the model's head, are dropped as a whole.
     if rows is not None and found:
         found = tuple(found[row] for row in rows if row < len(found))
     return found if len(found) == model.num_classes else ()

@@ -1,11 +1,14 @@
-"""Loads the weights of any known checkpoint into a model; image weights are inflated to clip weights.
+"""Loads the weights of any known checkpoint into a model, and inflates image weights for clip models.
 
-Inflation is exact: a still image repeated in time gives the image model's features. Two kinds of tensor change shape:
+Letters: C channels, T H W a patch in frames and pixels.
+
+Inflation is exact: for a clip that repeats one image, the clip model gives the features of the image model. Two kinds
+of tensor change shape:
 
     patch kernel             (C, 3, H, W) -> (C, 3, T, H, W)    divided by T and repeated: a mean over equal frames
-    first log-CPB layer      (512, 2) -> (512, 3)               a zero column for the offset in time, which is ignored
+    first log-CPB layer      (512, 2) -> (512, 3)               a zero column, so that the offset in time has no effect
 
-Everything else has the same shape in both models.
+All other tensors have the same shape in both models.
 """
 
 from __future__ import annotations
@@ -36,18 +39,19 @@ def load_weights(
     time_noise: float = 0.0,
     seed: int = 0,
 ) -> Account:
-    """Load a checkpoint into `model`; returns the account of what happened to every tensor, for printing.
+    """Load a checkpoint into `model`.
 
     Args:
-        model: an image model, or a clip model, for which image weights are inflated.
+        model: an image model or a clip model. Image weights are inflated for a clip model.
         path: a file or Hub folder of any known layout.
-        classes: the model's class names. The head is loaded, row by row, if the file names its own classes and has
-            all of these.
-        cpb_norm: the log-CPB normaliser per stage, for a checkpoint that does not contain it; it is never guessed.
-        time_noise: strength of `zero_sum_time_noise` on an inflated patch kernel; 0 for none.
-        seed: of that noise.
+        classes: the model's class names. If the file has class names and they include all of these, the rows of its
+            head are selected by name; if they do not, the head is not loaded.
+        cpb_norm: the log-CPB normaliser of each stage, for a checkpoint that does not contain it; it is never guessed.
+        time_noise: strength of the `zero_sum_time_noise` that is added to an inflated patch kernel; 0 for none.
+        seed: seed of that noise.
 
-    UserError, and an unchanged model, if anything cannot be explained.
+    Returns the account of what happened to every tensor, for printing. Raises UserError, and leaves the model
+    unchanged, if a tensor cannot be explained.
     """
     return fill_model(
         model, read_checkpoint(path), classes=classes, cpb_norm=cpb_norm, time_noise=time_noise, seed=seed
@@ -64,15 +68,16 @@ def fill_model(
     time_noise: float = 0.0,
     seed: int = 0,
 ) -> Account:
-    """`load_weights` from a checkpoint that has been read already.
+    """`load_weights` for a checkpoint that has already been read.
 
-    class_map: for each class of the model, the number of its row in the file's head, if names do not say.
+    class_map: the row of the file's head for each class of the model, for a file without class names.
     """
     account = Account(str(checkpoint.source.path), checkpoint.layout, notes=list(checkpoint.notes))
     account.provenance = checkpoint.card.provenance if checkpoint.card is not None else {}
     account.derived = {name: "depends on the window; computed, not loaded" for name in checkpoint.derived}
     account.unused = dict(checkpoint.dropped)
     norms = _normaliser(model, checkpoint, cpb_norm, account)
+    # `found` is a copy, because the head's rows are selected in it before anything is compared with the model.
     target = model.state_dict()
     found = dict(checkpoint.tensors)
     if class_map is not None:
@@ -80,6 +85,7 @@ def fill_model(
     else:
         head = _head(model, checkpoint, classes, found, account)
 
+    # First collect all new values and every reason to refuse, and touch the model only at the end.
     values: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if name not in target:
@@ -89,6 +95,7 @@ def fill_model(
         else:
             values[name] = _fit(name, tensor, target[name], account)
     if time_noise:
+        # Only an inflated kernel of at least 2 frames has an axis over which the noise can sum to zero.
         if PATCH_KERNEL not in account.inflated or target[PATCH_KERNEL].shape[2] == 1:
             raise account.refusal(
                 "time_noise needs an inflated patch kernel",
@@ -96,8 +103,10 @@ def fill_model(
             )
         values[PATCH_KERNEL] = values[PATCH_KERNEL] + zero_sum_time_noise(values[PATCH_KERNEL], time_noise, seed)
         account.inflated[PATCH_KERNEL] += f"; plus noise that sums to zero over time ({time_noise:g} deviations)"
+    # Tensors of the model that the file does not have: `_reason_initialised` raises for those that it should have.
     for name in sorted(target.keys() - values.keys()):
         account.initialised[name] = _reason_initialised(name, found, head, account)
+    # A diverged run may have saved NaN, which would spoil everything that is computed with these weights.
     bad = next((name for name, value in values.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise account.refusal(f"{bad} holds NaN or Inf", "take an earlier checkpoint of that run")
@@ -107,13 +116,15 @@ def fill_model(
 
 
 def zero_sum_time_noise(kernel: Tensor, strength: float, seed: int) -> Tensor:
-    """Noise for an inflated patch kernel (C, 3, T, H, W) that sums to zero over T, of `strength` times its deviation.
+    """Noise for an inflated patch kernel (C, 3, T, H, W) that sums to zero over T.
 
-    A still clip keeps its features exactly. Without the noise, an inflated model cannot tell a clip from its reversal,
-    and if the classes are motions, training leaves that symmetry slowly (docs/results/demo.md has the figures).
+    Its standard deviation is `strength` times that of the kernel. As it sums to zero, a still clip keeps its features
+    exactly. Without the noise, an inflated model cannot distinguish a clip from its reversal, and if the classes are
+    motions, training is slow to break that symmetry (docs/results/demo.md has the figures). Needs T of at least 2.
     """
     frames = kernel.shape[2]
     noise = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(seed)).to(kernel)
+    # Subtracting the mean of T values leaves (T - 1) / T of the variance; the factor in the last line restores it.
     noise = noise - noise.mean(dim=2, keepdim=True)
     return noise * strength * kernel.std() * (frames / (frames - 1)) ** 0.5
 
@@ -121,7 +132,10 @@ def zero_sum_time_noise(kernel: Tensor, strength: float, seed: int) -> Tensor:
 def _normaliser(
     model: SwinV2, checkpoint: Checkpoint, given: Sequence[Sequence[int]] | None, account: Account
 ) -> list[PerAxis]:
-    """The normaliser that comes with the weights; for image weights, a clip model keeps its own in time."""
+    """The log-CPB normaliser of each stage: the given one, or else the one that comes with the weights.
+
+    Image weights have none in time, so a clip model keeps its own there.
+    """
     norms, origin = checkpoint.cpb_norm
     if given is not None:
         instead_of = f"; {origin} would say {norms}" if norms is not None and norms != [tuple(n) for n in given] else ""
@@ -137,6 +151,8 @@ def _normaliser(
         raise account.refusal("a clip model", "its weights cannot go into an image model")
     if any(len(norm) < 2 or not all(isinstance(n, int) and n > 0 for n in norm) for norm in norms):
         raise account.refusal(f"log-CPB normaliser {norms}", "it is a positive (h, w) or (t, h, w) per stage")
+    # Normalisers are (t, h, w) or (h, w), so missing axes are always the first: (8, 7, 7) and (12, 12) -> (8, 12, 12).
+    # `own` is the normaliser that the model was built with.
     joined = [(*own[: axes - len(norm)], *norm) for own, norm in zip(model.cpb_norm, norms, strict=True)]
     account.notes.append(f"log-CPB normaliser per stage ({origin}): {joined}")
     return joined
@@ -145,13 +161,18 @@ def _normaliser(
 def _head(
     model: SwinV2, checkpoint: Checkpoint, classes: Sequence[str] | None, found: dict[str, Tensor], account: Account
 ) -> str:
-    """Decide whether the head is loaded, and sort its rows into the model's class order; "" if so, else why not."""
+    """Decide whether to load the head, and put its rows in `found` into the order of the model's classes.
+
+    Returns the reason for not loading it, or "" to load it.
+    """
     if model.num_classes == 0 or HEAD[0] not in found:
         return "the file has no classification head"
     rows = found[HEAD[0]].shape[0] if found[HEAD[0]].ndim else 0
+    # Names are believed only if there is one for each row. With names on both sides, rows are selected by name;
+    # otherwise the numbers of classes have to agree, and the order is assumed to.
     names = checkpoint.classes if len(checkpoint.classes) == rows else ()
     if classes is not None and names:
-        # A name that occurs twice (ImageNet has two cranes) identifies no row.
+        # A name that occurs twice (ImageNet has two classes "crane") does not identify a row.
         times = Counter(names)
         row_of = {name: row for row, name in enumerate(names) if times[name] == 1}
         absent = [name for name in classes if name not in row_of]
@@ -170,7 +191,10 @@ def _head(
 
 
 def _mapped_head(model: SwinV2, class_map: Sequence[int], found: dict[str, Tensor], account: Account) -> str:
-    """Keep the rows of a larger head that the class map names; always returns "", because a bad map is refused."""
+    """Select the rows of a larger head that the class map names.
+
+    Always returns "", like `_head` for a head that is loaded, because a map that does not fit raises UserError.
+    """
     rows = found[HEAD[0]].shape[0] if HEAD[0] in found and found[HEAD[0]].ndim else 0
     if not rows:
         raise account.refusal("the file has no classification head", "omit the class map")
@@ -186,6 +210,7 @@ def _mapped_head(model: SwinV2, class_map: Sequence[int], found: dict[str, Tenso
 
 
 def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account: Account) -> str:
+    """Why a tensor of the model is not in the file; UserError if it should be."""
     if name in HEAD and head:
         return head
     if name == "mask_token":
@@ -196,6 +221,7 @@ def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account:
 
 
 def _reason_unused(name: str, account: Account) -> str:
+    """Why a tensor of the file is not in the model; UserError if it should be."""
     if name == "mask_token" or name.startswith("decoder."):
         return "SimMIM's mask token and decoder serve pre-training only"
     if name in HEAD:
@@ -204,7 +230,7 @@ def _reason_unused(name: str, account: Account) -> str:
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
-    """The tensor unchanged, or inflated if the model has one more axis."""
+    """The value for a tensor of the model: as in the file, or inflated if the model has the additional axis of time."""
     if not tensor.is_floating_point():
         raise account.refusal(f"{name} holds {tensor.dtype}", "weights must be floating-point numbers")
     if tensor.shape == target.shape:
@@ -212,13 +238,16 @@ def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
         return tensor.to(target.dtype)
     if name == PATCH_KERNEL and tensor.ndim == 4 and target.ndim == 5:
         length = target.shape[2]
+        # (C, 3, H, W) -> (C, 3, 1, H, W) -> (C, 3, T, H, W)
         inflated = (tensor / length).unsqueeze(2).expand(-1, -1, length, -1, -1)
         reason = f"kernel divided by {length} and repeated over {length} frames"
     elif name.endswith(".cpb_mlp.0.weight") and tensor.shape[1] == 2 and target.shape[1] == 3:
+        # Offsets are (t, h, w), so the new column comes first: (512, 2) -> (512, 3).
         inflated = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
         reason = "zero column for the offset in time"
     else:
         inflated, reason = tensor, ""
+    # Anything else that differs, such as another patch size or width, means another architecture.
     if not reason or inflated.shape != target.shape:
         shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model"
         raise account.refusal(shapes, "choose the model size of the file (model.name)")

@@ -1,6 +1,6 @@
-"""Recognises the known layouts of SwinV2 checkpoints and renames their tensors to Microsoft's names.
+"""Recognises the known layouts of SwinV2 checkpoints, and renames their tensors to Microsoft's names.
 
-A layout is recognised by the names and shapes of its tensors, never by the file's name.
+A layout is recognised by the names and shapes of its tensors, never by the name of the file.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
+"""A pattern and its replacement, for `re.sub`. All rules of a layout are applied to each name, one after the other."""
 
 V1_TABLE = "relative_position_bias_table"
-FOREIGN = {
+FOREIGN = {  # part of a tensor's name -> what the checkpoint is; models that are similar, but not the same function
     ".w_msa.": "an OpenMMLab layout; convert the weights of the original release instead",
     ".meta_mlp.": "timm's swinv2_cr, whose position bias and merging differ from those of the released SwinV2",
 }
 
 
 class UnknownLayoutError(ValueError):
-    """The tensors do not belong to a SwinV2; the message says why and what to do."""
+    """The tensors do not belong to a SwinV2 of a known layout. The message says why and, if possible, what to do."""
 
 
 @dataclass
 class NamedTensors:
-    """Tensors under Microsoft's names; SimMIM adds `mask_token` and `decoder.*`."""
+    """Tensors under Microsoft's names. Those of SimMIM include `mask_token` and `decoder.*`."""
 
     layout: str
     tensors: dict[str, Tensor]
@@ -36,7 +37,9 @@ class NamedTensors:
     """Parts of the file that have no effect, with the reason."""
 
 
-# Hugging Face names the norms by their position in SwinV1 blocks; in SwinV2 they come after attention and MLP.
+# Hugging Face named the norms for their position in SwinV1 blocks, before attention ("before") and before the MLP
+# ("after"). In SwinV2 they come after attention and after the MLP. Specific rules precede general ones: the biases of
+# query and value come before `.attention.self.`, and `.attention.output.` comes before `.output.`.
 HUGGING_FACE: tuple[Rule, ...] = (
     (r"^swinv2\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -55,12 +58,13 @@ HUGGING_FACE: tuple[Rule, ...] = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
-# timm has the merging at the start of the next stage, we have it at the end of the previous one.
+# timm puts the patch merging at the start of a stage, Microsoft at the end of the previous one.
 TIMM: tuple[Rule, ...] = (
     (r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
     (r"^head\.fc\.", "head."),
 )
-# features.0 is the patch embedding; stages and mergings alternate after it.
+# features.0 is the patch embedding, after which stages and patch mergings alternate: features.1 is stage 0, features.2
+# the merging after it, features.3 is stage 1, and so on. In `mlp`, 1 and 2 are the activation and the dropout.
 TORCHVISION: tuple[Rule, ...] = (
     (r"^features\.0\.0\.", "patch_embed.proj."),
     (r"^features\.0\.2\.", "patch_embed.norm."),
@@ -69,8 +73,8 @@ TORCHVISION: tuple[Rule, ...] = (
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 )
-# The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271). Huge and giant models have a
-# norm on the main branch, called enorm by Microsoft and norm3 by timm.
+# Applied to every layout. The released SimMIM files call the bias network rpe_mlp (Swin-Transformer issue 271). Huge
+# and giant models have an extra norm on the main branch, which is called enorm by Microsoft and norm3 by timm.
 ALWAYS: tuple[Rule, ...] = (
     (r"\.rpe_mlp\.", ".cpb_mlp."),
     (r"^(layers\.\d+\.blocks\.\d+\.)norm3\.", r"\1enorm."),
@@ -78,7 +82,7 @@ ALWAYS: tuple[Rule, ...] = (
 
 
 def to_microsoft(tensors: Tensors) -> NamedTensors:
-    """The layout's name and its tensors under Microsoft's names; UnknownLayoutError for anything but a SwinV2."""
+    """Recognise the layout and rename its tensors. Raises UnknownLayoutError for anything but a SwinV2."""
     _refuse_foreign(tensors)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
         named = NamedTensors("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
@@ -101,6 +105,7 @@ def to_microsoft(tensors: Tensors) -> NamedTensors:
 
 
 def _refuse_foreign(tensors: Tensors) -> None:
+    """Raise UnknownLayoutError for models that resemble SwinV2 but compute something else."""
     if any(name.endswith(V1_TABLE) for name in tensors):
         video = any(name.endswith("patch_embed.proj.weight") and t.ndim == 5 for name, t in tensors.items())
         raise UnknownLayoutError(
@@ -113,6 +118,7 @@ def _refuse_foreign(tensors: Tensors) -> None:
 
 
 def _merges_at_the_start(tensors: Tensors) -> bool:
+    """Whether the first patch merging belongs to stage 1, as in timm, and not to stage 0."""
     merges = [int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.downsample\.", name))]
     return bool(merges) and min(merges) == 1
 
@@ -130,7 +136,7 @@ def _rename(tensors: Tensors, rules: tuple[Rule, ...]) -> dict[str, Tensor]:
 
 
 def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join three matrices (C, C) to one (3C, C), with rows in the order query, key, value."""
+    """Concatenate the three matrices (C, C) of each attention to one (3C, C), in the order query, key, value."""
     for query in [name for name in tensors if name.endswith(".attn.query.weight")]:
         parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
@@ -139,7 +145,10 @@ def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_bias(tensors: dict[str, Tensor]) -> NamedTensors:
-    """Split torchvision's qkv.bias (3C) into q_bias and v_bias; its key part is zeroed there in every forward pass."""
+    """Split torchvision's qkv.bias (3C,) into q_bias and v_bias, (C,) each.
+
+    The part of the key is dropped, because torchvision sets it to zero in every forward pass.
+    """
     named = NamedTensors("torchvision", tensors)
     for name in [name for name in tensors if name.endswith(".attn.qkv.bias")]:
         q_bias, _, v_bias = tensors.pop(name).chunk(3)

@@ -1,4 +1,4 @@
-"""Builds a model from any checkpoint, with its size counted in the tensors; reads and writes Hub-style folders."""
+"""Builds models from checkpoints, inferring their sizes from the tensors; `from_pretrained` and `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill_model
 from video_swinv2.weights.store import Preprocessing, save_model
 
-# Of inflated models, unless asked otherwise: Video Swin's, and the defaults of create_model.
+# Tokens and frames in time of an inflated model, unless requested otherwise. They are those of Video Swin, and the
+# defaults of create_model.
 WINDOW_IN_TIME = 8
 PATCH_IN_TIME = 2
 
 
 @dataclass(frozen=True)
 class RequestedSizes:
-    """Sizes that should differ from the checkpoint's; None keeps the checkpoint's."""
+    """Sizes that should differ from those of the checkpoint; None keeps the checkpoint's."""
 
     frames: int | None = None
     image_size: IntOrPerAxis | None = None
@@ -44,16 +45,17 @@ def open_model(
     classes: Sequence[str] | None = None,
     class_map: Sequence[int] | None = None,
 ) -> tuple[SwinV2, Account]:
-    """Build a model of the checkpoint's own size with its weights, in eval mode, and account for every tensor.
+    """Build a model of the checkpoint's own sizes, and load its weights.
 
     Args:
-        sizes: sizes that differ; `frames` makes a clip model of image weights.
-        name: one of `list_models()`, if the variant cannot be counted in the tensors.
+        sizes: the sizes that should differ; `frames` makes a clip model of image weights.
+        name: a variant of `list_models()`, used instead of the one inferred from the tensors.
         cpb_norm: as in `load_weights`.
-        classes: names of the wanted rows of the head, in this order.
-        class_map: numbers of those rows, if the file has no names.
+        classes: the class names of the rows of the head to use, in this order.
+        class_map: the numbers of those rows, for a file without class names.
 
-    UserError for weights that do not fit, UsageError for sizes that do not fit or are unknown.
+    Returns the model, in eval mode, and the account of every tensor. Raises UserError for weights that do not fit, and
+    UsageError for sizes that do not fit or are unknown.
     """
     try:
         architecture = _architecture(checkpoint, name) | _sizes(checkpoint, sizes)
@@ -69,13 +71,14 @@ def open_model(
 
 
 def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
-    """Everything but the sizes: from the card, or counted in the tensors, or those of the requested variant."""
+    """The arguments of the model except sizes: from the card, or else inferred; those of variant `name` override."""
     tensors = checkpoint.tensors
     if checkpoint.card is not None:
         found = dict(checkpoint.card.architecture)
     else:
         depths, heads, extra = _count(checkpoint)
         width = tensors[PATCH_KERNEL].shape[0]
+        # The rows of the head. `sum(shape[:1])` is the first size, or 0 for a damaged tensor without axes.
         rows = sum(tensors[HEAD[0]].shape[:1]) if HEAD[0] in tensors else 0
         found = {"embed_dim": width, "depths": depths, "num_heads": heads, "extra_norm_every": extra}
         found |= {"name": variant_name(width, depths), "num_classes": rows}
@@ -87,7 +90,8 @@ def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
 
 
 def _count(checkpoint: Checkpoint) -> tuple[PerAxis, PerAxis, int]:
-    """Depths, heads per stage, and every how many blocks there is an extra norm (0 for none), from names and shapes."""
+    """Infer the depth and the heads of each stage, and `extra_norm_every` (0 for none), from names and shapes."""
+    # stage -> block -> number of heads. Every block has one logit scale per head, (heads, 1, 1).
     blocks: dict[int, dict[int, int]] = {}
     extra = set()
     for key, tensor in checkpoint.tensors.items():
@@ -98,26 +102,35 @@ def _count(checkpoint: Checkpoint) -> tuple[PerAxis, PerAxis, int]:
             else:
                 blocks.setdefault(stage, {})[block] = tensor.shape[0] if tensor.ndim else 0
     stages = sorted(blocks)
+    # Stages and the blocks of each have to be numbered 0, 1, 2, ... without a gap.
     if not stages or stages != list(range(len(stages))) or any(len(b) != max(b) + 1 for b in blocks.values()):
         raise UserError(
             f"{checkpoint.source.path}: blocks or their attn.logit_scale are missing; copy or download the file again"
         )
     depths = tuple(len(blocks[stage]) for stage in stages)
     heads = tuple(blocks[stage][0] for stage in stages)
+    # An extra norm follows every n-th block, so the first of them follows block n - 1, and `extra` holds n.
     return depths, heads, min(extra, default=0)
 
 
 def _sizes(checkpoint: Checkpoint, wanted: RequestedSizes) -> dict[str, Any]:
-    """Frames, pixels, patches and windows of the model: as requested, otherwise as the weights were trained."""
+    """Frames, image size, patch size and window of the model: as requested, or else as the weights were trained.
+
+    The latter come from the card, from Microsoft's buffers, or from `checkpoint.pretrained`. Raises UsageError for a
+    size that is neither known nor requested.
+    """
     card, pretrained = checkpoint.card, checkpoint.pretrained
     frames: Any = card.architecture["frames"] if card is not None else None
     kernel: PerAxis = tuple(checkpoint.tensors[PATCH_KERNEL].shape[2:])
     window: Any = card.architecture["window"] if card is not None else _table_window(checkpoint)
     image_size: Any = card.architecture["image_size"] if card is not None else None
+    # Without a card, the window comes from the buffers or else from the configuration, and the image size from the
+    # configuration or else from the buffers.
     if window is None and pretrained is not None:
         window = (pretrained.window,) * 2
     if image_size is None:
         image_size = pretrained.image_size if pretrained is not None else _masked_size(checkpoint)
+    # Image weights for a clip model: patch and window get their first axis, time. An unknown window stays None.
     inflated = wanted.frames is not None and frames is None and len(kernel) == 2
     if inflated:
         kernel, window = (PATCH_IN_TIME, *kernel), window and (WINDOW_IN_TIME, *window)
@@ -127,24 +140,29 @@ def _sizes(checkpoint: Checkpoint, wanted: RequestedSizes) -> dict[str, Any]:
         "patch_size": kernel if wanted.patch_size is None else wanted.patch_size,
         "window": window if wanted.window is None else wanted.window,
     }
+    # A patch kernel with three axes is that of a clip model, whose tensors do not depend on the number of frames.
     if len(kernel) == 3 and sizes["frames"] is None:
         raise UsageError(f"{checkpoint.source.path}: belongs to a clip model; give the number of frames (--frames 16)")
     for key, example in (("image_size", "224"), ("window", "8,7,7" if inflated else "7")):
         if sizes[key] is None:
             option = f"--{key.replace('_', '-')} {example}"
             raise UsageError(f"{checkpoint.source.path}: does not contain {key}; give it ({option})")
-    # In time the clip model has its own normaliser, in space the one that comes with the weights.
+    # The card's normaliser is (h, w), which a clip model cannot be built with. With None, the model takes its own
+    # normaliser, and loading the weights replaces that in space.
     return sizes | {"cpb_norm": None} if inflated else sizes
 
 
 def _table_window(checkpoint: Checkpoint) -> PerAxis | None:
-    """The window of Microsoft's coordinate table (1, 2Wh - 1, 2Ww - 1, 2) in the first block."""
+    """The window (Wh, Ww), from Microsoft's coordinate table (1, 2Wh - 1, 2Ww - 1, 2) of the first block, or None."""
     table = checkpoint.derived.get("layers.0.blocks.0.attn.relative_coords_table")
     return None if table is None else tuple((n + 1) // 2 for n in table.shape[1:-1])
 
 
 def _masked_size(checkpoint: Checkpoint) -> PerAxis | None:
-    """(H, W) that Microsoft's mask (windows, N, N) of the first shifted block was made for; its images are square."""
+    """The image size (H, W), from Microsoft's attention mask (windows, N, N) of the first shifted block, or None.
+
+    Images and windows are square there, so the image has sqrt(windows) windows of sqrt(N) tokens of one patch per side.
+    """
     mask = checkpoint.derived.get("layers.0.blocks.1.attn_mask")
     if mask is None or mask.ndim != 3:
         return None
@@ -161,10 +179,11 @@ def from_pretrained(
     window: IntOrPerAxis | None = None,
     cpb_norm: Sequence[Sequence[int]] | None = None,
 ) -> SwinV2:
-    """Build a model from a file or Hub folder of any known layout: weights loaded, in eval mode, fp32, on the CPU.
+    """Build a model from a file or Hub folder of any known layout, with its weights, in eval mode, fp32, on the CPU.
 
-    Sizes that are not given are those the weights were trained with; `frames` makes a clip model of image weights.
-    cpb_norm: as in `load_weights`. UserError for weights that cannot be read or explained, UsageError for sizes.
+    Sizes that are not given are those that the weights were trained with. `frames` makes a clip model of image weights.
+    `cpb_norm` is as in `load_weights`. Raises UserError for weights that cannot be read or explained, and UsageError
+    for sizes that do not fit or are unknown.
     """
     sizes = RequestedSizes(frames, image_size, patch_size, window)
     return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
@@ -180,7 +199,8 @@ def save_pretrained(
 ) -> None:
     """Write a Hub-style folder: `model.safetensors`, and `config.json` with a readable copy of its card.
 
-    preprocessing: by default the model's own frames and size, consecutive frames, and ImageNet's mean and deviation.
+    `preprocessing` is by default the model's own frames and image size, a frame stride of 1, and ImageNet's mean and
+    standard deviation.
     """
     folder = Path(folder)
     if preprocessing is None:
@@ -203,6 +223,7 @@ def save_pretrained(
     write_json(folder / "config.json", config)
 
 
-# The class is where users of timm and Hugging Face look for these two; see the note in SwinV2.
+# Users of timm and Hugging Face look for these two on the class. They are attached here because `models` must not
+# import `weights`; see the note in SwinV2.
 SwinV2.from_pretrained = staticmethod(from_pretrained)
 SwinV2.save_pretrained = save_pretrained

@@ -1,4 +1,7 @@
-"""Model files: one safetensors file with weights, architecture, classes, preprocessing and provenance; never pickle."""
+"""Model files: a single safetensors file with weights, architecture, classes, preprocessing and provenance.
+
+Everything but the weights is the *card*, JSON in the metadata of the file. Nothing is ever pickled.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become a model's input."""
+    """How frames become the input of a model."""
 
     frames: int | None
     """Frames per clip; None for an image model."""
@@ -35,7 +38,7 @@ class Preprocessing:
     """(H, W) in pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    """Mean and std per channel, for pixels from 0 to 1."""
+    """Mean and standard deviation per channel, for pixels from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class ModelCard:
     """What a model file records beside its weights."""
 
     architecture: dict[str, object]
+    """The arguments of `SwinV2`."""
     classes: tuple[str, ...]
+    """The names of the head's rows, in order; () if unknown."""
     preprocessing: Preprocessing
     provenance: dict[str, object] = field(default_factory=dict)
+    """Where the weights came from, as plain data."""
 
 
 def save_model(
@@ -60,12 +66,12 @@ def save_model(
     """Write a SwinV2, or a SimMIM around one, to a single file, completely or not at all.
 
     Args:
-        classes: names of the head's rows, in order; () if unknown.
-        preprocessing: how pixels become the model's input.
+        classes: the names of the head's rows, in order; () if unknown.
+        preprocessing: how frames become the model's input.
         provenance: where the weights came from, as plain data.
-        weights: replaces the model's own state dict, for weights gathered from several processes.
+        weights: written instead of the model's own state dict, for weights that were gathered from several processes.
 
-    UserError if the file cannot be written or the number of classes differs from the head's.
+    Raises UserError if the file cannot be written, or if there are more or fewer class names than rows of the head.
     """
     encoder = model if isinstance(model, SwinV2) else model.encoder
     if not isinstance(encoder, SwinV2):
@@ -81,6 +87,7 @@ def save_model(
         "provenance": dict(provenance or {}),
     }
     path = Path(path)
+    # safetensors refuses tensors that are not contiguous.
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,18 +95,18 @@ def save_model(
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with atomic_write(path) as part:
         save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json.dumps(card)})
-        # safetensors makes the file readable for its owner alone; a model file is as accessible as its folder.
+        # safetensors makes the file readable by its owner only. Give it the permissions of its folder instead.
         part.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def model_file(path: Path | str) -> Path:
-    """The file itself, or `model.safetensors` in a folder."""
+    """The path of a model file, which for a folder is its `model.safetensors`."""
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file on the CPU, and its metadata; UserError for a missing or damaged file."""
+    """All tensors of a safetensors file, on the CPU, and its metadata. Raises UserError if it is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
@@ -111,7 +118,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_card(path: Path | str) -> ModelCard:
-    """The card of a model file, without its weights; UserError if the file is not one of ours."""
+    """The card of a model file; its weights are not read. Raises UserError if the file has no card."""
     path = model_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such model file; check the path")
@@ -126,15 +133,20 @@ def read_card(path: Path | str) -> ModelCard:
 
 
 def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
-    """The card in the metadata of the safetensors file `path`; None without one, UserError for a damaged one."""
+    """The card in the metadata of the safetensors file `path`; None if it has none. Raises UserError for a damaged one.
+
+    A card with unknown keys of preprocessing, as a later version might write, counts as damaged.
+    """
     if CARD_KEY not in metadata:
         return None
     try:
         card = json.loads(metadata[CARD_KEY])
+        # JSON has no tuples: turn lists back into them.
         preprocessing: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
         }
         architecture = dict(card["architecture"])
+        # Only a check that this is a card of a SwinV2. The constructor checks the values when a model is built.
         if not {"name", "cpb_norm", "depths", "frames"} <= architecture.keys():
             raise KeyError("architecture")
         return ModelCard(
@@ -152,21 +164,23 @@ def load_model(
     image_size: IntOrPerAxis | None = None,
     attention: str | None = None,
 ) -> SwinV2:
-    """Load the model of one file (or of a folder's `model.safetensors`), in eval mode, fp32, on the CPU.
+    """Load the model of a model file, or of a folder's `model.safetensors`, in eval mode, fp32, on the CPU.
 
-    Window, number of frames and image size can be replaced without changing weights, since the log-CPB normaliser comes
-    from the file. UserError if the file is missing, damaged, or not one of our classifiers.
+    Window, number of frames and image size can be changed without changing the weights, because the log-CPB normaliser
+    is taken from the file. Raises UserError if the file is missing, damaged, or not a classifier of this project.
     """
     path = model_file(path)
     card = read_card(path)
     tensors, _ = read_tensors(path)
     if any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"{path}: a SimMIM pre-training file has no classifier; fine-tune it with init={path}")
+    # The requested changes override the card's architecture; everything else, cpb_norm above all, stays as trained.
     changes = {"window": window, "frames": frames, "image_size": image_size, "attention": attention}
     architecture = card.architecture | {key: value for key, value in changes.items() if value is not None}
     if frames is not None and card.architecture["frames"] is None:
         raise UserError(f"{path}: an image model has no frames; omit frames")
     try:
+        # Built without memory or initial values; `assign` then makes the loaded tensors its parameters.
         with torch.device("meta"):
             model = SwinV2(**architecture)  # type: ignore[arg-type]  # plain data, checked by the constructor
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)

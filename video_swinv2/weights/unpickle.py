@@ -1,10 +1,11 @@
-"""Reads a torch checkpoint without executing anything it names, for training checkpoints that contain objects.
+"""Reads torch checkpoints that contain objects, without executing or importing anything that they name.
 
-`torch.load(weights_only=True)` refuses a file that holds a configuration object beside its tensors, and an allow-list
-would have to import that object's class. Here every class and function that a pickle names becomes a `Placeholder`, an
-empty class of ours, so the pickle's instructions have nothing to call. Tensors are assembled afterwards, from the
-arguments given to the placeholders of torch's own functions. Files that try to call into Python itself are refused on
-top of that: nobody saves such a thing beside their weights.
+`torch.load(weights_only=True)` refuses a file that holds a configuration object beside its tensors, and its allow-list
+would need the class of that object to be imported. Here, every class and function that a pickle names is replaced by a
+`Placeholder`, an empty class of ours, so the instructions of the pickle have nothing to call. Tensors are built
+afterwards, from the arguments that were given to the placeholders of torch's own functions. In addition, a file that
+tries to call any other function of Python or torch is refused, since nobody saves such a thing beside weights by
+accident.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# The storage classes that torch's pickles name, one per dtype.
 DTYPES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -36,7 +38,8 @@ DTYPES = {
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PARAMETER = "torch._utils._rebuild_parameter"
 
-# How ordinary objects of the standard library and torch are pickled: as a call with their value.
+# Functions and classes that appear in pickles of ordinary values of the standard library and torch, which are pickled
+# as a call with their value. They are replaced by placeholders as well, but do not cause the file to be refused.
 VALUES = {
     *("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "collections.deque"),
     *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath"),
@@ -48,13 +51,18 @@ VALUES = {
 
 
 class CallRefusedError(ValueError):
-    """The file tries to call a function of Python or torch that no plain value is pickled with."""
+    """The file tries to call a function of Python or torch that does not occur in the pickle of a plain value."""
 
 
 class _Name(type):
-    """A class or function named in the file. Calling it creates a placeholder, whatever the name."""
+    """The type of the classes that replace what a file names. Calling one creates a placeholder, whatever the name.
+
+    The pickle instruction REDUCE calls the class, and so comes through `__call__` below. NEWOBJ uses `__new__` directly
+    and is not checked here, but creates a harmless placeholder all the same.
+    """
 
     origin = ""
+    """The name in the file, `module.name`."""
 
     def __call__(cls, *arguments: object) -> Any:
         root = cls.origin.split(".")[0]
@@ -64,9 +72,10 @@ class _Name(type):
 
 
 class Placeholder(metaclass=_Name):
-    """Takes the place of an object or of a function's result, and keeps the plain data given to it.
+    """Stands in for an object or the result of a function, and keeps the data that was given to it.
 
-    A pickle's instructions can reach nothing but these methods.
+    These methods are all that the instructions of a pickle can reach: REDUCE and NEWOBJ `__new__`, BUILD
+    `__setstate__`, SETITEMS `__setitem__`, APPENDS `append`, ADDITEMS `add`.
     """
 
     arguments: tuple[Any, ...]
@@ -74,13 +83,13 @@ class Placeholder(metaclass=_Name):
     items: dict[Any, Any]
 
     def __new__(cls, *arguments: object, **_: object) -> Placeholder:
-        """Keep the arguments that the class or function would have been called with."""
+        """Keep the positional arguments that the class or function would have been called with."""
         made = super().__new__(cls)
         made.arguments, made.state, made.items = arguments, None, {}
         return made
 
     def __call__(self, *_: object) -> None:
-        """Refuse to call what a placeholder call would have returned."""
+        """Refuse to call the result of another call, which no pickle of plain values does."""
         raise CallRefusedError(f"it would call what {type(self).origin} returns")
 
     def __setstate__(self, state: object) -> None:
@@ -97,20 +106,25 @@ class Placeholder(metaclass=_Name):
 
 
 class _Storage(NamedTuple):
+    """A reference to the bytes of a tensor: dtype, name of the zip entry, number of elements."""
+
     dtype: torch.dtype
     key: str
     numel: int
 
 
 class _Unpickler(pickle.Unpickler):
+    """An unpickler that looks up no names. `find_class` is the only way from a pickle to Python's modules."""
+
     def find_class(self, module: str, name: str) -> _Name:
-        """Look nothing up: return a new empty class that remembers the name."""
-        # torch's pickle protocol writes Python 2 names; pickle itself translates them with these tables.
+        """Return a new empty class that remembers the name, in place of what the name refers to."""
+        # torch pickles with protocol 2, which writes the names of Python 2 (`__builtin__`). pickle itself translates
+        # them with these tables.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         return _Name("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """torch's reference to a tensor's bytes: ("storage", class, key, device, number of elements)."""
+        """Read torch's reference to a storage: ("storage", class, key, device, number of elements)."""
         kind, storage, key, _, numel = pid
         if kind != "storage" or storage.origin not in DTYPES or not isinstance(key, str) or not isinstance(numel, int):
             raise pickle.UnpicklingError("unknown kind of tensor storage")
@@ -118,33 +132,37 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Archive:
-    """The zip file of `torch.save`: `NAME/data.pkl`, and one entry `NAME/data/KEY` per storage."""
+    """The zip file that `torch.save` writes: `NAME/data.pkl`, and an entry `NAME/data/KEY` for each storage."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
         names = set(archive.namelist())
+        # TorchScript archives have constants.pkl and code beside data.pkl, and their weights are not a plain pickle.
         roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
         if len(roots) != 1 or f"{roots[0]}/constants.pkl" in names:
             raise ValueError("not what torch.save writes; TorchScript is not read")
         self.root = roots[0]
+        # The bytes of storages are read as they are, which is right only for the little-endian machines we run on.
         if f"{self.root}/byteorder" in names and self.entry("byteorder") != b"little":
             raise ValueError("written on a big-endian machine")
+        # The storages read so far, so that tensors that share one in the file share it in memory too.
         self.storages: dict[str, bytearray] = {}
+        # What each value was resolved to, by its id. The caller keeps all values alive, so no id occurs twice.
         self.done: dict[int, object] = {}
 
     def entry(self, name: str) -> bytes:
-        """The bytes of an entry. torch never compresses, and a compressed entry could expand to any size."""
+        """The bytes of an entry. Compressed ones, which torch never writes, are refused: they could be of any size."""
         info = self.archive.getinfo(f"{self.root}/{name}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a compressed entry")
         return self.archive.read(info)
 
     def resolve(self, value: Any) -> Any:
-        """Replace placeholders by tensors and dicts, everywhere in nested containers."""
+        """Replace all placeholders in nested containers by tensors and dicts."""
         if not isinstance(value, Placeholder | dict | list | tuple) or isinstance(value, _Storage):
             return value
         if id(value) not in self.done:
-            self.done[id(value)] = value  # a container that contains itself ends the recursion here
+            self.done[id(value)] = value  # ends the recursion in a container that contains itself
             self.done[id(value)] = self._resolve(value)
         return self.done[id(value)]
 
@@ -154,6 +172,8 @@ class _Archive:
         if isinstance(value, list | tuple):
             return type(value)(self.resolve(inner) for inner in value)
         origin = type(value).origin
+        # Arguments of `_rebuild_tensor_v2`: storage, offset, size, stride, requires_grad, hooks. Those of
+        # `_rebuild_parameter` begin with the tensor.
         if origin == TENSOR:
             return self._tensor(*value.arguments[:4])
         if origin == PARAMETER:
@@ -163,9 +183,11 @@ class _Archive:
         return self.resolve(value.state) if isinstance(value.state, dict) else value
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        """A view of a storage; offset and stride count elements. ValueError or RuntimeError if it does not fit."""
+        # A stride of 0 would allow a tensor of any size on a small storage, and so exhaust memory when it is copied.
         if not isinstance(storage, _Storage) or math.prod(size) > storage.numel:
             raise ValueError("a tensor larger than its storage")
-        if storage.numel == 0:
+        if storage.numel == 0:  # `frombuffer` refuses an empty buffer
             return torch.empty(0, dtype=storage.dtype).as_strided(size, stride)
         if storage.key not in self.storages:
             self.storages[storage.key] = bytearray(self.entry(f"data/{storage.key}"))
@@ -174,10 +196,10 @@ class _Archive:
 
 
 def read_inert(path: Path) -> object:
-    """The content of a checkpoint in torch's zip format; objects with named attributes become dicts.
+    """Read a checkpoint in torch's zip format, without executing anything; objects become dicts of their attributes.
 
-    Raises CallRefusedError for a file that tries to run code. A damaged or malicious file may raise any other
-    Exception: its bytes decide which instruction fails.
+    Raises CallRefusedError for a file that tries to run code. For a damaged or malicious file, any other Exception may
+    come up, depending on which instruction fails.
     """
     with zipfile.ZipFile(path) as file:
         archive = _Archive(file)
