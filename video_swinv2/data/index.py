@@ -303,7 +303,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _save(index: FileIndex, path: Path) -> None:
-    # Names of the arrays in the file; `_load` reads them back by these.
     arrays: dict[str, NDArray[Any]] = {"stamps": index.stamps, "starts": index.starts}
     for key, names in (("containers", index.containers), ("about", index.about), ("names", index.names)):
         arrays |= {f"{key}.text": names.text, f"{key}.ends": names.ends}
