@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,3 +196,24 @@ def test_a_decoder_that_hangs_costs_one_video(
     result = run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=overrides)
     assert result["videos"]["failed"] == 1
     assert load_scores(tmp_path / "scores.npz").reasons[2] == "the decoder did not answer within 1.5 seconds"
+
+
+def test_groups_that_arrive_out_of_order_complete_their_part(
+    model_path: Path, with_broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the death of a worker the suspect groups come first, so the last group of a part may come before others."""
+    monkeypatch.setattr(parts, "MAX_PARTS", 2)  # several groups to a part
+    settings = quick(batch_views=2)
+    run_test(model_path, with_broken, protocol="center-1x1", split="test", out=tmp_path / "a", overrides=settings)
+    in_order = testing.deliver_groups
+
+    def backwards(groups: Any, numbers: Sequence[int], workers: int, deliver: Callable[[Any, float], None]) -> float:
+        return in_order(groups, numbers[::-1], workers, deliver)
+
+    monkeypatch.setattr(testing, "deliver_groups", backwards)
+    run_test(model_path, with_broken, protocol="center-1x1", split="test", out=tmp_path / "b", overrides=settings)
+    one, other = (load_scores(tmp_path / name / "scores.npz") for name in ("a", "b"))
+    assert len(one.paths) > 4
+    assert one.paths == other.paths
+    assert one.reasons == other.reasons
+    np.testing.assert_array_equal(one.logits, other.logits)

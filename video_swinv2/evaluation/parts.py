@@ -199,6 +199,10 @@ class PartBuilder:
                     strips[place] = film_strip(group.pixels[mistake.position * views + view])
         self._groups[group.number] = group.videos, logits, strips
 
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether all groups `numbers` have been added."""
+        return all(number in self._groups for number in numbers)
+
     def build(self, numbers: Sequence[int], waited: float) -> ScoredVideos:
         """Build the part that consists of the groups `numbers`.
 

@@ -195,7 +195,7 @@ def _exclusive(out: Path, world: World) -> Iterator[None]:
 
 
 def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence[int]) -> None:
-    """Score the parts `mine` in order while workers read ahead, and save each part when its last group is scored."""
+    """Score the parts `mine` in order while workers read ahead, and save each part when all its groups are scored."""
     if not mine:
         return
     model, groups = _load_model(plan, world.device), plan.groups
@@ -209,14 +209,14 @@ def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence
 
         def score(group: Group, waited: float) -> None:
             # The death of a worker can interrupt this function at any line, and it is then called again with the same
-            # group (see `deliver_groups`). So every line must be safe to repeat. `saved` covers the last group of a
-            # part: its part cannot be built again once the groups have been forgotten.
+            # group (see `deliver_groups`). So every line must be safe to repeat. `saved` covers the group that
+            # completes a part: the part cannot be built again once its groups have been forgotten.
             part = parts.part_of(group.number)
             if part in saved:
                 return
             logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
             builder.add(group, _stored_logits(logits, group, plan))
-            if group.number == parts.groups_in(part)[-1]:  # the last group completes the part
+            if builder.has(parts.groups_in(part)):  # not the last one by number: groups may arrive out of order
                 # In this order: a part counts as saved only when it is on disk, and is kept in memory until then.
                 parts.save(part, builder.build(parts.groups_in(part), waited))
                 saved.add(part)
