@@ -108,7 +108,7 @@ def _pass_on(result: Future[Any], dask_future: Future[Any]) -> None:
         result.set_result(Lost("crashed", "every Dask worker that took it died"))
     except (Exception, CancelledError) as error:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        result.set_exception(UserError(f"the Dask cluster gave up a video ({message}); run again to resume"))
+        result.set_exception(UserError(f"the Dask cluster gave up on a video ({message}); run again to resume"))
 
 
 def _run_on_worker(work: Callable[..., Any], job: Any, seconds_for: SecondsFor, memory_gib: float) -> Any:

@@ -158,7 +158,7 @@ def as_disk_error(path: Path) -> Iterator[None]:
     except OSError as error:
         message = error.strerror or str(error)
         raise DiskError(
-            f"{path}: cannot be written ({message}); free disk space or fix that, then run again"
+            f"{path}: cannot be written ({message}); free disk space or fix the cause, then run again"
         ) from error
 
 
@@ -278,7 +278,7 @@ def _interpret(
         # The range is of another file or begins elsewhere, or (416) the file now ends before our offset: start over.
         _discard(partial)
         raise _TransientError(f"the server's reply ({status}) does not fit the bytes fetched before")
-    reason = f"the server answers {status} {response.reason or ''}".strip()
+    reason = f"the server answered {status} {response.reason or ''}".strip()
     # Retry-After may also be a date; it is then ignored, and the usual pause applies.
     if status in TRANSIENT_STATUS:
         raise _TransientError(reason, _to_int(response.headers.get("Retry-After")) or 0)

@@ -190,7 +190,7 @@ class _Worker:
                 return answer
         except NoAnswerError:
             self.end()
-            return Lost("timeout", "killed past its time limit")
+            return Lost("timeout", "killed after exceeding its time limit")
         except ProcessDiedError as death:
             self.end()
             return Lost("crashed", f"its process died ({death})")

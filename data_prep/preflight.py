@@ -181,8 +181,8 @@ def _check_disk(folder: Path, needed_bytes: float, free_bytes: int, pending: int
     problems = []
     if needed_bytes > free_bytes:
         problems.append(
-            f"{folder}: {_format_bytes(free_bytes)} are free, at least {_format_bytes(needed_bytes)} are needed;"
-            " free space, choose another folder or a smaller --short-side"
+            f"{folder}: {_format_bytes(free_bytes)} are free, but at least {_format_bytes(needed_bytes)} are needed;"
+            " free space, choose another folder or use a smaller --short-side"
         )
     files = os.statvfs(folder)
     if files.f_files and files.f_favail < pending:  # f_files is 0 where the number of inodes is not fixed

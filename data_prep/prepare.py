@@ -192,7 +192,7 @@ def _check_arguments(
     if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
         raise UsageError(f"--fps {settings.fps:g}: must be between 0.1 and 1000")
     if not 0 <= settings.min_seconds < float("inf"):
-        raise UsageError(f"--min-seconds {settings.min_seconds:g}: must not be negative")
+        raise UsageError(f"--min-seconds {settings.min_seconds:g}: must be a finite number of at least 0")
     for reason in retry_failed or ():
         if reason not in REASONS:
             raise UsageError(f"--retry-failed {reason}: unknown reason; must be one of {', '.join(REASONS)}")

@@ -66,7 +66,9 @@ def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkS
         try:
             task, first, count = (int(environment[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "COUNT"))
         except KeyError as error:
-            raise UsageError(f"--shard slurm: {error.args[0]} is not set; start it by sbatch --array=0-N") from error
+            raise UsageError(
+                f"--shard slurm: {error.args[0]} is not set; start the job with sbatch --array=0-7 (for 8 shards)"
+            ) from error
         # The ids of an array such as 10-80:10 start anywhere and have a step: its tasks are shards 0/8 to 7/8.
         index = (task - first) // int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
         if not 0 <= index < count:
@@ -171,13 +173,15 @@ def _require_every_shard_once(out: Path, found: Sequence[tuple[Path, Path]]) -> 
         by_index[index] = (folder, path)
     if len(path_by_count) > 1:
         one, other = list(path_by_count.values())[:2]
-        raise UserError(f"{one} and {other}: are of different numbers of shards; remove those you do not want")
+        raise UserError(
+            f"{one} and {other}: belong to preparations with different numbers of shards; remove the ones you do not want"
+        )
     (count,) = path_by_count
     absent = [index for index in range(count) if index not in by_index]
     if absent:
         names = ", ".join(f"{index}/{count}" for index in absent[:10])
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        raise UserError(f"{out}: shard {names}{more} is missing; prepare it, or also name the folder that holds it")
+        raise UserError(f"{out}: missing shards: {names}{more}; prepare them, or also name the folder that holds them")
     return [by_index[index] for index in sorted(by_index)]
 
 

@@ -19,6 +19,13 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+# The number of threads decides how sums are split, and so their last bits. The tests and the processes they start use one
+# thread each: results do not depend on the machine, and two test processes on two cores do not fight over them, which
+# made some tests seven times as slow.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
+
+
 def _seed(name: str) -> None:
     """Seed every generator from a name alone: crc32, because Python's hash() differs between processes."""
     seed = zlib.crc32(name.encode())
@@ -48,9 +55,15 @@ def pytest_fixture_setup(
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Start every test from a random state that depends on its name alone, whatever else runs and in which order."""
+    """Start every test from a random state that depends on its name alone, whatever else runs and in which order.
+
+    Afterwards the number of threads is restored, which benchmarks change.
+    """
     _seed(item.nodeid)
-    return (yield)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)

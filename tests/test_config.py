@@ -66,7 +66,7 @@ def test_overrides_reach_every_depth(tmp_path):
         ("engine.offload_optimizer=disk", "engine.offload_optimizer: invalid value 'disk'"),
         ("engine.offload_parameters=disk", "engine.offload_parameters: invalid value 'disk'"),
         ("engine.offload_optimizer=nvme", "engine.offload_folder: missing"),
-        ("mask.normalise_target=46", "mask.normalise_target: 46 has no middle"),
+        ("mask.normalise_target=46", "mask.normalise_target: 46 is not an odd number"),
         ("init_time_noise=0.5", "init_time_noise: is for inflated weights"),
         ("augment.flip=2", "augment.flip: invalid value 2: input should be less than"),
         ("seed.x=1", "seed: invalid value {'x': 1}: input should be a valid integer"),

@@ -137,7 +137,7 @@ def test_an_architecture_without_a_name_and_a_wrong_name(tmp_path, capsys):
         (["--frames", "0"], 2, "--frames 0"),
         (["--frame-stride", "0"], 2, "--frame-stride 0"),
         (["--window", "4,4,4"], 2, "window"),
-        (["--cpb-norm", "4,4"], 1, "a model of 2 stages"),
+        (["--cpb-norm", "4,4"], 1, "its weights have 2 stages"),
         (["--cpb-norm", "4,4,0,4"], 1, "positive"),
         (["--classes", "absent.txt"], 2, "absent.txt: cannot be read as UTF-8 text"),
         (["--patch-size", "8"], 1, "patch_embed.proj.weight"),

@@ -241,12 +241,12 @@ def test_a_test_folder_of_images_is_never_trained_on(tmp_path):
     for validation, want in ((False, ["train/a/1.png", "train/a/2.png"]), (True, ["val/a/4.png"])):
         mixture = unlabelled_mixture(data(root), validation)
         assert [mixture[i].entry.name for i in range(len(mixture))] == want
-    with pytest.raises(UsageError, match="neither for training nor for choosing"):
+    with pytest.raises(UsageError, match="must not name the test split"):
         unlabelled_mixture(DataConfig(source=str(root), image_size=32, train_split="all"), validation=False)
     with pytest.raises(UsageError, match=r"3\.png: has no label"):
         labelled_manifest(data(root), "test")
     tree(root, ["more/5.png"])
-    with pytest.raises(UsageError, match="more: images beside the splits"):
+    with pytest.raises(UsageError, match="more: images outside the split folders"):
         unlabelled_mixture(data(root), validation=False)
 
 
@@ -291,7 +291,7 @@ def test_flat_folders_have_no_labels(tmp_path):
     ) == (38, 2)
     with pytest.raises(UsageError, match=r"\.png: has no label; move it into a class folder"):
         labelled_manifest(data(root), "train")
-    with pytest.raises(UsageError, match="no split 'test', there is train, val, all"):
+    with pytest.raises(UsageError, match="no split 'test'; available: train, val, all"):
         labelled_manifest(data(root), "test")
 
 

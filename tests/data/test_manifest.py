@@ -41,7 +41,7 @@ def test_folder_of_lists_with_class_names(tmp_path: Path) -> None:
     assert find_splits(tmp_path) == ("train", "test")
     assert labels(read_manifest(tmp_path, "train")) == [("x/a.mp4", "running fast"), ("x/b.mp4", "walking")]
     assert labels(read_manifest(tmp_path, "test")) == [("x/c.mp4", None), ("x/d.mp4", None)]
-    with pytest.raises(UsageError, match="no split 'val', there is train, test"):
+    with pytest.raises(UsageError, match="no split 'val'; available: train, test"):
         read_manifest(tmp_path, "val")
 
 
@@ -98,7 +98,7 @@ def test_class_folders_number_their_classes_over_all_splits(tmp_path: Path) -> N
 
 def test_class_folders_without_splits_are_all_train(tmp_path: Path) -> None:
     touch(tmp_path / "run" / "a.mp4")
-    with pytest.raises(UsageError, match="no split 'val', there is train"):
+    with pytest.raises(UsageError, match="no split 'val'; available: train"):
         read_manifest(tmp_path, "val")
 
 

@@ -79,7 +79,7 @@ def test_a_pattern_names_shards(folder):
     assert sorted(entry.label for entry in val.entries) == [0, 1, 2]
     both = labelled_manifest(data(str(folder / "set-{train-{000..001},validation-000}.tar")), "val")
     assert reds(both.entries) == list(range(20, 30))
-    with pytest.raises(UserError, match=r"set-train-002\.tar: no such shard, one of 1 of 3"):
+    with pytest.raises(UserError, match=r"set-train-002\.tar: no such shard; 1 of the 3"):
         labelled_manifest(data(folder / "set-train-{000..002}.tar"), "all")
     for source in ("pipe:cat x.tar", "https://host/x-{00..10}.tar"):
         with pytest.raises(UsageError, match="read at random, from a disk"):

@@ -99,8 +99,8 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     assert _check_disk(tmp_path, 1e3, 10**9, 5) == []
     (problem,) = _check_disk(tmp_path, 4.4e11, 3 * 10**11, 5)
     assert problem == (
-        f"{tmp_path}: 300 GB are free, at least 440 GB are needed;"
-        " free space, choose another folder or a smaller --short-side"
+        f"{tmp_path}: 300 GB are free, but at least 440 GB are needed;"
+        " free space, choose another folder or use a smaller --short-side"
     )
     if os.statvfs(tmp_path).f_files:
         assert "more files, 1000000000000 are needed" in _check_disk(tmp_path, 1e3, 10**9, 10**12)[0]

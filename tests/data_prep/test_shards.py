@@ -69,7 +69,7 @@ def test_merged_shards_equal_a_single_run(source: Path, tmp_path: Path, capsys: 
     assert "python -m data_prep merge" in capsys.readouterr().out
     assert not (out / "dataset.json").exists()
     assert main(["merge", str(out)]) == 1
-    assert "shard 1/3, 2/3 is missing; prepare it" in capsys.readouterr().err
+    assert "missing shards: 1/3, 2/3; prepare them" in capsys.readouterr().err
     assert run(source, out, "--shard", "2/3") == 0
     assert run(source, other, "--shard", "1/3") == 0
     assert main(["status", str(out)]) == 0
@@ -142,7 +142,7 @@ def test_shards_of_different_preparations(source: Path, tmp_path: Path, capsys: 
     (other / "shards/1-of-2.sqlite").rename(other / "shards/1-of-4.sqlite")
     (out / "shards/1-of-2.sqlite").unlink()
     assert main(["merge", str(out), str(other)]) == 1
-    assert "are of different numbers of shards" in capsys.readouterr().err
+    assert "belong to preparations with different numbers of shards" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "raw")]) == 2
     assert "no shards to merge" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "nowhere")]) == 2

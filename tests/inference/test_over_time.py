@@ -206,7 +206,7 @@ def test_a_source_that_hangs_or_crashes_is_given_up(evil_model: Path, changing: 
     silent, file = predict(
         evil_model, [tmp_path / "silent", changing], device="cpu", over_time=EVERY, time_limit_seconds=1.5
     )
-    assert "not one picture within 1.5 seconds" in silent.error
+    assert "no frame arrived within 1.5 seconds" in silent.error
     assert not file.error
     assert time.monotonic() - started < 60
     with Watcher(WatchRequest(str(tmp_path / "silent"), 4, 2, (32, 32))) as watcher:
@@ -224,7 +224,7 @@ def test_unreadable_sources_are_reported_in_one_line(evil_model: Path, tmp_path:
     (tmp_path / "page.mp4").write_text("<html>not found</html>")
     names = [str(tmp_path / "page.mp4"), "http://127.0.0.1:1/x.mp4", "/dev/null"]
     found = predict(evil_model, names, device="cpu", over_time=EVERY)
-    assert [prediction.error.split(" (")[0] for prediction in found] == ["is not a video FFmpeg can open"] * 3
+    assert [prediction.error.split(" (")[0] for prediction in found] == ["not a video that FFmpeg can open"] * 3
     assert all("\n" not in prediction.error for prediction in found)
     for names, words in (
         (["ftp://host/x.mp4"], "no such kind of stream"),

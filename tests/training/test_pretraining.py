@@ -232,7 +232,7 @@ def test_pictures_come_as_often_as_asked(recipe, finished_run):
         (False, {"mask": {"unit": [2, 8, 8]}}, "mask.unit"),
         (False, {"mask": {"unit": 32}}, "mask.unit: all 1 cells would be hidden"),
         (False, {"mask": {"shape": "tube"}}, "mask.shape: a tube is for clips"),
-        (False, {"mask": {"normalise_target": 46}}, "mask.normalise_target: 46 has no middle"),
+        (False, {"mask": {"normalise_target": 46}}, "mask.normalise_target: 46 is not an odd number"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_one_line(recipe, videos, capfd, clips, changes, words):

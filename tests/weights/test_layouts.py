@@ -233,7 +233,7 @@ def test_shards_of_a_folder(tmp_path):
         vs.load_weights(fresh(), folder)
     index.write_text(json.dumps(whole))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"of-00002\.safetensors is not there"):
+    with pytest.raises(UserError, match=r"of-00002\.safetensors does not exist"):
         vs.load_weights(fresh(), folder)
 
 

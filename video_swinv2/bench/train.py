@@ -150,7 +150,7 @@ def run_setup(work: Workload, setup: TrainingSetup) -> dict[str, Any]:
         except ProcessRaisedException as error:
             return {"not_run": _last_error_line(str(error))}
         except ProcessExitedException as error:
-            return {"not_run": f"a process was killed, probably for lack of memory ({error})"}
+            return {"not_run": f"a process was killed, probably because memory ran out ({error})"}
         # One file per rank. A barrier before each step makes the times of all ranks nearly equal, so rank 0's will do.
         measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
     return {"seconds": measured[0]["seconds"], "peak_bytes": max(one["peak_bytes"] for one in measured)}

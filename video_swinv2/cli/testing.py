@@ -41,7 +41,9 @@ def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--out", type=Path, required=True, help="folder for scores, results.json and report.html")
     verb.add_argument("--json", action="store_true", help="print the full result as JSON")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as data.frame_stride=4")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as data.frame_stride=4"
+    )
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -90,7 +92,9 @@ def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--out", type=Path, metavar="DIR", help="write probe.json there, and keep the features for the next probe"
     )
     verb.add_argument("--json", action="store_true", help="print the full result as JSON")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as data.image_size=256")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as data.image_size=256"
+    )
 
 
 def _probe(options: argparse.Namespace) -> None:

@@ -148,7 +148,9 @@ class MaskConfig:
         # A patch of an even side has no centre pixel; side 1 would normalise every pixel to 0.
         side = self.normalise_target
         if side == 1 or (side and side % 2 == 0):
-            raise UsageError(f"mask.normalise_target: {side} has no middle; use an odd number from 3 on")
+            raise UsageError(
+                f"mask.normalise_target: {side} is not an odd number of at least 3; use one, or 0 to predict plain pixels"
+            )
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -90,7 +90,7 @@ class ImageCollection:
         """The entry numbers of a split, int64, ascending."""
         split = SPLIT_SYNONYMS.get(split, split)
         if split not in self.split_names:
-            raise UsageError(f"{self.root}: no split {split!r}, there is {', '.join(self.split_names)}")
+            raise UsageError(f"{self.root}: no split {split!r}; available: {', '.join(self.split_names)}")
         if split == ALL_IMAGES:
             return torch.arange(len(self.index))
         # If the source has no val split, val is held out of train, and train is what remains.

@@ -170,7 +170,7 @@ class SampleDataset(Dataset[Sample]):
             pixels = pixels[0] if self.data.frames is None else pixels.transpose(0, 1)
             seconds = time.perf_counter() - started
             return Sample(pixels.contiguous(), label, mask, tuple(dict.fromkeys(broken)), number, seconds)
-        raise UserError(f"{broken[0]}; nor can any other of the {len(broken)} files be read: check the data set")
+        raise UserError(f"{broken[0]}; nor can any other of the {len(set(broken))} files be read; check the data set")
 
     def name(self, number: int) -> str:
         """The path of the file that a sample number refers to; for an image in a tar, tar/member."""

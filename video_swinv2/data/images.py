@@ -149,7 +149,7 @@ def _top_folders_are_splits(root: Path, folders: list[tuple[str, ...]], index: F
     has_splits = "val" in found or found <= set(SPLITS)
     beside = sorted(top for top in tops if SPLIT_SYNONYMS.get(top, top) not in SPLITS)
     if has_splits and "train" in found and beside:
-        raise UsageError(f"{root / beside[0]}: images beside the splits, in none of them; move it into one")
+        raise UsageError(f"{root / beside[0]}: images outside the split folders; move the folder into one of them")
     return has_splits
 
 

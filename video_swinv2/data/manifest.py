@@ -88,7 +88,7 @@ def read_manifest(
     single = source.is_file() and not split_column(source)
     if split not in sources and not single:
         asked = ", ".join(map(str, annotations)) or source
-        raise UsageError(f"{asked}: no split {split!r}, there is {', '.join(sources) or 'none'}")
+        raise UsageError(f"{asked}: no split {split!r}; available: {', '.join(sources) or 'none'}")
     root = root_folder(source)
     chosen = next(iter(sources.values())) if single else sources[split]
     rows = [row for path in chosen for row in read_listed_videos(root, path, split)]
@@ -151,7 +151,9 @@ def label_index(label: str | int | None, where: str, own: Sequence[str], index: 
         return -1
     if isinstance(label, int):
         if not 0 <= label < len(own):
-            raise UsageError(f"{where}: label {label}, but there are {len(own)} classes (0 to {len(own) - 1})")
+            raise UsageError(
+                f"{where}: label {label} is out of range for {len(own)} classes; correct it or add the class"
+            )
         label = own[label]
     if label not in index:
         # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.

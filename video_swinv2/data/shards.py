@@ -61,7 +61,7 @@ def shard_files(source: str) -> list[Path]:
         raise UsageError(f"{packed}: shards are read at random, so only plain .tar is supported; unpack it (gunzip)")
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{missing[0]}: no such shard, one of {len(missing)} of {len(paths)} missing (data.source)")
+        raise UserError(f"{missing[0]}: no such shard; {len(missing)} of the {len(paths)} in data.source are missing")
     return paths
 
 

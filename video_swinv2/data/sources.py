@@ -51,7 +51,7 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
     """
     repeats = 1 if validation else repeats
     split = data.val_split if validation else data.train_split
-    refusal = "data.train_split, data.val_split: test samples are neither for training nor for choosing"
+    refusal = "data.train_split, data.val_split: must not name the test split, nor include its samples"
     if split == "test":
         raise UsageError(refusal)
     mixed = []
@@ -59,7 +59,9 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
         path = os.fspath(source)
         if images := image_collection(path):
             if data.frames is not None:
-                raise UsageError(f"{path}: holds images, but data.frames asks for clips; omit one of the two")
+                raise UsageError(
+                    f"{path}: contains images, but data.frames asks for clips; remove the source or omit data.frames"
+                )
             # `all` includes the images of a test split, so it is refused like `test` itself if there is one.
             if split == ALL_IMAGES and "test" in images.splits_with_images:
                 raise UsageError(refusal)
@@ -103,7 +105,7 @@ def check_files_exist(entries: Sequence[Entry]) -> None:
     missing = [entry.path for entry in entries if not entry.path.is_file()]
     if missing:
         raise UserError(
-            f"{missing[0]}: listed but does not exist, one of {len(missing)} of {len(entries)} files; "
+            f"{missing[0]}: is listed but does not exist ({len(missing)} of {len(entries)} files are missing); "
             "prepare the data set again or remove them from the list"
         )
 

@@ -39,7 +39,9 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
         lines.append(f"{prediction.path}: {prediction.error}" if prediction.error else prediction.path)
         lines += _class_lines(prediction.answers)
         if prediction.skipped:
-            lines.append(f"  skipped {prediction.skipped} segments, the stream is faster than the model; raise --every")
+            lines.append(
+                f"  skipped {prediction.skipped} segments because the stream is faster than the model; raise --every"
+            )
     return "\n".join(lines)
 
 

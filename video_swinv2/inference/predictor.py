@@ -124,7 +124,7 @@ def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | N
         if is_stream(source):
             found.append((source, STREAM))
         elif "://" in source:
-            raise UsageError(f"{source}: no such kind of stream; use http, https, rtsp, rtmp, rtp, udp or tcp")
+            raise UsageError(f"{source}: unsupported kind of URL; use http, https, rtsp, rtmp, rtp, udp or tcp")
         else:
             found += [(str(path), media_type) for path, media_type in find_media_files([Path(source)], wanted)]
     if [name for name, _ in found].count(STANDARD_INPUT) > 1:

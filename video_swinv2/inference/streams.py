@@ -146,7 +146,7 @@ class FrameStream:
             raise DecodeError(f"{self.name}: no data within {wait_seconds:g} seconds", "timeout") from fault
         except (av.FFmpegError, OSError, ValueError) as fault:
             words = getattr(fault, "strerror", None) or str(fault)
-            raise DecodeError(f"{self.name}: is not a video FFmpeg can open ({words})", "not_video") from fault
+            raise DecodeError(f"{self.name}: not a video that FFmpeg can open ({words})", "not_video") from fault
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """All frames that can be decoded, in display order. Damage is skipped, and never raised as an error."""

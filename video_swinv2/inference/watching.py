@@ -169,7 +169,9 @@ class Watcher:
                 raise UserError(
                     f"{self._request.source}: took longer than {self._limit_seconds:g} seconds; send a shorter one"
                 ) from None
-            raise UserError(f"{self._request.source}: not one picture within {patience:g} seconds; given up") from None
+            raise UserError(
+                f"{self._request.source}: no frame arrived within {patience:g} seconds; check the source"
+            ) from None
         except ProcessDiedError as death:
             raise UserError(f"{self._request.source}: the decoder crashed ({death})") from None
         if isinstance(message, _Failed):

@@ -238,9 +238,9 @@ class _Page:
         """
         media_type = media_type_of_bytes(head)
         if media_type is None:
-            raise HTTPException(415, "This is neither a video nor an image.")
+            raise HTTPException(415, "this is neither a video nor an image")
         if media_type == IMAGE and self._wants_video:
-            raise HTTPException(415, "This is an image, but the model takes videos.")
+            raise HTTPException(415, "this is an image, but the model takes videos")
 
 
 def _check_upload(headers: Headers, limits: Limits) -> int:
@@ -260,7 +260,9 @@ def _check_upload(headers: Headers, limits: Limits) -> int:
         raise HTTPException(411, "the request must give the length of the file (Content-Length)")
     length = int(text)
     if length > limits.upload_bytes:
-        raise HTTPException(413, f"{length / 1e6:,.0f} MB exceed the limit of {limits.upload_bytes / 1e6:,.0f} MB")
+        raise HTTPException(
+            413, f"the clip has {length / 1e6:,.0f} MB, above the limit of {limits.upload_bytes / 1e6:,.0f} MB"
+        )
     return length
 
 

@@ -412,7 +412,7 @@ def per_axis(key: str, value: IntOrPerAxis, axes: int) -> PerAxis:
     sizes = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(sizes) != axes or any(not isinstance(n, int) or n < 1 for n in sizes):
         order = "(H, W)" if axes == 2 else "(T, H, W)"
-        raise ValueError(f"{key}: {value} does not fit; give a positive int or {order}")
+        raise ValueError(f"{key}: invalid value {value}; give a positive int or {order}")
     return sizes
 
 

@@ -108,7 +108,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         )
         for pair in pairs
     ]
-    columns = ("pair", "top-1 difference, points", "n", "only first / only second right", "McNemar p", "Holm p")
+    columns = ("pair", "top-1 difference, points", "n", "only first / only second correct", "McNemar p", "Holm p")
     return "\n\n".join([f"# {len(tests)} tests compared", table(head, figures), table(columns, differences)]) + "\n"
 
 

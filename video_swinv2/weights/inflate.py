@@ -145,10 +145,13 @@ def _normaliser(
         fix += " (init_cpb_norm in a configuration, --cpb-norm 12,12,12,6 for convert)"
         raise account.refusal("the log-CPB normaliser is not in the file", fix)
     if len(norms) != len(model.depths):
-        raise account.refusal(f"a model of {len(norms)} stages", f"this one has {len(model.depths)}")
+        raise account.refusal(
+            f"its weights have {len(norms)} stages, the model {len(model.depths)}",
+            "choose the model size of the file (model.name)",
+        )
     axes = len(model.window)
     if any(len(norm) > axes for norm in norms):
-        raise account.refusal("a clip model", "its weights cannot go into an image model")
+        raise account.refusal("weights of a clip model, which an image model cannot take", "set frames")
     if any(len(norm) < 2 or not all(isinstance(n, int) and n > 0 for n in norm) for norm in norms):
         raise account.refusal(f"log-CPB normaliser {norms}", "it is a positive (h, w) or (t, h, w) per stage")
     # Normalisers are (t, h, w) or (h, w), so missing axes are always the first: (8, 7, 7) and (12, 12) -> (8, 12, 12).
