@@ -174,7 +174,8 @@ def _require_every_shard_once(out: Path, found: Sequence[tuple[Path, Path]]) -> 
     if len(path_by_count) > 1:
         one, other = list(path_by_count.values())[:2]
         raise UserError(
-            f"{one} and {other}: belong to preparations with different numbers of shards; remove the ones you do not want"
+            f"{one} and {other}: belong to preparations with different numbers of shards; "
+            "remove the ones you do not want"
         )
     (count,) = path_by_count
     absent = [index for index in range(count) if index not in by_index]

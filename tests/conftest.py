@@ -19,9 +19,9 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-# The number of threads decides how sums are split, and so their last bits. The tests and the processes they start use one
-# thread each: results do not depend on the machine, and two test processes on two cores do not fight over them, which
-# made some tests seven times as slow.
+# The number of threads decides how sums are split, and so their last bits. The tests and the processes they start use
+# one thread each: results do not depend on the machine, and two test processes on two cores do not fight over them,
+# which made some tests seven times as slow.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 

@@ -74,7 +74,10 @@ class EngineConfig:
         if self.offload_parameters != "none" and (self.zero_stage != 3 or not self.offloads):
             return "offload_parameters: needs engine.zero_stage=3 and engine.offload_optimizer=cpu or nvme"
         if nvme and not self.offload_folder:
-            return "offload_folder: missing; name a folder on each machine's fast disk (each run removes what earlier runs left in it)"
+            return (
+                "offload_folder: missing; "
+                "name a folder on each machine's fast disk (each run removes what earlier runs left in it)"
+            )
         if self.offload_folder and not nvme:
             return "offload_folder: nothing is offloaded to it; set engine.offload_optimizer=nvme or remove the key"
         if self.communication == "bf16" and self.precision == "fp16":

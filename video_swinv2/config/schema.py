@@ -149,7 +149,8 @@ class MaskConfig:
         side = self.normalise_target
         if side == 1 or (side and side % 2 == 0):
             raise UsageError(
-                f"mask.normalise_target: {side} is not an odd number of at least 3; use one, or 0 to predict plain pixels"
+                f"mask.normalise_target: {side} is not an odd number of at least 3; "
+                "use one, or 0 to predict plain pixels"
             )
 
 

@@ -80,7 +80,8 @@ def _read_universal(folder: Path) -> tuple[int, TrainingState]:
     weights = _buffers(model_states) | found["fp32"]
     if not found["exp_avg"] or found["exp_avg"].keys() != found["exp_avg_sq"].keys():
         raise UserError(
-            f"{folder}: has no Adam moments, so it cannot be resumed; convert it with DeepSpeed's zero_to_fp32 and start from that with init="
+            f"{folder}: has no Adam moments, so it cannot be resumed; "
+            "convert it with DeepSpeed's zero_to_fp32 and start from that with init="
         )
     state = TrainingState(weights, found["exp_avg"], found["exp_avg_sq"], _adam_steps(folder, model_states))
     return int(model_states.get("global_steps", 0)), state

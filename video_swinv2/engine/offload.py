@@ -51,7 +51,8 @@ class MappedFolder:
             mapped = torch.from_file(str(path), shared=True, size=elements, dtype=tensor.dtype)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{path}: cannot store offloaded tensors ({error}); free space on that disk or name another engine.offload_folder"
+                f"{path}: cannot store offloaded tensors ({error}); "
+                "free space on that disk or name another engine.offload_folder"
             ) from error
         path.unlink()  # the mapping keeps the data alive, and even a killed run leaves no file behind
         mapped = mapped[: tensor.numel()].view(tensor.shape)  # (elements,) -> the tensor's shape, possibly empty
