@@ -67,6 +67,11 @@ def write_video(
     # threads=1: the work is parallelised over videos, one process each.
     # sc_threshold=0: no extra key frames at scene cuts.
     options = {"crf": str(settings.crf), "preset": settings.preset, "bf": "0", "threads": "1", "sc_threshold": "0"}
+    # x264's macroblock tree is off. With it, the same frames gave other bytes in one of twenty encodings of pictures of
+    # 42 x 32: some frames were quantised differently, depending on what was in memory (never with asm=0, which is x264
+    # without vector instructions). Without the tree the bytes are a function of the frames. At the same crf, files of
+    # real clips get a tenth larger and 0.2 to 0.6 dB better.
+    options["mbtree"] = "0"
     options |= {"g": str(settings.gop), "keyint_min": str(settings.gop)}
     count = 0
     # faststart moves the index to the front when the file is closed. bitexact leaves the version of the muxer out of

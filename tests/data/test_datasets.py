@@ -135,7 +135,7 @@ def test_images_and_videos_mix_in_pretraining(clips, tmp_path):
     assert not images & held
     samples = SampleDataset(train, data, AUGMENT, 0, None)
     assert {samples[(0, i)].pixels.shape for i in (0, 1, 68)} == {(3, 32, 32)}
-    with pytest.raises(UsageError, match=r"photos: holds images, but data\.frames asks for clips"):
+    with pytest.raises(UsageError, match=r"photos: contains images, but data\.frames asks for clips"):
         unlabelled_mixture(config(photos), validation=False)
     (photos / "clip.mp4").write_bytes((clips / "clip 1.mp4").read_bytes())
     with pytest.raises(UsageError, match="both images and videos"):

@@ -256,7 +256,7 @@ def test_folders_named_by_number_are_class_indices(tmp_path):
     classes = [f"n{number:02}" for number in range(11)]
     assert [e.label for e in labelled_manifest(data(root), "all", classes).entries] == [0, 1, 10, 2]
     assert [e.label for e in labelled_manifest(data(root), "all").entries] == [0, 1, 2, 3]
-    with pytest.raises(UsageError, match="label 10, but there are 10 classes"):
+    with pytest.raises(UsageError, match="label 10 is out of range for 10 classes"):
         labelled_manifest(data(root), "all", classes[:10])
 
 

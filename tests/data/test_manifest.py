@@ -57,7 +57,7 @@ def test_index_labels_take_the_class_names_given(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a.mp4 1\n")
     assert labels(read_manifest(tmp_path, "val", ["walk", "run"])) == [("a.mp4", "run")]
     (tmp_path / "val.txt").write_text("a.mp4 2\n")
-    with pytest.raises(UsageError, match=r"val\.txt, line 1: label 2, but there are 2 classes"):
+    with pytest.raises(UsageError, match=r"val\.txt, line 1: label 2 is out of range for 2 classes"):
         read_manifest(tmp_path, "val", ["walk", "run"])
 
 

@@ -51,3 +51,19 @@ def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
         np.testing.assert_allclose(reader.times / float(TIME_BASE), moments, atol=1)
     head = (tmp_path / "v.mp4").read_bytes()
     assert head.index(b"moov") < head.index(b"mdat")  # readable before it has arrived completely
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever lies in memory: with x264's macroblock tree, several of these encodings differ."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (60, 48, 42), dtype=np.uint8)  # yuv420p, 42 x 32
+    encodings = set()
+    for _ in range(120):
+        scraps = [np.full(size, 7, np.uint8) for size in rng.integers(1, 400_000, rng.integers(0, 6))]
+        pictures = (
+            (3600 * number, av.VideoFrame.from_ndarray(planes, format="yuv420p")) for number, planes in enumerate(noise)
+        )
+        write_video(tmp_path / "v.mp4", pictures, size=(32, 42), fps=25.0, settings=H264Settings())
+        encodings.add((tmp_path / "v.mp4").read_bytes())
+        del scraps
+    assert len(encodings) == 1

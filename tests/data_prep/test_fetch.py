@@ -61,8 +61,8 @@ def test_transient_errors_are_survived(server, tmp_path, faults, attempts):
 def test_permanent_errors_name_the_address(server, tmp_path):
     path, target = "400/train/part_0.tar.gz", tmp_path / "a.tar.gz"
     for content, faults, error, words in (
-        (b"", [], AbsentError, "the server answers 403 Forbidden"),
-        (b"", [lambda h, c: h.head(404, 0)], AbsentError, "the server answers 404 Not Found"),
+        (b"", [], AbsentError, "the server answered 403 Forbidden"),
+        (b"", [lambda h, c: h.head(404, 0)], AbsentError, "the server answered 404 Not Found"),
         (noise(90_000), [busy] * 99, UserError, f"gave up after {fetching.MAX_ATTEMPTS} attempts without progress"),
         (noise(90_000), [short, too_long], UserError, "sent more than the 90000 bytes announced"),
         (noise(90_000), [falsified], UserError, "its MD5 is not"),

@@ -227,8 +227,8 @@ def test_unreadable_sources_are_reported_in_one_line(evil_model: Path, tmp_path:
     assert [prediction.error.split(" (")[0] for prediction in found] == ["not a video that FFmpeg can open"] * 3
     assert all("\n" not in prediction.error for prediction in found)
     for names, words in (
-        (["ftp://host/x.mp4"], "no such kind of stream"),
-        (["file:///etc/passwd"], "no such kind of stream"),
+        (["ftp://host/x.mp4"], "unsupported kind of URL"),
+        (["file:///etc/passwd"], "unsupported kind of URL"),
         (["-", "-"], "standard input can be read only once"),
     ):
         with pytest.raises(UsageError, match=words):
