@@ -19,7 +19,7 @@ from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files, media_type_of, media_type_of_bytes
-from video_swinv2.inference.predictor import predict, read_image_views
+from video_swinv2.inference.predictor import _output_paths, predict, read_image_views
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -166,3 +166,12 @@ def test_wrong_usage(clip_model: Path, tmp_path: Path) -> None:
         predict(tmp_path / "gone.safetensors", [tmp_path])
     with pytest.raises(UsageError, match="no class names"):
         predict(save(tmp_path / "nameless.safetensors", 4, ()), [tmp_path])
+
+
+def test_an_annotated_copy_replaces_no_source(tmp_path: Path) -> None:
+    """Neither its own nor that of a later file, which is still to be read."""
+    for folder in ("a", "out"):
+        (tmp_path / folder).mkdir()
+    names = [str(tmp_path / "a" / "clip.mp4"), str(tmp_path / "out" / "clip.mp4"), "http://host/clip.mp4"]
+    copies = _output_paths(tmp_path / "out", names)
+    assert [path and path.name for path in copies] == ["clip-2.mp4", "clip-3.mp4", "clip-4.mp4"]

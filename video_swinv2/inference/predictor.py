@@ -234,8 +234,9 @@ def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
 def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None]:
     """The path in `folder` for the annotated copy of each source, or None for each if there is no folder.
 
-    A copy is named after the file, the last part of a URL's path, or its host. All paths differ from each other, and
-    none is the path of its own source. Raises UserError if the folder cannot be created.
+    A copy is named after the file, the last part of a URL's path, or its host. All paths differ from each other and
+    from all sources: a copy must not replace a file that is still to be read. Raises UserError if the folder cannot be
+    created.
     """
     if folder is None:
         return [None] * len(names)
@@ -244,6 +245,7 @@ def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None
     except OSError as error:
         raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another --video") from error
     taken: list[Path | None] = []
+    sources = {Path(name).absolute() for name in names}
     for name in names:
         # `stem` is reduced to characters that are safe in file names everywhere.
         url = urlsplit(name) if "://" in name else None
@@ -251,7 +253,7 @@ def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None
         stem = re.sub(r"[^\w. -]", "_", title)
         # name.mp4, name-2.mp4, name-3.mp4, ...
         path, count = folder / f"{stem}.mp4", 2
-        while path in taken or path.absolute() == Path(name).absolute():
+        while path in taken or path.absolute() in sources:
             path, count = folder / f"{stem}-{count}.mp4", count + 1
         taken.append(path)
     return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -60,13 +61,12 @@ def _samples_per_second(dataset: SampleDataset) -> float:
     began = time.perf_counter()
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:MAX_SAMPLES].tolist()
     # A data set with fewer samples is read several times, each time as another epoch with other clips and crops.
-    for epoch in range(1 + MAX_SAMPLES // max(len(indices), 1)):
-        for index in indices:
-            started = time.perf_counter()
-            dataset[(epoch, index)]
-            seconds.append(time.perf_counter() - started)
-            if time.perf_counter() - began > MAX_SECONDS or len(seconds) > MAX_SAMPLES:
-                break
+    for address in itertools.product(range(1 + MAX_SAMPLES // max(len(indices), 1)), indices):
+        started = time.perf_counter()
+        dataset[address]
+        seconds.append(time.perf_counter() - started)
+        if time.perf_counter() - began > MAX_SECONDS or len(seconds) > MAX_SAMPLES:
+            break
     return 1 / statistics.median(seconds[1:] or seconds)
 
 

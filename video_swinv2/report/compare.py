@@ -28,7 +28,7 @@ from video_swinv2.report.training_run import TrainingRun, find_training_run, fla
 
 MAX_CLASSES = 20  # on the page; comparison.json lists all
 # Keys of a test's record that may differ between any two tests and say nothing about the models.
-IGNORED_DIFFERENCES = ("origins", "seconds", "decode_wait_share")
+IGNORED_DIFFERENCES = ("origins", "seconds", "process_seconds", "decode_wait_share", "shards_finished_before")
 # The keys of a training run's record that are settings; the other keys are results, versions and costs.
 RUN_SETTINGS = ("batch", "steps", "seed", "data")
 
