@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ from data_prep.outcomes import (
     sort_by_reason,
     split_order,
 )
+from data_prep.shards import SHARD_STATE_FILE, shard_state_paths
 from data_prep.state import STATE_NAME, PreparationState
 
 RATE_WINDOW_SECONDS = 300.0  # the rate is an average over this long before the latest outcome
 QUIET_SECONDS = 600.0  # if nothing has finished for this long, most likely no run is active
 MAX_CLASSES = 10  # of those that lost most, in the text
-SHARD_NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class PreparationStatus:
 @contextlib.contextmanager
 def open_states(out: Path) -> Iterator[list[PreparationState]]:
     """Open the state of the data set, or those of its shards until they are merged. Raises UsageError without any."""
-    shards = sorted((out / "shards").glob("*-of-*.sqlite"))
+    shards = shard_state_paths(out)
     with contextlib.ExitStack() as stack:
         if (out / STATE_NAME).is_file() or not shards:
             yield [stack.enter_context(PreparationState(out))]
@@ -177,8 +176,8 @@ def _add_by_name(found: Sequence[Mapping[str, VideoCounts]]) -> dict[str, VideoC
 
 def _count_shards(states: Sequence[PreparationState]) -> tuple[int, int] | None:
     """(shards begun, shards in all), by the file names I-of-N of the states; None if they are not those of shards."""
-    names = [match for state in states if (match := SHARD_NAME.fullmatch(state.path.stem))]
-    return (len(names), int(names[0][2])) if names else None
+    names = [match for state in states if (match := SHARD_STATE_FILE.fullmatch(state.path.name))]
+    return (len(names), int(names[0]["count"])) if names else None
 
 
 def _rate(states: Sequence[PreparationState], last: float) -> float | None:

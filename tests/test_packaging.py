@@ -2,13 +2,11 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from video_swinv2.tools.demo import recipe
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 def project():

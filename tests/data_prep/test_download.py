@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_prep import fetch as fetching
 from data_prep.cli import main
+from tests.conftest import REPOSITORY
 from tests.data_prep.mirror import (
     ID,
     Server,
@@ -29,8 +30,6 @@ from tests.data_prep.mirror import (
     short,
     table,
 )
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

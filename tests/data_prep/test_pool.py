@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 from data_prep.pool import Allow, Lost, run_jobs
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY
 
 
 def act(job: str, allow: Allow) -> str:

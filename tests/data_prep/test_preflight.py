@@ -26,7 +26,6 @@ from data_prep.preflight import (
 from video_swinv2.errors import UserError
 
 Writer = Callable[..., Path]
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

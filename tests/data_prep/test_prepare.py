@@ -21,11 +21,11 @@ from data_prep.cli import main
 from data_prep.outcomes import REASONS
 from data_prep.state import PreparationState
 from data_prep.transcode import output_size
+from tests.conftest import REPOSITORY
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.manifest import read_manifest
 
 Writer = Callable[..., Path]
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def noise(count: int = 6, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:

@@ -16,9 +16,9 @@ import pytest
 from data_prep.layouts import origin_of
 from data_prep.sources import PreparationPlan, plan_preparation
 from data_prep.state import PlannedVideo, PreparationState
+from tests.conftest import REPOSITORY
 from video_swinv2.errors import UsageError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
 A, B, C, D = "-aU_xCCzkT0", "_wjbrrLyhIM", "aaa_bbb_ccc", "ddddddddddd"
 

@@ -18,9 +18,8 @@ import pytest
 import data_prep.state as module
 from data_prep.outcomes import EXCLUDED, REASONS
 from data_prep.state import PlannedVideo, PreparationState
+from tests.conftest import REPOSITORY
 from video_swinv2.errors import UsageError, UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def listing(count: int, split: str = "train") -> list[PlannedVideo]:

@@ -19,10 +19,10 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.verify import FAULTS, LEVELS, VerifyResult, verify
+from tests.conftest import REPOSITORY
 from video_swinv2.errors import UsageError, UserError
 
 Writer = Callable[..., Path]
-REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 9
 
 
