@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from video_swinv2.training.faults import Faults, explain_exhaustion
 from video_swinv2.training.metrics import LogInterval, MetricLog, check_wandb
 from video_swinv2.training.record import describe_batch, describe_learning_rate, end_table, write_record
 from video_swinv2.training.start import find_start
-from video_swinv2.training.tasks.base import Task
+from video_swinv2.training.tasks.base import MakeTask, Task
 from video_swinv2.training.throughput import Throughput, WaitTimer
 from video_swinv2.training.validation import evaluation_mode, validate
 
@@ -59,7 +60,7 @@ class StoppedError(UserError):
     exit_code = EXIT_RESTART
 
 
-def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
+def run(config: Config, make_task: MakeTask) -> Path:
     """Train until the last step, or until the run ends early, and return the run folder.
 
     Raises UserError or UsageError for problems that the user can fix, and StoppedError after SIGTERM, SIGUSR1 or
@@ -88,16 +89,14 @@ def run(config: Config, make_task: Callable[[Config], Task]) -> Path:
     return Path(config.out)
 
 
-def _run(config: Config, make_task: Callable[[Config], Task], world: World) -> None:
+def _run(config: Config, make_task: MakeTask, world: World) -> None:
     """Build the task and train it; signals become a request to stop from the construction of the task on."""
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
     torch.manual_seed(config.seed)  # for the initial weights only; each forward pass is seeded separately
     with StopSignal() as signals:
-        # Build nothing but the task here: under ZeRO-3 this context makes DeepSpeed redirect every new tensor.
-        with partitioned_construction(config.engine, world):
-            task = make_task(config)
+        task = make_task(config, partial(partitioned_construction, config.engine, world))
         TrainingRun(config, task, world, signals).train()
 
 

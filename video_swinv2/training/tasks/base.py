@@ -10,6 +10,7 @@ Letters: B batch, T frames, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -32,8 +33,8 @@ Forward = Callable[..., Tensor]
 class Task(Protocol):
     """What a run learns, as the training loop sees it.
 
-    A task is constructed from the config alone, after the random seed has been set. Under ZeRO-3 it is constructed
-    inside `partitioned_construction`, so afterwards the parameters of `module` are empty outside a gather.
+    A task is constructed from the config, after the random seed has been set, and builds `module` inside the context
+    that it is given. Under ZeRO-3 the parameters of `module` are therefore empty outside a gather.
     """
 
     name: str
@@ -79,6 +80,14 @@ class Task(Protocol):
 
     def next_command(self, folder: Path) -> str:
         """The command that a user will most likely run next, for the given run folder."""
+
+
+Construction = Callable[[], AbstractContextManager[None]]
+"""Opens the context in which a task has to build its module, and nothing else: ZeRO-3 redirects every new tensor in it
+to the GPU and partitions every new module (`partitioned_construction`). By default `nullcontext`."""
+
+MakeTask = Callable[[Config, Construction], Task]
+"""Constructs a task; the class of a task is one."""
 
 
 def build_model(config: Config, num_classes: int) -> SwinV2:

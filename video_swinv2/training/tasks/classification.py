@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.errors import UsageError
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
+    Construction,
     Forward,
     build_model,
     normalised_pixels,
@@ -37,7 +39,7 @@ class Classification:
     best_metric = "val/top1"
     higher_is_better = True
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, construction: Construction = nullcontext) -> None:
         self.config = config
         self.name = f"classification of {sample_kind(config)}"
         train = labelled_manifest(config.data, config.data.train_split)
@@ -58,7 +60,8 @@ class Classification:
             "classes": len(self.classes),
             "classes_sha256": class_list_hash(self.classes),
         }
-        self.encoder = build_model(config, len(self.classes))
+        with construction():
+            self.encoder = build_model(config, len(self.classes))
         freeze_stages(self.encoder, config.optim.frozen_stages)
         self.module: nn.Module = self.encoder
 

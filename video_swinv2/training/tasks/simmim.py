@@ -9,6 +9,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from video_swinv2.models.simmim import (
 from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
+    Construction,
     Forward,
     build_model,
     normalised_pixels,
@@ -54,17 +56,18 @@ class Pretraining:
     higher_is_better = False
     classes = None
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, construction: Construction = nullcontext) -> None:
         self.config = config
         self.name = f"SimMIM on {sample_kind(config)}"
         # These keys mean nothing here, and ignoring them silently would hide a mistake in the config.
         for key, default in (("frozen_stages", 0), ("class_weights", None), ("backbone_lr", 1.0)):
             if getattr(config.optim, key) != default:
                 raise UsageError(f"optim.{key}: is for `train`; omit it in `pretrain`")
-        self.encoder = build_model(config, 0)  # no classes, hence no head
-        mask = resolved_mask(config, self.encoder)
-        self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
-        self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
+        with construction():
+            self.encoder = build_model(config, 0)  # no classes, hence no head
+            mask = resolved_mask(config, self.encoder)
+            self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
+            self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
         train = unlabelled_mixture(config.data, validation=False, repeats=config.augment.repeats)
         val = unlabelled_mixture(config.data, validation=True)
         self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
