@@ -1,6 +1,6 @@
 """One process of a test of the engine's modes: fp16, gradients exchanged in bf16, offloading, memory held.
 
-Run as ``python engine_modes_worker.py CASES RANK SIZE FOLDER``; writes what happened as `engine_worker` does.
+Run as ``python engine_modes_worker.py CASES RANK SIZE FOLDER DEVICE``; writes what happened as `engine_worker` does.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def held_at_the_head(world: World, **engine: Any) -> float:
     seen = []
     with Allocations(module.parameters()) as allocations:
         module.head.register_forward_pre_hook(lambda *_: seen.append(allocations.now))
-        made.forward(torch.zeros(1, 3, 32, 32))
+        made.forward(torch.zeros(1, 3, 32, 32, device=world.device))
     return seen[0] / numbers
 
 

@@ -1,6 +1,6 @@
 """One process of an engine test: trains a tiny network with SwinV2's parameter names and records what happened.
 
-Run as ``python engine_worker.py CASES RANK SIZE FOLDER``; the processes meet at a file in FOLDER.
+Run as ``python engine_worker.py CASES RANK SIZE FOLDER DEVICE``; the processes meet at a file in FOLDER.
 """
 
 from __future__ import annotations
@@ -99,10 +99,11 @@ class Tiny(nn.Module):
         return self.head(self.norm(x))
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """The whole batch of a step, the same for every process and accumulation."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+    images, labels = torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+    return images.to(device), labels.to(device)
 
 
 def build(
@@ -134,7 +135,7 @@ def train(
     records = []
     for step in range(first, last):
         engine.set_lr(LR * (1.0 - step / 10))
-        images, labels = batch(step)
+        images, labels = batch(step, world.device)
         parts = range(world.rank, world.size * accumulation, world.size)
         losses, outcome = 0.0, None
         for micro, part in enumerate(parts):
@@ -233,7 +234,7 @@ def spoilt(world: World, folder: Path) -> None:
                 after = train(engine, world, accumulation, 2, 4, spoil)
                 keep(folder, f"after-{name}-{stage}-{accumulation}", engine.training_state(), after)
                 # Every rank must hold the same weights: compare this rank's own logits with all others'.
-                logits = engine.forward(batch(9)[0]).detach().flatten().tolist()
+                logits = engine.forward(batch(9, world.device)[0]).detach().flatten().tolist()
                 highest = all_reduce_max(world, *logits)
                 lowest = all_reduce_max(world, *[-value for value in logits])
                 if list(highest) != [-value for value in lowest]:
@@ -263,7 +264,7 @@ def halves(world: World, folder: Path) -> None:
             ):
                 raise RuntimeError("a step was taken at construction")
             with torch.no_grad():
-                if engine.forward(batch(0)[0]).dtype != torch.bfloat16:
+                if engine.forward(batch(0, world.device)[0]).dtype != torch.bfloat16:
                     raise RuntimeError("forward was not in autocast")
             records = train(engine, world, accumulation, 0, 4)
             keep(folder, f"bf16-{stage}-{accumulation}", engine.training_state(), records)
@@ -278,14 +279,15 @@ def averaged(world: World, folder: Path) -> None:
         trained, average = engine.weights(), engine.averaged_weights()
         engine.write_weights(average)
         with torch.no_grad():
-            logits = engine.forward(batch(9)[0])
+            logits = engine.forward(batch(9, world.device)[0])
         shown = engine.weights()
         engine.write_weights(trained)
         if shown is not None and average is not None:
             if not all(torch.equal(shown[name], average[name]) for name in average):
                 raise RuntimeError("the module does not hold the averages")
             # Not to the bit: DeepSpeed keeps weights at other addresses, and sums may be in another order there.
-            assert_close(logits, functional_call(Tiny(0), average, (batch(9)[0],)), name="with averaged weights")
+            expected = functional_call(Tiny(0), average, (batch(9)[0],))
+            assert_close(logits.cpu(), expected, name="with averaged weights")
         keep(
             folder, f"straight-averaged-{stage}", engine.training_state() if train(engine, world, 1, 2, 4) else None, []
         )
@@ -310,11 +312,12 @@ CASES: dict[str, Case] = {
 
 def run_cases(cases: Mapping[str, Case]) -> None:
     """Run the cases named on the command line; a single process gets its process group from `join_world`."""
-    names, rank, size, folder = sys.argv[1:]
+    names, rank, size, folder, device = sys.argv[1:]
     torch.set_num_threads(1)
     if int(size) > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
-    world = join_world("cpu")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=int(rank), world_size=int(size))
+    world = join_world(device)
     try:
         for name in names.split(","):
             cases[name](world, Path(folder))

@@ -30,12 +30,12 @@ def worker_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def run_workers(worker: Path, folder: Path, cases: str, size: int) -> None:
+def run_workers(worker: Path, folder: Path, cases: str, size: int, device: str = "cpu") -> None:
     """Run the cases in ``size`` processes, all of which must succeed; their output is the message of a failure."""
     logs = [folder / f"log-{size}-{rank}.txt" for rank in range(size)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, str(worker), cases, str(rank), str(size), str(folder)]
+        command = [sys.executable, str(worker), cases, str(rank), str(size), str(folder), device]
         with log.open("w") as output:
             environment = worker_environment(folder)
             processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
@@ -60,11 +60,11 @@ def read_outcome(folder: Path, name: str) -> tuple[TrainingState, list[dict[str,
 
 
 def train_plain(
-    accumulation: int = 1, steps: int = 4, precision: str = "fp32", **settings: Any
+    accumulation: int = 1, steps: int = 4, precision: str = "fp32", world: World = SINGLE, **settings: Any
 ) -> tuple[TrainingState, list[dict[str, Any]]]:
     """The reference: the plain engine on the whole batch, in this process."""
-    engine = engine_worker.build(SINGLE, engine="plain", precision=precision, accumulation=accumulation, **settings)
-    records = engine_worker.train(engine, SINGLE, accumulation, 0, steps)
+    engine = engine_worker.build(world, engine="plain", precision=precision, accumulation=accumulation, **settings)
+    records = engine_worker.train(engine, world, accumulation, 0, steps)
     state = engine.training_state()
     assert state is not None
     return state, records
