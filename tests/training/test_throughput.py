@@ -8,11 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import video_swinv2 as vs
 from tests.training.runs import small_config
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.training import throughput
 from video_swinv2.training.flops import count_forward_flops, forward_macs, training_flops
-from video_swinv2.training.throughput import loader_advice
+from video_swinv2.training.throughput import loader_advice, peak_tflops
 
 
 def without_bias_networks(model):
@@ -61,3 +62,37 @@ def test_advice_for_a_loader_that_starves_the_device(monkeypatch):
     assert "43% of the time" in text
     assert "raise data.workers from 2 (8 cores here); slowest file: 0.50 s a.mp4" in text
     assert "8 workers keep all 8 cores busy" in loader_advice(small_config(workers=4), 0.43, (0.5, "a.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("A100-SXM4-40GB", 312.0),  # drivers before 2021
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("Tesla V100-PCIE-16GB", 112.0),
+        ("Tesla T4", 65.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a seventh of the device
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 PCIe 2", None),
+    ],
+)
+def test_the_peak_is_that_of_the_product_and_of_no_other(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu, cpu = (World(0, 1, 0, torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert peak_tflops(gpu, "bf16") == peak
+    assert peak_tflops(gpu, "fp32") is None
+    assert peak_tflops(cpu, "bf16") is None

@@ -54,10 +54,10 @@ def trainable_precision(precision: str, device: torch.device) -> str:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run inference in bf16. ``auto`` does so on GPUs where PyTorch supports it, even by emulation."""
+    """Whether to run inference in bf16. ``auto`` does so on GPUs only; on none is bf16 emulated, as in training."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return trainable_precision(precision, device) == "bf16"
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.config import STRICT, NotNegative, Positive, apply_override
+from video_swinv2.distributed.session import SILENCE_SECONDS
+from video_swinv2.distributed.world import MEETING_SECONDS
 from video_swinv2.errors import UsageError
 from video_swinv2.models.attention import Backend
 from video_swinv2.weights.store import Preprocessing
@@ -50,9 +52,13 @@ class TestOverrides:
     """Of the shuffled frame order and of the report's bootstrap. A probe counts its own seeds."""
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto is bf16 on a GPU that supports it, else fp32."""
+    """auto is bf16 on a GPU that computes in it, else fp32. A GPU that only emulates bf16 gets fp32 in either case."""
     time_limit_seconds: NotNegative = 60.0
     """A video that takes longer than this to open or to decode counts as failed."""
+    meeting_seconds: Annotated[float, Field(gt=0)] = MEETING_SECONDS
+    """How long several processes may take to find each other at the start."""
+    silence_seconds: Annotated[float, Field(gt=0)] = SILENCE_SECONDS
+    """The test ends if one of its processes does not answer for this long."""
 
 
 # Command-line key -> field of TestOverrides. A setting that a training run also has keeps the run's key.
@@ -67,6 +73,8 @@ KEYS = {
     "model.attention": "attention",
     "engine.device": "device",
     "engine.precision": "precision",
+    "engine.meeting_seconds": "meeting_seconds",
+    "engine.silence_seconds": "silence_seconds",
     "batch_views": "batch_views",
     "seed": "seed",
 }

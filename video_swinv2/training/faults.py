@@ -112,7 +112,11 @@ class Faults:
 
     def record_unread(self, lines: Sequence[str]) -> None:
         """Record the validation files that could not be read, one line each."""
-        self._report_new(lines, "it does not count as a right answer")
+        # Labelled samples are not replaced (`SampleDataset`); those of SimMIM, which have mask cells, are.
+        replaced = self._samples.cells is not None
+        self._report_new(
+            lines, "the next sample takes its place" if replaced else "it does not count as a right answer"
+        )
 
     def _report_new(self, lines: Sequence[str], consequence: str) -> None:
         """Print the broken files that this process does not know yet, and what happens to their samples.

@@ -21,6 +21,7 @@ the only number that a run needs in order to resume.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -258,11 +259,10 @@ class TrainingRun:
     def _log(self, log: MetricLog | None, interval: LogInterval, waited_seconds: float) -> None:
         """Write a line of training metrics for the interval. Collective.
 
-        The loss is the mean over the micro-batches of all processes. The speed is the one that rank 0 measures.
+        The loss is the mean over the micro-batches of all processes whose loss is finite; without any, it is left out.
+        The speed is the one that rank 0 measures.
         """
-        loss, micro_batches, broken = all_reduce_sum(
-            self.world, [interval.loss_sum(), interval.micro_batches, self.faults.broken_samples]
-        )
+        loss, finite, broken = all_reduce_sum(self.world, [*interval.finite_losses(), self.faults.broken_samples])
         # The share is taken of at least one epoch, or the first broken file of a run would already exceed it. All
         # processes have the same sums here, so either all of them raise or none does.
         self.faults.check_broken_share(int(broken), max(self.step * self.plan.batch, self.samples))
@@ -276,7 +276,7 @@ class TrainingRun:
             self._print(advice)
         values = {
             "epoch": self.step * self.plan.batch / self.samples,
-            "train/loss": loss / micro_batches,
+            "train/loss": loss / finite if finite else math.nan,
             "train/lr": self.schedule.lr_at(self.step - 1),  # of the step just finished, whose index is step - 1
             "train/grad_norm": interval.grad_norm,
             "train/skipped_steps": self.faults.skipped,
@@ -317,6 +317,8 @@ class TrainingRun:
         Without a validation split the newest weights always count as the best.
         """
         value = metrics.get(self.task.best_metric)
+        if value is not None and not math.isfinite(value):  # the model has diverged
+            return False
         is_best = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
         if self.step and value is not None and is_best:  # the initial weights are no candidate
             self.best, self.best_step = value, self.step
@@ -344,6 +346,7 @@ class TrainingRun:
 
         Collective: the engine gathers its partitions, and the faults of all processes are merged.
         """
+        self.checkpoints.wait()  # or the host would hold two: the one that is being written, and the next
         tensors = self.engine.training_state()
         faults = self.faults.state()
         self.saved = time.monotonic()

@@ -42,10 +42,15 @@ class MetricLog:
         self._wandb: Any = open_wandb(wandb, folder) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step, under keys such as `train/loss`: one line, and one point of each curve."""
+        """Write the values of a step, under keys such as `train/loss`: one line, and one point of each curve.
+
+        A value that is not finite, such as the gradient norm of a skipped step, is left out: JSON has no number for it,
+        and a curve no place.
+        """
+        values = {key: value for key, value in values.items() if math.isfinite(value)}
         # Opened and closed for each line, so that a killed process loses at most the line that it was writing.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:
@@ -68,7 +73,7 @@ class MetricLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run folder's metrics.jsonl, oldest first: `step` and the values measured then."""
+    """All lines of a run folder's metrics.jsonl, oldest first: `step` and the finite values measured then."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -124,6 +129,12 @@ class LogInterval:
         """The loss of the latest micro-batch; NaN before the first one. Waits for the GPU."""
         return float(self.losses[-1]) if self.losses else math.nan
 
-    def loss_sum(self) -> float:
-        """The sum of the losses, in float64: one read from the GPU for the whole interval."""
-        return float(torch.stack(self.losses).double().sum())
+    def finite_losses(self) -> tuple[float, int]:
+        """The sum of the finite losses, in float64, and their number: one read from the GPU for the whole interval.
+
+        A micro-batch whose loss is not finite belongs to a skipped step, which `skipped.jsonl` describes.
+        """
+        losses = torch.stack(self.losses).double()
+        finite = losses.isfinite()
+        total, count = torch.stack([losses.where(finite, 0.0).sum(), finite.sum()]).tolist()
+        return total, int(count)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from video_swinv2.config import Config, OptimConfig, to_yaml
 from video_swinv2.data.loading import BatchPlan
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
 
@@ -44,6 +46,41 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def arithmetic(world: World) -> dict[str, str]:
+    """What decides how this run's sums are rounded, by name. A checkpoint records it, for `arithmetic_changes`."""
+    on_gpu = world.device.type == "cuda"
+    found = {
+        "processes": str(world.size),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
+        "torch": torch.__version__,
+    }
+    # On a GPU the CPU computes nothing but the samples, each in one worker with one thread.
+    return (
+        found
+        if on_gpu
+        else found
+        | {
+            "threads": str(torch.get_num_threads()),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+    )
+
+
+def arithmetic_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """One line that says which of the values of `arithmetic` differ from the checkpoint's; "" if none does.
+
+    then: empty for a checkpoint that was written before these values were recorded, for which nothing can be said.
+    """
+    changed = [
+        f"{name} {then.get(name, 'none')} then, {now.get(name, 'none')} now"
+        for name in {**then, **now}
+        if then and then.get(name) != now.get(name)
+    ]
+    if not changed:
+        return ""
+    return f"the run goes on with other rounding ({'; '.join(changed)}): losses will not repeat bit for bit"
 
 
 def git_state() -> str:

@@ -18,18 +18,41 @@ from video_swinv2.memory import peak_memory_bytes
 
 Item = TypeVar("Item")
 
-# Peak TFLOP/s of dense matrix products (no sparsity) in bf16, for the V100 in fp16, from NVIDIA's data sheets. The
-# first key that occurs in the device's name is used, so a key must come before any other key that it contains.
+# Peak TFLOP/s of dense matrix products (no sparsity) in bf16 with fp32 accumulation, for V100 and T4 in fp16, from
+# NVIDIA's data sheets. By the whole name that the driver reports, without "NVIDIA", which old drivers omit: variants of
+# a product differ by up to a half, and a slice of one ("... MIG 1g.10gb") has a fraction. A device that is not listed
+# has no known peak.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
+    "B200": 2250.0,
+    "GH200 480GB": 989.0,
     "H200": 989.0,
-    "A100": 312.0,
+    "H200 NVL": 835.0,
+    "H100 80GB HBM3": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100-SXM4-40GB": 312.0,
+    "A100-SXM4-80GB": 312.0,
+    "A100-PCIE-40GB": 312.0,
+    "A100 80GB PCIe": 312.0,
+    "A800-SXM4-80GB": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
     "A10": 125.0,
+    "A10G": 70.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
-    "V100": 125.0,
-    "RTX 4090": 165.0,
+    "Tesla V100-SXM2-16GB": 125.0,
+    "Tesla V100-SXM2-32GB": 125.0,
+    "Tesla V100-PCIE-16GB": 112.0,
+    "Tesla V100-PCIE-32GB": 112.0,
+    "Tesla T4": 65.0,
+    "RTX A6000": 154.8,
+    "GeForce RTX 3090": 71.0,
+    "GeForce RTX 4090": 165.2,
+    "GeForce RTX 5090": 209.5,
 }
 STARVED_SHARE = 0.2  # from this share of the time spent waiting for samples, the loader counts as the bottleneck
 ADVISE_EVERY_SECONDS = 600.0
@@ -119,8 +142,7 @@ def peak_tflops(world: World, precision: str) -> float | None:
     """The device's peak in TFLOP/s for bf16 or fp16 products; None for an unknown GPU, on CPUs and in fp32."""
     if world.device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(world.device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name(world.device).removeprefix("NVIDIA "))
 
 
 def peak_memory_gb(world: World) -> float:
