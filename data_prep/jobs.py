@@ -18,6 +18,7 @@ from data_prep.encode import H264Settings
 # settings' hash, so videos prepared with an older version are prepared again. In dataset.json it is called "form".
 OUTPUT_VERSION = 2
 FULL_HD = 1920 * 1080  # pixels
+MAX_LIMIT_SECONDS = 24 * 3600.0  # a time limit follows from the size or duration of a file, which may be absurd
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def initial_limit_seconds(job: TranscodeJob) -> float:
 
 
 def index_limit_seconds(size_bytes: int) -> float:
-    """The time limit for reading all packets of a file: a minute, and 10 s per MiB."""
-    return 60.0 + 10.0 * size_bytes / 2**20
+    """The time limit for reading all packets of a file: a minute, and 10 s per MiB; at most a day."""
+    return min(MAX_LIMIT_SECONDS, 60.0 + 10.0 * size_bytes / 2**20)
 
 
 def encode_limit_seconds(duration_seconds: float, pixels: int) -> float:
     """The time limit for decoding and encoding a video: about a hundred times what it takes on one core.
 
-    A minute, and 30 s per second of video. For sources above Full HD it grows with the number of pixels.
+    A minute, and 30 s per second of video; at most a day. For sources above Full HD it grows with the number of pixels.
     """
-    return 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD)
+    return min(MAX_LIMIT_SECONDS, 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD))

@@ -34,7 +34,7 @@ from data_prep.encode import TIME_BASE, difference_from_prepared_form, to_ticks,
 from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, encode_limit_seconds, index_limit_seconds
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
-from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
 from video_swinv2.data.display import size_for
 from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 
@@ -211,8 +211,9 @@ def _copy(reader: VideoReader, job: TranscodeJob, partial: Path) -> bool:
     # A segment cannot be cut, nor a picture turned upright, without encoding.
     if job.start is not None or job.end is not None or any(reader.orientation):
         return False
-    if difference_from_prepared_form(job.source, short_side=settings.short_side, gop=settings.gop):
-        return False
+    with named_errors(job.source):
+        if difference_from_prepared_form(job.source, short_side=settings.short_side, gop=settings.gop):
+            return False
     source_ticks = to_ticks(reader.times.tolist())
     if settings.fps:
         # Every frame must lie within one tick of where a constant rate puts it.
@@ -248,8 +249,8 @@ def _encode(
     try:
         write_video(partial, _resize(reader, frames, size, progress), size=size, fps=fps, settings=settings.encoding)
     except av.FFmpegError as error:
-        # The scaler, the encoder or the muxer failed: VideoReader skips packets that cannot be decoded. The error
-        # number is kept because _diagnose recognises a full disk by it.
+        # The encoder or the muxer failed: what fails because of the source is a DecodeError. The error number is kept
+        # because _diagnose recognises a full disk by it.
         raise OSError(getattr(error, "errno", 0) or 0, f"while encoding: {error.strerror}") from error
     times = reader.times[selected.start : selected.stop]
     if progress.decoded < MIN_DECODED_SHARE * len(times):
@@ -316,7 +317,8 @@ def _resize(
     shown: av.VideoFrame | None = None
     for tick, frame in frames:
         if frame is not shown:
-            shown, picture = frame, fitter.fit(frame)
+            with named_errors(reader.path):
+                shown, picture = frame, fitter.fit(frame)
         progress.written_ticks.append(tick)
         yield tick, picture
 
@@ -346,7 +348,7 @@ def _diagnose(error: Exception) -> tuple[str, str]:
 
     A MemoryError means that the process reached the limit that the pool sets on its address space.
     """
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         return "crashed", "out of memory"
     if isinstance(error, DecodeError):
         return error.reason, str(error).partition(": ")[2]  # without the path, which is in the row already
@@ -355,4 +357,4 @@ def _diagnose(error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError):
         detail = error.strerror or str(error)
         return ("disk" if error.errno in DISK_ERRORS else "encode_error"), detail
-    return "crashed", f"{type(error).__name__}: {error}".splitlines()[0]
+    return "crashed", one_line(error)

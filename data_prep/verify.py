@@ -32,7 +32,7 @@ from data_prep.dataset import read_record
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
 from data_prep.state import STATE_NAME, PreparationState
-from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
 from video_swinv2.data.manifest import content_fingerprint
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import atomic_write, sha256
@@ -128,7 +128,7 @@ class VerifyResult:
         return asdict(self) | {"bad": bad}
 
 
-class MismatchError(Exception):
+class MismatchError(UserError):
     """A file is not what it should be; `reason` is a key of FAULTS."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -204,20 +204,20 @@ def check_file(check: FileCheck, allow: Allow) -> Finding:
     size, mtime_ns = _stat(check.path)
     digest = None
     try:
-        _check_header(check.path, size, check.expected)
-        if check.level == "full":
-            _check_frames(check.path, check.expected, allow)
-        if check.level == "hash":
-            digest = sha256(check.path)  # recorded even if no hash is expected, since the fingerprint needs it
-            if check.expected.sha256 not in (None, digest):
-                raise MismatchError("hash", f"sha256 is {digest[:12]}..., {check.expected.sha256[:12]}... was written")
+        with named_errors(check.path):
+            _check_header(check.path, size, check.expected)
+            if check.level == "full":
+                _check_frames(check.path, check.expected, allow)
+            if check.level == "hash":
+                digest = sha256(check.path)  # recorded even if no hash is expected, since the fingerprint needs it
+                if check.expected.sha256 not in (None, digest):
+                    written = check.expected.sha256[:12]
+                    raise MismatchError("hash", f"sha256 is {digest[:12]}..., {written}... was written")
     except MismatchError as error:
         return Finding(check.name, error.reason, error.detail, size, mtime_ns, digest)
     except DecodeError as error:
         # The message is "PATH: what is wrong", and the finding already has the path.
         return Finding(check.name, error.reason, str(error).partition(": ")[2], size, mtime_ns)
-    except OSError as error:
-        return Finding(check.name, "decode_error", error.strerror or str(error), size, mtime_ns)
     return Finding(check.name, "", "", size, mtime_ns, digest)
 
 
@@ -230,10 +230,11 @@ def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise MismatchError("not_video", getattr(error, "strerror", None) or str(error)) from error
+        raise MismatchError("not_video", one_line(error)) from error
     with container:
         # Exactly one stream: the prepared form has neither sound nor subtitles.
-        kinds = [f"{stream.type} {stream.codec_context.name}" for stream in container.streams]
+        # A damaged header may name a codec that FFmpeg does not know; there is no codec_context then.
+        kinds = [f"{stream.type} {getattr(stream.codec_context, 'name', 'unknown')}" for stream in container.streams]
         if kinds != ["video h264"]:
             raise MismatchError("form", f"contains {', '.join(kinds) or 'no stream'}")
         stream = container.streams.video[0]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.test_decode import write_thin_video
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data import datasets
 from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset
@@ -111,6 +112,36 @@ def test_broken_files_are_replaced_and_named(clips):
         (clips / f"clip {i}.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="nor can any other of the 6"):
         samples[(0, 0)]
+
+
+def test_a_clip_that_makes_a_library_raise_is_replaced_and_named(clips):
+    """A codec that FFmpeg does not know, and a picture that cannot be resized: neither ends the epoch."""
+    unknown, thin = clips / "clip 1.mp4", clips / "clip 3.mp4"
+    unknown.write_bytes(unknown.read_bytes().replace(b"avc1", b"none"))
+    write_thin_video(thin.with_suffix(".mkv")).rename(thin)
+    data = dataset(clips, short_side=224)
+    sample = data[(0, 1)]
+    assert sample.broken == (f"{unknown}: its video codec is unknown to FFmpeg",)
+    assert data[(0, 3)].broken == (f"{thin}: cannot be decoded (Invalid argument)",)
+    for batch in training_loader(
+        dataset(clips, short_side=224, workers=1), plan_batch(6, 6, 1), seed=0, rank=0, first=0, last=2, pin=False
+    ):
+        assert sorted(batch.numbers) == list(range(6))
+        assert len(batch.broken) == 2
+
+
+def test_a_picture_that_augmentation_cannot_resize_is_named(tmp_path):
+    """An image of one row is 10**7 times as wide; resized for its short side, it would take 10**14 bytes."""
+    Image.new("L", (5_000_000, 1)).save(tmp_path / "thin.png")
+    Image.new("L", (32, 32)).save(tmp_path / "plain.png")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("thin.png 0\nplain.png 1\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    data = dataset(tmp_path, augment=None, frames=None, image_size=2048)
+    sample = data[(0, 0)]
+    assert sample.label == UNREADABLE_LABEL
+    assert [line.split(" (")[0] for line in sample.broken] == [f"{tmp_path / 'thin.png'}: cannot be decoded"]
+    assert (data[(0, 1)].label, data[(0, 1)].broken) == (1, ())
 
 
 def test_missing_files_are_reported_before_the_first_epoch(clips):

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from video_swinv2.data import decode
-from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
 from video_swinv2.data.display import Orientation, size_for
+from video_swinv2.errors import UsageError
 
 Writer = Callable[..., Path]
 
@@ -282,6 +283,89 @@ def test_files_without_pictures_are_refused(outside_data: Path, name: str) -> No
         reader.frames([0])
 
 
+def test_an_unknown_codec_is_a_named_error(write_video: Writer, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", numbered_frames(4))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"none"))
+    with pytest.raises(DecodeError, match="codec is unknown") as caught:
+        VideoReader(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.reason == "no_frames"
+
+
+def write_thin_video(path: Path) -> Path:
+    """4 frames of 2 x 16384 pixels. With 224 pixels on the short side, their long side is beyond what FFmpeg scales."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 2, 16384, "bgr0"
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(np.zeros((2, 16384, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="bgr0")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_picture_too_thin_to_resize_is_a_named_error(tmp_path: Path) -> None:
+    path = write_thin_video(tmp_path / "thin.mkv")
+    with VideoReader(path) as reader:
+        assert reader.frames([0]).shape == (1, 3, 2, 16384)
+        with pytest.raises(DecodeError, match=r"thin\.mkv: cannot be decoded"):
+            reader.frames([0], 224)
+        _, frame = next(reader.sequence())
+        with pytest.raises(DecodeError, match=r"thin\.mkv: cannot be decoded"):
+            reader.picture(frame, 224)
+
+
+def test_frames_that_do_not_fit_into_memory_are_a_named_error(write_video: Writer, tmp_path: Path) -> None:
+    # 4096 x 4096 pixels, ten million times, are 500 TB: more than a process can address.
+    path = write_video(tmp_path / "v.mp4", numbered_frames(1, 16, 16))
+    with VideoReader(path) as reader, pytest.raises(DecodeError, match=r"v\.mp4: takes too much memory to decode"):
+        reader.frames([0] * 10**7, 4096)
+
+
+def test_a_file_that_is_gone_when_it_is_read_again_is_a_named_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of an open reader that reads, generators included."""
+    monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", 0)
+    path = write_timed(tmp_path / "v.mp4", numbered_frames(9), list(range(0, 360, 40)))
+    with VideoReader(path) as reader:
+        path.unlink()
+        for read in (
+            lambda: reader.size,
+            lambda: reader.orientation,
+            lambda: reader.frames([0]),
+            lambda: list(reader.sequence()),
+            lambda: list(reader.sequence(8)),
+            lambda: list(reader.decode_damaged([3])),
+        ):
+            with pytest.raises(DecodeError, match=r"v\.mp4: cannot be decoded \(No such file or directory\)"):
+                read()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda: av.open("/nowhere"), "cannot be decoded (No such file or directory)"),
+        (lambda: np.empty(2**57), "takes too much memory to decode ("),
+        (lambda: torch.empty(2**57), "cannot be decoded (RuntimeError: "),
+        (lambda: Fraction(1, 0), "cannot be decoded (ZeroDivisionError: Fraction(1, 0))"),
+        (lambda: round(float("inf")), "cannot be decoded (OverflowError: cannot convert float infinity to integer)"),
+        (lambda: next(iter(())), "cannot be decoded (StopIteration)"),
+    ],
+)
+def test_whatever_a_library_raises_names_the_file(fault: Callable[[], object], words: str) -> None:
+    with pytest.raises(DecodeError) as caught, named_errors("a.mp4"):
+        fault()
+    assert str(caught.value).startswith(f"a.mp4: {words}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, UsageError])
+def test_what_no_file_is_to_blame_for_is_not_renamed(kind: type[BaseException]) -> None:
+    with pytest.raises(kind), named_errors("a.mp4"):
+        raise kind
+
+
 def test_time_limit(write_video: Writer, tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", numbered_frames(9))
     with pytest.raises(DecodeError, match="not read within 0 s") as caught:
@@ -294,6 +378,8 @@ def test_an_index_outside_the_video_is_a_programming_error(write_video: Writer, 
         for indices in ([5], [-1], []):
             with pytest.raises(IndexError, match=r"0\.\.4"):
                 reader.frames(indices)
+        with pytest.raises(IndexError):
+            reader.sequence(5)
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])

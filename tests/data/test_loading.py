@@ -1,16 +1,25 @@
-"""Loaders under faults (killed workers, decoders that hang or crash), repeats, and memory over 10,000 clips."""
+"""Loaders under faults (killed workers, decoders that hang or crash), repeats, and memory over 10,000 clips.
+
+Faults are tested with plain and with pinned memory. Pinning needs an accelerator, but what it changes about the death
+of a worker does not: a thread of PyTorch's then fetches the batches. The fixture `pin` runs that thread without one.
+"""
 
 import ctypes
+import multiprocessing
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils import pin_memory
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from video_swinv2.config import AugmentConfig, DataConfig
-from video_swinv2.data import datasets
+from video_swinv2.data import datasets, loading
 from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
@@ -39,9 +48,43 @@ def samples(folder, workers, repeats=1, augmented=True, **changes):
     return SampleDataset(read_manifest(folder, "train").entries, DataConfig(**values), augment, 0, None)
 
 
-def read(dataset, steps=4, batch=4, micro=2, repeats=1):
+def read(dataset, steps=4, batch=4, micro=2, repeats=1, pin=False):
     plan = plan_batch(batch, micro, 1, repeats)
-    return training_loader(dataset, plan, seed=0, rank=0, first=0, last=steps, pin=False)
+    return training_loader(dataset, plan, seed=0, rank=0, first=0, last=steps, pin=pin)
+
+
+@pytest.fixture(autouse=True)
+def _deaths_show_soon(monkeypatch):
+    """PyTorch looks for dead workers every five seconds; here it looks more often."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "pinned"])
+def pin(request, monkeypatch):
+    """Whether memory is pinned. If so, PyTorch believes in an accelerator, whose page-locked copies are the tensors."""
+    if request.param:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_over():
+    """After each test there are no more processes than before, and no more threads."""
+    before = threading.active_count()
+    yield
+    assert multiprocessing.active_children() == []
+    wait_for(lambda: threading.active_count() <= before)
+
+
+def wait_for(happened, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
 
 
 def disturb(monkeypatch, name, act):
@@ -60,34 +103,108 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def hang():
     """Hang in C with the interpreter's lock held, as a deadlocked decoder does."""
     ctypes.PyDLL(None).pause()
 
 
-def test_a_killed_worker_is_replaced_and_nothing_changes(clips, tmp_path, monkeypatch):
+def assert_nothing_changed(expected, found):
+    """Every batch arrived once, in order, with the same pixels and no file named."""
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert (a.numbers, b.broken) == (b.numbers, ())
+
+
+@pytest.mark.parametrize("act", [die, crash])
+def test_a_killed_worker_is_replaced_and_nothing_changes(clips, tmp_path, monkeypatch, pin, act):
     expected = list(read(samples(clips, 0)))
     once = tmp_path / "died"
 
     def die_once():
         if not once.exists():
             once.touch()
-            die()
+            act()
 
     disturb(monkeypatch, "3.mp4", die_once)
-    loader = read(samples(clips, 2))
-    found = list(loader)
-    assert (loader.restarts, len(found)) == (1, len(expected))
-    for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a.pixels, b.pixels)
-        assert (a.numbers, b.broken) == (b.numbers, ())
+    loader = read(samples(clips, 2), pin=pin)
+    assert_nothing_changed(expected, list(loader))
+    assert loader.restarts == 1
+
+
+def test_a_worker_killed_between_two_files_is_replaced_and_nothing_changes(clips, monkeypatch, pin):
+    expected = list(read(samples(clips, 0), steps=12))
+    loader = read(samples(clips, 2), steps=12, pin=pin)
+    found = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) == 3:
+            # By now, both workers wait for this process, which takes no further batch until they have nothing to do.
+            wait_for(lambda: all(row[1] == -1 for row in loader.dataset.in_hand._rows.tolist()))
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert_nothing_changed(expected, found)
+    assert loader.restarts == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("pin", [True], indirect=True)
+@pytest.mark.parametrize("act", [die, crash])
+def test_a_batch_whose_worker_dies_before_it_is_pinned_is_read_again(clips, tmp_path, monkeypatch, pin, act):
+    """The thread that pins memory then fails to fetch the batch and ends, and does not say why."""
+    expected = list(read(samples(clips, 0)))
+    arrived, died, opened, errors = tmp_path / "arrived", tmp_path / "died", [], []
+    reader, loop = datasets.VideoReader, pin_memory._pin_memory_loop
+    start, judge = loading.start_loader, loading.is_worker_death
+
+    def open_two_files_and_die(path, **limits):
+        opened.append(path)
+        if len(opened) == 3 and not died.exists():  # the first batch, of two files, is on its way
+            wait_for(arrived.exists)
+            died.write_text(str(os.getpid()))
+            act()
+        return reader(path, **limits)
+
+    def begin_after_the_death(queue, *others):
+        if not died.exists():
+            wait_for(queue._reader.poll)
+            arrived.touch()
+            wait_for(lambda: died.exists() and is_dead(died.read_text()))
+        loop(queue, *others)
+
+    def start_and_be_busy(*addresses, **settings):
+        batches = start(*addresses, **settings)
+        if not died.exists():
+            batches._pin_memory_thread.join()  # the next batch is not asked for before
+        return batches
+
+    monkeypatch.setattr(datasets, "VideoReader", open_two_files_and_die)
+    monkeypatch.setattr(loading, "start_loader", start_and_be_busy)
+    monkeypatch.setattr(pin_memory, "_pin_memory_loop", begin_after_the_death)
+    monkeypatch.setattr(
+        loading, "is_worker_death", lambda error, files: errors.append(str(error)) or judge(error, files)
+    )
+    loader = read(samples(clips, 1), pin=pin)
+    assert_nothing_changed(expected, list(loader))
+    assert loader.restarts == 1
+    assert errors == ["Pin memory thread exited unexpectedly"]
+
+
+def is_dead(pid):
+    """Whether a process has ended, even if nobody has asked for its exit code yet."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.parametrize(("act", "restarts", "words"), [(hang, 1, "did not answer within 5.3 s"), (die, 2, "crashed")])
-def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, monkeypatch, act, restarts, words):
+def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, monkeypatch, pin, act, restarts, words):
     undisturbed = list(read(samples(clips, 0)))
     disturb(monkeypatch, "5.mp4", act)
-    loader = read(samples(clips, 2, decode_seconds=0.1 if act is hang else 60.0))
+    loader = read(samples(clips, 2, decode_seconds=0.1 if act is hang else 60.0), pin=pin)
     found = list(loader)
     assert 1 <= loader.restarts <= restarts, "two workers may die of it at once"
     lines = {line for batch in found for line in batch.broken}
@@ -98,18 +215,18 @@ def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, m
             assert torch.equal(x, y) == (number != 5)  # read from the next video
 
 
-def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch):
+def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch, pin):
     disturb(monkeypatch, "5.mp4", hang)
     dataset = samples(clips, 1, augmented=False, decode_seconds=0.1)
-    labels = torch.cat([batch.labels for batch in validation_loader(dataset, 2, rank=0, world=1, pin=False)])
+    labels = torch.cat([batch.labels for batch in validation_loader(dataset, 2, rank=0, world=1, pin=pin)])
     assert labels.tolist() == [0, 1, 0, 1, 0, datasets.UNREADABLE_LABEL, 0, 1]
 
 
-def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch):
+def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch, pin):
     reader = datasets.VideoReader
     monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: die() or reader(path, **limits))
     with pytest.raises(UserError, match=r"5 loader workers died .* lower data\.workers \(1\) or optim\.micro_batch"):
-        list(read(samples(clips, 1)))
+        list(read(samples(clips, 1), pin=pin))
 
 
 def test_repeats_are_decoded_once_and_augmented_differently(clips, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
 from video_swinv2.data.images import is_image_file, read_image, read_tar_member
 from video_swinv2.data.index import TarMember, compact_entries
 from video_swinv2.data.manifest import Entry
@@ -157,7 +157,8 @@ class SampleDataset(Dataset[Sample]):
             # attempt, so that random draws made before a file failed do not shift those of its substitute.
             with seeded(self.seed, epoch, number) as generator:
                 try:
-                    pixels = self.transform(self._read(origin, epoch))
+                    with named_errors(origin.entry.path):  # pictures of a few pixels are too small for some transforms
+                        pixels = self.transform(self._read(origin, epoch))
                 except DecodeError as error:
                     broken.append(str(error))
                     if self.random or label < 0:

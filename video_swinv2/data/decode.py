@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -57,6 +58,23 @@ class DecodeError(UserError):
         self.reason = reason
 
 
+@contextmanager
+def named_errors(name: Path | str) -> Iterator[None]:
+    """Raise whatever the libraries raise because of a file as a DecodeError whose message begins with its `name`.
+
+    There is no list of what a damaged file can raise. Besides FFmpeg's errors there are AttributeError where PyAV has
+    None, OverflowError and ZeroDivisionError from broken time stamps, and MemoryError or torch's RuntimeError from a
+    broken size. A UserError, which has its message already, passes, and so do Ctrl-C and the end of the process.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as fault:
+        what = "takes too much memory to decode" if isinstance(fault, MemoryError) else "cannot be decoded"
+        raise DecodeError(f"{name}: {what} ({one_line(fault)})") from fault
+
+
 class VideoReader:
     """One open video file; a context manager.
 
@@ -66,8 +84,8 @@ class VideoReader:
         codec: FFmpeg's name of the decoder.
         stand_ins: how many of the frames requested so far could not be decoded and were replaced by a neighbour.
 
-    `time_limit_seconds` applies to opening and to each later call separately. Raises DecodeError, whose message begins
-    with the path, for a file that cannot be read.
+    `time_limit_seconds` applies to opening and to each later call separately. Whatever goes wrong with the file, in
+    whichever library, is raised as a DecodeError whose message begins with the path.
     """
 
     def __init__(self, path: Path, *, time_limit_seconds: float = 60.0) -> None:
@@ -76,14 +94,16 @@ class VideoReader:
         self._limit = time_limit_seconds
         self._deadline = time.monotonic() + time_limit_seconds
         self._packets: list[Packet[VideoStream]] | None = []
-        self._container, self._stream = self._open()
-        self._display = Display(self._stream)
-        self.codec = self._stream.codec_context.name
-        try:
-            self._index_frames()
-        except BaseException:
-            self.close()
-            raise
+        with named_errors(self.path):
+            self._container = self._open()
+            try:
+                self._stream = find_video_stream(self._container, str(self.path))
+                self._display = Display(self._stream)
+                self.codec = self._stream.codec_context.name
+                self._index_frames()
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> VideoReader:
         return self
@@ -100,8 +120,7 @@ class VideoReader:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels as shown. Decodes the first frame if none has been decoded so far."""
         if self._display.size is None:
-            self._start_clock()
-            for _ in self._decode(0):
+            for _ in self.sequence():
                 break
         if self._display.size is None:
             raise self._error("no frame can be decoded", "no_frames")
@@ -125,14 +144,16 @@ class VideoReader:
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
         self._start_clock()
-        images = self._collect(wanted, short_side)
-        # Whatever the fast way did not yield is tried again from the start of the file, and replaced as a last resort.
-        damaged = [index for index in wanted if index not in images]
-        images |= {index: self.picture(frame, short_side) for index, frame in self._decode_damaged(damaged)}
-        unique = np.stack([images[index] for index in wanted])  # (distinct frames, H, W, 3)
-        rows = np.searchsorted(wanted, np.asarray(indices))  # row of each requested index in `unique`, (len(indices),)
-        # (len(indices), H, W, 3) -> (len(indices), 3, H, W)
-        return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
+        with named_errors(self.path):
+            images = self._collect(wanted, short_side)
+            # Whatever the fast way did not yield is tried again from the start of the file, and replaced as a last
+            # resort.
+            damaged = [index for index in wanted if index not in images]
+            images |= {index: self.picture(frame, short_side) for index, frame in self._decode_damaged(damaged)}
+            unique = np.stack([images[index] for index in wanted])  # (distinct frames, H, W, 3)
+            rows = np.searchsorted(wanted, np.asarray(indices))  # row of each index in `unique`, (len(indices),)
+            # (len(indices), H, W, 3) -> (len(indices), 3, H, W)
+            return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
 
     def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) for every frame that can be decoded, in presentation order.
@@ -144,7 +165,7 @@ class VideoReader:
         # For `first` = 0, start at the first packet even if it is no key packet: frames before the first key packet
         # decode only partly, but they exist and have indices.
         packet = next(self._runs([first]))[0] if first else 0
-        return self._decode(packet)
+        return self._named(self._decode(packet))
 
     def decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Second attempt at frames that could not be decoded from the key frame before them: (index, frame) for each.
@@ -155,7 +176,7 @@ class VideoReader:
         Raises DecodeError if no frame at all can be decoded.
         """
         self._start_clock()
-        return self._decode_damaged(damaged)
+        return self._named(self._decode_damaged(damaged))
 
     @property
     def orientation(self) -> Orientation:
@@ -165,7 +186,13 @@ class VideoReader:
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
         """A frame from `sequence` as shown -> uint8 (H, W, 3), RGB, its short side resized to `short_side`."""
-        return self._display.picture(frame, short_side)
+        with named_errors(self.path):
+            return self._display.picture(frame, short_side)
+
+    def _named(self, frames: Iterator[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """`named_errors` for a generator, whose code runs only when its frames are taken."""
+        with named_errors(self.path):
+            yield from frames
 
     def _error(self, what: str, reason: str = "decode_error") -> DecodeError:
         return DecodeError(f"{self.path}: {what}", reason)
@@ -177,7 +204,7 @@ class VideoReader:
         if time.monotonic() > self._deadline:
             raise self._error(f"not read within {self._limit:g} s; remove it or raise the time limit", "timeout")
 
-    def _open(self) -> tuple[InputContainer, VideoStream]:
+    def _open(self) -> InputContainer:
         if not self.path.exists():
             raise self._error("no such file", "missing")
         if not self.path.is_file():
@@ -187,18 +214,9 @@ class VideoReader:
         try:
             # Absolute, because FFmpeg takes a relative `name:rest` for a protocol and `-name` for an option. Metadata
             # that is not UTF-8 is common in old files and must not make them unreadable, hence "replace".
-            container = av.open(str(self.path.absolute()), metadata_errors="replace")
+            return av.open(str(self.path.absolute()), metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as fault:
-            raise self._error(f"is not a video FFmpeg can open ({_one_line(fault)})", "not_video") from fault
-        # The first video stream that is not a cover picture, which music and some MP4 files carry as video.
-        for stream in container.streams.video:
-            if not stream.disposition & Disposition.attached_pic:
-                # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
-                stream.codec_context.thread_type = "NONE"
-                stream.codec_context.thread_count = 1
-                return container, stream
-        container.close()
-        raise self._error("has no video stream", "not_video")
+            raise self._error(f"is not a video FFmpeg can open ({one_line(fault)})", "not_video") from fault
 
     def _index_frames(self) -> None:
         """Demux the file once, keep its packets and number its frames (see the docstring of this file)."""
@@ -218,7 +236,7 @@ class VideoReader:
             and self._stream.codec_context.name in ONE_PICTURE_CODECS
             and len(set(shown)) == len(shown) == sum(not discard for _, _, discard in packets)
         )
-        self._index_of_pts: dict[int, int] | None = None  # None: frames are counted as they are decoded
+        self._index_of_pts: dict[int | None, int] | None = None  # None: frames are counted as they are decoded
         # Key packets, by position in the file and by pts, both ascending. Decoding may start at any of them. The first
         # packet is always listed, with the smallest possible pts, so that every frame has a key packet before it.
         # Where packets are not trusted it stays the only one, and every request decodes from the start of the file.
@@ -291,8 +309,9 @@ class VideoReader:
                 continue
             for frame in decoded:
                 self._display.note(frame)
-                # A frame whose pts has no index is discarded by the edit list.
-                index = count if self._index_of_pts is None else self._index_of_pts.get(frame.pts or 0)
+                # A frame whose pts has no index is discarded by the edit list. One without a pts, which damage can
+                # produce, is none of the frames that were numbered by theirs.
+                index = count if self._index_of_pts is None else self._index_of_pts.get(frame.pts)
                 count += 1
                 if index is not None:
                     yield index, frame
@@ -352,6 +371,25 @@ class VideoReader:
             yield index, before
 
 
-def _one_line(fault: BaseException) -> str:
-    """The message of a library's error on one line, without the path that PyAV adds to it."""
-    return (getattr(fault, "strerror", None) or str(fault) or type(fault).__name__).splitlines()[0]
+def find_video_stream(container: InputContainer, name: str) -> VideoStream:
+    """The first video stream that is not a cover picture, which music and some MP4 files carry as video.
+
+    Its decoder uses no threads of its own. `name` is what errors begin with. Raises DecodeError.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:  # contrary to PyAV's stubs, if FFmpeg has no decoder for the stream
+                raise DecodeError(f"{name}: its video codec is unknown to FFmpeg", "no_frames")
+            # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
+            stream.codec_context.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            return stream
+    raise DecodeError(f"{name}: has no video stream", "not_video")
+
+
+def one_line(fault: BaseException) -> str:
+    """A library's error on one line, without the path that PyAV adds to it."""
+    # The message of a system's or FFmpeg's error speaks for itself. Others ("'key'", "0") need their type.
+    if words := getattr(fault, "strerror", None):
+        return str(words).splitlines()[0]
+    return ": ".join([type(fault).__name__, *str(fault).splitlines()[:1]])

@@ -29,6 +29,9 @@ Address = TypeVar("Address")
 
 # PyTorch's two messages for a dead worker: one from waiting for a batch, the other from its signal handler.
 WORKER_DEATH_MESSAGE = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
+# With pinned memory, a thread fetches the batches. What it raises while it fetches from a dead worker ends the thread
+# and does not get any further, so that this is all that is left of it.
+PIN_THREAD_MESSAGE = "Pin memory thread exited unexpectedly"
 DEATH_SHOWS_SECONDS = 2.0  # how long a death may take to become visible after a batch could not be fetched
 # `VideoReader` restarts its time limit for opening a video, for its size and for its frames. A worker that takes longer
 # than the three together hangs in a library, where the reader's own checks do not run.
@@ -150,9 +153,10 @@ def start_loader(
 
 def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:
     """Whether a loader raised `error` because a worker died, rather than because of the data it read."""
-    if isinstance(error, RuntimeError):
-        return WORKER_DEATH_MESSAGE.search(str(error)) is not None
-    if in_hand is None or not isinstance(error, (EOFError, OSError)):
+    if isinstance(error, RuntimeError) and WORKER_DEATH_MESSAGE.search(str(error)):
+        return True
+    fetching_failed = isinstance(error, (EOFError, OSError)) or str(error) == PIN_THREAD_MESSAGE
+    if in_hand is None or not fetching_failed:
         return False
     # The pixels of a finished batch are fetched through a connection to its worker. If the worker has died in the
     # meantime, fetching fails with one of these errors, possibly before the death itself is visible. So wait a moment.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.decode import VideoReader, named_errors
 from video_swinv2.data.images import read_image, read_tar_member
 from video_swinv2.data.index import AnyEntry, TarMember
 from video_swinv2.data.workers import (
@@ -127,26 +127,28 @@ class VideoGroups(Dataset[Group]):
         """
         entry = self.entries[position]
         try:
-            if is_image(entry):
-                picture = read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
-                cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
-                views = tuple(view for _, views in cut for view in views)
-                return VideoRecord(position, views), torch.cat([pixels for pixels, _ in cut])
-            with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
-                pixels, views, stand_ins = cut_views(
-                    reader,
-                    self.protocols,
-                    self.preprocessing,
-                    frame_order=self.frame_order,
-                    seed=self.seed,
-                    name=entry.name,
-                )
-                return VideoRecord(position, views, stand_ins=stand_ins), pixels
+            with named_errors(entry.path):
+                return self._read(entry, position)
         except UserError as error:
             # The report shows the reason next to the path, so the path is not repeated in it.
             return VideoRecord(position, reason=str(error).removeprefix(f"{entry.path}: ")), None
-        except Exception as error:  # one file must not end a test that takes hours, whatever a decoder raises
-            return VideoRecord(position, reason=f"{type(error).__name__}: {error}"), None
+
+    def _read(self, entry: AnyEntry, position: int) -> tuple[VideoRecord, Tensor]:
+        if is_image(entry):
+            picture = read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
+            cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
+            views = tuple(view for _, views in cut for view in views)
+            return VideoRecord(position, views), torch.cat([pixels for pixels, _ in cut])
+        with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
+            pixels, views, stand_ins = cut_views(
+                reader,
+                self.protocols,
+                self.preprocessing,
+                frame_order=self.frame_order,
+                seed=self.seed,
+                name=entry.name,
+            )
+            return VideoRecord(position, views, stand_ins=stand_ins), pixels
 
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
         """Stack the videos of a group: (V, 3, [T,] H, W) each -> (G * V, 3, [T,] H, W), zeros where a video failed."""

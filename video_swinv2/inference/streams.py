@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from av.stream import Disposition
 from numpy.typing import NDArray
 
-from video_swinv2.data.decode import DecodeError
+from video_swinv2.data.decode import DecodeError, find_video_stream, named_errors, one_line
 from video_swinv2.data.display import Display, size_for
 from video_swinv2.evaluation.placement import resized_short_side
 from video_swinv2.evaluation.protocols import find_protocol, plan_views
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.stream import VideoStream
 
 STANDARD_INPUT = "-"
 # The sender of a live stream does not wait. Frames that are not read in time are lost, and frames that are read late no
@@ -64,8 +68,8 @@ class FrameStream:
 
     Iteration yields (seconds since the first frame, frame as decoded) in display order. Damaged frames are left out,
     and times are strictly increasing. `fps` and `duration_seconds` (None if unknown) come from the header. They are
-    good enough for planning, but may be wrong. Raises DecodeError, with a message that begins with the name of the
-    source.
+    good enough for planning, but may be wrong. Whatever goes wrong with the source is raised as a DecodeError whose
+    message begins with its name.
     """
 
     def __init__(self, source: str, *, descriptor: int | None = None, wait_seconds: float = 60.0) -> None:
@@ -74,21 +78,18 @@ class FrameStream:
         descriptor: an open file to read instead; `source` is then only a name. wait_seconds: how long to wait for data.
         """
         self.name = source
-        self._container = self._open(descriptor, wait_seconds)
-        # The cover picture of an audio file is also a video stream to FFmpeg, with the disposition "attached picture".
-        stream = next((s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic), None)
-        if stream is None:
-            self._container.close()
-            raise DecodeError(f"{source}: contains no video stream", "not_video")
-        # FFmpeg's decoding threads can deadlock when reading stops early, and a segment decodes quickly without them.
-        stream.codec_context.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        self._stream = stream
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        with named_errors(source):
+            self._container = self._open(descriptor, wait_seconds)
+            try:
+                self._stream = find_video_stream(self._container, source)
+                rate = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+                duration = self._container.duration  # in units of 1 / av.time_base; None or negative if live
+                self._display = Display(self._stream)
+            except BaseException:
+                self._container.close()
+                raise
         self.fps = rate if CREDIBLE_FPS[0] <= rate <= CREDIBLE_FPS[1] else FALLBACK_FPS
-        duration = self._container.duration  # in units of 1 / av.time_base; None or negative for a live stream
         self.duration_seconds = duration / av.time_base if duration and duration > 0 else None
-        self._display = Display(stream)
 
     def __enter__(self) -> FrameStream:
         return self
@@ -99,25 +100,27 @@ class FrameStream:
         self._container.close()
 
     def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        # `frame.time` is the presentation time stamp in seconds. It starts at the sender's clock, so the time of the
-        # first frame is subtracted: a camera that has been running for a day starts at 0, too.
-        first_time, last_seconds = math.nan, -math.inf
-        for frame in self._decoded():
-            self._display.note(frame)
-            time = math.nan if frame.time is None else frame.time
-            first_time = time if math.isnan(first_time) else first_time
-            seconds = time - first_time
-            # Time stamps do not always increase. They are missing (NaN here) where a stream is joined in the middle,
-            # they are decoding times in AVI files, and they jump back when a sender restarts its clock. Such a frame is
-            # placed one frame period after the previous one. `not a < b`, unlike `a >= b`, is also true for NaN.
-            if not last_seconds < seconds:
-                seconds = 0.0 if last_seconds == -math.inf else last_seconds + 1 / self.fps
-            last_seconds = seconds
-            yield seconds, frame
+        with named_errors(self.name):
+            # `frame.time` is the presentation time stamp in seconds. It starts at the sender's clock, so the time of
+            # the first frame is subtracted: a camera that has been running for a day starts at 0, too.
+            first_time, last_seconds = math.nan, -math.inf
+            for frame in self._decoded():
+                time = math.nan if frame.time is None else frame.time
+                first_time = time if math.isnan(first_time) else first_time
+                seconds = time - first_time
+                # Time stamps do not always increase. They are missing (NaN here) where a stream is joined in the
+                # middle, they are decoding times in AVI files, and they jump back when a sender restarts its clock.
+                # Such a frame is placed one frame period after the previous one. `not a < b`, unlike `a >= b`, is also
+                # true for NaN.
+                if not last_seconds < seconds:
+                    seconds = 0.0 if last_seconds == -math.inf else last_seconds + 1 / self.fps
+                last_seconds = seconds
+                yield seconds, frame
 
     def image(self, frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
         """The frame as shown, uint8 (H, W, 3), resized to `short_side` pixels on its short side (None: not resized)."""
-        return self._display.picture(frame, short_side)
+        with named_errors(self.name):
+            return self._display.picture(frame, short_side)
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -145,18 +148,25 @@ class FrameStream:
         except av.ExitError as fault:
             raise DecodeError(f"{self.name}: no data within {wait_seconds:g} seconds", "timeout") from fault
         except (av.FFmpegError, OSError, ValueError) as fault:
-            words = getattr(fault, "strerror", None) or str(fault)
-            raise DecodeError(f"{self.name}: not a video that FFmpeg can open ({words})", "not_video") from fault
+            raise DecodeError(
+                f"{self.name}: not a video that FFmpeg can open ({one_line(fault)})", "not_video"
+            ) from fault
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """All frames that can be decoded, in display order. Damage is skipped, and never raised as an error."""
+        for packet in self._packets():
+            try:
+                decoded = packet.decode()
+            except (av.FFmpegError, ValueError):
+                continue  # a damaged packet; the decoder recovers at the next key frame
+            for frame in decoded:
+                self._display.note(frame)
+                yield frame
+
+    def _packets(self) -> Iterator[Packet[VideoStream]]:
+        """All packets. The last one of PyAV's demux is empty; it releases the frames held back for reordering."""
         try:
-            # The last packet of PyAV's demux is empty. Decoding it flushes the frames held back for reordering.
-            for packet in self._container.demux(self._stream):
-                try:
-                    yield from packet.decode()
-                except (av.FFmpegError, ValueError):
-                    continue  # a damaged packet; the decoder recovers at the next key frame
+            yield from self._container.demux(self._stream)
         except (av.FFmpegError, OSError, ValueError):
             return  # a truncated file or a silent sender; the video ends with what was decoded so far
 

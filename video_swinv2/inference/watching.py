@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from video_swinv2.data.decode import one_line
 from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.inference.annotated_video import MAX_SHORT_SIDE, AnnotatedVideoWriter, Caption
@@ -201,8 +202,8 @@ def _watch(pipe: Connection, request: WatchRequest, handed: Any) -> None:
         pipe.send(_Failed(str(error)))
     except MemoryError:
         pipe.send(_Failed(f"{request.source}: takes too much memory to decode"))
-    except Exception as error:  # decoders and encoders may raise anything
-        pipe.send(_Failed(f"{request.source}: {type(error).__name__}: {error}"))
+    except Exception as error:  # the encoder of the video may raise anything
+        pipe.send(_Failed(f"{request.source}: {one_line(error)}"))
 
 
 class _Watch:
