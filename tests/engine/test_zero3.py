@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import video_swinv2 as vs
-from tests.engine.harness import SINGLE
+from tests.engine.harness import SINGLE, run_workers
 from tests.engine.zero3_worker import ADAM, DECAY, STEP, sample
 from tests.models.reference import randomise
 from video_swinv2.config import EngineConfig
@@ -34,6 +34,15 @@ def work(folder: Path, name: str, stage: int, *options: str) -> list[dict[str, i
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"stage-{stage}-rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
+    """DeepSpeed can create all tensors on the GPU during construction, and replace F.linear for ever; both are off."""
+    run_workers(WORKER.with_name("construction_worker.py"), tmp_path, "construction,whole", 1)
+    found = json.loads((tmp_path / "construction.json").read_text())
+    assert set(found.pop("devices").values()) == {"cpu"}
+    assert found == {"replaced": [], "replaced_by_training": [], "replaced_by_an_error": []}
+    assert json.loads((tmp_path / "whole.json").read_text()) == {"replaced": []}
 
 
 def fresh() -> SwinV2:

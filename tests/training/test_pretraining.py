@@ -103,8 +103,8 @@ class Killed(Exception):
 def stopped_after(steps):
     """SimMIM that dies in the step after `steps`, as in a power cut."""
 
-    def make(config):
-        task = Pretraining(config)
+    def make(config, construction):
+        task = Pretraining(config, construction)
         loss, calls = task.loss, []
 
         def mortal(forward, batch):

@@ -29,6 +29,9 @@ def build_deepspeed_config(
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
+        # ZeRO-3 would otherwise replace torch.nn.functional.linear for the rest of the process. Its version does not
+        # keep half-precision copies of the weights for the backward pass, but neither does activation checkpointing.
+        "memory_efficient_linear": False,
         "overlap_comm": False,  # its double buffers have produced NaN (DeepSpeed #7965)
     }
     offloads = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}

@@ -31,21 +31,25 @@ def partitioned_construction(config: EngineConfig, world: World) -> Iterator[Non
     """Under ZeRO-3, each module constructed inside is partitioned as soon as it is complete; otherwise a no-op.
 
     The initial values are those of rank 0, the same as without this context and with the same seed. Construct nothing
-    but the model inside, because DeepSpeed redirects every `torch.tensor` to the GPU there.
+    but the model inside: any other module would be partitioned too. Afterwards, also after an exception, everything
+    that DeepSpeed replaces in torch is torch's own again.
     """
     if config.engine != "deepspeed" or config.zero_stage != 3:
         yield
         return
     deepspeed = import_deepspeed(world)
-    zero: dict[str, object] = {"stage": 3}
+    # The key of `build_deepspeed_config`: Init ignores its argument `mem_efficient_linear` if it has a configuration.
+    zero: dict[str, object] = {"stage": 3, "memory_efficient_linear": False}
     if config.offload_parameters != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     # Init takes the type of the weights from this dictionary: fp32 if there is no precision section. Its `dtype`
     # argument cannot be used instead, because on CPUs it is ignored and the weights become bf16. The batch size is
     # required but not used.
     section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    # mem_efficient_linear would replace the function of nn.Linear by one that ignores autocast.
-    with deepspeed.zero.Init(config_dict_or_path=section, mem_efficient_linear=False):
+    # Without `tensor_overrides`, torch.tensor, zeros, arange and others would create everything inside on the GPU. Each
+    # module is instead built on the CPU, as at the other stages and with the same random numbers, and DeepSpeed moves
+    # its parameters to the GPU when it partitions them.
+    with deepspeed.zero.Init(config_dict_or_path=section, tensor_overrides=()):
         yield
 
 

@@ -423,6 +423,9 @@ def _initialise(module: nn.Module) -> None:
     effect. Convolutions and LayerNorms keep torch's default initialisation.
     """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        # Drawn on the default device, the CPU. Under ZeRO-3 the weight is on the GPU already, whose generator draws
+        # other numbers, but a seed should mean the same weights at every stage.
+        drawn = nn.init.trunc_normal_(torch.empty(module.weight.shape), std=0.02)
+        module.weight.data.copy_(drawn)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
