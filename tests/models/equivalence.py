@@ -139,13 +139,19 @@ def can_differentiate(attention: Backend) -> bool:
 
 
 def answers(
-    attention: Backend, frames: int, size: tuple[int, int], dtype: torch.dtype = torch.float32
+    attention: Backend,
+    frames: int,
+    size: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | None = None,
 ) -> dict[str, Tensor]:
     """Logits of a small clip model, "logits", and the gradients of its parameters and its "input", by name.
 
-    Windows (2, 4, 4) over `frames` and `size` pixels; two frames and 4 x 4 pixels are a token.
+    Windows (2, 4, 4) over `frames` and `size` pixels; two frames and 4 x 4 pixels are a token. Computed on `device`, by
+    default the CPU if the backend has gradients there, and returned on the CPU.
     """
-    device = "cuda" if attention == "flex" else "cpu"
+    device = device or ("cuda" if attention == "flex" else "cpu")
     model = randomise(
         vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64, window=(2, 4, 4), attention=attention)
     ).to(device, dtype)
