@@ -19,8 +19,8 @@ CUDA = torch.device("cuda", 0)
 
 
 def fake_gpu() -> FakeTensorMode:
-    """The context in which all tensors are fake. A number that is read from one is 1.0, True or 0."""
-    mode = FakeTensorMode()
+    """The context in which all tensors are fake, also real ones. A number that is read from one is 1.0, True or 0."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     dispatch = mode.dispatch
 
     def read_or_dispatch(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

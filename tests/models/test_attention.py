@@ -120,6 +120,21 @@ def test_kept_bias_follows_the_weights():
         assert_close(fresh(x), after)
 
 
+@pytest.mark.parametrize(("partitioned", "tables"), [(False, 1), (True, 2)])
+def test_a_partitioned_model_keeps_no_bias(partitioned, tables):
+    """Under ZeRO-3 each table is a collective, so the processes must not decide alone whether to compute one."""
+    model = vs.create_model("swinv2_nano", num_classes=3, image_size=32).eval()
+    computed = []
+    network = model.layers[0].blocks[0].attn.cpb_mlp
+    network.register_forward_hook(lambda *_: computed.append(1))
+    for parameter in network.parameters() if partitioned else ():
+        parameter.ds_shape = parameter.shape  # as DeepSpeed does
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(1, 3, 32, 32))
+    assert len(computed) == tables
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", KINDS)
 def test_half_precision_stays_finite_and_near(dtype, attention):

@@ -41,7 +41,10 @@ def partitioned_construction(config: EngineConfig, world: World) -> Iterator[Non
     # The key of `build_deepspeed_config`: Init ignores its argument `mem_efficient_linear` if it has a configuration.
     zero: dict[str, object] = {"stage": 3, "memory_efficient_linear": False}
     if config.offload_parameters != "none":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+        pin_memory = (
+            world.device.type == "cuda" and config.offload_parameters == "cpu"
+        )  # as in `build_deepspeed_config`
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
     # Init takes the type of the weights from this dictionary: fp32 if there is no precision section. Its `dtype`
     # argument cannot be used instead, because on CPUs it is ignored and the weights become bf16. The batch size is
     # required but not used.

@@ -87,7 +87,10 @@ class WindowAttention(nn.Module):
         The (G, N, N) bias of every pair is not kept but expanded again in each pass. What is kept thus grows with N
         rather than N^2.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Nothing is kept under ZeRO-3 (`ds_shape`), where computing the table is a collective. Whether a kept one may
+        # be used depends on addresses, which differ between processes, so one could wait for the others in vain.
+        partitioned = any(hasattr(parameter, "ds_shape") for parameter in self.cpb_mlp.parameters())
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or partitioned:
             return bias_table(self.cpb_mlp, window, norm, device)
         # A weight is unchanged if it has the same address and the same version, a counter that autograd increments with
         # every in-place write. Tensors created in inference mode have no such counter. They are treated as constant:
