@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from video_swinv2.errors import UserError
+from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, shows_tracebacks
 
 Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
 
@@ -17,14 +18,14 @@ def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     0: done. 1: failed, or a required limit was not met. 2: wrong usage. An error may define another code.
     """
     options = parse_arguments(parser, arguments)
+    if options.debug:
+        os.environ[DEBUG_VARIABLE] = "1"
     try:
         return int(options.run(options) or 0)
     except UserError as error:
-        if options.debug:
+        if shows_tracebacks():
             raise
-        # The DataLoader puts the traceback of a worker in front of the message of an error that was raised there. The
-        # message itself is always one line, the last.
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to resume", file=sys.stderr)

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from video_swinv2.errors import UsageError, UserError
 
 PARTIAL_SUFFIX = ".part"
 _HASH_BLOCK_BYTES = 1 << 20
+_locked: set[int] = set()
+"""Descriptors of the files that this process has locked."""
 
 
 def partial_path(path: Path) -> Path:
@@ -64,15 +67,36 @@ def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
     """Lock the file `path` inside the context, exclusively, or shared with other processes that lock it as shared.
 
     Raises UserError with the message `busy` at once if another process holds a conflicting lock. The kernel releases
-    the lock when the process ends in whatever way, so a killed process leaves no stale lock. The file itself stays.
+    the lock when the process ends in whatever way, so a killed process leaves no stale lock. The file itself stays. On
+    a file system without locks, a note is printed and the work goes on.
     """
     # Opened for appending, which creates the file if necessary and never truncates it. Closing it releases the lock.
-    with path.open("a") as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    _locked.add(descriptor)
+    try:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise UserError(busy) from error
+        except OSError as error:  # some network file systems are mounted without locks
+            print(f"note: {path}: cannot be locked ({error.strerror}); start nothing else here", file=sys.stderr)
         yield
+    finally:
+        _locked.discard(descriptor)
+        os.close(descriptor)
+
+
+def _close_inherited_locks() -> None:
+    """In a forked child: give up the parent's locks.
+
+    A child shares them, so a loader worker that outlives a killed parent for a moment would keep its folder locked.
+    """
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -39,12 +39,16 @@ LR = 1e-3
 class Ranks:
     """The processes of one start of a run, one per rank."""
 
-    def __init__(self, size: int, target: Callable[..., None], *arguments: Any, log: Path) -> None:
+    def __init__(
+        self, size: int, target: Callable[..., None], *arguments: Any, log: Path, absent: Sequence[int] = ()
+    ) -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         self.processes = [
-            SERVER.Process(target=_as_rank, args=(rank, size, port, log, target, arguments)) for rank in range(size)
+            SERVER.Process(target=_as_rank, args=(rank, size, port, log, target, arguments))
+            for rank in range(size)
+            if rank not in absent
         ]
         for process in self.processes:
             process.start()

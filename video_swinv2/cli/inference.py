@@ -71,6 +71,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.features or options.gallery:
         return _retrieve(options)
 
+    from video_swinv2.distributed.session import distributed_session
     from video_swinv2.inference.formatting import csv_header, format_predictions, format_segment
     from video_swinv2.inference.predictor import OverTime, predict
 
@@ -80,28 +81,39 @@ def _predict(options: argparse.Namespace) -> int:
         if text:
             print(text, flush=True)
 
-    # The header of CSV comes first, then segments as they are classified, and everything else at the end.
-    print_now(csv_header(options.form))
-    predictions = predict(
-        options.model,
-        options.sources,
-        top=options.top,
-        protocol=options.protocol or "videoswin-4x3",
-        over_time=OverTime(options.every, options.seconds, options.video),
-        on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
-    )
-    print_now(format_predictions(predictions, options.form))
+    with distributed_session("auto", "start the same command again", end_with_launcher=True) as world:
+        # The header of CSV comes first, then segments as they are classified, and everything else at the end.
+        if world.rank == 0:
+            print_now(csv_header(options.form))
+        predictions = predict(
+            options.model,
+            options.sources,
+            top=options.top,
+            protocol=options.protocol or "videoswin-4x3",
+            over_time=OverTime(options.every, options.seconds, options.video),
+            on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
+            world=world,
+        )
+    if world.rank == 0:
+        print_now(format_predictions(predictions, options.form))
     return 1 if any(prediction.error for prediction in predictions) else 0
 
 
 def _retrieve(options: argparse.Namespace) -> int:
-    """Run `predict` with --features or --gallery, or both. The exit code is 1 if any file could not be read."""
+    """Run `predict` with --features or --gallery, or both. The exit code is 1 if any file could not be read.
+
+    Several processes share the computation of the features.
+    """
+    from video_swinv2.distributed.session import distributed_session
     from video_swinv2.inference.formatting import format_search_results
     from video_swinv2.inference.retrieval import load_gallery, make_gallery, save_gallery, search
 
     # The gallery is loaded first, so that a wrong file is reported before the features are computed.
     gallery = load_gallery(options.gallery) if options.gallery else None
-    queries = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1")
+    with distributed_session("auto", "start the same command again", end_with_launcher=True) as world:
+        queries = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1", world=world)
+    if world.rank:
+        return 0
     if options.features:
         save_gallery(queries, options.features)
         read = len(queries.reasons) - sum(map(bool, queries.reasons))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb
@@ -47,6 +46,7 @@ def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _test(options: argparse.Namespace) -> None:
+    from video_swinv2.distributed.launchers import is_rank_zero
     from video_swinv2.evaluation.overrides import parse_overrides
     from video_swinv2.evaluation.testing import run_tests, summarize_tests
 
@@ -59,8 +59,7 @@ def _test(options: argparse.Namespace) -> None:
         out=options.out,
         overrides=parse_overrides(options.overrides),
     )
-    # All processes of a distributed test reach this line, and only the first prints. torchrun sets RANK.
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_zero():  # all processes of a distributed test reach this line
         # One protocol is printed as its result, several as a dictionary by name.
         printed = results if len(results) > 1 else next(iter(results.values()))
         print(json.dumps(printed, indent=1) if options.json else summarize_tests(results, options.out))
@@ -98,22 +97,33 @@ def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _probe(options: argparse.Namespace) -> None:
+    from video_swinv2.distributed.session import distributed_session
     from video_swinv2.evaluation.overrides import parse_overrides
     from video_swinv2.evaluation.probe import run_probe, summarize_probe
 
-    result = run_probe(
-        options.model,
-        options.data,
-        methods=("knn", "linear") if options.method == "both" else (options.method,),
-        train_split=options.train_split,
-        test_split=options.test_split,
-        k=options.k,
-        seeds=options.seeds,
-        random_weights=options.random_weights,
-        out=options.out,
-        overrides=parse_overrides(options.overrides),
-    )
-    print(json.dumps(result, indent=1) if options.json else summarize_probe(result))
+    overrides = parse_overrides(options.overrides)
+    with distributed_session(
+        overrides.device,
+        "start the same command again",
+        meeting_seconds=overrides.meeting_seconds,
+        silence_seconds=overrides.silence_seconds,
+        end_with_launcher=True,
+    ) as world:
+        result = run_probe(
+            options.model,
+            options.data,
+            methods=("knn", "linear") if options.method == "both" else (options.method,),
+            train_split=options.train_split,
+            test_split=options.test_split,
+            k=options.k,
+            seeds=options.seeds,
+            random_weights=options.random_weights,
+            out=options.out,
+            overrides=overrides,
+            world=world,
+        )
+    if world.rank == 0:
+        print(json.dumps(result, indent=1) if options.json else summarize_probe(result))
 
 
 def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:

@@ -5,7 +5,7 @@ contain. `loading` reads files and explains mistakes. Of this project, this pack
 """
 
 from video_swinv2.config.engine import EngineConfig
-from video_swinv2.config.loading import apply_override, known_keys, load_config, to_yaml, validate_config
+from video_swinv2.config.loading import apply_override, known_keys, load_config, plain_values, to_yaml, validate_config
 from video_swinv2.config.schema import (
     STRICT,
     AugmentConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "apply_override",
     "known_keys",
     "load_config",
+    "plain_values",
     "to_yaml",
     "validate_config",
 ]

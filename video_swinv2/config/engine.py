@@ -43,6 +43,11 @@ class EngineConfig:
     there."""
     compile: bool = False
     """Apply torch.compile to each block; requires a C++ compiler on CPUs and Triton on GPUs."""
+    meeting_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """How long several processes may take to find each other at the start."""
+    silence_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """The run ends if one of its processes does not answer for this long, because it was stopped or its machine hangs.
+    After a minute the process is named."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of DeepSpeed's own configuration that tune speed and memory, listed in `deepspeed_keys.py`. Keys that follow
     from other settings are refused."""

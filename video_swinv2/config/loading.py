@@ -105,7 +105,12 @@ def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
         yield from known_keys(inner, f"{field.name}.") if inner else [prefix + field.name]
 
 
+def plain_values(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of JSON values, with every default."""
+    values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    return values
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, with every default written out. `load_config` reads equal values back from it."""
-    plain = TypeAdapter(Config).dump_python(config, mode="json")
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(plain_values(config), sort_keys=False, default_flow_style=None)

@@ -56,6 +56,11 @@ class ImageCollection:
         rows = self._rows(split)
         return IndexedEntries(self.root, self.index, rows, torch.full((len(rows),), -1, dtype=torch.int32))
 
+    def fingerprint(self, split: str) -> str:
+        """Identifies the images of a split by their names, without labels."""
+        rows = self._rows(split)
+        return self._fingerprint(rows, torch.empty(0, dtype=torch.int32), ())
+
     def manifest(self, split: str, classes: Sequence[str] | None = None) -> Manifest:
         """The images of a split, with labels that index `classes` or, without them, the source's own classes.
 

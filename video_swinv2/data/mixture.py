@@ -18,6 +18,7 @@ draws only a part, and the next epoch continues where it ended.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,11 +37,13 @@ class MixtureSource:
         entries: its videos or images.
         repeats: the number of samples, numbered consecutively, that each entry gives.
         weight: its share of the samples of an epoch, relative to the other weights; None to draw every entry once.
+        fingerprint: identifies the entries, like that of a `Manifest`.
     """
 
     entries: Sequence[AnyEntry]
     repeats: int = 1
     weight: float | None = None
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class Mixture:
             # samples as without weights. Every source gives at least one entry, however small its weight.
             drawn = np.maximum(np.rint(shares * self.distinct_samples / self._repeats), 1).astype(np.int64)
         self._entries_per_epoch = drawn
+        parts = [f"{source.fingerprint} {source.repeats} {source.weight}" for source in self.sources]
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        """Identifies the entries of all sources and how they are mixed."""
 
     def __len__(self) -> int:
         return int((self._entries_per_epoch * self._repeats).sum())

@@ -66,16 +66,17 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
             if split == ALL_IMAGES and "test" in images.splits_with_images:
                 raise UsageError(refusal)
             entries: Sequence[AnyEntry] = images.entries(split)
-            per_entry = repeats
+            per_entry, fingerprint = repeats, images.fingerprint(split)
         else:
             # A source of videos without this split contributes nothing; only if all are empty is that an error.
-            videos = read_manifest(Path(path), split).entries if split in find_splits(Path(path)) else ()
+            manifest = read_manifest(Path(path), split) if split in find_splits(Path(path)) else None
+            videos, fingerprint = (manifest.entries, manifest.fingerprint) if manifest else ((), "")
             check_files_exist(videos)
             entries, per_entry = compact_entries(videos), 1 if validation else data.frames_per_video * repeats
         # Weights balance training. In validation, each sample counts once.
         weight = source.weight if isinstance(source, WeightedSource) and not validation else None
         if len(entries):
-            mixed.append(MixtureSource(entries, per_entry, weight))
+            mixed.append(MixtureSource(entries, per_entry, weight, fingerprint))
         elif weight is not None:
             raise UserError(f"{path}: nothing to train on, but it has a weight; remove it from data.source")
     if not mixed:

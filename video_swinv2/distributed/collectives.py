@@ -1,4 +1,4 @@
-"""Collectives on plain numbers and objects: maximum, sum and gather; also printing on one rank only.
+"""Collectives on plain numbers and objects: maximum, sum, gather, and a wait without limit; printing on one rank only.
 
 In a world of size one the collectives return their input and communicate nothing. In a larger one every rank must make
 the same calls in the same order.
@@ -6,8 +6,10 @@ the same calls in the same order.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from video_swinv2.distributed.world import World
 
 T = TypeVar("T")
+_store_numbers = itertools.count()
 
 
 def all_reduce_max(world: World, *values: float) -> tuple[float, ...]:
@@ -48,6 +51,28 @@ def all_gather_objects(world: World, value: T) -> list[T]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all(world: World) -> None:
+    """Wait until every rank has called this, however long that takes.
+
+    For work that is shared unevenly: a collective would fail after COLLECTIVE_TIMEOUT. If a rank fails instead of
+    coming here, the lifeline ends the others.
+    """
+    if world.size == 1:
+        return
+    store = common_store()
+    store.add("arrived", 1)
+    seconds = 0.01
+    while store.add("arrived", 0) < world.size:
+        time.sleep(seconds)
+        seconds = min(1.5 * seconds, 0.5)
+
+
+def common_store() -> dist.Store:
+    """A new key-value store, shared by all ranks and empty at first. Every rank must ask for it in the same order."""
+    base = cast(Any, dist.distributed_c10d)._get_default_store()  # torch has no public name for it
+    return dist.PrefixStore(f"video-swinv2/{next(_store_numbers)}", base)
 
 
 def print_on_rank_zero(world: World, text: str) -> None:

@@ -50,11 +50,17 @@ def launch_info_from_environment(environment: Mapping[str, str]) -> LaunchInfo:
     return LaunchInfo(0, 1, 0, None)
 
 
+def is_rank_zero() -> bool:
+    """Whether this is the only or the first process of a run: the one that prints."""
+    return launch_info_from_environment(os.environ).rank == 0
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     """An environment variable as an integer; raises UsageError if it is missing or not a number."""
-    value = environment.get(name, "")
-    if not value.isdigit():
-        raise UsageError(f"{name}={value!r} is not a number: start with torchrun, deepspeed or srun")
+    value = environment.get(name)
+    if value is None or not value.isdigit():
+        found = "is not set" if value is None else f"is {value!r}, not a number"
+        raise UsageError(f"{name} {found}: start with torchrun, deepspeed or srun")
     return int(value)
 
 
@@ -87,9 +93,9 @@ def launcher_pids() -> tuple[int, ...]:
     With torchrun that is one process, with deepspeed two.
     """
     found: list[int] = []
-    # Walk up from parent to parent as long as each of them is a launcher; 1 is init.
+    # Walk up from parent to parent as long as each of them is a launcher. In a container, a launcher may be process 1.
     parent = os.getppid()
-    while parent > 1:
+    while parent > 0:
         try:
             command = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
             status = Path(f"/proc/{parent}/stat").read_text()
@@ -102,6 +108,17 @@ def launcher_pids() -> tuple[int, ...]:
         # contain spaces and parentheses, so fields are counted from the last ")" on.
         parent = int(status.rpartition(")")[2].split()[1])
     return tuple(found)
+
+
+def lost_launcher(before: Sequence[int]) -> bool:
+    """Whether the launcher of this process has ended. before: the `launcher_pids` at an earlier time, if known.
+
+    It may have ended while this process was still importing. torchrun marks the processes that it starts, and one that
+    has no launcher above it but process 1 has been orphaned.
+    """
+    now = launcher_pids()
+    orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1 and not now
+    return orphaned or (bool(before) and now != tuple(before))
 
 
 def is_launcher(command: Sequence[str]) -> bool:

@@ -125,6 +125,10 @@ class Checkpoints:
         """Training state and run state of one step, verified; raises UserError if it is absent or damaged."""
         return _read(self._path(step))
 
+    def record(self, step: int) -> Path:
+        """The file that records the size and sha256 of every file of a step's checkpoint, and so identifies it."""
+        return self._path(step) / STATE_FILE
+
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from video_swinv2.data.manifest import Manifest
-from video_swinv2.distributed.devices import choose_device, use_bf16
+from video_swinv2.distributed.agreement import require_agreement
+from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.devices import use_bf16
+from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol
@@ -105,14 +108,20 @@ def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
 
 
 def extract_features(
-    backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, cache: Path | None
+    backbone: Backbone,
+    manifest: Manifest,
+    protocol: Protocol,
+    overrides: TestOverrides,
+    cache: Path | None,
+    world: World | None = None,
 ) -> Features:
     """The features of a split, read from the folder `cache` if an earlier call stored them there, else computed.
 
     Each view of `protocol` gives the mean over all tokens after the final norm; the vector of a sample is the mean over
-    its views. Raises UserError if features are not finite.
+    its views. The processes of `world` share the work, and all return the features of all samples. Raises UserError if
+    features are not finite.
     """
-    device = choose_device(overrides.device)
+    world = world or alone(overrides.device)
     # Everything that the vectors depend on. Its hash names the cached file. The file repeats the record in full, since
     # 16 hexadecimal digits of a hash may collide. The model's path is left out: a moved file has the same features.
     record = {
@@ -120,25 +129,31 @@ def extract_features(
         "preprocessing": asdict(backbone.preprocessing),
         "protocol": protocol.name,
         "frame_order": [overrides.frame_order, overrides.seed],
-        "bf16": use_bf16(overrides.precision, device),
+        "bf16": use_bf16(overrides.precision, world.device),
         "data_fingerprint": manifest.fingerprint,
         "split": manifest.split,
         "samples": len(manifest.entries),
+        "decode_seconds": overrides.time_limit_seconds,
     }
+    require_agreement(world, record)
     text = json.dumps(record, sort_keys=True)
     cached = cache and cache / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-    if cached and cached.is_file():
+    known: Features | None = None
+    # Rank 0 looks for the file, because on a network file system the others may not see it yet.
+    if world.rank == 0 and cached and cached.is_file():
         arrays = read_arrays(cached, "remove it")
         if str(arrays.get("record")) == text:
-            return _from_arrays(arrays)
-    features = _compute_features(backbone, manifest, protocol, overrides, device)
-    if cached:
+            known = _from_arrays(arrays)
+    if (known := all_gather_objects(world, known)[0]) is not None:
+        return known
+    features = _compute_features(backbone, manifest, protocol, overrides, world)
+    if cached and world.rank == 0:
         write_arrays(cached, _to_arrays(features) | {"record": np.array(text)})
     return features
 
 
 def _compute_features(
-    backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, device: torch.device
+    backbone: Backbone, manifest: Manifest, protocol: Protocol, overrides: TestOverrides, world: World
 ) -> Features:
     # A group holds as many whole videos as fit in one forward pass of `batch_views` views, and at least one.
     groups = VideoGroups(
@@ -151,11 +166,13 @@ def _compute_features(
         time_limit_seconds=overrides.time_limit_seconds,
     )
     n = len(manifest.entries)
-    model, bf16 = backbone.model.to(device), use_bf16(overrides.precision, device)
+    model, bf16 = backbone.model.to(world.device), use_bf16(overrides.precision, world.device)
     # Files that cannot be read keep a zero vector and get a reason; `Features.read` tells them apart.
     vectors, reasons = np.zeros((n, model.num_features), np.float32), [""] * n
+    mine = range(len(groups))[world.rank :: world.size]
     workers = default_workers() if overrides.workers is None else overrides.workers
-    with Progress("features", n, unit="samples", shown=True) as progress:
+    total = sum(len(groups.positions(number)) for number in mine)
+    with Progress("features", total, unit="samples", shown=world.rank == 0) as progress:
 
         def store(group: Group, waited: float) -> None:
             outputs = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
@@ -171,10 +188,23 @@ def _compute_features(
                     vectors[record.position] = vector
             progress.advance(len(group.videos), waited)
 
-        deliver_groups(groups, range(len(groups)), workers, store)
+        deliver_groups(groups, mine, workers, store)
+    wait_for_all(world)  # the shares may take unequally long
+    for positions, theirs, their_reasons in all_gather_objects(world, _share(groups, mine, vectors, reasons)):
+        vectors[positions] = theirs
+        for position, reason in zip(positions, their_reasons, strict=True):
+            reasons[position] = reason
     names = tuple(entry.name for entry in manifest.entries)
     labels = np.array([entry.label for entry in manifest.entries], dtype=np.int64)
     return Features(names, labels, vectors, tuple(reasons))
+
+
+def _share(
+    groups: VideoGroups, mine: Sequence[int], vectors: NDArray[np.float32], reasons: Sequence[str]
+) -> tuple[list[int], NDArray[np.float32], list[str]]:
+    """What this process has computed: the positions of its samples, and their vectors and reasons."""
+    positions = [position for number in mine for position in groups.positions(number)]
+    return positions, vectors[positions], [reasons[position] for position in positions]
 
 
 def _to_arrays(features: Features) -> dict[str, NDArray[Any]]:

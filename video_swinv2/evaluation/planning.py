@@ -175,7 +175,7 @@ def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
     The numbers of processes, threads and reading workers are not part of it, nor are the paths of model and data.
     """
     # The device setting ("auto", "cuda") is replaced by the device that was chosen, which is in the record.
-    without_effect = {"workers", "device"}
+    without_effect = {"workers", "device", "meeting_seconds", "silence_seconds"}
     kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
     return {key: record[key] for key in kept} | {
         "model": record["model"]["sha256"],

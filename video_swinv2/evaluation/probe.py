@@ -22,6 +22,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from video_swinv2.data.manifest import Manifest
+from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
@@ -102,6 +104,7 @@ def run_probe(
     random_weights: bool = False,
     out: Path | None = None,
     overrides: TestOverrides | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Probe the frozen features of any checkpoint, once for each of the seeds 0, 1, ..., `seeds` - 1.
 
@@ -109,25 +112,29 @@ def run_probe(
     differently for each seed. The seed also determines the folds that choose C and, with `random_weights`, the weights
     of an untrained model of the same architecture, which is probed for comparison.
 
-    With `out`, features are cached there and probe.json is written. Returns the content of probe.json. Raises
+    With `out`, features are cached there and probe.json is written. The processes of `world` share the computation of
+    the features, and rank 0 fits the classifiers. Returns the content of probe.json, on every process. Raises
     UsageError for invalid labels, splits and numbers, and UserError if no training or no test file could be read.
     """
     if k < 1 or seeds < 1:
         raise UsageError("k and seeds must be 1 or more")
     overrides = overrides or TestOverrides()
+    world = world or alone(overrides.device)
     backbone = open_backbone(Path(model_path), overrides)
     source = _read_probe_data(Path(data), train_split, test_split)
     if out is not None:
         _create_folder(out)
-    trained = _all_features(backbone, source, overrides, out)
+    trained = _all_features(backbone, source, overrides, out, world)
     rows: list[dict[str, Any]] = []
     # The features of the given model do not depend on the seed; only their division and the folds do. Each set of
     # random weights, however, is another model with features of its own.
     for seed in range(seeds):
-        rows += _probe_rows(trained, source, seed, methods, k, "given")
+        rows += _probe_rows(trained, source, seed, methods, k, "given", world)
     for seed in range(seeds if random_weights else 0):
-        fresh = _all_features(with_random_weights(backbone, seed), source, overrides, out)
-        rows += _probe_rows(fresh, source, seed, methods, k, "random")
+        fresh = _all_features(with_random_weights(backbone, seed), source, overrides, out, world)
+        rows += _probe_rows(fresh, source, seed, methods, k, "random", world)
+    wait_for_all(world)
+    rows = all_gather_objects(world, rows)[0]
     result = {
         "model": backbone.record,
         "preprocessing": asdict(backbone.preprocessing),
@@ -141,7 +148,7 @@ def run_probe(
         "rows": rows,
         "broken": [[name, why] for name, why in zip(trained.names, trained.reasons, strict=True) if why],
     }
-    if out is not None:
+    if out is not None and world.rank == 0:
         write_json(out / RESULT, result)
     return result
 
@@ -203,12 +210,14 @@ def _read_probe_data(data: Path, train_split: str | None, test_split: str | None
     return ProbeData((train, read_labelled_split(data, test_split or "val", train.classes)))
 
 
-def _all_features(backbone: Backbone, source: ProbeData, overrides: TestOverrides, cache: Path | None) -> Features:
+def _all_features(
+    backbone: Backbone, source: ProbeData, overrides: TestOverrides, cache: Path | None, world: World
+) -> Features:
     """The features of all manifests as one list, in the order that `ProbeData.divide` expects."""
     protocol = find_protocol(PROTOCOL)
     parts = [
         extract_features(
-            backbone, manifest, protocol_for_split(manifest, protocol, backbone.preprocessing), overrides, cache
+            backbone, manifest, protocol_for_split(manifest, protocol, backbone.preprocessing), overrides, cache, world
         )
         for manifest in source.manifests
     ]
@@ -221,9 +230,14 @@ def _all_features(backbone: Backbone, source: ProbeData, overrides: TestOverride
 
 
 def _probe_rows(
-    features: Features, source: ProbeData, seed: int, methods: Sequence[Method], k: int, weights: str
+    features: Features, source: ProbeData, seed: int, methods: Sequence[Method], k: int, weights: str, world: World
 ) -> Iterator[dict[str, Any]]:
-    """Train and test each method, and yield its row of the result. Samples that could not be read are left out."""
+    """On rank 0, train and test each method, and yield its row of the result.
+
+    Samples that could not be read are left out.
+    """
+    if world.rank:
+        return
     indices, classes = source.divide(features.labels, seed), source.manifests[0].classes
     train, test = (rows[features.read[rows]] for rows in (indices.train, indices.test))
     if not (len(train) and len(test)):

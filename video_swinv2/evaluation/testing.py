@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from video_swinv2.data.transforms import normalise
-from video_swinv2.distributed.collectives import all_gather_objects
+from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
+from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
 from video_swinv2.distributed.devices import use_bf16
-from video_swinv2.distributed.world import World, join_world, leave_world
+from video_swinv2.distributed.session import distributed_session
+from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.parts import PartBuilder, PartFolder
@@ -36,7 +37,6 @@ from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protoco
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
-from video_swinv2.files import lock_file
 from video_swinv2.progress import Progress
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
@@ -90,30 +90,26 @@ def run_tests(
     cannot succeed (an unknown label, a video without a label), and UserError if a video is missing from the scores or
     no video could be scored.
     """
-    settings = overrides or TestOverrides()
-    plan = plan_test(
-        Path(model_path),
-        Path(data),
-        protocols=protocols,
-        split=split,
-        classes_by=classes_by,
-        out=Path(out),
-        overrides=settings,
-    )
-    # A process group that the caller has set up is used and left open; one that is joined here is closed again.
-    joins_group = not torch.distributed.is_initialized()
-    world = join_world(settings.device)
-    try:
-        with _exclusive(plan.out, world):
-            _run(plan, world)
-    finally:
-        if joins_group:
-            leave_world()
-    # Every process reads the results from disk; the last barrier of `_run` has made sure that they are complete.
-    return {
-        protocol.name: json.loads((plan.folder(protocol) / "results.json").read_text(encoding="utf-8"))
-        for protocol in plan.protocols
-    }
+    settings, out = overrides or TestOverrides(), Path(out)
+    advice = f"start the same command again to continue with the parts that are missing in {out}"
+    with distributed_session(
+        settings.device,
+        advice,
+        meeting_seconds=settings.meeting_seconds,
+        silence_seconds=settings.silence_seconds,
+        end_with_launcher=True,
+    ) as world:
+        plan = plan_test(
+            Path(model_path),
+            Path(data),
+            protocols=protocols,
+            split=split,
+            classes_by=classes_by,
+            out=out,
+            overrides=settings,
+        )
+        with exclusive_folder(out, world, f"{out}: another test is writing here; wait for it or choose another --out"):
+            return _run(plan, world)
 
 
 def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
@@ -155,12 +151,13 @@ def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
     return [*lines, f"report: {out / 'report.html'}"]
 
 
-def _run(plan: TestPlan, world: World) -> None:
-    """Score the missing parts on all processes together; then rank 0 writes the results."""
+def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
+    """Score the missing parts on all processes together; then rank 0 writes the results, which all return."""
+    record = record_test(plan, world)
+    require_agreement(world, scores_identity(plan, record))
+    parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
     # Only rank 0 looks at the disk, and the others receive what it found. On a network file system, processes may see
     # different states, but all must work from the same list of missing parts.
-    record = all_gather_objects(world, record_test(plan, world) if world.rank == 0 else {})[0]
-    parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
     finished_before = parts.count - len(missing)
     if world.rank == 0 and finished_before:
@@ -169,29 +166,17 @@ def _run(plan: TestPlan, world: World) -> None:
     # Rank r takes the missing parts r, r + size, r + 2 * size, ...: the shares are disjoint and cover all of them, so
     # that each part is computed exactly once.
     _score_parts(plan, world, parts, missing[world.rank :: world.size])
-    _barrier(world)  # now every part is on disk
+    wait_for_all(world)  # now every part is on disk
+    results: dict[str, dict[str, Any]] = {}
     if world.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
         # The key has kept its old name; *shards* are parts here.
         _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
-    _barrier(world)  # now every process can read the results
-
-
-@contextmanager
-def _exclusive(out: Path, world: World) -> Iterator[None]:
-    """Hold the lock of `out` inside the context.
-
-    Raises UserError if another test holds it or `out` cannot be created.
-    """
-    if world.rank:  # rank 0 holds the lock for all processes of this test
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot create the folder ({error.strerror}); choose another --out") from error
-    with lock_file(out / ".lock", f"{out}: another test is writing here; wait for it or choose another --out"):
-        yield
+        for protocol in plan.protocols:
+            text = (plan.folder(protocol) / "results.json").read_text(encoding="utf-8")
+            results[protocol.name] = json.loads(text)
+    wait_for_all(world)
+    return all_gather_objects(world, results)[0]
 
 
 def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence[int]) -> None:
@@ -301,8 +286,3 @@ def _write_results(out: Path, scores: Scores, film_strips: dict[tuple[int, int],
     positions = {"positions": np.array([position for position, _ in strips], dtype=np.int64)}
     write_arrays(out / "strips.npz", positions | {f"jpeg_{i:03d}": jpeg for i, (_, jpeg) in enumerate(strips)})
     write_report(out)
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        torch.distributed.barrier()

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from video_swinv2.data.images import read_image
 from video_swinv2.data.manifest import Entry
+from video_swinv2.distributed.agreement import require_agreement
+from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
@@ -77,28 +80,35 @@ def predict(
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
     on_segment: OnSegment = lambda source, segment: None,
+    world: World | None = None,
 ) -> list[Prediction]:
     """Classify files, the videos (for an image model: images) in folders, and streams. Returns them in this order.
 
     A file is classified in the views of `protocol`, or over time if `over_time` asks for it. A stream (a URL, a camera,
     or `-` for standard input) is always classified over time, until it ends or is interrupted with Ctrl-C. on_segment:
     called with the prediction of each segment as soon as it is known. workers: number of reading processes, by default
-    one per core and at most 8. Raises UsageError for a model without class names, an unknown protocol, and a folder
+    one per core and at most 8. world: processes that share the files and all return every prediction; predictions over
+    time are for a single one. Raises UsageError for a model without class names, an unknown protocol, and a folder
     without a suitable file.
     """
+    world = world or alone(device)
     timing, chosen_protocol = over_time or OverTime(), find_protocol(protocol)
     classifier = open_classifier(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
     wanted = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
     found = find_sources([str(source) for source in sources], wanted)
     # The media types that are classified over time.
     watched = {STREAM, VIDEO} if timing.includes_files else {STREAM}
+    require_agreement(world, {"source": {str(number): name for number, (name, _) in enumerate(found)}})
     if watched & {media_type for _, media_type in found}:
+        if world.size > 1:
+            raise UsageError(f"predictions over time run in one process, and there are {world.size}; start only one")
         # This request is not used. Making it checks the times before anything is read. The server that decoding
         # processes are forked from starts now, because it takes a second or two.
         request_for(classifier.card, "", ahead=1, every_seconds=timing.every_seconds, seconds=timing.seconds)
         start_forkserver()
     # Videos in the views of a protocol are read ahead by several processes, so all of them are classified first.
     videos = [i for i, (_, media_type) in enumerate(found) if media_type == VIDEO and media_type not in watched]
+    videos = videos[world.rank :: world.size]
     by_protocol = _predict_videos(
         classifier, [found[i][0] for i in videos], chosen_protocol, workers, time_limit_seconds
     )
@@ -108,8 +118,11 @@ def predict(
     for i, (name, media_type) in enumerate(found):
         if media_type in watched:
             results[i] = _predict_over_time(classifier, name, timing, outputs.pop(0), time_limit_seconds, on_segment)
-        elif media_type != VIDEO:
+        elif media_type != VIDEO and i % world.size == world.rank:
             results[i] = _predict_image(classifier, Path(name), media_type, chosen_protocol)
+    wait_for_all(world)  # the shares may take unequally long
+    for theirs in all_gather_objects(world, results):
+        results |= theirs
     return [results[i] for i in range(len(found))]
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from video_swinv2.data.manifest import Entry, Manifest
+from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.features import Backbone, extract_features, open_backbone
 from video_swinv2.evaluation.overrides import Device, TestOverrides
@@ -75,12 +76,14 @@ def make_gallery(
     batch_views: int = 12,
     workers: int | None = None,
     time_limit_seconds: float = 60.0,
+    world: World | None = None,
 ) -> Gallery:
     """Compute the feature vectors of files, and of the videos (for an image model: images) in folders.
 
     The model is a checkpoint in any supported layout. The label of a file is the name of the first subfolder on the
-    path from a given folder to the file; files that are given by name or lie directly in the folder have none. Raises
-    UsageError for a stream and for a folder without a suitable file, and UserError if no file can be read.
+    path from a given folder to the file; files that are given by name or lie directly in the folder have none. The
+    processes of `world` share the work, and all return the whole gallery. Raises UsageError for a stream and for a
+    folder without a suitable file, and UserError if no file can be read.
     """
     chosen_protocol = find_protocol(protocol)
     overrides = TestOverrides(
@@ -97,7 +100,7 @@ def make_gallery(
     for media_type, views in ((VIDEO, chosen_protocol), (IMAGE, protocol_for_images(chosen_protocol))):
         positions = [i for i, reason in enumerate(reasons) if not reason and media_types[i] == media_type]
         if positions:
-            some_vectors, some_reasons = _extract(backbone, [names[i] for i in positions], views, overrides)
+            some_vectors, some_reasons = _extract(backbone, [names[i] for i in positions], views, overrides, world)
             vectors[positions] = some_vectors
             for i, reason in zip(positions, some_reasons, strict=True):
                 # The name is stored beside the reason and need not be repeated in it.
@@ -179,13 +182,13 @@ def _find_labelled_files(sources: Sequence[Path | str], wanted: str) -> tuple[li
 
 
 def _extract(
-    backbone: Backbone, names: Sequence[str], protocol: Protocol, overrides: TestOverrides
+    backbone: Backbone, names: Sequence[str], protocol: Protocol, overrides: TestOverrides, world: World | None
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """The vectors (n, C) of n files, and the reason for each one that could not be read (otherwise empty)."""
     # A manifest in memory, which the feature extraction of tests can read. The label -1 is not used.
     entries = [Entry(name, Path(name).absolute(), -1) for name in names]
     manifest = Manifest(Path(), "files", (), entries, fingerprint="")
-    features = extract_features(backbone, manifest, protocol, overrides, None)
+    features = extract_features(backbone, manifest, protocol, overrides, None, world)
     return features.vectors, features.reasons
 
 

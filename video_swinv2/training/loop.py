@@ -24,20 +24,21 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from video_swinv2.config import Config
+from video_swinv2.config import Config, plain_values
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader
+from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum, print_on_rank_zero
-from video_swinv2.distributed.lifeline import Lifeline
+from video_swinv2.distributed.session import distributed_session
 from video_swinv2.distributed.signals import EXIT_RESTART, StopSignal, remove_restart_marker, write_restart_marker
-from video_swinv2.distributed.world import World, join_world, leave_world
+from video_swinv2.distributed.world import World
 from video_swinv2.engine.base import Engine, StepOutcome, StepSettings, seed_step
 from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.engine.factory import make_engine
@@ -48,7 +49,13 @@ from video_swinv2.progress import Progress
 from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
 from video_swinv2.training.metrics import LogInterval, MetricLog, check_wandb
-from video_swinv2.training.record import describe_batch, describe_learning_rate, end_table, write_record
+from video_swinv2.training.record import (
+    describe_batch,
+    describe_learning_rate,
+    end_table,
+    package_versions,
+    write_record,
+)
 from video_swinv2.training.start import find_start
 from video_swinv2.training.tasks.base import MakeTask, Task
 from video_swinv2.training.throughput import Throughput, WaitTimer
@@ -65,40 +72,44 @@ def run(config: Config, make_task: MakeTask) -> Path:
     """Train until the last step, or until the run ends early, and return the run folder.
 
     Raises UserError or UsageError for problems that the user can fix, and StoppedError after SIGTERM, SIGUSR1 or
-    SIGINT, once the checkpoint is on disk. If one of several processes dies or fails, all of them end, and only rank 0
-    raises or prints the error.
+    SIGINT, once the checkpoint is on disk. With several processes, nothing is raised: if one of them fails, dies or
+    does not answer, all of them end, with one report of the cause.
     """
-    world = join_world(config.engine.device)
-    fix = f"start the same command again to resume from the newest checkpoint of {config.out}"
+    advice = f"start the same command again to resume from the newest checkpoint of {config.out}"
+    engine = config.engine
     try:
-        with Lifeline(world, fix) as lifeline:
-            try:
-                with explain_exhaustion(config, world):
-                    _run(config, make_task, world)
-            except UserError as error:
-                # The user needs to see one line, which rank 0 prints, whichever process the error occurred in.
-                lifeline.fail(str(error).strip().splitlines()[-1], error.exit_code)
-                raise
-            except Exception:
-                # An unexpected error may only be a consequence of another process's death, such as a broken collective.
-                # Give the lifeline a moment to report the death, so that no misleading traceback is shown.
-                lifeline.wait_for_verdict()
-                raise
+        with (
+            distributed_session(
+                engine.device,
+                advice,
+                meeting_seconds=engine.meeting_seconds,
+                silence_seconds=engine.silence_seconds,
+                end_with_launcher=False,  # StopSignal notices that, and the run saves a checkpoint first
+            ) as world,
+            explain_exhaustion(config, world),
+        ):
+            _run(config, make_task, world)
     finally:
         gc.unfreeze()  # undoes the gc.freeze of _train_steps, for programs that go on after the run
-        leave_world()
     return Path(config.out)
 
 
 def _run(config: Config, make_task: MakeTask, world: World) -> None:
     """Build the task and train it; signals become a request to stop from the construction of the task on."""
+    require_agreement(world, {"version of": package_versions(), **plain_values(config)})
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
-    torch.manual_seed(config.seed)  # for the initial weights only; each forward pass is seeded separately
-    with StopSignal() as signals:
-        task = make_task(config, partial(partitioned_construction, config.engine, world))
-        TrainingRun(config, task, world, signals).train()
+
+    def construction(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
+        # Before the model is built, because under ZeRO-3 that is the first thing that all processes do together.
+        require_agreement(world, {"data": data_facts})
+        return partitioned_construction(config.engine, world)
+
+    busy = f"{config.out}: another run is training here; wait for it, or choose another out"
+    with StopSignal() as signals, exclusive_folder(Path(config.out), world, busy):
+        torch.manual_seed(config.seed)  # for the initial weights only; each forward pass is seeded separately
+        TrainingRun(config, make_task(config, construction), world, signals).train()
 
 
 class TrainingRun:
@@ -175,6 +186,7 @@ class TrainingRun:
         self.engine.module.train()
         batch, rank = self.plan.batch, self.world.rank
         total, done = self.steps * batch, self.step * batch  # in samples of all processes
+        first_step = self.step + 1
         with Progress(self.folder.name, total, unit="samples", shown=rank == 0, done=done) as progress:
             while self.step < self.steps:
                 outcome = self._take_step(batches, interval)
@@ -185,7 +197,7 @@ class TrainingRun:
                 if self.step % self.config.log_every == 0 or self.step == self.steps:
                     self._log(log, interval, waits.seconds)
                     interval = LogInterval(waits.seconds)
-                if self.step == 1:
+                if self.step == first_step:
                     # Objects that are alive after the first step (model, optimizer, data set) stay alive for the whole
                     # run. Freezing excludes them from every later garbage collection, which would otherwise traverse
                     # all of them again.

@@ -5,13 +5,15 @@ Also records the provenance of the weights: the chain of files that they come fr
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from video_swinv2.config import Config
-from video_swinv2.distributed.collectives import print_on_rank_zero
+from video_swinv2.distributed.agreement import wait_for_file
+from video_swinv2.distributed.collectives import all_gather_objects, print_on_rank_zero
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
@@ -23,6 +25,8 @@ from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.inflate import fill_model
 
 Ancestor = dict[str, object]
+Found = tuple[int, TrainingState, Any]
+"""Step, tensors and run state of a checkpoint; the run state of a foreign one is None."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,10 @@ def find_start(
     samples at the same steps.
     steps: the length of the whole run, for the printed line.
 
-    Every rank reads the same files and so finds the same start. Collective under ZeRO-3. Raises UserError if there is
-    nothing to resume from, or if the checkpoint has another identity.
+    Rank 0 looks for the checkpoint, and all others read the one that it has found. Collective. Raises UserError if
+    there is nothing to resume from, if a process does not see the checkpoint, or if it has another identity.
     """
-    found: tuple[int, TrainingState, Any] | None = checkpoints.newest()
-    whose = "own checkpoint"
-    if found is None and config.resume:
-        whose = f"checkpoint of {config.resume}"
-        found = newest_checkpoint(Path(config.resume))
-        if found is None:
-            raise UserError(f"{config.resume}: no checkpoint to resume from; omit resume to start from init")
+    whose, found = _find_checkpoint(checkpoints, config.resume, world)
     if found is None:
         description, provenance = initialise(task, config, world)
         print_on_rank_zero(world, description)
@@ -95,6 +93,37 @@ def find_start(
         )
     print_on_rank_zero(world, f"weights: {whose}, step {step} of {steps}")
     return start
+
+
+def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World) -> tuple[str, Found | None]:
+    """The checkpoint to start from, the same on every process, and a description of whose it is. Collective."""
+    own, others = "own checkpoint", f"checkpoint of {resume}"
+    found: Found | None = None
+    whose, step, digest = "", -1, ""
+    if world.rank == 0:
+        whose, found = own, checkpoints.newest()
+        if found is None and resume:
+            whose, found = others, newest_checkpoint(Path(resume))
+            if found is None:
+                raise UserError(f"{resume}: no checkpoint to resume from; omit resume to start from init")
+        if found is not None:
+            step = found[0]
+            digest = sha256(checkpoints.record(step)) if whose == own else ""
+    # On a network file system, processes may see different states of the folder, so only rank 0 looks for the newest.
+    host = socket.gethostname()
+    whose, step, digest, host = all_gather_objects(world, (whose, step, digest, host))[0]
+    if world.rank == 0 or step < 0:
+        return whose, found
+    if whose == own:
+        wait_for_file(checkpoints.record(step), digest, host)
+        return whose, (step, *checkpoints.read(step))
+    found = newest_checkpoint(Path(str(resume)))
+    if found is None or found[0] != step:
+        raise UserError(
+            f"{resume}: process {world.rank} on {socket.gethostname()} finds {'no step' if found is None else found[0]}"
+            f" there, and process 0 on {host} step {step}; the folder must be the same for all machines of the run"
+        )
+    return whose, found
 
 
 def _check_identity(folder: str, then: Mapping[str, object], now: Mapping[str, object]) -> None:

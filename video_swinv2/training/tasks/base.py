@@ -10,7 +10,7 @@ Letters: B batch, T frames, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -82,12 +82,18 @@ class Task(Protocol):
         """The command that a user will most likely run next, for the given run folder."""
 
 
-Construction = Callable[[], AbstractContextManager[None]]
+Construction = Callable[[Mapping[str, object]], AbstractContextManager[None]]
 """Opens the context in which a task has to build its module, and nothing else: ZeRO-3 redirects every new tensor in it
-to the GPU and partitions every new module (`partitioned_construction`). By default `nullcontext`."""
+to the GPU and partitions every new module (`partitioned_construction`). Called with `Task.data_facts`, in which all
+processes have to agree before."""
 
 MakeTask = Callable[[Config, Construction], Task]
 """Constructs a task; the class of a task is one."""
+
+
+def in_one_process(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
+    """The construction of a task outside a run: nothing is partitioned, and nobody has to agree."""
+    return nullcontext()
 
 
 def build_model(config: Config, num_classes: int) -> SwinV2:

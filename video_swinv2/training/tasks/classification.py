@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from video_swinv2.training.tasks.base import (
     Construction,
     Forward,
     build_model,
+    in_one_process,
     normalised_pixels,
     sample_kind,
     save_task_model,
@@ -39,7 +39,7 @@ class Classification:
     best_metric = "val/top1"
     higher_is_better = True
 
-    def __init__(self, config: Config, construction: Construction = nullcontext) -> None:
+    def __init__(self, config: Config, construction: Construction = in_one_process) -> None:
         self.config = config
         self.name = f"classification of {sample_kind(config)}"
         train = labelled_manifest(config.data, config.data.train_split)
@@ -55,12 +55,14 @@ class Classification:
             self.val_samples = SampleDataset(val.entries, config.data, None, config.seed, None)
         self.data_facts: dict[str, object] = {
             "source": source_facts(config),
+            "samples": len(self.train_samples),
+            "val_samples": len(val.entries) if val else 0,
             "data_fingerprint": train.fingerprint,
             "val_fingerprint": val.fingerprint if val else None,
             "classes": len(self.classes),
             "classes_sha256": class_list_hash(self.classes),
         }
-        with construction():
+        with construction(self.data_facts):
             self.encoder = build_model(config, len(self.classes))
         freeze_stages(self.encoder, config.optim.frozen_stages)
         self.module: nn.Module = self.encoder

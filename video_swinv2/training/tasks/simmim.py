@@ -9,7 +9,6 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ from video_swinv2.training.tasks.base import (
     Construction,
     Forward,
     build_model,
+    in_one_process,
     normalised_pixels,
     sample_kind,
     save_task_model,
@@ -56,29 +56,31 @@ class Pretraining:
     higher_is_better = False
     classes = None
 
-    def __init__(self, config: Config, construction: Construction = nullcontext) -> None:
+    def __init__(self, config: Config, construction: Construction = in_one_process) -> None:
         self.config = config
         self.name = f"SimMIM on {sample_kind(config)}"
         # These keys mean nothing here, and ignoring them silently would hide a mistake in the config.
         for key, default in (("frozen_stages", 0), ("class_weights", None), ("backbone_lr", 1.0)):
             if getattr(config.optim, key) != default:
                 raise UsageError(f"optim.{key}: is for `train`; omit it in `pretrain`")
-        with construction():
-            self.encoder = build_model(config, 0)  # no classes, hence no head
-            mask = resolved_mask(config, self.encoder)
-            self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
-            self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
         train = unlabelled_mixture(config.data, validation=False, repeats=config.augment.repeats)
         val = unlabelled_mixture(config.data, validation=True)
-        self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
-        # Without augmentation a sample and its mask depend only on the seed and the position in the list. So every
-        # validation of this run, and of other runs with this seed, hides the same pixels, and losses can be compared.
-        self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, mask)
         self.data_facts: dict[str, object] = {
             "source": source_facts(config),
             "samples": len(train),
             "val_samples": len(val),
+            "data_fingerprint": train.fingerprint,
+            "val_fingerprint": val.fingerprint,
         }
+        with construction(self.data_facts):
+            self.encoder = build_model(config, 0)  # no classes, hence no head
+            mask = resolved_mask(config, self.encoder)
+            self.mask_unit = per_axis("mask_unit", mask.unit, len(self.encoder.patch_size))
+            self.module: nn.Module = SimMIM(self.encoder, self.mask_unit)
+        self.train_samples = SampleDataset(train, config.data, config.augment, config.seed, mask)
+        # Without augmentation a sample and its mask depend only on the seed and the position in the list. So every
+        # validation of this run, and of other runs with this seed, hides the same pixels, and losses can be compared.
+        self.val_samples: SampleDataset | None = SampleDataset(val, config.data, None, config.seed, mask)
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The mean absolute error over the hidden pixels of a micro-batch."""
