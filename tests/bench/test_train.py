@@ -10,6 +10,8 @@ import torch
 
 from video_swinv2.bench import train as bench
 from video_swinv2.bench.train import TrainingSetup, Workload, training_setups, training_table
+from video_swinv2.distributed.world import World
+from video_swinv2.engine.plain import PlainEngine
 from video_swinv2.errors import UsageError
 
 WORK = Workload("swinv2_tiny", 2, 32, (8, 7, 7), 1, 1, "cpu", "fp32", rounds=1, threads=1)
@@ -37,6 +39,24 @@ def test_a_step_of_ours_and_of_torchvisions() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| plain"))
     assert f" {ours['clips_per_second']:.3g} |" in row
     json.dumps(result)
+
+
+def test_both_models_get_the_same_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building a model draws from the global generator, ours and torchvision's different amounts."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    forward = PlainEngine.forward
+
+    def watched(engine: PlainEngine, *inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return forward(engine, *inputs)
+
+    monkeypatch.setattr(PlainEngine, "forward", watched)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    for setup in (TrainingSetup("torchvision", peer=True), TrainingSetup("plain")):
+        bench.measure_steps(WORK, setup, world)
+    clips = [inputs[0] for inputs in seen if inputs[0].ndim == 5]
+    assert len(clips) == 2 * (bench.WARM_UP_STEPS + WORK.rounds)
+    assert all(torch.equal(each, clips[0]) for each in clips)
 
 
 def test_counted_operations_of_both_models() -> None:

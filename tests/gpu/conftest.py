@@ -42,8 +42,8 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two processes"], scope="module")
 def processes(request: pytest.FixtureRequest, device: torch.device) -> int:
-    """How many processes take part, with a GPU each."""
-    if device.type == "cuda" and torch.cuda.device_count() < request.param:
+    """How many processes take part, with a GPU each. On CPUs the tests of the engines themselves have two."""
+    if (torch.cuda.device_count() if device.type == "cuda" else 1) < request.param:
         pytest.skip("needs two GPUs")
     return int(request.param)
 

@@ -1,4 +1,4 @@
-"""Whole runs on GPUs: killed, stopped by a signal and failed on the way, they end as an undisturbed run, bit for bit."""
+"""Whole runs on GPUs: killed, stopped by a signal and failed on the way, they end as an undisturbed run does."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from video_swinv2.weights.store import read_tensors
 
 pytestmark = pytest.mark.gpu
 
-SECONDS = 120  # within which a run must start, and end
-STEPS = 36
+SECONDS = 240  # within which a run must start, and end; a GPU needs half a minute, and a busy CPU this
+STEPS = 15
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def write_run(folder: Path, clips: Path, name: str, device: torch.device, **chan
         "model": {"name": "swinv2_nano", "window": [2, 4, 4], "drop_path": 0.2, "checkpoint_blocks": 2},
         "data": {"source": str(clips), "frames": 4, "image_size": 32, "workers": 1},
         "augment": {"crop_area": [0.6, 1.0], "erasing": 0.25},
-        "optim": {"epochs": STEPS // 3, "lr": 1e-3, "warmup_epochs": 1, "batch": 4, "micro_batch": 1, "clip_norm": 5,
+        "optim": {"epochs": STEPS // 3, "lr": 1e-3, "warmup_epochs": 1, "batch": 4, "micro_batch": 2, "clip_norm": 5,
                   "layer_decay": 0.9, "ema": 0.9},
-        "engine": {"precision": "bf16", "device": device.type},
+        "engine": {"precision": "bf16" if device.type == "cuda" else "fp32", "device": device.type},
         "log_every": 1,
-        "val_epochs": 4,
+        "val_epochs": 2,
         "checkpoint_minutes": 0,
     }  # fmt: skip
     return write_recipe(folder, values, changes, name)
@@ -99,17 +99,17 @@ def test_a_disturbed_run_ends_with_the_same_bits(
     config = write_run(tmp_path, clips, "disturbed", device, **changes)
 
     killed = Started(config, processes)
-    killed.until_step(3)
+    killed.until_step(2)
     os.kill(killed.worker, signal.SIGKILL)
     assert killed.end() != 0
 
     stopped = Started(config, processes)
-    stopped.until_step(8)
+    stopped.until_step(5)
     os.kill(stopped.worker, signal.SIGUSR1)
     assert stopped.end() == (1 if stopped.launched else EXIT_RESTART)  # torchrun itself always exits with 1
     assert (stopped.folder / RESTART_MARKER).exists(), stopped.log.read_text()[-3000:]
 
-    failed = Started(config, processes, "6")
+    failed = Started(config, processes, "5")
     assert failed.end() != 0
     assert run_worker.FAILURE in failed.log.read_text(), "the exception that ended the run is not shown"
 

@@ -13,6 +13,7 @@ import torch
 
 from video_swinv2.bench.measuring import clock_for, elapsed, peak_bytes_of, run_in_fresh_process, table_text
 from video_swinv2.bench.peers import FRAMES, variant_of
+from video_swinv2.distributed.devices import product_dtype
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.windows import PerAxis, window_layout, window_partition
 
@@ -22,29 +23,46 @@ HEAD_CHANNELS = 32  # in every released SwinV2
 
 
 def bench_layer(
-    name: str, *, rounds: int, threads: int, device: str, cases: Sequence[tuple[int, PerAxis]] = LAYER_CASES
+    name: str,
+    *,
+    rounds: int,
+    threads: int,
+    device: str,
+    batch: int = 1,
+    cases: Sequence[tuple[int, PerAxis]] = LAYER_CASES,
 ) -> list[dict[str, Any]]:
     """Measure every backend in a shifted attention layer, as in the first stage of the model `name`.
 
-    The input is one clip of 16 frames. Returns one row for each case of window, backend and pass, with the median
+    The input is `batch` clips of 16 frames. Returns one row for each case of window, backend and pass, with the median
     `seconds` and the `peak_bytes`, or with `not_run` and the reason. Each case runs in a fresh process, so that its
     memory peak is its own.
     """
-    heads = variant_of(name).num_heads[0]
-    rows = []
-    for pixels, window in cases:
-        for backend in BACKENDS[1:]:  # the first is "auto", which picks one of the others
-            for gradients in (False, True):
-                case = {"pixels": pixels, "window": window, "backend": backend, "gradients": gradients}
-                rows.append(
-                    case | run_in_fresh_process(_measure_layer, case, heads, rounds, threads, device, device=device)
-                )
-    return rows
+    return [
+        case | run_in_fresh_process(measure_layer, case, name, rounds, threads, device, batch, device=device)
+        for case in layer_cases(cases)
+    ]
 
 
-def _measure_layer(case: dict[str, Any], heads: int, rounds: int, threads: int, device_name: str) -> dict[str, Any]:
-    """The figures of one case, or `not_run`. Called in a fresh process."""
+def layer_cases(cases: Sequence[tuple[int, PerAxis]]) -> list[dict[str, Any]]:
+    """Every backend, without and with gradients, for each pair of pixels and window."""
+    return [
+        {"pixels": pixels, "window": window, "backend": backend, "gradients": gradients}
+        for pixels, window in cases
+        for backend in BACKENDS[1:]  # the first is "auto", which picks one of the others
+        for gradients in (False, True)
+    ]
+
+
+def measure_layer(
+    case: dict[str, Any], name: str, rounds: int, threads: int, device_name: str, batch: int
+) -> dict[str, Any]:
+    """The figures of one of `layer_cases`, or `not_run`.
+
+    As in training, products are computed in bf16 on GPUs and in fp32 on CPUs.
+    """
     device = torch.device(device_name)
+    dtype = product_dtype("bf16", device)
+    heads = variant_of(name).num_heads[0]
     torch.set_num_threads(threads)
     # The grid in tokens: patches are 2 x 4 x 4. True shifts the windows, so that the attention mask is measured too.
     side = case["pixels"] // 4
@@ -54,16 +72,17 @@ def _measure_layer(case: dict[str, Any], heads: int, rounds: int, threads: int, 
         return {"not_run": "compiled on CUDA only"}
     channels = HEAD_CHANNELS * heads
     module = WindowAttention(channels, heads, 3, backend).to(device).train(case["gradients"])
-    # (1, T, H, W, C) -> (1, W, N, C)
-    x = window_partition(torch.randn(1, *plan.padded, channels, device=device), plan.window)
+    # (B, T, H, W, C) -> (B, W, N, C)
+    x = window_partition(torch.randn(batch, *plan.padded, channels, device=device), plan.window)
     x.requires_grad_(case["gradients"])
 
     def run() -> None:
         with torch.set_grad_enabled(case["gradients"]):
-            out = module(x, plan, plan.window)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                out = module(x, plan, plan.window)
             if case["gradients"]:
                 # Any scalar made from the output can stand for a loss.
-                out.square().mean().backward()
+                out.float().square().mean().backward()
 
     try:
         peak = peak_bytes_of(run, device)  # also the warm-up of the timing below

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from video_swinv2.bench.measuring import (
     clock_for,
@@ -152,10 +153,12 @@ def _time_shares(model: nn.Module, x: Tensor, what: str) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         _run(model, x, what)
     # CPU time does not show what a GPU does, so there the time of its kernels is taken.
-    # Self time does not include the operators that an operator calls, so nothing is counted twice.
+    # Self time does not include the operators that an operator calls, so nothing is counted twice. The kernels of a GPU
+    # are listed too, beside the operators that launched them, and left out for the same reason.
     times = {
         event.key: event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
         for event in profile.key_averages()
+        if event.device_type == DeviceType.CPU
     }
     total = sum(times.values())
     shares = {

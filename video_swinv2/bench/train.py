@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from video_swinv2.bench.measuring import (
@@ -174,27 +174,28 @@ def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None
         world_size=work.processes,
     )
     try:
-        result = _measure(work, setup, join_world(work.device))
+        result = measure_steps(work, setup, join_world(work.device))
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
         leave_world()
 
 
-def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, Any]:
-    """The seconds of each timed step, and the peak bytes beyond what the process holds before training."""
+def measure_steps(work: Workload, setup: TrainingSetup, world: World) -> dict[str, Any]:
+    """Train in this process: the `seconds` of each timed step, and the `peak_bytes` beyond what it holds now."""
     # What the process holds before training starts is not memory of training.
     _load_libraries(work, setup, world)
     before = reset_peak_bytes(world.device)
     torch.manual_seed(0)
-    module = build_model(work, setup.peer).train()
+    # Made on the device: on a CPU, drawing the weights of the largest models takes a minute.
+    with world.device:
+        module = build_model(work, setup.peer).train()
     # `parameter_groups` needs the depths of our model for layer-wise learning rate decay, which is off here.
     groups = _peer_groups(module) if setup.peer else parameter_groups(module, _depths(module), weight_decay=0.05)
     engine = make_engine(
         module, groups, _engine_config(work, setup), _step(work), world, lr=1e-4, betas=(0.9, 0.999), eps=1e-8
     )
     engine.set_lr(1e-4)
-    clips = torch.randn(work.clips, 3, work.frames, work.pixels, work.pixels, device=world.device)
-    labels = torch.randint(CLASSES, (work.clips,), device=world.device)
+    clips, labels = random_batch(work, world)
     seconds = []
     for step in range(WARM_UP_STEPS + work.rounds):
         if world.size > 1:
@@ -206,6 +207,15 @@ def _measure(work: Workload, setup: TrainingSetup, world: World) -> dict[str, An
         if step >= WARM_UP_STEPS:
             seconds.append(wall_seconds(world.device) - started)
     return {"seconds": seconds, "peak_bytes": peak_bytes(world.device) - before}
+
+
+def random_batch(work: Workload, world: World) -> tuple[Tensor, Tensor]:
+    """Clips (B, 3, T, H, W) and labels (B,) on the device. All setups get the same, each process its own."""
+    # Not from the global generator, of which building a model uses up an amount that depends on the model.
+    generator = torch.Generator().manual_seed(world.rank)
+    clips = torch.randn(work.clips, 3, work.frames, work.pixels, work.pixels, generator=generator)
+    labels = torch.randint(CLASSES, (work.clips,), generator=generator)
+    return clips.to(world.device), labels.to(world.device)
 
 
 def _load_libraries(work: Workload, setup: TrainingSetup, world: World) -> None:

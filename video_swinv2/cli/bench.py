@@ -97,7 +97,7 @@ def _bench_model(options: argparse.Namespace) -> None:
 
     common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
     if options.against == "backends":
-        rows = bench_layer(options.model or "swinv2_tiny", **common)
+        rows = bench_layer(options.model or "swinv2_tiny", batch=options.batch or 1, **common)
         print(json.dumps(rows, indent=1) if options.json else layer_table(rows))
         return
     # The defaults of each comparison: images against timm, a clip against torchvision.
