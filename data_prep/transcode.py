@@ -43,6 +43,9 @@ from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 MIN_DECODED_SHARE = 0.9
 # If the source contains less than this share of a segment, it is probably not the video that the list refers to.
 MIN_SEGMENT_SHARE = 0.5
+# Fewer frames per second than this are taken for damaged time stamps if a constant rate is to be made of them: to fill
+# a gap of a thousand years with repeated frames would take for ever.
+MIN_SOURCE_FPS = 0.01
 # Two floating-point times of the same moment may differ by rounding. The tolerance is far shorter than any frame.
 TIME_TOLERANCE_SECONDS = 1e-6
 # Errors of the output disk (full, over quota, read-only, no permission) rather than of the video. Every other video
@@ -158,6 +161,10 @@ def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allo
         known = replace(known, duration_seconds=duration)
         if duration < settings.min_seconds - TIME_TOLERANCE_SECONDS:
             raise DecodeError(f"{job.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
+        if settings.fps and rate < MIN_SOURCE_FPS:
+            raise DecodeError(
+                f"{job.source}: only {len(times)} frames in {duration:.0f} s; its time stamps are damaged"
+            )
         # Either way, what is recorded below describes the written file.
         if settings.copy and _copy(reader, job, partial):
             size, fps = reader.size, rate
@@ -348,7 +355,7 @@ def _diagnose(error: Exception) -> tuple[str, str]:
 
     A MemoryError means that the process reached the limit that the pool sets on its address space.
     """
-    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+    if isinstance(error, MemoryError):
         return "crashed", "out of memory"
     if isinstance(error, DecodeError):
         return error.reason, str(error).partition(": ")[2]  # without the path, which is in the row already

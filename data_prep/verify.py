@@ -53,6 +53,7 @@ FAULTS = {
     "size": "height or width differ from those written",
     "frames": "the number of frames differs from that written",
     "cut_short": "the file ends before its last frame",
+    "no_frames": "no frame decodes",
     "decode_error": "not every frame decodes",
     "duration": "the duration differs from that written",
     "hash": "the bytes differ from those written",

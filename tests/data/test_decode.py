@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -126,6 +127,30 @@ def test_each_frame_is_decoded_from_its_own_key_packet_once(tmp_path: Path, monk
         starts.clear()
         reader.frames([7, 8, 15, 16])  # neighbouring groups of pictures: no restart
         assert starts == [0]
+
+
+class ForgetfulDecoder:
+    """A decoder that loses the time of one frame."""
+
+    def __init__(self, codec: av.VideoCodecContext, lost: int) -> None:
+        self.codec, self.lost, self.flush_buffers = codec, lost, codec.flush_buffers
+
+    def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        frames = self.codec.decode(packet)
+        for frame in frames:
+            frame.pts = None if frame.pts == self.lost else frame.pts
+        return frames
+
+
+def test_a_frame_without_a_time_is_not_taken_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_timed(tmp_path / "v.mkv", numbered_frames(9), list(range(0, 360, 40)), g="4", bf="0")
+    with VideoReader(path) as reader:
+        forgetful = ForgetfulDecoder(reader._stream.codec_context, lost=120)
+        monkeypatch.setattr(reader, "_stream", SimpleNamespace(codec_context=forgetful))
+        assert [index for index, _ in reader.sequence()] == [0, 1, 2, 4, 5, 6, 7, 8]
+        # Frame 3 counts as damaged: the one before stands in for it.
+        assert [number_of(image) for image in reader.frames([0, 3, 4])] == [0, 2, 4]
+        assert reader.stand_ins == 1
 
 
 @pytest.mark.parametrize("limit", [decode.MAX_RETAINED_BYTES, 2000])

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from data_prep.encode import TIME_BASE, difference_from_prepared_form
-from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings
+from data_prep.jobs import (
+    FULL_HD,
+    Outcome,
+    TranscodeJob,
+    TranscodeSettings,
+    encode_limit_seconds,
+    index_limit_seconds,
+    initial_limit_seconds,
+)
+from data_prep.pool import run_jobs
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import sha256
@@ -128,6 +137,31 @@ def test_a_constant_rate_repeats_and_skips_frames_by_time(tmp_path: Path) -> Non
     assert numbers(make(even, TranscodeSettings(32, fps=50.0))[1]) == [place // 2 for place in range(80)]
     assert numbers(make(even, TranscodeSettings(32, fps=10.0), start=0.4, end=0.8)[1]) == [10, 12, 15, 17]
     assert make(even, TranscodeSettings(32, fps=0.1))[0].frames == 1
+
+
+def test_absurd_time_stamps_end_neither_the_run_nor_the_disk(tmp_path: Path) -> None:
+    """The last of 12 frames comes 317 years after the others."""
+    source = write(tmp_path / "v.mkv", [*(i / 25 for i in range(11)), 1e10], format="matroska")
+    job = TranscodeJob(1, source, tmp_path / "out" / "v.mp4", TranscodeSettings(short_side=32, fps=25.0))
+    # In a process, as in a run: neither its time limit is too large for a timer, nor does it take until then.
+    ((_, outcome),) = run_jobs(transcode_video, [job], workers=1, seconds_for=initial_limit_seconds)
+    assert isinstance(outcome, Outcome)
+    assert (outcome.reason, outcome.detail) == (
+        "decode_error",
+        "only 12 frames in 10909090909 s; its time stamps are damaged",
+    )
+
+
+@pytest.mark.parametrize("limit", [index_limit_seconds(2**60), encode_limit_seconds(1e15, FULL_HD)])
+def test_no_file_decides_on_a_limit_above_a_day(limit: float) -> None:
+    assert limit == 24 * 3600
+
+
+def test_a_file_with_an_unknown_codec_fails_by_reason(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.mp4", [place / 25 for place in range(4)])
+    source.write_bytes(source.read_bytes().replace(b"avc1", b"none"))
+    outcome, _ = make(source)
+    assert (outcome.reason, outcome.detail) == ("no_frames", "its video codec is unknown to FFmpeg")
 
 
 def test_copy_keeps_the_bytes_of_videos_in_the_prepared_form(tmp_path: Path) -> None:

@@ -104,6 +104,14 @@ def test_header_finds_truncated_empty_missing_and_foreign_files(out: Path, write
     assert next(line["detail"] for line in lines if line["reason"] == "form") == "contains video mpeg4"
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_unknown_codec_is_reported(out: Path, level: str) -> None:
+    """FFmpeg has no decoder then, and PyAV nothing to ask about pictures."""
+    video(out, 2).write_bytes(video(out, 2).read_bytes().replace(b"avc1", b"none"))
+    (item,) = verify(out, level, workers=1).bad
+    assert (Path(item.name).name, item.reason, item.detail) == ("2.mp4", "form", "contains video unknown")
+
+
 def test_only_hash_finds_a_flipped_bit(out: Path) -> None:
     flip_a_bit(video(out, 0))
     assert verify(out, "header", workers=1).bad == ()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from video_swinv2.data.decode import VideoReader
+from tests.data.test_decode import write_thin_video
+from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.inference.segments import SegmentCutter
 from video_swinv2.inference.streams import Frame, FrameStream, centre_crop, is_live, is_stream
 
@@ -51,6 +52,17 @@ def test_frames_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
                     continue
                 assert torch.equal(ours, reader.frames([i], short_side=side)[0][:, rows, columns])
             assert i + 1 == len(reader)
+
+
+def test_what_a_damaged_file_makes_libraries_raise_names_it(changing: Path, tmp_path: Path) -> None:
+    unknown = tmp_path / "unknown.mp4"
+    unknown.write_bytes(changing.read_bytes().replace(b"avc1", b"none"))
+    with pytest.raises(DecodeError, match=r"unknown\.mp4: its video codec is unknown"):
+        FrameStream(str(unknown))
+    with FrameStream(str(write_thin_video(tmp_path / "thin.mkv"))) as source:
+        for _, frame in source:
+            with pytest.raises(DecodeError, match=r"thin\.mkv: cannot be decoded"):
+                source.image(frame, 224)
 
 
 def test_streams_and_live_streams_are_recognised(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class SampleDataset(Dataset[Sample]):
             # attempt, so that random draws made before a file failed do not shift those of its substitute.
             with seeded(self.seed, epoch, number) as generator:
                 try:
-                    with named_errors(origin.entry.path):  # pictures of a few pixels are too small for some transforms
+                    with named_errors(origin.entry.path):  # a thin picture may be resized to more than memory holds
                         pixels = self.transform(self._read(origin, epoch))
                 except DecodeError as error:
                     broken.append(str(error))
@@ -206,12 +206,13 @@ class SampleDataset(Dataset[Sample]):
         watched = self.in_hand.reading(file, self.patience_seconds) if self.in_hand and in_worker else nullcontext()
         try:
             with watched:
+                image = isinstance(entry, TarMember) or is_image_file(entry.path)
+                if image and self.data.frames is not None:  # a list can name images among its videos
+                    return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
                 # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.
                 if isinstance(entry, TarMember):
                     return read_tar_member(entry)[None, None]
-                if is_image_file(entry.path):
-                    return read_image(entry.path)[None, None]
-                return self._decode_video(origin, key)
+                return read_image(entry.path)[None, None] if image else self._decode_video(origin, key)
         except DecodeError as error:
             return error
 

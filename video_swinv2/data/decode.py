@@ -268,8 +268,8 @@ class VideoReader:
         for i in np.flatnonzero(np.diff(times) <= 0) + 1:
             # A missing or repeated time becomes the previous one plus a frame period, but at most half the way to the
             # next larger time, so that times stay strictly ascending.
-            later = times[i + 1 :][times[i + 1 :] > times[i - 1]]
-            times[i] = times[i - 1] + min(1 / rate, (later[0] - times[i - 1]) / 2 if len(later) else np.inf)
+            later = i + 1 + int(np.searchsorted(times[i + 1 :], times[i - 1], side="right"))
+            times[i] = times[i - 1] + min(1 / rate, (times[later] - times[i - 1]) / 2 if later < len(times) else np.inf)
         self.times: NDArray[np.float64] = times
         self.fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else rate
 

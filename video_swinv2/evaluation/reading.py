@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from video_swinv2.data.decode import VideoReader, named_errors
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
 from video_swinv2.data.images import read_image, read_tar_member
 from video_swinv2.data.index import AnyEntry, TarMember
 from video_swinv2.data.workers import (
@@ -135,6 +135,8 @@ class VideoGroups(Dataset[Group]):
 
     def _read(self, entry: AnyEntry, position: int) -> tuple[VideoRecord, Tensor]:
         if is_image(entry):
+            if self.preprocessing.frames is not None:  # a list can name images among its videos
+                raise DecodeError(f"{entry.path}: is an image, but the model takes clips", "not_video")
             picture = read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
             cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
             views = tuple(view for _, views in cut for view in views)
