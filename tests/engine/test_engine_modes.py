@@ -17,7 +17,7 @@ from tests.engine.harness import SINGLE, STAGES, identical, largest_difference, 
 from video_swinv2.config import EngineConfig
 from video_swinv2.config.deepspeed_keys import DERIVED, TUNABLE, ZERO
 from video_swinv2.engine.base import StepSettings
-from video_swinv2.engine.deepspeed_config import build_deepspeed_config
+from video_swinv2.engine.deepspeed_config import build_deepspeed_config, offload_section
 from video_swinv2.engine.factory import compile_blocks
 from video_swinv2.engine.gradients import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 from video_swinv2.engine.offload import MappedFolder
@@ -235,3 +235,10 @@ def test_the_section_overrides_the_defaults() -> None:
     assert config["prescale_gradients"] is True
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 4)
     assert math.isclose(config["gradient_clipping"], 5.0)
+
+
+@pytest.mark.parametrize(("target", "pinned"), [("cpu", True), ("nvme", False)])
+def test_only_what_stays_in_memory_is_pinned(target: str, pinned: bool) -> None:
+    """Page-locked copies of what goes to files would fill the host's memory during construction."""
+    assert offload_section(target, pin_memory=True) == {"device": "cpu", "pin_memory": pinned}
+    assert offload_section(target, pin_memory=False) == {"device": "cpu", "pin_memory": False}

@@ -37,9 +37,7 @@ def build_deepspeed_config(
     offloads = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     for key, target in offloads.items():
         if target != "none":
-            # Also for nvme: `offload.py` maps these tensors to files, because DeepSpeed's own NVMe offload needs libaio
-            # and a compiler. Mapped memory cannot be pinned.
-            zero[key] = {"device": "cpu", "pin_memory": pin_memory and target == "cpu"}
+            zero[key] = offload_section(target, pin_memory)
     section: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": step.micro_batch,
         "gradient_accumulation_steps": step.accumulation,
@@ -56,6 +54,15 @@ def build_deepspeed_config(
     for key, value in config.deepspeed.items():
         section[key] = section[key] | {k: _as_int(v) for k, v in value.items()} if key == ZERO else value
     return section
+
+
+def offload_section(target: str, pin_memory: bool) -> dict[str, Any]:
+    """The section of what is offloaded to ``target``, cpu or nvme.
+
+    It names the CPU also for nvme: `offload.py` maps these tensors to files, because DeepSpeed's own NVMe offload needs
+    libaio and a compiler. Mapped memory cannot be pinned.
+    """
+    return {"device": "cpu", "pin_memory": pin_memory and target == "cpu"}
 
 
 def _autocast_section(precision: str, communication: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.deepspeed import import_deepspeed
+from video_swinv2.engine.deepspeed_config import offload_section
 from video_swinv2.models.swinv2 import SwinV2
 
 
@@ -41,17 +42,14 @@ def partitioned_construction(config: EngineConfig, world: World) -> Iterator[Non
     # The key of `build_deepspeed_config`: Init ignores its argument `mem_efficient_linear` if it has a configuration.
     zero: dict[str, object] = {"stage": 3, "memory_efficient_linear": False}
     if config.offload_parameters != "none":
-        pin_memory = (
-            world.device.type == "cuda" and config.offload_parameters == "cpu"
-        )  # as in `build_deepspeed_config`
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
+        zero["offload_param"] = offload_section(config.offload_parameters, pin_memory=world.device.type == "cuda")
     # Init takes the type of the weights from this dictionary: fp32 if there is no precision section. Its `dtype`
     # argument cannot be used instead, because on CPUs it is ignored and the weights become bf16. The batch size is
     # required but not used.
     section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    # Without `tensor_overrides`, torch.tensor, zeros, arange and others would create everything inside on the GPU. Each
-    # module is instead built on the CPU, as at the other stages and with the same random numbers, and DeepSpeed moves
-    # its parameters to the GPU when it partitions them.
+    # By default, torch.tensor, zeros, arange and others would create everything inside on the GPU. Without these
+    # overrides each module is built on the CPU, as at the other stages and with the same random numbers, and DeepSpeed
+    # moves its parameters to the GPU when it partitions them.
     with deepspeed.zero.Init(config_dict_or_path=section, tensor_overrides=()):
         yield
 
