@@ -1,6 +1,12 @@
 """Files are complete or absent."""
 
+import errno
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +51,40 @@ def test_a_lock_is_exclusive_unless_shared_and_is_released(tmp_path):
         pass
     with lock_file(path, "busy"):
         pass
+
+
+LOCK_AND_FORK = """
+import os, signal, sys, time
+from pathlib import Path
+from video_swinv2.files import lock_file
+with lock_file(Path(sys.argv[1]), "busy"):
+    if os.fork() == 0:
+        time.sleep(600)
+    print("locked", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_dead_process_keeps_no_lock_whatever_its_children_do(tmp_path):
+    path = tmp_path / ".lock"
+    owner = subprocess.Popen([sys.executable, "-c", LOCK_AND_FORK, str(path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "locked\n"
+    (child,) = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+    with pytest.raises(UserError, match="busy"), lock_file(path, "busy"):
+        pass
+    owner.kill()
+    owner.wait()
+    assert Path(f"/proc/{child}").exists()
+    with lock_file(path, "busy"):
+        pass
+    os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_used_and_noted(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock_file(tmp_path / ".lock", "busy"):
+        pass
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err

@@ -118,11 +118,11 @@ def test_lists_that_are_built_in_the_construction_are_found(videos: Path) -> Non
 
 
 @contextmanager
-def on_fake_gpu(task: Task, samples: int = 4) -> Iterator[Batch]:
+def on_fake_gpu(task: Task, waits: list[str] | None = None) -> Iterator[Batch]:
     """Inside, the task's module is on the fake GPU. Yields a batch of samples, moved there as the loop does it."""
     assert task.val_samples is not None
-    batch = collate([task.val_samples[(0, number % len(task.val_samples))] for number in range(samples)])
-    with fake_gpu():
+    batch = collate([task.val_samples[(0, number % len(task.val_samples))] for number in range(4)])
+    with fake_gpu(waits):
         place(task.module)
         yield batch.to(CUDA)
 
@@ -155,11 +155,13 @@ def test_the_loss_of_classification_stays_on_the_gpu(
     classification: Callable[..., Classification], augment: dict[str, float]
 ) -> None:
     """On images only: torchvision's type for clips, in which `mix` wraps them, cannot hold fake tensors."""
-    task = classification("images", BALANCED | {"label_smoothing": 0.1}, **augment)
-    with on_fake_gpu(task) as batch:
-        loss = task.loss(task.module.train(), batch)
-        assert (loss.device, loss.shape) == (CUDA, ())
-        assert poison_if_not_finite(loss).device == CUDA
+    task, waits = classification("images", BALANCED | {"label_smoothing": 0.1}, **augment), list[str]()
+    with on_fake_gpu(task, waits) as batch:
+        for _ in range(2):
+            waits.clear()
+            loss = poison_if_not_finite(task.loss(task.module.train(), batch))
+            assert (loss.device, loss.shape) == (CUDA, ())
+    assert not waits, "only the first micro-batch may wait, for the layouts of its windows"
 
 
 def test_the_metrics_of_classification_accept_the_gpu(classification: Callable[..., Classification]) -> None:
@@ -184,9 +186,13 @@ def test_simmim_stays_on_the_gpu(
     assert task.val_samples is not None
     shown = simmim.picture_samples(task.val_samples)  # read before, because files hold values
     monkeypatch.setattr(simmim, "picture_samples", lambda _: shown)
-    with on_fake_gpu(task) as batch:
-        loss = task.loss(task.module.train(), batch)
-        assert (loss.device, loss.shape) == (CUDA, ())
+    waits: list[str] = []
+    with on_fake_gpu(task, waits) as batch:
+        for _ in range(2):
+            waits.clear()
+            loss = task.loss(task.module.train(), batch)
+            assert (loss.device, loss.shape) == (CUDA, ())
+        assert not waits, "only the first micro-batch may wait, for the layouts of its windows"
         with torch.no_grad():
             assert task.tally(task.module.eval(), batch).keys() == {"samples", "loss", "mean_loss"}
             picture = task.picture(task.module, CUDA)

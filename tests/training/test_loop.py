@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,10 +168,33 @@ def test_it_learns(recipe):
     assert read_metrics(folder)[-1]["val/top1"] == 1.0
 
 
-def test_a_run_does_not_resume_with_another_batch(recipe, tmp_path):
-    run(load_config(recipe(optim={"epochs": 1})), Classification)
-    with pytest.raises(UserError, match="batch 4 then, 8 now"):
-        run(load_config(recipe(optim={"epochs": 2, "batch": 8})), Classification)
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"optim": {"batch": 8}}, r"\(batch 4 then, 8 now\)"),
+        ({"model": {"window": [2, 4, 4]}}, r"\(window \[4, 4, 4\] then, \[2, 4, 4\] now\)"),
+        ({"data": {"image_size": 64}}, r"\(image_size \[32, 32\] then, \[64, 64\] now\)"),
+        ("classes", r"\(data_fingerprint \w+ then, \w+ now; classes_sha256 \w+ then, \w+ now\)"),
+        ("labels", r"\(data_fingerprint \w+ then, \w+ now\)"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_data_or_another_model(recipe, clips, tmp_path, changes, found):
+    data = shutil.copytree(clips, tmp_path / "data")
+    source = {"source": str(data)}
+    folder = run(load_config(recipe(data=source, optim={"epochs": 0.25})), Classification)
+    if changes == "classes":
+        (data / "classes.txt").write_text("down\nup\n")
+    if changes == "labels":
+        lines = (data / "train.txt").read_text().splitlines()
+        (data / "train.txt").write_text("\n".join([lines[0][:-1] + "1", *lines[1:]]) + "\n")
+    others = changes if isinstance(changes, dict) else {}
+    config = recipe(
+        **others | {"data": source | others.get("data", {}), "optim": {"epochs": 2} | others.get("optim", {})}
+    )
+    with pytest.raises(
+        UserError, match=f"{folder}: its checkpoint was written with other data or another model {found}"
+    ):
+        run(load_config(config), Classification)
 
 
 @pytest.mark.parametrize("planted", ["inputs", "weights"])
@@ -182,7 +206,7 @@ def test_non_finite_steps_stop_the_run(recipe, tmp_path, monkeypatch, planted):
     else:
         task.encoder.head.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite in 3 steps in a row"):
-        run(config, lambda _: task)
+        run(config, lambda *_: task)
 
 
 def test_too_many_broken_clips_stop_the_run(recipe, clips, tmp_path):

@@ -67,6 +67,8 @@ def wait_for_all(world: World) -> None:
     while store.add("arrived", 0) < world.size:
         time.sleep(seconds)
         seconds = min(1.5 * seconds, 0.5)
+    # Nobody has to wait long for this. Without it, rank 0, which may host the store, could end before all have looked.
+    all_reduce_max(world, 0.0)
 
 
 def common_store() -> dist.Store:

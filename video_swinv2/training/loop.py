@@ -21,12 +21,13 @@ the only number that a run needs in order to resume.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
 from video_swinv2.training.metrics import LogInterval, MetricLog, check_wandb
 from video_swinv2.training.record import (
+    arithmetic,
     describe_batch,
     describe_learning_rate,
     end_table,
@@ -60,6 +62,20 @@ from video_swinv2.training.start import find_start
 from video_swinv2.training.tasks.base import MakeTask, Task
 from video_swinv2.training.throughput import Throughput, WaitTimer
 from video_swinv2.training.validation import evaluation_mode, validate
+
+# Constructor arguments of the model that a resumed run may not change. Others, such as drop path and the attention
+# backend, change how it learns or computes, but not what the weights mean.
+MODEL_IDENTITY = (
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "num_classes",
+    "frames",
+    "image_size",
+    "patch_size",
+    "window",
+    "extra_norm_every",
+)
 
 
 class StoppedError(UserError):
@@ -374,6 +390,7 @@ class TrainingRun:
             # Compared by find_start when the run is resumed.
             "identity": self._identity(),
             "provenance": self.provenance,
+            "arithmetic": arithmetic(self.world),
             "cpb_norm": [list(norm) for norm in self.task.encoder.cpb_norm],
         }
         self.checkpoints.save(tensors, state, step=self.step)
@@ -395,8 +412,12 @@ class TrainingRun:
         return self.seconds_before + time.monotonic() - self.started
 
     def _identity(self) -> dict[str, object]:
-        """The values that decide which samples a step sees, and so must not change when a run is resumed."""
-        return {"samples": self.samples, "batch": self.plan.batch, "seed": self.config.seed}
+        """What must not change when a run is resumed: which samples a step sees, what they mean, and the model."""
+        data, model = self.task.data_facts, self.task.encoder.architecture()
+        facts: dict[str, object] = {"samples": self.samples, "batch": self.plan.batch, "seed": self.config.seed}
+        facts |= {key: data[key] for key in ("data_fingerprint", "classes_sha256") if key in data}
+        facts |= {key: model[key] for key in MODEL_IDENTITY}
+        return cast(dict[str, object], json.loads(json.dumps(facts)))  # lists for tuples, as in a checkpoint
 
     def _print(self, text: str) -> None:
         print_on_rank_zero(self.world, text)

@@ -20,11 +20,13 @@ from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
 from video_swinv2.errors import UserError
 from video_swinv2.files import sha256
+from video_swinv2.training.record import arithmetic, arithmetic_changes
 from video_swinv2.training.tasks.base import Task
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.inflate import fill_model
 
 Ancestor = dict[str, object]
+OWN = "own checkpoint"
 Found = tuple[int, TrainingState, Any]
 """Step, tensors and run state of a checkpoint; the run state of a foreign one is None."""
 
@@ -61,7 +63,7 @@ def find_start(
     checkpoint of the run that `resume` names, and without that key the weights that `init` names.
 
     identity: the values that must be the same in the checkpoint, or else the resumed run would not see the same
-    samples at the same steps.
+    samples at the same steps. A resumed run that computes with other rounding is told so.
     steps: the length of the whole run, for the printed line.
 
     Rank 0 looks for the checkpoint, and all others read the one that it has found. Collective. Raises UserError if
@@ -78,7 +80,9 @@ def find_start(
         # validations: there is no identity to check, and the best validation is still to come.
         start = Start(step, tensors, {"init": config.resume}, best_step=step)
     else:
-        _check_identity(config.out, state["identity"], identity)
+        _check_identity(config.out if whose == OWN else str(config.resume), state["identity"], identity)
+        if changes := arithmetic_changes(state.get("arithmetic", {}), arithmetic(world)):
+            print_on_rank_zero(world, changes)
         # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
         task.encoder.cpb_norm = state["cpb_norm"]
         start = Start(
@@ -97,24 +101,24 @@ def find_start(
 
 def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World) -> tuple[str, Found | None]:
     """The checkpoint to start from, the same on every process, and a description of whose it is. Collective."""
-    own, others = "own checkpoint", f"checkpoint of {resume}"
+    others = f"checkpoint of {resume}"
     found: Found | None = None
     whose, step, digest = "", -1, ""
     if world.rank == 0:
-        whose, found = own, checkpoints.newest()
+        whose, found = OWN, checkpoints.newest()
         if found is None and resume:
             whose, found = others, newest_checkpoint(Path(resume))
             if found is None:
                 raise UserError(f"{resume}: no checkpoint to resume from; omit resume to start from init")
         if found is not None:
             step = found[0]
-            digest = sha256(checkpoints.record(step)) if whose == own else ""
+            digest = sha256(checkpoints.record(step)) if whose == OWN else ""
     # On a network file system, processes may see different states of the folder, so only rank 0 looks for the newest.
     host = socket.gethostname()
     whose, step, digest, host = all_gather_objects(world, (whose, step, digest, host))[0]
     if world.rank == 0 or step < 0:
         return whose, found
-    if whose == own:
+    if whose == OWN:
         wait_for_file(checkpoints.record(step), digest, host)
         return whose, (step, *checkpoints.read(step))
     found = newest_checkpoint(Path(str(resume)))
@@ -127,10 +131,16 @@ def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World)
 
 
 def _check_identity(folder: str, then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Raise UserError if a checkpoint was written with other data, another batch or another seed."""
-    if then != now:
-        changed = "; ".join(f"{key} {then.get(key)} then, {value} now" for key, value in now.items())
-        raise UserError(f"{folder}: its checkpoint belongs to other data ({changed}); choose another out")
+    """Raise UserError naming what has changed since a checkpoint was written.
+
+    Checkpoints of older versions record fewer values; those that are absent are not compared.
+    """
+    changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if key in then and then[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"{folder}: its checkpoint was written with other data or another model ({'; '.join(changed)}); undo the "
+            "change, or choose another out"
+        )
 
 
 def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str, object]]:

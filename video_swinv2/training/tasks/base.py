@@ -83,9 +83,8 @@ class Task(Protocol):
 
 
 Construction = Callable[[Mapping[str, object]], AbstractContextManager[None]]
-"""Opens the context in which a task has to build its module, and nothing else: ZeRO-3 redirects every new tensor in it
-to the GPU and partitions every new module (`partitioned_construction`). Called with `Task.data_facts`, in which all
-processes have to agree before."""
+"""Opens the context in which a task has to build its module, and nothing else: ZeRO-3 partitions every new module
+(`partitioned_construction`). Called with `Task.data_facts`, in which all processes have to agree before."""
 
 MakeTask = Callable[[Config, Construction], Task]
 """Constructs a task; the class of a task is one."""

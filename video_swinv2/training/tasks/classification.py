@@ -71,7 +71,7 @@ class Classification:
         """The mean cross-entropy of a micro-batch, after mixup or CutMix if the config sets them."""
         # `mix` draws from the global generators, which the loop has seeded from (seed, step, micro-batch, rank).
         inputs, targets = mix(normalised_pixels(batch), batch.labels, len(self.classes), self.config.augment)
-        weights = None if self.class_weights is None else self.class_weights.to(inputs.device)
+        weights = None if self.class_weights is None else self.class_weights.to(inputs.device, non_blocking=True)
         # The targets (B, K) are class probabilities, even without mixing. For probabilities cross_entropy divides the
         # weighted sum by B; for integer labels it would divide by the sum of the class weights in the micro-batch. Only
         # the former makes the mean over micro-batches and processes equal to the mean over the global batch.
