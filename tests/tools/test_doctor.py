@@ -1,50 +1,20 @@
-"""The doctor: a sound machine, and real faults, each with its fix."""
+"""The doctor: a sound machine, and real faults, each with its fix. Processes and resources have files of their own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from video_swinv2.bench.sample_clip import frame_number, write_clip
 from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.errors import UsageError
 from video_swinv2.tools import doctor
-from video_swinv2.tools.doctor import Finding, check_decoders, check_disk, check_shared_memory, findings_text
-
-BROKEN_IMPORT = "raise ImportError('libsomething.so.3: cannot open shared object file')\n"
-
-
-def run(script: str, *, limit: int | None = None, shadow: Path | None = None) -> Finding:
-    """The finding of a check in a fresh process that may open `limit` files and imports from `shadow` first."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if shadow:
-        environment["PYTHONPATH"] = str(shadow)
-    code = "import json, dataclasses\nfrom video_swinv2.tools.doctor import *\n"
-    code += f"found = {script}\nprint(json.dumps([dataclasses.asdict(f) for f in found]))\n"
-    command = f"ulimit -S -n {limit}; exec " if limit else "exec "
-    done = subprocess.run(
-        ["bash", "-c", command + '"$0" -c "$1"', sys.executable, code], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return next(Finding(**values) for values in json.loads(done.stdout.splitlines()[-1]))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+from video_swinv2.tools.doctor import check_decoders, check_device, plan_run
+from video_swinv2.tools.findings import Finding, findings_text
 
 
 def test_every_frame_of_the_generated_clip_encodes_its_number(tmp_path: Path) -> None:
@@ -69,40 +39,6 @@ def test_decoders_are_tried_on_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong.found == "returns wrong frames for 8, 16"
 
 
-def test_a_full_disk(small_disk: Path) -> None:
-    found = check_disk(small_disk / "runs")
-    assert found.state == "fault"
-    assert f"MB free in {small_disk}" in found.found
-    assert "choose another folder" in found.fix
-
-
-def test_a_disk_that_cannot_be_written() -> None:
-    found = check_disk(Path("/proc/runs"))
-    assert found.state == "fault"
-    assert "/proc is not writable" in found.found
-
-
-def test_little_shared_memory(small_disk: Path) -> None:
-    found = check_shared_memory(small_disk)
-    assert found.state == "fault"
-    assert "--shm-size" in found.fix
-    assert check_shared_memory(small_disk / "absent").state == "note"
-
-
-def test_few_open_files() -> None:
-    found = run("[check_open_files()]", limit=256)
-    assert (found.state, found.found) == ("fault", "at most 256")
-    assert found.fix.startswith("ulimit -n ")
-
-
-def test_a_broken_deepspeed(tmp_path: Path) -> None:
-    (tmp_path / "deepspeed.py").write_text(BROKEN_IMPORT)
-    found = run("check_deepspeed()", shadow=tmp_path)
-    assert (found.name, found.state) == ("DeepSpeed", "fault")
-    assert "libsomething.so.3" in found.found
-    assert "engine.engine=plain" in found.fix
-
-
 def test_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MIN_VERSIONS", {"torch": (99, 0), "nosuchpackage": (1, 0)})
     old, absent = doctor.check_packages()
@@ -110,18 +46,41 @@ def test_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (absent.state, absent.found) == ("fault", "not installed")
 
 
+def test_the_run_that_the_machine_is_sized_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = plan_run(None, None, "cpu")
+    assert (run.processes, run.micro_batch, run.config.data.workers) == (1, 8, 8)
+    assert "as no CONFIG is given" in str(run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert plan_run(None, None, "cuda").processes == 8
+    assert plan_run(None, 2, "cuda").processes == 2
+    with pytest.raises(UsageError, match="--processes 0"):
+        plan_run(None, 0, "cpu")
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    few, enough = (check_device("cuda", processes)[0] for processes in (8, 4))
+    assert (few.state, enough.state) == ("fault", "ok")
+    assert few.found.startswith("4 GPUs for 8 processes")
+    assert "at most 4 processes" in few.fix
+    assert not torch.cuda.is_initialized()
+
+
 def test_the_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever a check raises is a fault with a fix, and any fault makes the exit code 1."""
-    slow = ("check_packages", "check_device", "check_processes", "check_deepspeed", "check_decoders")
-    for name in slow:
+    for name in ("check_packages", "check_decoders"):
         monkeypatch.setattr(doctor, name, lambda: [])
-    monkeypatch.setattr(doctor, "check_bf16", lambda: 1 / 0)
+    groups = []
+    monkeypatch.setattr(doctor, "run_group", lambda *arguments: groups.append(arguments) or [])
+    monkeypatch.setattr(doctor, "check_device", lambda *_: 1 / 0)
     assert main(["doctor", "--folder", str(tmp_path)]) == 1
+    # Two processes on a CPU, and one that compiles.
+    assert [(kind, processes) for _, kind, processes in groups] == [("cpu", 2), ("cpu", 1)]
     text = capsys.readouterr().out
-    assert "fault bf16" in text
+    assert "fault device" in text
     assert "division by zero" in text
     assert "fix: install the packages again" in text
-    monkeypatch.setattr(doctor, "check_bf16", lambda: [Finding("bf16", "ok", "there")])
+    monkeypatch.setattr(doctor, "check_device", lambda *_: [Finding("GPUs", "ok", "there")])
     for state, code in (("ok", 0), ("note", 0), ("fault", 1)):
         for name in ("disk", "shared_memory", "open_files", "memory"):
             monkeypatch.setattr(doctor, f"check_{name}", lambda *_, name=name: Finding(name, "ok", "enough"))
@@ -132,14 +91,31 @@ def test_the_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         assert found["memory"]["state"] == "ok"
 
 
+def test_a_configuration_decides_folder_and_sizes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("check_packages", "check_decoders"):
+        monkeypatch.setattr(doctor, name, lambda: [])
+    monkeypatch.setattr(doctor, "run_group", lambda *_: [])
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"out: {tmp_path}/run\ninit: scratch\nmodel: {{name: swinv2_nano}}\ndata: {{source: x, image_size: 32}}\n"
+        "optim: {epochs: 1, lr: 1.e-3, batch: 8, micro_batch: 4}\n"
+    )
+    arguments = ["doctor", str(file), "data.workers=5", "--processes", "4", "--device", "cpu", "--json"]
+    main(arguments)
+    found = {finding["name"]: finding["found"] for finding in json.loads(capsys.readouterr().out)}
+    assert str(tmp_path) in found["disk"]
+    assert (
+        "4 process(es) x 5 workers x 4 batches of 2 x 1 frames of 32 pixels (your configuration)"
+        in found["shared memory"]
+    )
+    assert "with 5 workers" in found["memory"]
+    assert main(["doctor", str(file), "data.wrokers=5"]) == 2
+    assert "did you mean data.workers?" in capsys.readouterr().err
+
+
 def test_words_for_people() -> None:
     text = findings_text([Finding("a", "ok", "there"), Finding("b", "note", "odd", "look")])
     assert text.splitlines()[-1] == "this machine is fit to train"
     assert "fix: look" in text
-
-
-@pytest.mark.slow
-def test_this_machine_is_sound(tmp_path: Path) -> None:
-    """Two processes meet, DeepSpeed takes a step."""
-    assert [finding.state for finding in doctor.check_processes()] == ["ok"]
-    assert run("check_deepspeed()").state == "ok"
