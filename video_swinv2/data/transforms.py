@@ -155,11 +155,14 @@ class Erasing(nn.Module):
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, ...) uint8 -> float32 of the same shape and on the same device, (pixel / 255 - mean) / std per channel."""
-    # (1, 3, 1, 1) for images, (1, 3, 1, 1, 1) for clips. Multiplying mean and std by 255 saves dividing the pixels.
-    shape = (1, 3) + (1,) * (pixels.ndim - 2)
-    mean_255, std_255 = (255 * torch.tensor(numbers, device=pixels.device).view(shape) for numbers in (mean, std))
     # In place, because on a CPU allocating memory for each result takes three times as long as the arithmetic.
-    return pixels.to(torch.float32, copy=True).sub_(mean_255).div_(std_255)
+    result = pixels.to(torch.float32, copy=True)
+    # Multiplying mean and std by 255 saves dividing the pixels. The products are rounded to float32, but are Python
+    # numbers: tensors of them would be copied to the GPU, and each micro-batch would wait for that.
+    mean_255, std_255 = ((255 * torch.tensor(numbers)).tolist() for numbers in (mean, std))
+    for channel in range(len(mean_255)):
+        result[:, channel].sub_(mean_255[channel]).div_(std_255[channel])
+    return result
 
 
 def denormalise(inputs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -34,9 +34,10 @@ def log_coordinates(offset: Tensor, norm: Sequence[int]) -> Tensor:
     maximum avoids a division by zero for an axis of norm 1, whose only offset is 0. `norm` is the window that the
     weights were trained with. It belongs to the weights and may differ from the window in use.
     """
+    # Axis by axis with Python numbers: a tensor of them would be copied to the GPU, and each block would wait for that.
+    axes = zip(offset.unbind(-1), norm, strict=True)
+    scaled = torch.stack([axis * (8.0 / max(n - 1, 1)) for axis, n in axes], dim=-1)
     # The divisor 3 is log2(8), as in Microsoft's code.
-    scale = torch.tensor([8.0 / max(n - 1, 1) for n in norm], dtype=offset.dtype, device=offset.device)
-    scaled = offset * scale
     return scaled.sign() * torch.log2(1 + scaled.abs()) / 3
 
 

@@ -172,9 +172,11 @@ def _pieces(q: Tensor, layout: WindowLayout, dtype: torch.dtype) -> Iterator[tup
     label, divided = layout.label, layout.divided
     for first in range(0, total, windows_at_once):
         # The M windows are those of one sample after another, and all samples share the layout of W windows.
-        numbers = [n % max(len(divided), 1) for n in range(first, min(first + windows_at_once, total))]
+        last = min(first + windows_at_once, total)
         mask = None
-        if label is not None and any(divided[n] for n in numbers):
+        if label is not None and any(divided[n % len(divided)] for n in range(first, last)):
+            # Numbered on the device: a list of numbers would be copied to the GPU, and the CPU would wait for that.
+            numbers = torch.arange(first, last, device=label.device) % len(divided)
             mask = (~same_region(label[numbers]))[:, None].to(dtype).mul_(torch.finfo(dtype).min)
         for head in range(0, heads, heads_at_once):
             yield slice(first, first + windows_at_once), slice(head, head + heads_at_once), mask
