@@ -204,20 +204,26 @@ def test_simmim_stays_on_the_gpu(
 def test_steps_and_checkpoints_of_the_plain_engine_accept_the_gpu(
     classification: Callable[..., Classification], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a loss scale: clipping, the fused AdamW, averaged weights, and the state that a checkpoint holds."""
+    """With a loss scale: clipping, the fused AdamW, averaged weights, and the state that a checkpoint holds.
+
+    In a step, the CPU waits for the GPU only at its end, where it reads the norm and whether that is finite.
+    """
     monkeypatch.setattr(torch.autograd, "backward", backward)
     task, world = classification("clips"), World(rank=0, size=1, local_rank=0, device=CUDA)
-    with on_fake_gpu(task) as batch:
+    waits: list[str] = []
+    with on_fake_gpu(task, waits) as batch:
         groups = parameter_groups(task.module, task.encoder.depths, weight_decay=0.1)
         optimizer = build_optimizer(groups, betas=(0.9, 0.999), eps=1e-8, device=CUDA)
         step = StepSettings(clip_norm=1.0, ema=0.9)
         engine = PlainEngine(task.module.train(), optimizer, step, world, precision="fp16")
         engine.set_lr(1e-3)
         for _ in range(2):
+            waits.clear()
             engine.backward(task.loss(engine.forward, batch))
             outcome = engine.step()
             assert outcome is not None
             assert outcome.applied
+        assert waits == 2 * ["aten._local_scalar_dense.default"]
         state = engine.training_state()
         kinds = (state.weights, state.exp_avg, state.exp_avg_sq, state.ema)
         assert {tensor.device.type for kind in kinds for tensor in kind.values()} == {"cpu"}
