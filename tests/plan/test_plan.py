@@ -20,7 +20,7 @@ from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activation_memory import Allocations, PassMemory, pass_memory, without_memory
 from video_swinv2.plan.plan import Plan, make_plan, shortfalls
-from video_swinv2.plan.state_memory import StateMemory, count_parameters, state_memory, step_peaks
+from video_swinv2.plan.state_memory import StateMemory, count_parameters, gathering_memory, state_memory, step_peaks
 from video_swinv2.plan.tables import plan_text
 
 
@@ -203,6 +203,55 @@ def test_averages_frozen_stages_and_repeats_enter_the_plan(plain: Plan) -> None:
         "all_layers_head": pytest.approx(1e-3),
     }
     assert sum(layer.parameters for layer in plan.layers) == plan.trained
+
+
+CHECKPOINTS = """
+import sys, tempfile, threading
+from pathlib import Path
+from torch import nn
+from video_swinv2.config import EngineConfig
+from video_swinv2.distributed.world import join_world, leave_world
+from video_swinv2.engine import checkpoint
+from video_swinv2.engine.base import StepSettings
+from video_swinv2.engine.factory import make_engine
+from video_swinv2.engine.optimizer import parameter_groups
+module = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(16)))
+groups = parameter_groups(module, (1,), weight_decay=0.1)
+settings = EngineConfig(**ENGINE, precision="fp32", device="cpu")
+engine = make_engine(module, groups, settings, StepSettings(), join_world("cpu"), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+engine.backward(engine.forward(torch.ones(1, 1000)).sum())
+engine.step()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+before = kernel_bytes("VmRSS")
+with tempfile.TemporaryDirectory() as folder:
+    checkpoints = checkpoint.Checkpoints(Path(folder))
+    for step in range(3):
+        checkpoints.wait()
+        checkpoints.save(engine.training_state(), {}, step=step)
+    checkpoints.wait()
+print(peak_memory_bytes() - before)
+leave_world()
+"""
+
+
+@pytest.mark.parametrize("engine", [{"engine": "plain"}, {"zero_stage": 1}])
+def test_one_checkpoint_is_held_in_host_memory_while_it_is_written(engine: dict[str, Any]) -> None:
+    """Peak resident memory over three checkpoints, as the training loop saves them."""
+    grown = run(CHECKPOINTS.replace("ENGINE", repr(engine)))[-1]
+    parameters = 16_000_000
+    counts = count_parameters([[1_000_000] * 16], parameters, 1, 1)
+    gathered = gathering_memory(config(engine=engine).engine, counts)
+    assert gathered == (4 * parameters if "zero_stage" in engine else 0)
+    assert grown == pytest.approx(12 * parameters + gathered, rel=0.1)
+
+
+def test_the_plan_names_host_and_shared_memory(plain: Plan) -> None:
+    assert plain.checkpoint_host == plain.checkpoint
+    partitioned = make_plan(config(attention="eager"), samples=100, classes=7)
+    assert partitioned.checkpoint_host > partitioned.checkpoint
+    # Two loaders of two workers with four micro-batches each, and the one in use: 2 clips of 4 frames of 32 x 32.
+    assert plain.loader == 2 * (2 * 4 + 1) * 2 * 3 * 4 * 32 * 32
+    assert "of shared memory (/dev/shm) per process" in plan_text(plain)
 
 
 def test_layers_have_their_learning_rates() -> None:

@@ -28,8 +28,16 @@ from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activation_memory import choose_backends, forward_giga_macs, micro_batch_memory, without_memory
+from video_swinv2.plan.loader_memory import LOADERS, loader_bytes
 from video_swinv2.plan.machine_speed import ReadingSpeed, measure_reading, training_flops_per_second
-from video_swinv2.plan.state_memory import FP32_BYTES, StateMemory, count_parameters, state_memory, step_peaks
+from video_swinv2.plan.state_memory import (
+    FP32_BYTES,
+    StateMemory,
+    count_parameters,
+    gathering_memory,
+    state_memory,
+    step_peaks,
+)
 from video_swinv2.training.cadence import total_steps
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import build_model
@@ -108,7 +116,11 @@ class Plan:
     moments: dict[str, int]
     """Bytes at the two peaks of a step, from `step_peaks`. (Adam's moments are something else: part of `states`.)"""
     checkpoint: int
-    """Bytes of a checkpoint on disk. The first process holds as much in host memory while it is written."""
+    """Bytes of a checkpoint on disk."""
+    checkpoint_host: int
+    """Bytes of host memory that the first process holds while a checkpoint is gathered and written."""
+    loader: int
+    """Shared memory (/dev/shm) that the loaders of one process can fill, in bytes."""
     files: int
     """Peak bytes of the run on disk: the checkpoints that are kept, one that is being written, and two model files."""
     pace: TimeEstimate
@@ -187,6 +199,8 @@ def make_plan(
         activations=passed.activations,
         moments=step_peaks(states, passed, config.engine, counts, device),
         checkpoint=checkpoint,
+        checkpoint_host=checkpoint + gathering_memory(config.engine, counts),
+        loader=LOADERS * loader_bytes(config.data, batch.micro),
         # The checkpoints that are kept and one being written, model.safetensors and last.safetensors.
         files=checkpoint * (config.keep_checkpoints + 1) + 2 * FP32_BYTES * parameters,
         pace=_estimate_time(config, batch, int(flops + recomputed), steps, speed, read),

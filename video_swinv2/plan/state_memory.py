@@ -126,6 +126,16 @@ def _buffer_elements(engine: EngineConfig, counts: ParameterCounts, device: str)
     return bucket + live + min(counts.weights, int(tuned.get("stage3_prefetch_bucket_size", ZERO3_PREFETCH)))
 
 
+def gathering_memory(engine: EngineConfig, counts: ParameterCounts) -> int:
+    """Host memory of the first process that gathering a checkpoint takes beyond the checkpoint itself, in bytes.
+
+    Where the moments are partitioned, one moment of one optimizer group is held twice for a moment: as the partitions
+    of all processes, and cut into parameters.
+    """
+    partitioned = engine.engine == "deepspeed" and engine.zero_stage > 0
+    return FP32_BYTES * counts.largest_group if partitioned else 0
+
+
 def step_peaks(
     states: StateMemory, passed: PassMemory, engine: EngineConfig, counts: ParameterCounts, device: str
 ) -> dict[str, int]:

@@ -67,7 +67,9 @@ def _memory_notes(plan: Plan) -> Iterator[str]:
 
 
 def _files(plan: Plan) -> Iterator[str]:
-    yield f"a checkpoint: {plan.checkpoint / GB:.2f} GB, and as much host memory on the first process while writing"
+    host = f"{plan.checkpoint_host / GB:.2f} GB of host memory on the first process while it is written"
+    yield f"a checkpoint: {plan.checkpoint / GB:.2f} GB, and {host}"
+    yield f"loading: up to {plan.loader / GB:.2f} GB of shared memory (/dev/shm) per process"
     yield f"on disk at the peak: {plan.files / GB:.2f} GB"
 
 

@@ -318,6 +318,7 @@ class TrainingRun:
 
         Before the first step nothing is written but metrics and a picture. Collective.
         """
+        self.checkpoints.wait()  # as in _save: with averaged weights, validation holds as much as a checkpoint
         metrics: dict[str, float] = {}
         task, engine, samples = self.task, self.engine, self.task.val_samples
         # Everything that needs the averaged weights in the module happens inside, on all processes.
