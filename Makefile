@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo docs proof test test-slow lint clean
+.PHONY: demo docs proof test test-slow gpu gpu-wheels lint clean
 
 demo: $(READY)
 	$(VENV)/bin/video-swinv2 demo --out $(OUT)
@@ -22,6 +22,24 @@ test: $(READY)
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow
 
+# Tests and benchmarks that need a GPU, in at most eight minutes (docs/gpu.md). With WHEELS=FOLDER, in an environment that
+# adds these wheels to the PyTorch of PYTHON and needs no network; without it, in the usual one.
+GPU_VENV := .gpu
+DEVICE ?= cuda
+MINUTES ?= 8
+gpu: OUT = gpu.json
+gpu: $(if $(WHEELS),$(GPU_VENV)/.ready,$(READY))
+	$(if $(WHEELS),$(GPU_VENV),$(VENV))/bin/python -m tests.gpu --out $(OUT) --device $(DEVICE) --minutes $(MINUTES)
+
+# Run as a file, because PYTHON may have another package called tests.
+$(GPU_VENV)/.ready: tests/gpu/wheels.py
+	$(PYTHON) tests/gpu/wheels.py install $(WHEELS) $(GPU_VENV)
+	touch $@
+
+# Fills the folder WHEELS for a machine without network; WITHOUT names packages that it has.
+gpu-wheels: $(READY)
+	$(VENV)/bin/python tests/gpu/wheels.py collect $(WHEELS) --without $(WITHOUT)
+
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -34,4 +52,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

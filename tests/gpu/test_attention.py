@@ -90,6 +90,8 @@ def compare(
     got = answers(stage, case, backend, x, bf16=tolerance is BF16)
     ratios = {name: float((got[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()}
     worst = max((ratio, name) for name, ratio in ratios.items() if name != "output")
+    record("backend", backend)
+    record("precision", "bf16" if tolerance is BF16 else "fp32")
     record("output_error", ratios["output"])
     record("gradient_error", worst[0])
     record("gradient", worst[1])

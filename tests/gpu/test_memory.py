@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def test_the_plan_is_near_the_measured_peak(
     name: str, zero_stage: int | None, device: torch.device, record_property: Callable[..., None]
 ) -> None:
-    """Three steps in bf16 with the engines that `train` uses, in a fresh process: the largest allocation within 10 %."""
+    """Three steps in bf16 with the engines that `train` uses, in a fresh process: the most allocated within 10 %."""
     if device.type == "cpu" and (name, zero_stage) != ("swinv2_tiny", None):
         pytest.skip("on a CPU the smallest shows that the test works")
     frames, pixels, clips, precision = (32, 224, 4, "bf16") if device.type == "cuda" else (2, 32, 2, "fp32")

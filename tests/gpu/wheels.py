@@ -21,27 +21,26 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGET_PYTHON = "3.12"
-# What the other machine brings itself: PyTorch with all that belongs to it, and the libraries whose models we compare
-# with. Nothing that only these need is collected.
-GIVEN = ("torch", "torchvision", "triton", "timm", "transformers", "numpy", "setuptools")
+# What the other machine has: PyTorch with all that it needs itself, and the libraries whose models we compare with.
+GIVEN, GIVEN_WITH_REQUIREMENTS = ("timm", "transformers"), ("torch", "torchvision")
+NEEDED = ("video-swinv2[export]", "pytest", "pytest-xdist")  # pytest runs the tests, xdist several at once
 
 
-def requirements(given: Collection[str]) -> dict[str, str]:
-    """Everything that the tests in this folder need, as in the present environment: name -> version.
+def requirements(roots: Collection[str], without: Collection[str]) -> dict[str, str]:
+    """The roots and everything that they need, name -> version, as in the present environment.
 
-    `given` and what only they need are left out.
+    The packages in `without` are left out, and what only they need as well.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
-    # timm and transformers are `given`, pytest runs the tests, and yacs is a requirement of fvcore.
-    waiting = [Requirement(text) for text in ("video-swinv2[export]", "pytest", "pytest-xdist")]
+    waiting = [Requirement(text) for text in roots]
     while waiting:
         wanted = waiting.pop()
         name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
-        if name in given or (name, extras) in seen:
+        if name in without or (name, extras) in seen:
             continue
         seen.add((name, extras))
         distribution = importlib.metadata.distribution(name)
@@ -51,7 +50,6 @@ def requirements(given: Collection[str]) -> dict[str, str]:
             environments = [{"extra": extra, "python_version": TARGET_PYTHON} for extra in (*extras, "")]
             if needed.marker is None or any(needed.marker.evaluate(each) for each in environments):
                 waiting.append(needed)
-    del found["video-swinv2"]
     return found
 
 
@@ -62,7 +60,10 @@ def collect(folder: Path, without: Collection[str]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DS_BUILD_OPS": "0"}  # DeepSpeed's own kernels are never used
-    for name, version in sorted(requirements({*GIVEN, *without}).items()):
+    given = {*GIVEN, *requirements(GIVEN_WITH_REQUIREMENTS, ()), *without}
+    needed = requirements(NEEDED, given)
+    del needed["video-swinv2"]  # the tests run from the repository
+    for name, version in sorted(needed.items()):
         if any(_distribution_name(wheel) == name for wheel in folder.glob("*.whl")):
             continue
         package = f"{name}=={version}"
