@@ -7,7 +7,6 @@ do not use, such as PyAV and scikit-learn. For the same reason, choices that tho
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from video_swinv2.command import Verbs, add_verb, run_verb
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import json_text
 
 if TYPE_CHECKING:
     from data_prep.prepare import PreparationReport
@@ -288,14 +288,14 @@ def _status(options: argparse.Namespace) -> None:
             from data_prep.status_page import write_page
 
             write_page(options.html, options.out, status, states)
-    print(json.dumps(as_json(status), indent=1) if options.json else as_text(status))
+    print(json_text(as_json(status), indent=1) if options.json else as_text(status))
 
 
 def _verify(options: argparse.Namespace) -> int:
     from data_prep.verify import as_text, verify
 
     result = verify(options.out, options.level, workers=options.workers)
-    print(json.dumps(result.as_json(), indent=1) if options.json else as_text(result, options.out))
+    print(json_text(result.as_json(), indent=1) if options.json else as_text(result, options.out))
     return 1 if result.bad else 0
 
 

@@ -48,7 +48,7 @@ class TranscodeSettings:
 
     def hash(self) -> str:
         """The sha256 of the record. Videos whose row in prep.sqlite has a different one are prepared again."""
-        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ def prepare(
         _bring_up_to_date(state, out, videos, settings, shard, retry_failed, log)
         # Besides the rows, this is all that the lists are written from. It is stored in the state, and before the work
         # starts, because a merge of shards has nothing but their states to work with.
-        state.set_fact("classes", json.dumps(plan.classes))
+        state.set_fact("classes", json.dumps(plan.classes, allow_nan=False))
         state.set_fact("name", name or (source.name if source.is_dir() else source.stem))
-        state.set_fact("settings", json.dumps(settings.record()))
-        state.set_fact("extra", json.dumps(plan.extra))
+        state.set_fact("settings", json.dumps(settings.record(), allow_nan=False))
+        state.set_fact("extra", json.dumps(plan.extra, allow_nan=False))
         state.set_fact("listing", _hash_plan(plan.videos))
         if _transcode_pending(state, out, settings, executor, workers, log):
             _remove_partial_files(out, videos, shard)  # those of workers that were killed during this run
@@ -285,7 +285,7 @@ def _transcode_pending(
         return 0
     # A generator: rows are read page by page while the work goes on, and jobs are made when the crew has room for them.
     jobs = (job_for_row(row, out, settings) for row in state.rows("pending"))
-    made_with = {"settings_hash": settings.hash(), "versions": json.dumps(versions())}
+    made_with = {"settings_hash": settings.hash(), "versions": json.dumps(versions(), allow_nan=False)}
     with start_crew(executor, min(workers, pending), initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
         estimate = _preflight_pending(crew, state, out, settings, pending)
         if estimate.trials:

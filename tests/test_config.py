@@ -1,6 +1,9 @@
 """The configuration: every recipe of this repository is valid, and every mistake is one line that names the key."""
 
+import ast
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -9,8 +12,10 @@ import torch
 import yaml
 
 from video_swinv2.config import known_keys, load_config, to_yaml, validate_config
+from video_swinv2.config.loading import SECTIONS
 from video_swinv2.config.schema import AttentionBackend
 from video_swinv2.errors import UsageError
+from video_swinv2.evaluation.overrides import KEYS as TEST_KEYS
 from video_swinv2.models.attention import Backend
 from video_swinv2.models.simmim import hidden_cells, mask_cells
 from video_swinv2.training.tasks.base import build_model
@@ -157,3 +162,28 @@ def test_image_recipes_take_the_pretrained_models_over(path):
     augment = config.augment
     assert (augment.rand_augment, augment.rand_magnitude, augment.rand_noise) == (2, 9, 0.5)
     assert (augment.erasing, augment.mixup, augment.cutmix, config.optim.label_smoothing) == (0.25, 0.8, 1.0, 0.1)
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Every string of the packages that is not a docstring, with its place; of f-strings the constant parts."""
+    root = CONFIGS.parent
+    for path in sorted([*(root / "video_swinv2").rglob("*.py"), *(root / "data_prep").rglob("*.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+                yield f"{path.relative_to(root)}:{node.lineno}", node.value
+
+
+def unknown_keys(text: str) -> list[str]:
+    """What looks like `section.key` in a text and is no key; names of files and of parts of checkpoints are none."""
+    named = re.findall(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})\.[a-z]\w*", text)
+    others = {"model.safetensors", "model.onnx", "model.state_dict", "data.pkl"}
+    return [key for key in named if key not in {*known_keys(), *TEST_KEYS, *others}]
+
+
+def test_keys_that_messages_name_exist():
+    assert unknown_keys("remove these files, or raise optim.max_skipped and optim.lr") == ["optim.max_skipped"]
+    found = [(place, text) for place, text in messages() if any(f"{section}." in text for section in SECTIONS)]
+    assert len(found) > 50
+    assert [(place, unknown_keys(text)) for place, text in found if unknown_keys(text)] == []

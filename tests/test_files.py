@@ -1,7 +1,10 @@
 """Files are complete or absent."""
 
+import ast
 import errno
 import hashlib
+import json
+import math
 import os
 import signal
 import subprocess
@@ -10,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write, lock_file, partial_path, sha256, write_json
+from video_swinv2.files import atomic_write, json_text, lock_file, partial_path, sha256, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_partial_file(tmp_path):
@@ -88,3 +92,24 @@ def test_a_file_system_without_locks_is_used_and_noted(tmp_path, monkeypatch, ca
     with lock_file(tmp_path / ".lock", "busy"):
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_json_has_null_for_a_number_that_is_not_finite(tmp_path):
+    content = {"loss": math.nan, "rows": [(1.5, math.inf), {"low": -math.inf}], "n": 3, "on": True, "none": None}
+    expected = {"loss": None, "rows": [[1.5, None], {"low": None}], "n": 3, "on": True, "none": None}
+    write_json(tmp_path / "a.json", content)
+    for text in (json_text(content), json_text(content, indent=1), (tmp_path / "a.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_no_file_of_ours_can_hold_nan():
+    """Every call of json.dumps in the packages refuses numbers that are not finite; `json_text` writes null."""
+    calls = []
+    for room in ("video_swinv2", "data_prep"):
+        for path in sorted((REPOSITORY / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+                    strict = any(keyword.arg == "allow_nan" for keyword in node.keywords)
+                    calls.append((f"{path.relative_to(REPOSITORY)}:{node.lineno}", strict))
+    assert len(calls) > 10
+    assert [place for place, strict in calls if not strict] == []

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -99,10 +100,27 @@ def _close_inherited_locks() -> None:
 os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
+def json_text(content: object, *, indent: int | None = None, ascii_only: bool = True) -> str:
+    """JSON in which a number that is not finite is null: JSON has neither NaN nor infinity, and few readers take them.
+
+    Everything that may hold a measured number is written with this function.
+    """
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _finite(content: object) -> object:
+    """`content` with None in place of every float that is not finite."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a small JSON file atomically. Raises UserError if it cannot be written."""
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json_text(content, indent=2, ascii_only=False) + "\n", encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:

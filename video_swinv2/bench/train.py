@@ -175,7 +175,7 @@ def _train(rank: int, work: Workload, setup: TrainingSetup, folder: str) -> None
     )
     try:
         result = measure_steps(work, setup, join_world(work.device))
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
     finally:
         leave_world()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb, comma_separated_integers
 from video_swinv2.errors import UsageError
+from video_swinv2.files import json_text
 
 
 def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -98,12 +98,12 @@ def _bench_model(options: argparse.Namespace) -> None:
     common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
     if options.against == "backends":
         rows = bench_layer(options.model or "swinv2_tiny", batch=options.batch or 1, **common)
-        print(json.dumps(rows, indent=1) if options.json else layer_table(rows))
+        print(json_text(rows, indent=1) if options.json else layer_table(rows))
         return
     # The defaults of each comparison: images against timm, a clip against torchvision.
     name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
     result = bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
-    print(json.dumps(result, indent=1) if options.json else model_table(result))
+    print(json_text(result, indent=1) if options.json else model_table(result))
 
 
 def _bench_train(options: argparse.Namespace) -> None:
@@ -124,7 +124,7 @@ def _bench_train(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     result = bench_train(work)
-    print(json.dumps(result, indent=1) if options.json else training_table(result))
+    print(json_text(result, indent=1) if options.json else training_table(result))
 
 
 def _bench_loader(options: argparse.Namespace) -> None:
@@ -135,7 +135,7 @@ def _bench_loader(options: argparse.Namespace) -> None:
     short_side = round(options.pixels * 256 / 224)
     reading = Reading(options.frames, 2, options.pixels, short_side, options.batch or 8, options.clips)
     result = bench_loader(options.data, reading, options.workers, rounds=options.rounds)
-    print(json.dumps(result, indent=1) if options.json else loader_table(result))
+    print(json_text(result, indent=1) if options.json else loader_table(result))
 
 
 def _bench_test(options: argparse.Namespace) -> None:
@@ -153,4 +153,4 @@ def _bench_test(options: argparse.Namespace) -> None:
         rounds=options.rounds,
         device=options.device,
     )
-    print(json.dumps(result, indent=1) if options.json else bench_test_table(result))
+    print(json_text(result, indent=1) if options.json else bench_test_table(result))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb
+from video_swinv2.files import json_text
 
 
 def add_testing_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -62,7 +62,7 @@ def _test(options: argparse.Namespace) -> None:
     if is_rank_zero():  # all processes of a distributed test reach this line
         # One protocol is printed as its result, several as a dictionary by name.
         printed = results if len(results) > 1 else next(iter(results.values()))
-        print(json.dumps(printed, indent=1) if options.json else summarize_tests(results, options.out))
+        print(json_text(printed, indent=1) if options.json else summarize_tests(results, options.out))
 
 
 def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -123,7 +123,7 @@ def _probe(options: argparse.Namespace) -> None:
             world=world,
         )
     if world.rank == 0:
-        print(json.dumps(result, indent=1) if options.json else summarize_probe(result))
+        print(json_text(result, indent=1) if options.json else summarize_probe(result))
 
 
 def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -151,4 +151,4 @@ def _report(options: argparse.Namespace) -> None:
     from video_swinv2.report.compare import report_tests
 
     result, lines = report_tests(options.folders, out=options.out, run=options.run_folder)
-    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
+    print(json_text(result, indent=1) if options.json else "\n".join(lines))

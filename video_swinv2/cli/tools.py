@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb
+from video_swinv2.files import json_text
 
 
 def add_tools_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -47,7 +47,7 @@ def _doctor(options: argparse.Namespace) -> int:
     run = plan_run(config, options.processes, device_type)
     findings = run_doctor(options.folder or Path(config.out if config else "runs"), run, device_type)
     if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        print(json_text([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         print(findings_text(findings))
     return int(any(finding.state == "fault" for finding in findings))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb
+from video_swinv2.files import json_text
 
 
 def add_training_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -92,7 +92,7 @@ def _plan(options: argparse.Namespace) -> int:
     problems = shortfalls(plan, config, memory)
     # `asdict` leaves out properties, such as `peak`.
     values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}
-    print(json.dumps(values, indent=1) if options.json else plan_text(plan, problems, memory))
+    print(json_text(values, indent=1) if options.json else plan_text(plan, problems, memory))
     return int(bool(problems))
 
 

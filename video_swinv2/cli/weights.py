@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb, comma_separated_integers
+from video_swinv2.files import json_text
 
 
 def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -66,7 +66,7 @@ def _convert(options: argparse.Namespace) -> None:
         class_map=options.class_map,
         frame_stride=options.frame_stride,
     )
-    print(json.dumps(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
+    print(json_text(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
 
 
 def axis_sizes(text: str) -> int | tuple[int, ...]:

@@ -139,7 +139,7 @@ def _list_tar(path: Path, name: str, stamp: ChangeStamp) -> ContainerContents:
     top = os.fsencode(name) + b"/"
     columns = {"hash": name_hashes(top + image[0] for image in images)}
     columns |= {key: table[:, column] for column, key in enumerate(("offset", "size", "label"))}
-    about = json.dumps({"fault": fault, "labels": list(numbers)})
+    about = json.dumps({"fault": fault, "labels": list(numbers)}, allow_nan=False)
     return ContainerContents(name, stamp, b"".join(image[0] + b"\0" for image in images), columns, about)
 
 

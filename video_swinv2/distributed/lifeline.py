@@ -154,7 +154,7 @@ class Lifeline:
 
     def _send(self, message: Mapping[str, Any]) -> bool:
         """Send a message to every peer; returns whether anyone received it. Peers that are gone are ignored."""
-        line, received = f"{json.dumps(message)}\n".encode(), False
+        line, received = f"{json.dumps(message, allow_nan=False)}\n".encode(), False
         with self._sending:
             for peer in self._peers.values():
                 with suppress(OSError):
@@ -172,7 +172,7 @@ class Lifeline:
                 listener.bind(("", 0))
                 listener.listen(self._world.size)
                 place = {"names": _own_names(), "port": listener.getsockname()[1], "token": token}
-                store.set("place", json.dumps(place | {"host": self._host, "pid": os.getpid()}))
+                store.set("place", json.dumps(place | {"host": self._host, "pid": os.getpid()}, allow_nan=False))
                 self._accept(listener, token)
             missing = self._world.size - 1 - len(self._peers)
             if missing:
@@ -186,7 +186,7 @@ class Lifeline:
         place = json.loads(store.get("place"))
         me = {"token": place["token"], "rank": self._world.rank, "host": self._host, "pid": os.getpid()}
         names = ["127.0.0.1"] if place["host"] == self._host else place["names"]
-        if connection := _connect_to_any(names, place["port"], json.dumps(me)):
+        if connection := _connect_to_any(names, place["port"], json.dumps(me, allow_nan=False)):
             self._peers[0] = _Peer(0, place["host"], place["pid"], connection)
 
     def _accept(self, listener: socket.socket, token: str) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import sha256, sync_to_disk
+from video_swinv2.files import json_text, sha256, sync_to_disk
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -86,7 +86,7 @@ class Checkpoints:
         self.wait()
         # Serialised here rather than in the thread, because the caller may change its dict afterwards, and because a
         # value that JSON cannot represent should raise in the caller.
-        text = json.dumps(run_state)
+        text = json_text(run_state)
         # Not a daemon: Python then waits for the checkpoint to be written even if the main thread ends with an error.
         self._writer = threading.Thread(target=self._write, args=(state, text, step), name="checkpoint-writer")
         self._writer.start()
@@ -208,7 +208,7 @@ def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) 
         "files": files,
         "state": json.loads(run_state),
     }
-    (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
     sync_to_disk(folder / STATE_FILE)
     sync_to_disk(folder)
 

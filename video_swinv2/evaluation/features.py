@@ -136,7 +136,7 @@ def extract_features(
         "decode_seconds": overrides.time_limit_seconds,
     }
     require_agreement(world, record)
-    text = json.dumps(record, sort_keys=True)
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
     cached = cache and cache / f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     known: Features | None = None
     # Rank 0 looks for the file, because on a network file system the others may not see it yet.

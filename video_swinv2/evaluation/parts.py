@@ -75,7 +75,7 @@ class PartFolder:
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
-        text = json.dumps(identity, sort_keys=True)
+        text = json.dumps(identity, sort_keys=True, allow_nan=False)
         self._parent = out / FOLDER
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups

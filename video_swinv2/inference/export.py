@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views, view_shape
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, json_text
 from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
 from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
@@ -86,7 +85,7 @@ def export(
         with torch.no_grad(), _without_exporter_notes():
             # Only the batch axis is dynamic. The grid decides windows and masks, which become constants of the program.
             exported = torch.export.export(model, (inputs,), dynamic_shapes=({0: Dim.DYNAMIC},))
-            description = json.dumps(_description(card))
+            description = json_text(_description(card))
             if out.suffix == ".onnx":
                 program = _write_onnx(exported, part, description, opset or OPSET)
             else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+from video_swinv2.files import json_text
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import Prediction
@@ -25,7 +25,7 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
     Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`.
     """
     if form == "json":
-        return json.dumps([_prediction_as_json(prediction) for prediction in predictions], indent=1)
+        return json_text([_prediction_as_json(prediction) for prediction in predictions], indent=1)
     if form == "csv":
         # A source that failed after some segments has no answers, and a row with the error only.
         rows: list[Sequence[object]] = []
@@ -67,7 +67,7 @@ def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
 def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
     """Format the neighbours of all queries as text, as a JSON list, or as CSV with a header."""
     if form == "json":
-        return json.dumps([_search_result_as_json(result) for result in results], indent=1)
+        return json_text([_search_result_as_json(result) for result in results], indent=1)
     if form == "csv":
         rows: list[Sequence[object]] = [SEARCH_COLUMNS]
         for result in results:

@@ -113,7 +113,9 @@ def make_gallery(
         "preprocessing": asdict(backbone.preprocessing),
         "protocol": protocol,
     }
-    return Gallery(tuple(names), tuple(labels), vectors, tuple(reasons), json.dumps(record, sort_keys=True))
+    return Gallery(
+        tuple(names), tuple(labels), vectors, tuple(reasons), json.dumps(record, sort_keys=True, allow_nan=False)
+    )
 
 
 def save_gallery(gallery: Gallery, path: Path) -> None:

@@ -5,7 +5,6 @@ Tests are named A, B, C, ... in the order given. Each pair of them is compared o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import json_text
 from video_swinv2.pages import render
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.intervals import PairedDifference, compare_paired, holm_adjusted
@@ -143,7 +143,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     page = render("video_swinv2.report", "compare.html.j2", _page_values(tests, pairs))
     write_content(out / "comparison.html", page)
     write_content(out / "comparison.md", comparison_text(result))
-    write_content(out / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_content(out / "comparison.json", json_text(result, indent=1, ascii_only=False) + "\n")
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, json_text
 from video_swinv2.pages import render, tick_marks
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.confusion import matrix_data
@@ -50,13 +50,13 @@ def write_report(out_dir: Path | str, run_folder: Path | None = None) -> dict[st
     page = render("video_swinv2.report", "report.html.j2", values)
     write_content(out / "report.html", page)
     write_content(out / "report.md", report_text(result))
-    write_content(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_content(out / "results.json", json_text(result, indent=1, ascii_only=False) + "\n")
     return result
 
 
 def as_json_data(result: dict[str, Any]) -> Any:
     """The result as it would be read back from a JSON file: tuples become lists."""
-    return json.loads(json.dumps(result))
+    return json.loads(json_text(result))
 
 
 def write_content(path: Path, content: str | bytes) -> None:

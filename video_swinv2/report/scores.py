@@ -76,7 +76,7 @@ def save_scores(scores: Scores, path: Path) -> None:
         "status": np.where(scores.scored, OK, FAILED),
         "reasons": np.array(scores.reasons, dtype=np.str_),
         "classes": np.array(scores.classes, dtype=np.str_),
-        "metadata": np.array(json.dumps(scores.metadata, sort_keys=True)),
+        "metadata": np.array(json.dumps(scores.metadata, sort_keys=True, allow_nan=False)),
     }
     write_arrays(path, arrays)
 

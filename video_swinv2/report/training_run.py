@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UsageError
+from video_swinv2.files import json_text
 
 MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixels wide
 
@@ -69,7 +70,7 @@ def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", value if isinstance(value, str) else json_text(value)
 
 
 def _metric_lines(texts: list[str]) -> Iterator[dict[str, Any]]:

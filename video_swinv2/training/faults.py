@@ -205,4 +205,4 @@ def write_skipped(folder: Path, step: int, micro_batches: Sequence[tuple[int, fl
         for rank, loss, files in micro_batches
     ]
     with (folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "micro_batches": rows}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"step": step, "micro_batches": rows}, ensure_ascii=False, allow_nan=False) + "\n")

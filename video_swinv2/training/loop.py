@@ -418,7 +418,8 @@ class TrainingRun:
         facts: dict[str, object] = {"samples": self.samples, "batch": self.plan.batch, "seed": self.config.seed}
         facts |= {key: data[key] for key in ("data_fingerprint", "classes_sha256") if key in data}
         facts |= {key: model[key] for key in MODEL_IDENTITY}
-        return cast(dict[str, object], json.loads(json.dumps(facts)))  # lists for tuples, as in a checkpoint
+        # Lists for tuples, as in a checkpoint.
+        return cast(dict[str, object], json.loads(json.dumps(facts, allow_nan=False)))
 
     def _print(self, text: str) -> None:
         print_on_rank_zero(self.world, text)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, json_text
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
@@ -94,7 +94,7 @@ def save_model(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with atomic_write(path) as part:
-        save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json.dumps(card)})
+        save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json_text(card)})
         # safetensors makes the file readable by its owner only. Give it the permissions of its folder instead.
         part.chmod(path.parent.stat().st_mode & 0o666)
 
