@@ -5,16 +5,21 @@ of a worker does not: a thread of PyTorch's then fetches the batches. The fixtur
 """
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import signal
+import sys
+import termios
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 from torch.utils.data._utils import pin_memory
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -24,6 +29,7 @@ from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.data.sources import unlabelled_mixture
+from video_swinv2.data.workers import is_worker_death, start_loader
 from video_swinv2.errors import UsageError, UserError
 
 CLIPS = 8
@@ -190,6 +196,49 @@ def test_a_batch_whose_worker_dies_before_it_is_pinned_is_read_again(clips, tmp_
     assert_nothing_changed(expected, list(loader))
     assert loader.restarts == 1
     assert errors == ["Pin memory thread exited unexpectedly"]
+
+
+class Announcements(Dataset):
+    """Samples that are announced in 12,000 bytes each."""
+
+    def __getitem__(self, number):
+        return bytes(12_000)
+
+
+@contextmanager
+def interruption(seconds):
+    """Raise TimeoutError in this thread, even if it waits in a system call, after `seconds`."""
+
+    def interrupt(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def until_death(batches):
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not is_worker_death(error, None):
+            raise
+
+
+def test_a_worker_that_dies_while_its_announcements_wait_leaves_no_half_message():
+    batches = start_loader(Announcements(), [[0]] * 20, list, workers=1, prefetch=16)
+    pipe = batches._worker_result_queue._reader
+    # More than five: an ordinary pipe of 64 KiB has no room for all of the sixth, and the worker waits in the middle.
+    wait_for(lambda: int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) > 61_000)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with interruption(60.0):  # without one, it would wait for the other half for ever
+        found = list(until_death(batches))
+    assert len(found) >= 6
+    assert {len(batch[0]) for batch in found} == {12_000}
 
 
 def is_dead(pid):

@@ -8,6 +8,7 @@ read.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import re
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ WORKER_DEATH_MESSAGE = re.compile(r"DataLoader worker .*(exited unexpectedly|is 
 # With pinned memory, a thread fetches the batches. What it raises while it fetches from a dead worker ends the thread
 # and does not get any further, so that this is all that is left of it.
 PIN_THREAD_MESSAGE = "Pin memory thread exited unexpectedly"
+RESULT_PIPE_BYTES = 2**20  # the most that Linux allows everybody; all finished batches together are announced in less
 DEATH_SHOWS_SECONDS = 2.0  # how long a death may take to become visible after a batch could not be fetched
 # `VideoReader` restarts its time limit for opening a video, for its size and for its frames. A worker that takes longer
 # than the three together hangs in a library, where the reader's own checks do not run.
@@ -140,15 +142,28 @@ def start_loader(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     if not workers or threading.current_thread() is not threading.main_thread():
-        return iter(loader)
+        return _with_large_pipe(iter(loader))
     # PyTorch installs a SIGCHLD handler through which a dying worker raises in the main thread, whatever that is doing
     # at the moment, even in the middle of a collective operation. Restore the handler from before. The death is then
     # noticed when the next batch is waited for, where the loop can deal with it.
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        return _with_large_pipe(iter(loader))
     finally:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _with_large_pipe(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Enlarge the pipe through which workers announce finished batches, so that none waits while writing to it.
+
+    A worker that is killed while it waits leaves half a message. This process would wait for the other half for ever.
+    Usually the 64 KiB of a pipe are enough, but not for many workers and videos of many views.
+    """
+    queue = getattr(batches, "_worker_result_queue", None)
+    if queue is not None and sys.platform == "linux":
+        with suppress(OSError):  # the user's limit for all pipes is reached
+            fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, RESULT_PIPE_BYTES)
+    return batches
 
 
 def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:
