@@ -1,12 +1,15 @@
-"""Shared by tests of whole runs: data sets of noise, and recipes with changes."""
+"""Shared by tests of whole runs: data sets of noise, recipes with changes, and a small disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from video_swinv2.config import Config, validate_config
@@ -46,3 +49,18 @@ def small_config(workers: int = 0, optim: Mapping[str, Any] | None = None, **cha
         **changes,
     }
     return validate_config(values, "x.yaml")
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[], object]]:
+    """A file system in memory with room for one checkpoint of three; yields a function that makes room."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

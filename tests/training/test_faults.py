@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.runs import write_noise_clips, write_recipe
+from tests.training.runs import small_disk, write_noise_clips, write_recipe
 from video_swinv2.config import load_config
 from video_swinv2.engine.checkpoint import Checkpoints
 from video_swinv2.errors import UserError
@@ -113,21 +113,6 @@ def test_a_process_that_fails_alone_ends_all_with_its_line(recipe):
     (line,) = [line for text in texts for line in text.splitlines() if line.startswith("error:")]
     assert "nowhere" in line
     assert "Traceback" not in "".join(texts)
-
-
-@contextmanager
-def small_disk(folder):
-    """A file system in memory with room for one checkpoint of three; yields a function that makes room."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
-    try:
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager

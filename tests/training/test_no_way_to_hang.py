@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.distributed.launching import clean_environment
 from tests.training.resume_worker import Ranks, train_run
-from tests.training.runs import write_noise_clips, write_recipe
+from tests.training.runs import small_disk, write_noise_clips, write_recipe
 from video_swinv2.cli import main
 from video_swinv2.errors import UserError
 from video_swinv2.training.tasks.classification import Classification
@@ -221,6 +221,22 @@ def test_data_that_disappears_is_one_line(tmp_path: Path, clips: Path, undisturb
     assert "Traceback" not in log.read_text()
     (tmp_path / "elsewhere").rename(data)
     assert_resumes(config, tmp_path, undisturbed)
+
+
+def test_a_full_disk_ends_both_and_with_room_the_run_resumes(
+    tmp_path: Path, clips: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    with small_disk(tmp_path / "disk") as make_room:
+        config, log = recipe_in(tmp_path, clips, out=str(tmp_path / "disk" / "run")), tmp_path / "log"
+        assert Ranks(2, train_run, config, log=log).wait(SECONDS) == [1, 1]
+        (line,) = errors_in(log)
+        assert "disk/run" in line
+        assert "free space" in line
+        assert "Traceback" not in log.read_text()
+        make_room()
+        assert Ranks(2, train_run, config, log=tmp_path / "resumed.log").wait(SECONDS) == [0, 0]
+        weights = read_tensors(tmp_path / "disk" / "run" / "last.safetensors")[0]
+        assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
 def train_in(folders: tuple[Path, Path], config: Path) -> None:
