@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from video_swinv2.distributed.devices import choose_device, product_dtype, trainable_precision, use_bf16
+from video_swinv2.distributed.devices import (
+    choose_device,
+    product_dtype,
+    report_missing_bf16,
+    trainable_precision,
+    use_bf16,
+)
 from video_swinv2.distributed.launchers import LaunchInfo
 from video_swinv2.errors import UsageError
 
@@ -50,7 +56,7 @@ def test_only_srun_may_show_each_process_a_single_gpu(monkeypatch: pytest.Monkey
     ("bf16", "trained", "tested"), [("native", "bf16", True), ("emulated", "fp32", False), ("absent", "fp32", False)]
 )
 def test_precision_depends_on_what_the_gpu_can_do(
-    monkeypatch: pytest.MonkeyPatch, bf16: str, trained: str, tested: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bf16: str, trained: str, tested: bool
 ) -> None:
     """bf16 needs a GPU that computes in it, in training and in a test, whether asked for or chosen."""
     pretend_gpus(monkeypatch, 1, bf16)
@@ -58,6 +64,10 @@ def test_precision_depends_on_what_the_gpu_can_do(
     assert trainable_precision("fp16", CUDA) == "fp16"
     assert trainable_precision("bf16", CPU) == "bf16"
     assert use_bf16("auto", CUDA) is use_bf16("bf16", CUDA) is tested
+    report_missing_bf16("auto", CUDA)
+    assert capsys.readouterr().err == ""
+    report_missing_bf16("bf16", CUDA)
+    assert ("this GPU has no bf16, so fp32 is used" in capsys.readouterr().err) is not tested
     assert not use_bf16("auto", CPU)
     assert use_bf16("bf16", CPU)
     assert not use_bf16("fp32", CUDA)

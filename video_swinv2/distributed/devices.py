@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from video_swinv2.distributed.launchers import LaunchInfo
@@ -58,6 +60,12 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return trainable_precision(precision, device) == "bf16"
+
+
+def report_missing_bf16(precision: str, device: torch.device) -> None:
+    """Print a line, apart from a program's output, if bf16 is asked for inference on a GPU that only emulates it."""
+    if precision == "bf16" and not use_bf16(precision, device):
+        print("note: engine.precision: this GPU has no bf16, so fp32 is used", file=sys.stderr)
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from video_swinv2.data.manifest import Manifest
 from video_swinv2.distributed.agreement import require_agreement
 from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
-from video_swinv2.distributed.devices import use_bf16
+from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
@@ -167,6 +167,8 @@ def _compute_features(
     )
     n = len(manifest.entries)
     model, bf16 = backbone.model.to(world.device), use_bf16(overrides.precision, world.device)
+    if world.rank == 0:
+        report_missing_bf16(overrides.precision, world.device)
     # Files that cannot be read keep a zero vector and get a reason; `Features.read` tells them apart.
     vectors, reasons = np.zeros((n, model.num_features), np.float32), [""] * n
     mine = range(len(groups))[world.rank :: world.size]

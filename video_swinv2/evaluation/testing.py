@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
-from video_swinv2.distributed.devices import use_bf16
+from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.session import distributed_session
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
@@ -185,6 +185,8 @@ def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence
         return
     model, groups = _load_model(plan, world.device), plan.groups
     bf16 = use_bf16(plan.overrides.precision, world.device)
+    if world.rank == 0:
+        report_missing_bf16(plan.overrides.precision, world.device)
     workers = default_workers() if plan.overrides.workers is None else plan.overrides.workers
     # One stream of groups across all parts, so that the workers need not pause between parts.
     numbers = [number for part in mine for number in parts.groups_in(part)]

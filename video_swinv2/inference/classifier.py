@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from video_swinv2.distributed.devices import choose_device, use_bf16
+from video_swinv2.distributed.devices import choose_device, report_missing_bf16, use_bf16
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.testing import forward_views
@@ -88,5 +88,6 @@ def open_classifier(
     card, chosen_device = read_card(model_path), choose_device(device)
     if not card.classes:
         raise UsageError(f"{model_path}: has no class names; save the model with `classes`")
+    report_missing_bf16(precision, chosen_device)
     model = load_model(model_path).to(chosen_device)
     return Classifier(model, card, top, batch_views, use_bf16(precision, chosen_device))
