@@ -15,7 +15,6 @@ from typing import Any
 from video_swinv2.bench.measuring import table_text
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-NOTHING = "Nothing has been measured on a GPU yet."
 
 Row = dict[str, Any]
 
