@@ -29,11 +29,10 @@ from video_swinv2.bench.measuring import (
 )
 from video_swinv2.bench.model import bench_model
 from video_swinv2.bench.peers import WINDOW
-from video_swinv2.bench.train import TrainingSetup, Workload, bench_train, build_model, measure_steps
+from video_swinv2.bench.train import TrainingSetup, Workload, bench_train, build_model, forward_flops, measure_steps
 from video_swinv2.distributed.devices import product_dtype
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.factory import compile_blocks
-from video_swinv2.training.flops import count_forward_flops
 
 Rows = Iterator[dict[str, Any]]
 
@@ -92,17 +91,9 @@ def by_batch(device: str, setup: TrainingSetup, measure: Callable[[Workload], di
         torch.compiler.reset()
 
 
-def flops(device: str, peer: bool) -> int:
-    """Operations of one clip's forward pass."""
-    work = workload(device)
-    with torch.device("meta"):
-        module = build_model(work, peer).eval()
-    return count_forward_flops(module, torch.empty(1, 3, work.frames, work.pixels, work.pixels, device="meta"))
-
-
 def training(device: str, setup: TrainingSetup) -> Rows:
     """Steps of the plain engine (forward, backward, clipping, AdamW) by batch."""
-    counted = 3 * flops(device, setup.peer)
+    counted = 3 * forward_flops(workload(device), setup.peer)
     for row in by_batch(device, setup, lambda work: measure_steps(work, setup, here(device))):
         yield row | {"flops_per_clip": counted}
 
@@ -114,7 +105,7 @@ def inference(device: str, setup: TrainingSetup) -> Rows:
         model = build_model(workload(device), setup.peer).eval()
     if setup.compiled:
         compile_blocks(model)
-    counted = flops(device, setup.peer)
+    counted = forward_flops(workload(device), setup.peer)
     for row in by_batch(device, setup, lambda work: _forward_seconds(model, work, where)):
         yield row | {"flops_per_clip": counted}
 

@@ -108,7 +108,7 @@ def bench_train(work: Workload, setups: Sequence[TrainingSetup] | None = None) -
     # The rate of a large matrix product is the limit of this device; a step's share of it shows how well it is used.
     speed = matmul_flops_per_second(device, lambda: wall_seconds(device), product_dtype(work.precision, device))
     # By `setup.peer`: False for our model, True for torchvision's.
-    flops = {peer: 3 * _forward_flops(work, peer) for peer in (False, True)}
+    flops = {peer: 3 * forward_flops(work, peer) for peer in (False, True)}
     chosen = training_setups(work.processes) if setups is None else setups
     rows = [_row(work, setup, flops[setup.peer], speed) for setup in chosen]
     return {
@@ -292,7 +292,7 @@ def _peer_groups(module: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
-def _forward_flops(work: Workload, peer: bool) -> int:
+def forward_flops(work: Workload, peer: bool) -> int:
     """FLOPs of one clip's forward pass, counted on the meta device; a multiply-accumulate counts as two."""
     with torch.device("meta"):
         module = build_model(work, peer).eval()
