@@ -129,8 +129,8 @@ class Lifeline:
 
     def leave(self) -> None:
         """Stop watching, and being watched, because this process has finished successfully."""
-        self._left.set()
         self._send({"bye": True})
+        self._left.set()  # only now, because the watcher then closes the connections
         self._waker.send(b"x")
 
     def fail(self, failure: Failure) -> None:
