@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.models.fake_gpu import CUDA, backward, fake_gpu, place
 from video_swinv2.models import attention, windows
 from video_swinv2.models.attention import BACKENDS
-from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.models.swinv2 import SwinV2, _initialise
 
 # Grids of 10 x 8 tokens (three in time) and then 5 x 4: both have to be padded to whole windows, and both are shifted.
 IMAGES: dict[str, Any] = {"image_size": (37, 30), "patch_size": (4, 4), "window": (3, 2)}
@@ -88,6 +89,17 @@ def test_a_model_that_moves_takes_its_kept_tensors_along(kind: str) -> None:
         model = build(kind).eval()
         for device in ("cpu", "cuda", "cpu"):
             assert place(model, device)(torch.empty(SHAPES[kind], device=device)).device.type == device
+
+
+def test_start_values_are_drawn_on_the_cpu_for_a_weight_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a seed means the same weights under ZeRO-3, where they are on the GPU when they get their values."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, std: drawn.append(tensor))  # torch's reads values
+    copies: list[str] = []
+    with fake_gpu(copies):
+        _initialise(place(nn.Linear(3, 2)))
+    assert [(tensor.device.type, tensor.shape) for tensor in drawn] == [("cpu", (2, 3))]
+    assert copies == ["aten.copy_.default"]
 
 
 def test_waiting_is_found() -> None:

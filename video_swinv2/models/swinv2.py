@@ -423,9 +423,12 @@ def _initialise(module: nn.Module) -> None:
     effect. Convolutions and LayerNorms keep torch's default initialisation.
     """
     if isinstance(module, nn.Linear):
-        # Drawn on the default device, the CPU. Under ZeRO-3 the weight is on the GPU already, whose generator draws
+        # Drawn on the CPU even if the weight is on the GPU already, as it is under ZeRO-3. The GPU's generator draws
         # other numbers, but a seed should mean the same weights at every stage.
-        drawn = nn.init.trunc_normal_(torch.empty(module.weight.shape), std=0.02)
-        module.weight.data.copy_(drawn)
+        weight = module.weight
+        drawn = torch.empty_like(weight, device="cpu") if weight.is_cuda else weight
+        nn.init.trunc_normal_(drawn, std=0.02)
+        if weight.is_cuda:
+            weight.data.copy_(drawn)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
