@@ -146,13 +146,13 @@ def _run(
 ) -> None:
     """The main function of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent(method)
+    end_with_parent(method)
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     work(pipe, *args)
 
 
-def _end_with_parent(method: StartMethod) -> None:
+def end_with_parent(method: StartMethod) -> None:
     """Make this process end with its parent, which cannot stop its children if it is killed itself."""
     if sys.platform == "linux" and method != "forkserver":
         # Have the kernel kill this process, which works even while a library hangs and holds the interpreter lock. The

@@ -249,6 +249,28 @@ def is_dead(pid):
         return True
 
 
+def load_and_hang(pids):
+    """Send the pid of a loader's worker, which hangs with the first sample as a decoder may."""
+
+    class Hanging(Dataset):
+        def __getitem__(self, number):
+            pids.send(os.getpid())
+            signal.pause()
+
+    next(start_loader(Hanging(), [[0]], list, workers=1, prefetch=1))
+
+
+def test_a_hung_worker_ends_with_its_process():
+    ours, theirs = multiprocessing.Pipe()
+    owner = multiprocessing.get_context("fork").Process(target=load_and_hang, args=(theirs,))
+    owner.start()
+    worker = ours.recv()
+    owner.kill()
+    owner.join()
+    with interruption(60.0):
+        wait_for(lambda: is_dead(worker))
+
+
 @pytest.mark.parametrize(("act", "restarts", "words"), [(hang, 1, "did not answer within 5.3 s"), (die, 2, "crashed")])
 def test_a_clip_that_its_decoder_does_not_survive_is_replaced_and_named(clips, monkeypatch, pin, act, restarts, words):
     undisturbed = list(read(samples(clips, 0)))

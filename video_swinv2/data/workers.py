@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from video_swinv2.killable import end_with_parent
+
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
 Address = TypeVar("Address")
@@ -122,8 +124,8 @@ def start_loader(
 ) -> Iterator[Batch]:
     """Start `workers` processes (0: none, this process reads) and return an iterator over the collated batches.
 
-    The workers live as long as the iterator. If one dies, the iterator raises an error that `is_worker_death`
-    recognises.
+    The workers live as long as the iterator, and end with this process even if it is killed. If one dies, the iterator
+    raises an error that `is_worker_death` recognises.
 
     Args:
         dataset: gives the sample at an address.
@@ -131,6 +133,7 @@ def start_loader(
         prefetch: how many batches each worker reads ahead.
         pin: whether to copy batches to page-locked memory.
     """
+    in_main_thread = threading.current_thread() is threading.main_thread()
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -138,10 +141,13 @@ def start_loader(
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=prefetch if workers else None,
+        # Torch's workers look every five seconds whether their parent is alive, but not while a decoder hangs. The
+        # kernel watches the thread that started them, and only the main thread is sure to live as long as the process.
+        worker_init_fn=_end_with_parent if in_main_thread else None,
         # A forked worker starts at once, any other takes seconds. Fork was the default on Linux before Python 3.14.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    if not workers or threading.current_thread() is not threading.main_thread():
+    if not workers or not in_main_thread:
         return _with_large_pipe(iter(loader))
     # PyTorch installs a SIGCHLD handler through which a dying worker raises in the main thread, whatever that is doing
     # at the moment, even in the middle of a collective operation. Restore the handler from before. The death is then
@@ -164,6 +170,10 @@ def _with_large_pipe(batches: Iterator[Batch]) -> Iterator[Batch]:
         with suppress(OSError):  # the user's limit for all pipes is reached
             fcntl.fcntl(queue._writer.fileno(), fcntl.F_SETPIPE_SZ, RESULT_PIPE_BYTES)
     return batches
+
+
+def _end_with_parent(worker: int) -> None:
+    end_with_parent("fork")
 
 
 def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:
