@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def device() -> torch.device:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks() -> Iterator[None]:
+    """Undo what joining a group leaves in the environment: a later DeepSpeed would take the CPU for its accelerator."""
+    names = ("DS_ACCELERATOR", "LOCAL_RANK")
+    for name in names:
+        os.environ.pop(name, None)
+    yield
+    for name in names:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
