@@ -104,7 +104,7 @@ def inference(device: str, setup: TrainingSetup) -> Rows:
     with where:
         model = build_model(workload(device), setup.peer).eval()
     if setup.compiled:
-        compile_blocks(model)
+        compile_blocks(model, "inductor" if device == "cuda" else "eager")
     counted = forward_flops(workload(device), setup.peer)
     for row in by_batch(device, setup, lambda work: _forward_seconds(model, work, where)):
         yield row | {"flops_per_clip": counted}
