@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from video_swinv2.data.index import FileIndex, IndexedEntries
-from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS
 from video_swinv2.data.manifest import Manifest, label_index
+from video_swinv2.data.trees import SPLITS, split_of
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_class_list
 
@@ -37,8 +37,6 @@ class ImageCollection:
     labels_are_numbers: bool
     """Whether labels made of digits are always class numbers, as in tar shards; for class folders it depends on the
     class list."""
-    empty_class_folder: str = ""
-    """A class folder without images, or "". It is refused: the data set is half unpacked, or a class has no samples."""
 
     @property
     def splits_with_images(self) -> set[str]:
@@ -67,18 +65,13 @@ class ImageCollection:
         The source's own classes are the lines of its classes.txt or, without that file, all label names in sorted
         order. Labels that are numbers index the lines of classes.txt or, without that file, the given `classes`, which
         is how the folders of ImageNet-V2 are numbered. The fingerprint covers names, labels and classes, but not the
-        bytes of the images. Raises UsageError for an unknown split, a missing or unknown label, or an empty class
-        folder.
+        bytes of the images. Raises UsageError for an unknown split, and for a missing or unknown label.
         """
         rows = self._rows(split)
         found = self.labels[rows].numpy()
         if len(rows) and found.min() < 0:
             first = IndexedEntries(self.root, self.index, rows[int(found.argmin())][None], torch.tensor([-1]))[0]
             raise UsageError(f"{self.root / first.name}: has no label; move it into a class folder or remove it")
-        if self.empty_class_folder:
-            raise UsageError(
-                f"{self.root / self.empty_class_folder}: a class folder without images; fill it or remove it"
-            )
         wanted, own, labels_found = self._classes(classes)
         position = {name: number for number, name in enumerate(wanted)}
         # `table` maps positions in `label_names` to positions in `wanted`: one lookup per class instead of one per
@@ -93,7 +86,7 @@ class ImageCollection:
 
     def _rows(self, split: str) -> Tensor:
         """The entry numbers of a split, int64, ascending."""
-        split = SPLIT_SYNONYMS.get(split, split)
+        split = split_of(split) or split
         if split not in self.split_names:
             raise UsageError(f"{self.root}: no split {split!r}; available: {', '.join(self.split_names)}")
         if split == ALL_IMAGES:

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -28,10 +28,16 @@ from video_swinv2.data.index import (
     name_hashes,
     open_index,
 )
-from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS, VIDEO_SUFFIXES
-from video_swinv2.errors import UsageError, UserError
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+from video_swinv2.data.trees import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    TopLevel,
+    explore,
+    list_folder,
+    split_folders,
+    suffix_of,
+)
+from video_swinv2.errors import UsageError
 
 
 def is_image_file(path: Path) -> bool:
@@ -100,8 +106,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 def image_tree(root: Path) -> ImageCollection | None:
     """The images below a folder, with the splits and classes that the folder names give; None if there are no images.
 
-    The layout is ROOT/CLASS/..., or ROOT/train|val|test/CLASS/... as for ImageNet, or images without class folders.
-    Raises UsageError for ambiguous contents: images beside videos or tars, or split folders beside other folders.
+    The layout is ROOT/CLASS/..., or ROOT/train|val|test/CLASS/... as for ImageNet, or images without class folders;
+    `trees.py` tells splits from classes. Raises UsageError for a class folder without images, and for ambiguous
+    contents: images beside videos or tars, or split folders beside other folders.
     """
     index = open_index("images", root, "", partial(scan_folders, root))
     if not len(index):
@@ -114,58 +121,57 @@ def image_tree(root: Path) -> ImageCollection | None:
             )
     # The split and class of each folder, from its path relative to the root: (), ("train",), ("train", "cat"), ...
     folders = [tuple(name.split("/")) if name else () for name in index.containers]
-    has_splits = _top_folders_are_splits(root, folders, index)
+    split_of_top = split_folders(root, _top_level(folders, index), "images")
     splits: list[str] = []
     classes: list[str] = []
     for parts in folders:
-        top = SPLIT_SYNONYMS.get(parts[0], parts[0]) if has_splits and parts else ""
-        splits.append(top if top in SPLITS else "train")
-        below = parts[1:] if top in SPLITS else parts
+        split = split_of_top.get(parts[0]) if parts else None
+        splits.append(split or "train")
+        # Whatever is beside split folders holds no images (see `split_folders`), and is no class folder.
+        below = parts[1:] if split else () if split_of_top else parts
         classes.append(below[0] if below else "")
+    _refuse_empty_class(root, list(zip(splits, classes, strict=True)), index)
     # Only folders that directly contain images define a class; their labels are then repeated for each of the images.
     names = tuple(sorted({name for name, count in zip(classes, index.counts, strict=True) if name and count}))
     position = {name: place for place, name in enumerate(names)}
     labels = np.array([position.get(name, -1) for name in classes], dtype=np.int32)  # (folders,)
-    tree = ImageCollection(
+    return ImageCollection(
         root,
         index,
         tuple(splits),
         names,
         torch.from_numpy(np.repeat(labels, index.counts)),
         labels_are_numbers=False,
-        empty_class_folder=_empty_class_folder(list(zip(splits, classes, strict=True)), index),
     )
-    if has_splits and (bare := set(splits) - tree.splits_with_images - {"train"}):
-        raise UsageError(f"{root}: its {min(bare)} folder holds no images; fill it or remove it")
-    return tree
 
 
-def _top_folders_are_splits(root: Path, folders: list[tuple[str, ...]], index: FileIndex) -> bool:
-    """Whether the folders directly below the root are splits rather than classes. Raises UsageError for a mixture."""
-    tops = {parts[0] if parts else "" for parts, count in zip(folders, index.counts, strict=True) if count}
-    found = {SPLIT_SYNONYMS.get(top, top) for top in tops}
-    # A class may well be called "train". The folders are taken for splits if all of them have the name of a split, or
-    # if one of them is val.
-    has_splits = "val" in found or found <= set(SPLITS)
-    beside = sorted(top for top in tops if SPLIT_SYNONYMS.get(top, top) not in SPLITS)
-    if has_splits and "train" in found and beside:
-        raise UsageError(f"{root / beside[0]}: images outside the split folders; move the folder into one of them")
-    return has_splits
+def _top_level(folders: Sequence[tuple[str, ...]], index: FileIndex) -> TopLevel:
+    """What is directly below the root, of which `folders` are all folders, as the parts of their paths."""
+    counts = index.counts.tolist()
+    filled = {parts[0] for parts, count in zip(folders, counts, strict=True) if parts and count}
+    direct = {parts[0] for parts, count in zip(folders, counts, strict=True) if len(parts) == 1 and count}
+    empty = {parts[0] for parts in folders if parts} - filled
+    return TopLevel(direct, filled - direct, sorted(empty), index.names[0] if counts[0] else "")
 
 
-def _empty_class_folder(kinds: list[tuple[str, str]], index: FileIndex) -> str:
-    """The first folder of a (split, class) that has no image in any of its folders; '' if every class has images."""
+def _refuse_empty_class(root: Path, kinds: Sequence[tuple[str, str]], index: FileIndex) -> None:
+    """Raise UsageError for a class folder without images: it is half unpacked, or the class has no samples.
+
+    kinds: the split and the class of each folder, '' for a folder above the classes. A split with images that are in no
+    class folder has no labels, so its folders are no classes.
+    """
     filled = {kind for kind, count in zip(kinds, index.counts, strict=True) if count}
-    bare = (name for name, kind in zip(index.containers, kinds, strict=True) if kind[1] and kind not in filled)
-    return next(bare, "")
+    for name, (split, label) in zip(index.containers, kinds, strict=True):
+        if label and (split, label) not in filled and (split, "") not in filled:
+            raise UsageError(f"{root / name}: a class folder without images; fill it or remove it")
 
 
 def scan_folders(root: Path, previous: FileIndex | None) -> Iterator[ContainerContents | int]:
     """List `root` and all folders below it, each with its image files; hidden files and folders are skipped.
 
     For a folder that has not changed since `previous` was made, yields its number there instead of its contents, which
-    costs one `stat`. `about` names a video or tar in the folder, or is ''. Raises UserError for a folder that cannot be
-    read.
+    costs no more than a few `stat`. `about` names a video or tar in the folder, or is ''. Raises UserError for a folder
+    that cannot be read.
     """
     known = {} if previous is None else {name: place for place, name in enumerate(previous.containers)}
     stamps = [] if previous is None else [tuple(stamp) for stamp in previous.stamps.tolist()]
@@ -174,47 +180,24 @@ def scan_folders(root: Path, previous: FileIndex | None) -> Iterator[ContainerCo
     known_subfolders: dict[str, list[str]] = defaultdict(list)
     for name in known:
         if name:
-            known_subfolders[os.path.dirname(name)].append(name)
-    # A stack of folders to visit, each with the identities (device, inode) of all folders above it. A path of names
-    # would not reveal a symbolic link that leads back to a folder above.
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        path = root / folder
-        state = path.stat()
-        identity = (state.st_dev, state.st_ino)
-        if identity in above:  # a link to one of its parent folders, all of which are listed anyway
-            continue
-        stamp, place = change_stamp(path), known.get(folder)
+            known_subfolders[os.path.dirname(name)].append(os.path.basename(name))
+
+    def look(folder: str) -> tuple[ContainerContents | int, Sequence[str]]:
+        stamp, place = change_stamp(root / folder), known.get(folder)
         if place is not None and stamp == stamps[place] != UNSETTLED:
-            below = known_subfolders[folder]
-            yield place
-        else:
-            contents, below = _list_folder(path, folder, stamp)
-            yield contents
-        # The stack is popped from its end, so pushing in reverse order visits the folders depth first, sorted by name.
-        waiting += [(name, above | {identity}) for name in sorted(below, reverse=True)]
+            return place, known_subfolders[folder]
+        return _list_folder(root / folder, folder, stamp)
+
+    return explore(root, look)
 
 
 def _list_folder(path: Path, folder: str, stamp: ChangeStamp) -> tuple[ContainerContents, list[str]]:
-    """The contents of one folder, and the paths of its subfolders relative to the root."""
-    images, below, other = [], [], ""
-    top = f"{folder}/" if folder else ""
-    try:
-        with os.scandir(path) as items:
-            for item in items:
-                if item.name.startswith("."):
-                    continue
-                suffix = os.path.splitext(item.name)[1].lower()
-                if item.is_dir():
-                    below.append(top + item.name)
-                elif suffix in IMAGE_SUFFIXES:
-                    images.append(os.fsencode(item.name))
-                elif suffix in VIDEO_SUFFIXES or suffix == ".tar":
-                    other = item.name if not other else min(other, item.name)
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror}); fix its permissions first") from fault
-    images.sort()
-    hashes = name_hashes(os.fsencode(top) + name for name in images)
+    """The contents of one folder, whose path relative to the root is `folder`, and the names of its subfolders."""
+    below, files = list_folder(path)
+    images = [os.fsencode(name) for name in files if suffix_of(name) in IMAGE_SUFFIXES]
+    images.sort()  # by bytes, which for names that are not UTF-8 is another order
+    other = next((name for name in files if suffix_of(name) in VIDEO_SUFFIXES | {".tar"}), "")
+    top = os.fsencode(folder) + b"/" if folder else b""
+    hashes = name_hashes(top + name for name in images)
     names = b"".join(name + b"\0" for name in images)
     return ContainerContents(folder, stamp, names, {"hash": hashes}, other), below

@@ -9,19 +9,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from video_swinv2.data.trees import (
+    SPLIT_SYNONYMS,
+    SPLITS,
+    split_folders_of_videos,
+    videos_below,
+    walk_videos,
+)
+from video_swinv2.data.trees import VIDEO_SUFFIXES as VIDEO_SUFFIXES
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_text_lines
 
-SPLITS = ("train", "val", "test")
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"}
-    | {".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
-)
-# Files that data_prep writes: a folder with one of them holds a prepared data set, or one in preparation.
-PREPARED_MARKERS = frozenset({"dataset.json", "prep.sqlite", ".prep.lock"})
 # `path label` or `path,label`. The label is what follows the last separator, so paths may contain spaces and commas.
 LIST_LINE = re.compile(r"^(?P<path>.+?)[\s,]+(?P<label>-?\d+)$")
-SPLIT_SYNONYMS = {"validate": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 class ListedVideo(NamedTuple):
@@ -77,7 +77,8 @@ def split_sources(source: Path, annotations: Sequence[Path] = ()) -> dict[str, l
         # folders must not be walked in their place.
         found = _lists_in(source) or _lists_in(source / "annotations")
         if not found and not (source / "dataset.json").is_file():
-            found = [(split, source / split) for split in SPLITS if (source / split).is_dir()] or [("train", source)]
+            folders = split_folders_of_videos(source)
+            found = [(split, source / name) for name, split in folders.items()] or [("train", source)]
     # A dict without values serves as an ordered set: the usual splits first, then any others by name.
     order = dict.fromkeys((*SPLITS, *sorted(split for split, _ in found)))
     return {split: paths for split in order if (paths := [path for word, path in found if word == split])}
@@ -142,42 +143,17 @@ def labels_in(root: Path, source: Path) -> set[str | int]:
 
 def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
     """The videos of a folder: labelled with the top folder they are in, or all unlabelled in a flat folder."""
-    shown = videos_below(folder)
+    shown, empty = walk_videos(folder)
     # Videos directly in the folder. A mixture of these and class folders has no clear meaning, so it is refused.
     loose = [name for name in shown if "/" not in name]
     if loose and len(loose) < len(shown):
         raise UsageError(f"{folder / loose[0]}: a video beside class folders; move it into one, or use a list")
+    if shown and empty and not loose:
+        raise UsageError(f"{folder / empty[0]}: a class folder without videos; fill it or remove it")
     top = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     for name in shown:
         path = os.path.join(folder, name)
         yield ListedVideo(top + name, path, None if loose else name.partition("/")[0], path)
-
-
-def videos_below(folder: Path) -> list[str]:
-    """All videos below a folder, at any depth, as sorted paths relative to it.
-
-    Skips hidden files and folders, and prepared data sets, so that a second preparation does not take the output of the
-    first for input. Raises UsageError for a folder that cannot be read, since its videos would otherwise silently be
-    missing.
-    """
-
-    def refuse(fault: OSError) -> None:
-        raise UsageError(f"{fault.filename}: cannot be read ({fault.strerror}); fix its permissions first") from fault
-
-    shown: list[str] = []
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # Assigning to the slice makes `os.walk` skip the others; it reads the list that it has yielded.
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
-        if parent != str(folder) and not PREPARED_MARKERS.isdisjoint(files):
-            folders.clear()
-            continue
-        top = parent[len(str(folder)) :].lstrip("/")
-        for name in files:
-            if not name.startswith(".") and name[name.rfind(".") :].lower() in VIDEO_SUFFIXES:
-                shown.append(f"{top}/{name}" if top else name)
-    # Sort by folder first. "/" is replaced by NUL, which sorts before every character of a name; with "/" itself, the
-    # folder "a-b" would come before the folder "a", because "-" sorts before "/".
-    return sorted(shown, key=lambda name: name.replace("/", "\0"))
 
 
 def _list_rows(root: Path, path: Path) -> Iterator[ListedVideo]:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from video_swinv2.data.collection import ImageCollection
-from video_swinv2.data.images import IMAGE_SUFFIXES
 from video_swinv2.data.index import (
     UNSETTLED,
     ChangeStamp,
@@ -33,7 +32,7 @@ from video_swinv2.data.index import (
     name_hashes,
     open_index,
 )
-from video_swinv2.data.lists import SPLIT_SYNONYMS, SPLITS
+from video_swinv2.data.trees import IMAGE_SUFFIXES, UNCLEAR, files_below, find_split
 from video_swinv2.errors import UsageError, UserError
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
@@ -50,7 +49,7 @@ def shard_files(source: str) -> list[Path]:
     if "://" in source or source.startswith("pipe:"):
         raise UsageError(f"{source}: shards are read at random, from a disk; copy them to one first")
     if Path(source).is_dir():
-        return sorted(path for path in Path(source).rglob("*.tar") if not path.name.startswith("."))
+        return [Path(source) / name for name in files_below(Path(source)) if name.endswith(".tar")]
     if "{" not in source and not source.endswith((".tar", ".tar.gz", ".tgz")):
         return []
     from braceexpand import braceexpand  # installed with webdataset
@@ -82,8 +81,7 @@ def shard_collection(source: str) -> ImageCollection | None:
     splits, numbers = [], dict[str, int]()
     labels = index.columns["label"].astype(np.int32)
     for place, name in enumerate(names):
-        words = (SPLIT_SYNONYMS.get(word, word) for word in re.findall(r"[a-z]+", name.lower()))
-        splits.append(next((word for word in words if word in SPLITS), "train"))
+        splits.append(_split_of_tar(root, name))
         about: dict[str, Any] = json.loads(index.about[place])
         if about["fault"] and os.environ.get("RANK", "0") == "0":
             print(f"broken: {root / name}: {about['fault']}", file=sys.stderr, flush=True)
@@ -97,6 +95,19 @@ def shard_collection(source: str) -> ImageCollection | None:
     rank = np.array([*(label_names.index(word) for word in numbers), -1], dtype=np.int32)  # found order -> sorted order
     found = torch.from_numpy(rank[labels])
     return ImageCollection(root, index, tuple(splits), tuple(label_names), found, labels_are_numbers=True)
+
+
+def _split_of_tar(root: Path, name: str) -> str:
+    """The split in the name of a tar or, without one, of the nearest folder above it; train if there is none.
+
+    Raises UsageError for a word that names no particular split, as in `imagenet-eval-00.tar`.
+    """
+    for part in reversed(name.removesuffix(".tar").split("/")):
+        if found := find_split(part):
+            if found.split == UNCLEAR:
+                raise UsageError(f"{root / name}: is it for train, val or test? Rename {part!r}, so that it says one")
+            return found.split
+    return "train"
 
 
 def _scan_tars(root: Path, names: list[str], previous: FileIndex | None) -> Iterator[ContainerContents | int]:

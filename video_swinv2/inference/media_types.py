@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from video_swinv2.data.images import IMAGE_SUFFIXES
-from video_swinv2.data.lists import VIDEO_SUFFIXES
+from video_swinv2.data.trees import IMAGE_SUFFIXES, VIDEO_SUFFIXES, files_below
 from video_swinv2.errors import UsageError
 
 VIDEO = "video"
@@ -31,14 +30,14 @@ def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str
     """Expand folders into the files of media type `wanted` inside them, sorted. Returns pairs (file, media type).
 
     A file that is given by name is always returned, with its media type or None. Raises UsageError for a folder without
-    a file of the wanted type.
+    a file of the wanted type, and UserError for a folder that cannot be read.
     """
     found: list[tuple[Path, str | None]] = []
     for path in paths:
         if not path.is_dir():
             found.append((path, media_type_of(path)))
             continue
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and media_type_of(file) == wanted]
+        inside = [file for name in files_below(path) if media_type_of(file := path / name) == wanted]
         if not inside:
             raise UsageError(f"{path}: no {wanted} in this folder; this model takes {wanted}s")
         found += [(file, wanted) for file in inside]
