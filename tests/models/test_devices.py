@@ -47,7 +47,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_flex_attention", lambda _: flex_attention)
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor", "ignore:flex_attention called without")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.usefixtures("_interpreted")
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     [(backend, mode) for backend in BACKENDS for mode in ("train", "eval") if (backend, mode) != ("flex", "train")],
 )
 def test_the_forward_pass_stays_on_the_gpu(backend: str, kind: str, mode: str) -> None:
-    """The second pass finds the kept layouts and, in eval mode, the kept tables, and has nothing to copy."""
+    """The second pass finds the kept layouts, and has nothing to copy."""
     waits: list[str] = []
     with fake_gpu(waits):
         model, pixels = build(kind, backend).train(mode == "train"), torch.empty(SHAPES[kind], device=CUDA)
@@ -81,10 +81,9 @@ def test_gradients_stay_on_the_gpu(backend: str) -> None:
         assert {None if p.grad is None else p.grad.device for p in model.parameters()} == {CUDA}
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_model_that_moves_takes_its_kept_tensors_along(kind: str) -> None:
-    """Layouts and bias tables are kept between passes. A model that was used on the CPU before must not use those."""
+    """Layouts are kept between passes. A model that was used on the CPU before must not use those."""
     with fake_gpu(), torch.no_grad():
         model = build(kind).eval()
         for device in ("cpu", "cuda", "cpu"):

@@ -52,7 +52,6 @@ class WindowAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
-        self._kept_table: tuple[object, Tensor] | None = None
 
     def forward(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
         """(B, W, N, C) -> (B, W, N, C); `norm` is the log-CPB normaliser of this stage."""
@@ -67,41 +66,15 @@ class WindowAttention(nn.Module):
         wide = torch.promote_types(q.dtype, torch.float32)
         scale = self.logit_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp()
         q, k = _scale_to_length(q.to(wide), scale), _scale_to_length(k.to(wide), 1.0)
-        table = self._table(layout.window, norm, x.device).to(wide)
+        # Computed in every pass and never kept, because nothing shows reliably whether a weight has changed: writes
+        # through `.data` leave no trace. It costs about 1 % of a forward pass (docs/results/model-speed.md).
+        table = bias_table(self.cpb_mlp, layout.window, norm, x.device).to(wide)
         backend = auto_backend(x.device, tokens) if self.attention == "auto" else self.attention
         # Autocast would cast q and k back to half precision before their product.
         with without_autocast(x.device):
             out = ATTEND[backend](q, k, v, table, layout)
         # (B, W, G, N, D) -> (B, W, N, G, D) -> (B, W, N, C)
         return self.proj(out.transpose(2, 3).reshape(batch, windows, tokens, dim))
-
-    def train(self, mode: bool = True) -> WindowAttention:
-        """Switch between training and evaluation, and drop the kept table, since training changes the weights."""
-        self._kept_table = None
-        super().train(mode)
-        return self
-
-    def _table(self, window: PerAxis, norm: PerAxis, device: torch.device) -> Tensor:
-        """The (G, R) bias of every offset. In eval mode it is kept until the weights, the device or the window change.
-
-        The (G, N, N) bias of every pair is not kept but expanded again in each pass. What is kept thus grows with N
-        rather than N^2.
-        """
-        # Nothing is kept under ZeRO-3 (`ds_shape`), where computing the table is a collective. Whether a kept one may
-        # be used depends on addresses, which differ between processes, so one could wait for the others in vain.
-        partitioned = any(hasattr(parameter, "ds_shape") for parameter in self.cpb_mlp.parameters())
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or partitioned:
-            return bias_table(self.cpb_mlp, window, norm, device)
-        # A weight is unchanged if it has the same address and the same version, a counter that autograd increments with
-        # every in-place write. Tensors created in inference mode have no such counter. They are treated as constant:
-        # outside inference mode they cannot be written to.
-        weights = tuple(
-            (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.cpb_mlp.parameters()
-        )
-        key = (window, norm, device, weights)
-        if self._kept_table is None or self._kept_table[0] != key:
-            self._kept_table = (key, bias_table(self.cpb_mlp, window, norm, device))
-        return self._kept_table[1]
 
 
 def _scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
