@@ -33,7 +33,7 @@ def session_in(folder: Path, size: int) -> None:
         (folder / str(world.rank)).touch()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_wait_for_the_slowest_without_a_limit(tmp_path: Path, size: int) -> None:
     ranks = Ranks(size, session_in, tmp_path, size, log=tmp_path / "log")
     assert ranks.wait(SECONDS) == [0] * size, (tmp_path / "log").read_text()
@@ -50,7 +50,7 @@ def break_in(victim: int) -> None:
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_broken_collectives_of_the_others_are_not_reported(tmp_path: Path, victim: int) -> None:
     ranks = Ranks(4, break_in, victim, log=tmp_path / "log")
     codes = ranks.wait(SECONDS)

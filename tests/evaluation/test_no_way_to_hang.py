@@ -74,11 +74,13 @@ test_arguments.__test__ = False  # type: ignore[attr-defined]  # for pytest: not
 @pytest.mark.parametrize(
     ("act", "guilty", "line"),
     [
-        (fail, 0, "failed with ZeroDivisionError: the cause; start the same command again"),
+        pytest.param(
+            fail, 0, "failed with ZeroDivisionError: the cause; start the same command again", marks=pytest.mark.slow
+        ),
         (fail, 1, "failed with ZeroDivisionError: the cause; start the same command again"),
         (die, 0, "process 0 of 2 died; start the same command again"),
-        (die, 1, "process 1 of 2 died; start the same command again"),
-        (stop, 1, "process 1 of 2 has not answered for 16 seconds"),
+        pytest.param(die, 1, "process 1 of 2 died; start the same command again", marks=pytest.mark.slow),
+        pytest.param(stop, 1, "process 1 of 2 has not answered for 16 seconds", marks=pytest.mark.slow),
     ],
 )
 def test_a_test_ends_in_all_processes_and_continues(

@@ -8,10 +8,6 @@ import json
 import os
 import resource
 import signal
-import socket
-import subprocess
-import sys
-import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -54,65 +50,6 @@ def recipe(clips, tmp_path):
         return write_recipe(tmp_path, values, changes)
 
     return write
-
-
-def start_two(config, *overrides_of_the_second):
-    """Two processes of one run, as a launcher would start them, but without one to end the other if one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "video_swinv2", "train", str(config), *overrides_of_the_second * rank]
-        environment = os.environ | place | meeting
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    return processes
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_is_killed_ends_all_with_one_line_and_no_orphans(recipe, tmp_path, victim):
-    engine = {"engine": "deepspeed", "zero_stage": 1}
-    processes = start_two(recipe(optim={"epochs": 5000}, engine=engine, data={"workers": 1}, val_epochs=9999))
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "run")) < 3:
-        assert all(process.poll() is None for process in processes), "it ended before it could be killed"
-        time.sleep(0.1)
-    workers = [worker for process in processes for worker in children(process.pid)]
-    assert len(workers) >= 2
-    processes[victim].send_signal(signal.SIGKILL)
-    survivor = processes[1 - victim]
-    _, text = survivor.communicate(timeout=SECONDS)
-    assert survivor.returncode == 1
-    assert "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("error:")]
-    assert f"process {victim} of 2 died; start the same command again" in line
-    deadline = time.monotonic() + SECONDS
-    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not [worker for worker in workers if is_alive(worker)]
-    assert Checkpoints(tmp_path / "run" / "checkpoints").newest() is not None
-    processes[victim].communicate()
-
-
-def test_a_process_that_fails_alone_ends_all_with_its_line(recipe):
-    processes = start_two(recipe(engine={"engine": "deepspeed"}), "data.source=nowhere")
-    texts = [process.communicate(timeout=5 * SECONDS)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    (line,) = [line for text in texts for line in text.splitlines() if line.startswith("error:")]
-    assert "nowhere" in line
-    assert "Traceback" not in "".join(texts)
 
 
 @contextmanager

@@ -135,8 +135,15 @@ def assert_resumes(config: Path, tmp_path: Path, undisturbed: dict[str, Tensor])
     assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
-@pytest.mark.parametrize("guilty", [0, 1])
-@pytest.mark.parametrize("error", [ZeroDivisionError("the cause"), UserError("the cause")])
+@pytest.mark.parametrize(
+    ("guilty", "error"),
+    [
+        (1, ZeroDivisionError("the cause")),
+        pytest.param(0, ZeroDivisionError("the cause"), marks=pytest.mark.slow),
+        pytest.param(1, UserError("the cause"), marks=pytest.mark.slow),
+        pytest.param(0, UserError("the cause"), marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_in_one_process_ends_both_and_is_reported_once(
     recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, Tensor], guilty: int, error: Exception
 ) -> None:
@@ -157,7 +164,7 @@ def test_an_error_in_one_process_ends_both_and_is_reported_once(
     assert_resumes(config, tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_both(
     recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, Tensor], victim: int
 ) -> None:
@@ -211,6 +218,7 @@ def test_a_process_that_is_stopped_for_a_moment_costs_nothing(
     assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_data_that_disappears_is_one_line(tmp_path: Path, clips: Path, undisturbed: dict[str, Tensor]) -> None:
     data = shutil.copytree(clips, tmp_path / "data")
     config, log = recipe_in(tmp_path, data), tmp_path / "log"
@@ -227,6 +235,7 @@ def test_data_that_disappears_is_one_line(tmp_path: Path, clips: Path, undisturb
     assert_resumes(config, tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_both_and_with_room_the_run_resumes(
     tmp_path: Path, clips: Path, undisturbed: dict[str, Tensor]
 ) -> None:
@@ -249,7 +258,7 @@ def train_in(folders: tuple[Path, Path], config: Path) -> None:
     train_run(config)
 
 
-@pytest.mark.parametrize("steps", [(5, 4), (5, 0), (0, 5)])
+@pytest.mark.parametrize("steps", [(5, 4), *(pytest.param(each, marks=pytest.mark.slow) for each in ((5, 0), (0, 5)))])
 def test_a_run_folder_that_is_not_shared_is_refused(
     recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int]
 ) -> None:
@@ -274,8 +283,8 @@ def train_with(changes: tuple[str, ...], guilty: int, config: Path) -> None:
     ("change", "found"),
     [
         ("seed=1", "seed is 1 instead of 0"),
-        ("optim.lr=0.01", "optim.lr is 0.01 instead of 0.001"),
-        ("data", "data.samples is 6 instead of 8"),
+        pytest.param("optim.lr=0.01", "optim.lr is 0.01 instead of 0.001", marks=pytest.mark.slow),
+        pytest.param("data", "data.samples is 6 instead of 8", marks=pytest.mark.slow),
         ("content", "data.data_fingerprint is "),
     ],
 )
@@ -325,6 +334,7 @@ def test_processes_that_do_not_come_are_named(recipe: WriteRecipe, tmp_path: Pat
     assert all("the 3 processes of this run have not found each other within 3 seconds (" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_launcher_ends_processes_that_are_starting(recipe: WriteRecipe, tmp_path: Path) -> None:
     """torchrun is killed while its processes wait for one that never comes."""
     log = (tmp_path / "log").open("w")
