@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from video_swinv2.data.lists import SPLITS, is_kinetics_list, read_kinetics_lines
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, read_text_lines
 
 BASE_URL = "https://s3.amazonaws.com/kinetics"
 COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
@@ -91,7 +91,7 @@ def read_part_list(path: Path, split: str, folder: str) -> list[Archive]:
     lists. If a URL does not contain `/kinetics/`, its file name is looked for in `folder`.
     """
     archives: dict[str, Archive] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text_lines(path), start=1):
         if not line.strip():
             continue
         whole_path = urlsplit(line.strip()).path
@@ -116,7 +116,7 @@ def read_sums(path: Path) -> dict[str, str]:
     Raises UserError naming the file and the line.
     """
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text_lines(path), start=1):
         match = SUM_LINE.fullmatch(line.strip())
         if not match:
             raise UserError(f"{path}, line {number}: not a checksum and a file name; fix or remove the line")
@@ -136,7 +136,7 @@ def write_list(published: Path, target: Path, split: str) -> str:
         with atomic_write(target) as part:
             part.write_bytes(published.read_bytes())
         return ""
-    lines = [line.strip() for line in published.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text_lines(published) if line.strip()]
     matches = [match for line in lines if (match := CLIP_LINE.fullmatch(line))]
     if len(matches) < len(lines):
         return f"{published}: unknown form, so {target} was not written; give `prepare` a list of your own"

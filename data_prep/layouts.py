@@ -25,7 +25,7 @@ OFFICIAL_FILE = re.compile(
     r"classInd\.txt|(train|test)list0\d\.txt|.+_test_split\d\.txt|(something-something-v2-)?(labels|train|validation|test)\.json"
 )
 # ID_START_END with times in whole seconds. An id may contain underscores itself, so it ends before the two times.
-KINETICS_NAME = re.compile(r"(?P<origin>.+)_\d{6}_\d{6}")
+KINETICS_NAME = re.compile(r"(?P<origin>.+)_(?P<start>\d{6})_(?P<end>\d{6})")
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 # v_CLASS_gGG_cCC. The videos of a group gGG are cut from the same longer video.
 UCF101_NAME = re.compile(r"v_(?P<origin>.+_g\d{2})_c\d{2}")
@@ -45,7 +45,7 @@ class SourceVideo(NamedTuple):
     split: str
     name: str
     path: str
-    label: str | int | None
+    label: str | None
     where: str
     origin: str = ""
     youtube_id: str = ""
@@ -146,12 +146,17 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
 def video_from_row(row: ListedVideo, split: str) -> SourceVideo:
     """The video of a line of any other list, or of a file in a folder. Its origin is guessed from the file name."""
     origin = origin_of(_stem(row.name), row.label)
-    # Other data sets use names of the same form, so the origin must also look like a YouTube id.
-    youtube_id = origin if KINETICS_NAME.fullmatch(_stem(row.name)) and YOUTUBE_ID.fullmatch(origin) else ""
+    youtube_id = origin if _is_kinetics_stem(_stem(row.name)) else ""
     return SourceVideo(split, row.name, row.path, row.label, row.where, origin, youtube_id)
 
 
-def origin_of(stem: str, label: str | int | None = None) -> str:
+def seconds_in_name(stem: str) -> float:
+    """How long a trimmed video of Kinetics, ID_START_END, should be by its name; 0 for any other name."""
+    match = KINETICS_NAME.fullmatch(stem)
+    return float(match["end"]) - float(match["start"]) if match and _is_kinetics_stem(stem) else 0.0
+
+
+def origin_of(stem: str, label: str | None = None) -> str:
     """The longer video a file was cut from, by the naming rules of Kinetics, UCF101 and HMDB51; '' for other names.
 
     `label` is the class name, which HMDB51 includes in its file names.
@@ -254,6 +259,12 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_text_lines(path), start=1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
+
+
+def _is_kinetics_stem(stem: str) -> bool:
+    # Other data sets use names of the same form, so the origin must also look like a YouTube id.
+    match = KINETICS_NAME.fullmatch(stem)
+    return match is not None and YOUTUBE_ID.fullmatch(match["origin"]) is not None
 
 
 def _stem(name: str) -> str:

@@ -37,7 +37,7 @@ from video_swinv2.data.lists import (
     root_folder,
     split_sources,
 )
-from video_swinv2.data.manifest import classes_of_source, label_index
+from video_swinv2.data.manifest import classes_of_source, label_indices
 from video_swinv2.errors import UsageError
 
 # File systems allow 255 bytes. The rest leaves room for the hash, the suffix, and the affixes of a partial file.
@@ -106,7 +106,9 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
                 videos += read_kinetics_list(path, split, tree)
             else:
                 videos += (video_from_row(row, split) for row in read_listed_videos(root, path, split))
-    classes = classes_of_source(root, annotations, {video.label for video in videos if video.label is not None})
+    # Backwards, so that the first line with a label stays, which messages name.
+    labels = {video.label: video.where for video in reversed(videos) if video.label is not None}
+    classes = classes_of_source(root, annotations, labels)
     return SourceListing(root, classes, videos, tree)
 
 
@@ -226,8 +228,7 @@ def _assign_targets(
 
     The target is videos/SPLIT/CLASS/NAME.mp4, without the class folder if the video has no label.
     """
-    index = {name: number for number, name in enumerate(classes)}
-    labels = [label_index(video.label, video.where, classes, index) for video, _ in videos]  # -1: no label
+    labels = _label_indices(classes, [video for video, _ in videos])
     folders = _folder_names(classes)
     homes = [
         f"videos/{video.split}/" + (f"{folders[classes[label]]}/" if label >= 0 else "")
@@ -255,6 +256,13 @@ def _assign_targets(
         )
         position[video.split] += 1
     return planned
+
+
+def _label_indices(classes: Sequence[str], videos: Sequence[SourceVideo]) -> list[int]:
+    """The index of each video's class, -1 for no label. Raises UsageError, naming the line, for an unknown label."""
+    used: dict[str | int, str] = {video.label: video.where for video in reversed(videos) if video.label is not None}
+    indices = label_indices(used, classes, classes)
+    return [indices[video.label] for video in videos]
 
 
 def _folder_names(names: Iterable[str]) -> dict[str, str]:

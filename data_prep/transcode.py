@@ -32,10 +32,12 @@ import numpy as np
 
 from data_prep.encode import TIME_BASE, difference_from_prepared_form, to_ticks, write_video
 from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, encode_limit_seconds, index_limit_seconds
+from data_prep.layouts import seconds_in_name
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
 from video_swinv2.data.display import size_for
+from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 
 # A video fails if less than this share of its frames can be decoded, or if those that can span less than this share of
@@ -143,6 +145,8 @@ def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allo
     Raises DecodeError if the source is at fault, ReadBackError if the written file is, OSError if it cannot be written.
     """
     settings = job.settings
+    if media_type_of(job.source) == IMAGE:  # which FFmpeg would read as a video of one frame
+        raise DecodeError(f"{job.source}: is an image, not a video", "not_video")
     # The reader gets no time limit of its own: the pool kills the whole process when the job exceeds its limit.
     with VideoReader(job.source, time_limit_seconds=float("inf")) as reader:
         known = replace(known, codec=reader.codec)
@@ -190,16 +194,19 @@ def _select_frames(reader: VideoReader, job: TranscodeJob) -> range:
 
     Frames are selected by presentation time, never by `start * fps`, since frame rates vary. The times of a job count
     from the first frame, while the timestamps of a file may start anywhere. Raises DecodeError if the source is too
-    short.
+    short for the segment, or, if it is a segment already, for the times in its name.
     """
+    source_end = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
     if job.start is None and job.end is None:
+        named = seconds_in_name(job.source.stem)
+        if source_end < MIN_SEGMENT_SHARE * named:
+            raise DecodeError(f"{job.source}: {source_end:.2f} s of a segment of {named:g} s", "too_short")
         return range(len(reader))
     start, end = job.start or 0.0, float("inf") if job.end is None else job.end
     # With the tolerance, a frame exactly at `start` is included and one exactly at `end` is not, even if rounding puts
     # either slightly too early.
     times = reader.times - reader.times[0] + TIME_TOLERANCE_SECONDS
     first, stop = (int(index) for index in np.searchsorted(times, (start, end)))
-    source_end = float(times[-1]) + 1 / reader.fps
     # A segment without an end requests "the rest", of which any length will do.
     available, requested = min(source_end, end) - start, end - start if job.end is not None else 0.0
     if first == stop or available < MIN_SEGMENT_SHARE * requested:

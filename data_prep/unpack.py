@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from data_prep.fetch import StopError, as_disk_error, require_free_space
-from video_swinv2.data.lists import VIDEO_SUFFIXES
+from video_swinv2.data.media import VIDEO_SUFFIXES
 from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path, sha256
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,15 +143,23 @@ def sha256(path: Path) -> str:
 
 
 def read_text_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without a byte order mark. Raises UsageError if it cannot be read."""
+    """The lines of a UTF-8 text file, without a byte order mark. Raises UsageError if it cannot be read.
+
+    Only line breaks end a line. `str.splitlines` would also divide names that contain, for example, U+2028.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # with "\r\n" and "\r" turned into "\n"
+        return text.removesuffix("\n").split("\n") if text else []
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); check the path and the encoding") from error
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
-    """Raise UsageError, with a message that begins with `where`, if a class name occurs twice."""
+    """Raise UsageError, beginning with `where`, if a class name occurs twice or is a folder's that is not UTF-8."""
+    # Python represents bytes that are not UTF-8 as lone surrogates, which no file of ours could store.
+    undecodable = [name for name in names if not name.isascii() and re.search("[\ud800-\udfff]", name)]
+    if undecodable:
+        raise UsageError(f"{where}: class {undecodable[0]!a} is not valid UTF-8; rename its folder")
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise UsageError(f"{where}: class {repeated[0]!r} is listed twice; every class needs its own name")

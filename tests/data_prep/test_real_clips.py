@@ -13,7 +13,7 @@ from data_prep.jobs import TranscodeSettings
 from data_prep.prepare import prepare
 from data_prep.state import PreparationState
 from video_swinv2.data.decode import VideoReader
-from video_swinv2.data.lists import VIDEO_SUFFIXES
+from video_swinv2.data.media import VIDEO_SUFFIXES
 
 TOPS = ("raw_clips", "ut_interaction", "odd_clips")
 # Outcomes that differ from what a decoder finds when it simply reads from the start.

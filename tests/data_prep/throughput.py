@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from video_swinv2.data.lists import VIDEO_SUFFIXES
+from video_swinv2.data.media import VIDEO_SUFFIXES
 
 
 def ffmpeg(sources: list[Path], out: Path, workers: int, short_side: int) -> None:

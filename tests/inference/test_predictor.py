@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from video_swinv2.data.media import IMAGE, VIDEO, media_type_of, media_type_of_bytes
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
-from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files, media_type_of, media_type_of_bytes
+from video_swinv2.inference.media_types import find_media_files
 from video_swinv2.inference.predictor import _output_paths, predict, read_image_views
 
 CLASSES = ("a", "b", "c", "d")

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from video_swinv2.data.index import FileIndex, IndexedEntries
-from video_swinv2.data.manifest import Manifest, label_index
+from video_swinv2.data.manifest import Manifest, label_indices
 from video_swinv2.data.trees import SPLITS, split_of
 from video_swinv2.errors import UsageError
-from video_swinv2.files import read_class_list
+from video_swinv2.files import check_class_names, read_class_list
 
 HELD_OUT = 20  # one image in 20 is used for validation if a source has no val split
 ALL_IMAGES = "all"
@@ -73,12 +73,12 @@ class ImageCollection:
             first = IndexedEntries(self.root, self.index, rows[int(found.argmin())][None], torch.tensor([-1]))[0]
             raise UsageError(f"{self.root / first.name}: has no label; move it into a class folder or remove it")
         wanted, own, labels_found = self._classes(classes)
-        position = {name: number for number, name in enumerate(wanted)}
         # `table` maps positions in `label_names` to positions in `wanted`: one lookup per class instead of one per
         # image. Only labels of this split are looked up, so a class that occurs only in another split may be unknown.
         table = np.full(len(self.label_names), -1, dtype=np.int32)
-        for label in np.unique(found):
-            table[label] = label_index(labels_found[label], str(self.root), own, position)
+        used = np.unique(found)
+        indices = label_indices({labels_found[label]: str(self.root) for label in used}, own, wanted)
+        table[used] = [indices[labels_found[label]] for label in used]
         labels = torch.from_numpy(table[found])
         entries = IndexedEntries(self.root, self.index, rows, labels)
         fingerprint = self._fingerprint(rows, labels, wanted)
@@ -114,6 +114,7 @@ class ImageCollection:
             own = known or tuple(str(number) for number in range(1 + max(numbers, default=-1)))
             return (own if classes is None else tuple(classes)), own, numbers
         own = listed or self.label_names
+        check_class_names(own, str(self.root))
         return (own if classes is None else tuple(classes)), own, self.label_names
 
     def _fingerprint(self, rows: Tensor, labels: Tensor, classes: Sequence[str]) -> str:

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
-from video_swinv2.data.images import is_image_file, read_image, read_tar_member
+from video_swinv2.data.images import read_image, read_tar_member
 from video_swinv2.data.index import TarMember, compact_entries
 from video_swinv2.data.manifest import Entry
+from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.data.mixture import Mixture, MixtureSource, SampleOrigin
 from video_swinv2.data.sampling import centre_clip, seeded, spread_clip
 from video_swinv2.data.transforms import training_transform, validation_transform
@@ -206,7 +207,7 @@ class SampleDataset(Dataset[Sample]):
         watched = self.in_hand.reading(file, self.patience_seconds) if self.in_hand and in_worker else nullcontext()
         try:
             with watched:
-                image = isinstance(entry, TarMember) or is_image_file(entry.path)
+                image = isinstance(entry, TarMember) or media_type_of(entry.path) == IMAGE
                 if image and self.data.frames is not None:  # a list can name images among its videos
                     return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
                 # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.

@@ -28,21 +28,9 @@ from video_swinv2.data.index import (
     name_hashes,
     open_index,
 )
-from video_swinv2.data.trees import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    TopLevel,
-    explore,
-    list_folder,
-    split_folders,
-    suffix_of,
-)
+from video_swinv2.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from video_swinv2.data.trees import TopLevel, explore, list_folder, split_folders, suffix_of
 from video_swinv2.errors import UsageError
-
-
-def is_image_file(path: Path) -> bool:
-    """Whether a file is an image, judged by its suffix."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def read_image(path: Path) -> Tensor:

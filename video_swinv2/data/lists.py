@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from video_swinv2.data.trees import (
-    SPLIT_SYNONYMS,
-    SPLITS,
-    split_folders_of_videos,
-    videos_below,
-    walk_videos,
-)
-from video_swinv2.data.trees import VIDEO_SUFFIXES as VIDEO_SUFFIXES
+from video_swinv2.data.rows import KINETICS_COLUMNS, parse_label, read_header, read_rows
+from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS, split_folders_of_videos, videos_below, walk_videos
 from video_swinv2.errors import UsageError
-from video_swinv2.files import read_text_lines
-
-# `path label` or `path,label`. The label is what follows the last separator, so paths may contain spaces and commas.
-LIST_LINE = re.compile(r"^(?P<path>.+?)[\s,]+(?P<label>-?\d+)$")
 
 
 class ListedVideo(NamedTuple):
     """One video of a list or folder.
 
-    `name` is relative to the root of the source and `path` is absolute. `label` is a class name, an index into the
-    classes, or None. `where` names the file and line, for messages.
+    `name` is as listed, without detours such as `./`; `path` is absolute. `label` is as `parse_label` returns it.
+    `where` names the file and line, for messages.
     """
 
     name: str
     path: str
-    label: str | int | None
+    label: str | None
     where: str
 
 
@@ -112,9 +101,7 @@ def _splits_of_file(path: Path) -> list[tuple[str, Path]]:
 
 def split_column(path: Path) -> set[str]:
     """The values of the column `split`, if there is one. Raises UsageError if only some lines have a value."""
-    if not _is_table(path) or "split" not in _header(path):
-        return set()
-    words = {word.strip() for _, (word,) in _table(path, "split")}
+    words = {word for _, (word,) in read_rows(path, "split")}
     if "" in words and len(words) > 1:
         raise UsageError(f"{path}: some lines have a split and some do not; fill in the column or remove it")
     return {SPLIT_SYNONYMS.get(word, word) for word in words if word}
@@ -129,16 +116,21 @@ def read_listed_videos(root: Path, source: Path, split: str) -> Iterator[ListedV
         return _walk(root, source)
     if is_kinetics_list(source):
         return _kinetics_rows(root, source, split)
-    return _path_rows(root, source, split) if _is_table(source) else _list_rows(root, source)
+    return _path_rows(root, source, split)
 
 
-def labels_in(root: Path, source: Path) -> set[str | int]:
-    """All labels of a list, whatever their split, or of the videos of a folder."""
+def labels_in(root: Path, source: Path) -> dict[str, str]:
+    """All labels of a list, whatever their split, or of the videos of a folder, each with where it is used first."""
     if source.is_dir():
-        return {row.label for row in _walk(root, source) if row.label is not None}
-    if _is_table(source):
-        return {label for _, (label,) in _table(source, "label") if label}
-    return {row.label for row in _list_rows(root, source) if row.label is not None}
+        found = ((row.label, row.where) for row in _walk(root, source))
+    else:
+        lines = ((label, f"{source}, line {number}") for number, (label,) in read_rows(source, "label"))
+        found = ((parse_label(label, where), where) for label, where in lines)
+    labels: dict[str, str] = {}
+    for label, where in found:
+        if label is not None:
+            labels.setdefault(label, where)
+    return labels
 
 
 def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
@@ -153,22 +145,20 @@ def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
     top = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     for name in shown:
         path = os.path.join(folder, name)
-        yield ListedVideo(top + name, path, None if loose else name.partition("/")[0], path)
-
-
-def _list_rows(root: Path, path: Path) -> Iterator[ListedVideo]:
-    for number, line in enumerate(read_text_lines(path), start=1):
-        text = line.strip()
-        if text:
-            match = LIST_LINE.match(text)
-            name = match["path"] if match else text  # a line without a label is a path
-            yield ListedVideo(name, str(root / name), int(match["label"]) if match else None, f"{path}, line {number}")
+        label = None if loose else name.partition("/")[0].strip()
+        yield ListedVideo(top + name, path, label, path)
 
 
 def _path_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
-    for number, (name, label, word) in _table(path, "path", "label", "split"):
-        if _in_split(word, split):
-            yield ListedVideo(name, str(root / name), label or None, f"{path}, line {number}")
+    for number, (listed, label, word) in read_rows(path, "path", "label", "split"):
+        if not _in_split(word, split):
+            continue
+        where = f"{path}, line {number}"
+        if not listed:
+            raise UsageError(f"{where}: has no path; add it or remove the line")
+        # `a.mp4` and `./a.mp4` are one video, which must not have two labels.
+        name = os.path.normpath(listed)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(label, where), where)
 
 
 def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
@@ -180,17 +170,18 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
     files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
         name = choose_copy(files.get(clip.stem, [f"{clip.stem}.mp4"]), split)
-        yield ListedVideo(name, os.path.join(root, name), clip.label or None, clip.where)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(clip.label, clip.where), clip.where)
 
 
 def is_kinetics_list(path: Path) -> bool:
     """Whether a list has the columns of Kinetics (YouTube id, start and end), whatever its suffix."""
-    return {"youtube_id", "time_start", "time_end"} <= set(_header(path))
+    header = read_header(path)
+    return header is not None and header.places.keys() >= KINETICS_COLUMNS
 
 
 def read_kinetics_lines(path: Path, split: str) -> Iterator[KineticsLine]:
     """The lines of a Kinetics list that belong to `split`. Raises UsageError, naming the line, for invalid times."""
-    for number, (youtube_id, first, last, label, word) in _table(
+    for number, (youtube_id, first, last, label, word) in read_rows(
         path, "youtube_id", "time_start", "time_end", "label", "split"
     ):
         if not _in_split(word, split):
@@ -222,40 +213,4 @@ def choose_copy(names: Sequence[str], folder: str) -> str:
 
 def _in_split(word: str, split: str) -> bool:
     """Whether a line whose column `split` is `word` belongs to `split`; lines without a value belong to every split."""
-    return word in ("", split) or SPLIT_SYNONYMS.get(word.strip(), word.strip()) in ("", split)
-
-
-def _header(path: Path) -> list[str]:
-    """The fields of the first line. The encoding "utf-8-sig" drops the byte-order mark that Excel writes."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as fault:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({fault})") from fault
-
-
-def _is_table(path: Path) -> bool:
-    """Whether a file is a CSV with a header. The suffix does not tell: SlowFast and VideoMAE call bare lists .csv."""
-    header = set(_header(path))
-    return "path" in header or {"youtube_id", "time_start", "time_end"} <= header
-
-
-def _table(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
-    """The line number and the fields of `columns` for each record; '' for a column or field that does not exist."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, [])
-            # Every record is padded below to at least one field more than the header. The place -1 of a column that
-            # does not exist therefore selects an empty field.
-            places = [header.index(column) if column in header else -1 for column in columns]
-            for fields in reader:
-                if len(fields) > len(header):
-                    raise UsageError(
-                        f"{path}, line {reader.line_num}: too many fields; quote names that contain commas"
-                    )
-                if fields:  # not a blank line
-                    fields += [""] * (len(header) + 1 - len(fields))
-                    yield reader.line_num, [fields[place] for place in places]
-        except (UnicodeDecodeError, csv.Error) as fault:
-            raise UsageError(f"{path}, line {reader.line_num + 1}: not UTF-8 CSV ({fault})") from fault
+    return word in ("", split) or SPLIT_SYNONYMS.get(word, word) == split

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ from video_swinv2.data.lists import (
     split_column,
     split_sources,
 )
+from video_swinv2.data.rows import Numeral
 from video_swinv2.errors import UsageError
 from video_swinv2.files import check_class_names, read_class_list
+
+# Without a list of classes, ids give the number of classes. One below this is taken for an id in any case, a larger one
+# only if lists have at least a tenth as many different ids: a date or a number of frames is none.
+MAX_SPARSE_ID = 1000
+IDS_PER_CLASS = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Manifest:
     `fingerprint` identifies the split in results: it changes with the files, their order and their labels, and, for a
     prepared data set, with the bytes of the files (otherwise only with their sizes, and for images not with them).
     `failed_in_preparation` counts the videos of the split that could not be prepared and so are not in `entries`.
+    `notes` are remarks on the classes for whoever trains on the split.
     """
 
     root: Path
@@ -50,6 +58,7 @@ class Manifest:
     entries: Sequence[Entry]
     fingerprint: str
     failed_in_preparation: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def class_list_hash(classes: Sequence[str]) -> str:
@@ -69,14 +78,15 @@ def read_manifest(
 
     - a prepared folder (with dataset.json);
     - a folder with lists train, val and test as .txt or .csv, at its top or in its folder `annotations`;
-    - a list file: lines `path label_index`, or a CSV with the header `path,label` or Kinetics'
-      `label,youtube_id,time_start,time_end,split`;
+    - a list file: lines `path label`, or a CSV with the header `path,label` or Kinetics'
+      `label,youtube_id,time_start,time_end,split` (rows.py has all forms);
     - class folders, inside split folders or without them (then everything is train);
     - a flat folder of videos (unlabelled).
 
     Args:
         annotations: lists, CSVs or folders of them, whose paths are relative to the folder `source`.
-        classes: the class names to index, in order, such as those of a model. Labels are mapped to them by name.
+        classes: the class names to index, in order, such as those of a model. Labels are mapped to them by name, and
+            ids index them if the source has no list of classes of its own.
 
     Raises UsageError, naming the file and line, for anything that cannot be understood.
     """
@@ -96,16 +106,19 @@ def read_manifest(
         raise UsageError(f"{chosen[0]}: no videos for split {split!r}")
     # Classes are collected from all splits. If one split lacked a class, train and val would number them differently.
     paths = dict.fromkeys(path for found in sources.values() for path in found)
-    listed = (label for path in paths for label in labels_in(root, path))
+    listed = {label: where for path in reversed(paths) for label, where in labels_in(root, path).items()}
     own = classes_of_source(root, annotations, listed, classes)
     wanted = tuple(classes) if classes is not None else own
-    index = {name: position for position, name in enumerate(wanted)}
-    entries = tuple(Entry(row.name, Path(row.path), label_index(row.label, row.where, own, index)) for row in rows)
+    # Read backwards, so that the first use of a label stays, which messages name.
+    used: dict[str | int, str] = {row.label: row.where for row in reversed(rows) if row.label is not None}
+    indices = label_indices(used, own, wanted)
+    entries = tuple(Entry(row.name, Path(row.path), indices[row.label]) for row in rows)
     _refuse_duplicates(rows)
     # For a prepared split, take the fingerprint over the bytes of the files, which was computed during preparation.
     recorded = {} if annotations else _recorded_split(root, split)
     fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
-    return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)))
+    notes = notes_on_classes(wanted, set(indices.values()), split) if classes is None else ()
+    return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)), notes)
 
 
 def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
@@ -114,12 +127,17 @@ def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def classes_of_source(
-    root: Path, annotations: Sequence[Path], labels: Iterable[str | int], wanted: Sequence[str] | None = None
+    root: Path, annotations: Sequence[Path], labels: Mapping[str, str], wanted: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """The source's own class names, in order.
 
-    They come from dataset.json or classes.txt or, without these, from the labels: the sorted class names among them.
-    Labels that are all numbers index `wanted` or, without it, are themselves the names "0", "1", ...
+    They come from dataset.json or classes.txt. Without these they are `wanted` or, without it, what the labels are: the
+    sorted names, or "0", "1", ... up to the largest id.
+
+    Args:
+        labels: every label of the source, with the file and line of its first use.
+
+    Raises UsageError, naming the line, for a number among names and for a number too large to be an id.
     """
     if not annotations and (root / "dataset.json").is_file():
         return tuple(_recorded(root)["classes"])
@@ -127,48 +145,82 @@ def classes_of_source(
     for folder in (root, *(path if path.is_dir() else path.parent for path in annotations)):
         if (folder / "classes.txt").is_file():
             return read_class_list(folder / "classes.txt")
-    labels = set(labels)
-    names = {label for label in labels if isinstance(label, str)}
-    if names:
-        return tuple(sorted(names))
     if wanted is not None:
         return tuple(wanted)
-    return tuple(str(number) for number in range(1 + max((n for n in labels if isinstance(n, int)), default=-1)))
+    ids = [label for label in labels if isinstance(label, Numeral)]
+    names = tuple(sorted(labels.keys() - set(ids)))
+    if not ids:
+        check_class_names(names, str(root))
+        return names
+    if names:
+        raise UsageError(
+            f"{labels[ids[0]]}: label {ids[0]} is a number, but other labels are names, such as {names[0]!r}; list the "
+            "classes in a classes.txt beside the data, one per line"
+        )
+    largest = max(ids, key=lambda label: label.number)
+    if largest.number >= max(MAX_SPARSE_ID, IDS_PER_CLASS * len(ids)):
+        raise UsageError(
+            f"{labels[largest]}: label {largest} is too large for the id of a class, with {len(ids)} different ids in "
+            "all; ids count the classes from 0: correct it, or list the classes in a classes.txt beside the data"
+        )
+    return tuple(str(number) for number in range(1 + largest.number))
 
 
-def label_index(label: str | int | None, where: str, own: Sequence[str], index: Mapping[str, int]) -> int:
-    """The index of a label among the wanted classes, or -1 for no label.
+def label_indices(
+    labels: Mapping[str | int, str], own: Sequence[str], wanted: Sequence[str]
+) -> dict[str | int | None, int]:
+    """The index of each label among the wanted classes; -1 for the label None, which every result has.
 
     Args:
-        label: a class name, a position in `own`, or None or -1 for no label.
-        where: the file and line of the label, for messages.
+        labels: class names, Numerals and positions in `own`, each with the file and line of its first use.
         own: the source's own classes.
-        index: the index of each wanted class, by name.
+        wanted: the classes to index.
 
-    Raises UsageError if the label is not among the classes.
+    Raises UsageError, naming the line, for a label that is not among the classes.
     """
-    if label is None or label == -1:
-        return -1
-    if isinstance(label, int):
-        if not 0 <= label < len(own):
-            raise UsageError(
-                f"{where}: label {label} is out of range for {len(own)} classes; correct it or add the class"
-            )
-        label = own[label]
-    if label not in index:
-        # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.
-        nearest = difflib.get_close_matches(label, index, n=1, cutoff=0.0)
-        hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
-        raise UsageError(f"{where}: label {label!r} is not one of the {len(index)} classes; {hint}rename or add it")
-    return index[label]
+    names, index = set(own), {name: position for position, name in enumerate(wanted)}
+    indices: dict[str | int | None, int] = {None: -1}
+    for label, where in labels.items():
+        name = label
+        # A class may be called "7". Only a number that is no name is an id.
+        if isinstance(label, int) or (isinstance(label, Numeral) and label not in names):
+            number = int(label)
+            if not 0 <= number < len(own):
+                raise UsageError(
+                    f"{where}: label {label} is out of range for {len(own)} classes, whose ids count from 0; "
+                    "correct it or add the class"
+                )
+            name = own[number]
+        if name not in index:
+            # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.
+            nearest = difflib.get_close_matches(str(name), index, n=1, cutoff=0.0)
+            hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
+            raise UsageError(f"{where}: label {name!r} is not one of the {len(index)} classes; {hint}rename or add it")
+        indices[label] = index[str(name)]
+    return indices
+
+
+def notes_on_classes(classes: Sequence[str], indices: Set[int], split: str) -> tuple[str, ...]:
+    """Remarks on the classes of which a training split has no video, given the label indices that occur in it."""
+    missing = [name for number, name in enumerate(classes) if number not in indices]
+    # Without any label, the split is for self-supervised training.
+    if not missing or indices <= {-1}:
+        return ()
+    shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    notes = [f"{len(missing)} of {len(classes)} classes have no video in split {split}: {shown}"]
+    if tuple(classes) == tuple(map(str, range(len(classes)))) and 0 not in indices:
+        notes.append("ids of classes count from 0, and class 0 has no video; if yours count from 1, subtract 1")
+    return tuple(notes)
 
 
 def _refuse_duplicates(rows: Sequence[ListedVideo]) -> None:
     first: dict[str, str] = {}
     for row in rows:
-        if row.name in first:
-            raise UsageError(f"{row.where}: {row.name!r} is listed twice (first in {first[row.name]}); remove one")
-        first[row.name] = row.where
+        # By the whole path, since one line may name it from the root of the file system and another from the folder.
+        path = os.path.normpath(row.path)
+        if path in first:
+            raise UsageError(f"{row.where}: {row.name!r} is listed twice (first in {first[path]}); remove one")
+        first[path] = row.where
 
 
 def _recorded(root: Path) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from video_swinv2.data.index import (
     name_hashes,
     open_index,
 )
-from video_swinv2.data.trees import IMAGE_SUFFIXES, UNCLEAR, files_below, find_split
+from video_swinv2.data.media import IMAGE_SUFFIXES
+from video_swinv2.data.trees import UNCLEAR, files_below, find_split
 from video_swinv2.errors import UsageError, UserError
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it

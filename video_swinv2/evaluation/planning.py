@@ -28,7 +28,7 @@ from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
-from video_swinv2.evaluation.splits import ClassesBy, is_image, protocol_for_split, read_labelled_split
+from video_swinv2.evaluation.splits import ClassesBy, has_only_images, protocol_for_split, read_labelled_split
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
 from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
@@ -54,7 +54,7 @@ class TestPlan:
     @property
     def unit(self) -> str:
         """What the samples are called in messages and reports."""
-        return "images" if is_image(self.manifest.entries[0]) else "videos"
+        return "images" if has_only_images(self.manifest) else "videos"
 
     @property
     def groups(self) -> VideoGroups:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
-from video_swinv2.data.images import is_image_file
-from video_swinv2.data.index import AnyEntry, TarMember
+from video_swinv2.data.index import AnyEntry, IndexedEntries, TarMember
 from video_swinv2.data.manifest import Manifest, find_splits, read_manifest
+from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.data.sources import image_collection
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
@@ -19,8 +19,13 @@ ClassesBy = Literal["name", "index"]
 
 
 def is_image(item: AnyEntry) -> bool:
-    """Whether the item is read as a still image: a member of a tar always is, a file if its name says so."""
-    return isinstance(item, TarMember) or is_image_file(item.path)
+    """Whether the item is read as a still image: a member of a tar always is, a file if its content says so."""
+    return isinstance(item, TarMember) or media_type_of(item.path) == IMAGE
+
+
+def has_only_images(manifest: Manifest) -> bool:
+    """Whether a split is one of images: a folder or tars of images always, a list if every file on it is an image."""
+    return isinstance(manifest.entries, IndexedEntries) or all(map(is_image, manifest.entries))
 
 
 def available_splits(data: Path) -> tuple[str, ...]:
@@ -66,10 +71,10 @@ def read_labelled_split(
 def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
     """The protocol as it applies to this split: unchanged for videos, with a single clip for images.
 
-    Raises UsageError for images and a model that takes clips.
+    Raises UsageError for nothing but images and a model that takes clips. Among the videos of a list, an image fails
+    alone, when it is read.
     """
-    # A split holds either images or videos, so its first entry stands for all.
-    if not is_image(manifest.entries[0]):
+    if not has_only_images(manifest):
         return protocol
     if preprocessing.frames is not None:
         raise UsageError(f"{manifest.root}: contains images, but the model takes clips; give it videos")

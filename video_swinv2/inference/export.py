@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views, view_shape
 from video_swinv2.files import atomic_write, json_text
-from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
+from video_swinv2.inference.media_types import find_media_files
 from video_swinv2.inference.predictor import read_image_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from video_swinv2.data.images import read_image
 from video_swinv2.data.manifest import Entry
+from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.distributed.agreement import require_agreement
 from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
 from video_swinv2.distributed.world import World, alone
@@ -22,7 +23,7 @@ from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.views import cut_image
 from video_swinv2.inference.classifier import Answer, Classifier, open_classifier
-from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
+from video_swinv2.inference.media_types import find_media_files
 from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, request_for, stop_at_interrupt
 from video_swinv2.inference.streams import STANDARD_INPUT, is_live, is_stream
 from video_swinv2.inference.watching import Watcher, start_forkserver

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from video_swinv2.data.manifest import Entry, Manifest
+from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.features import Backbone, extract_features, open_backbone
@@ -24,7 +25,6 @@ from video_swinv2.evaluation.overrides import Device, TestOverrides
 from video_swinv2.evaluation.probe import TEMPERATURE
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.inference.classifier import Answer
-from video_swinv2.inference.media_types import IMAGE, VIDEO
 from video_swinv2.inference.predictor import STREAM, find_sources, unreadable_reason
 from video_swinv2.report.scores import read_arrays, write_arrays
 

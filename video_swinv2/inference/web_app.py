@@ -33,10 +33,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from video_swinv2.data.media import HEAD_BYTES, IMAGE, media_type_of_bytes, media_type_of_content
 from video_swinv2.errors import UserError
 from video_swinv2.inference.classifier import Classifier
 from video_swinv2.inference.clip_summary import Limits, summarise_clip
-from video_swinv2.inference.media_types import HEAD_BYTES, IMAGE, media_type_of_bytes
 from video_swinv2.pages import render
 
 ADDRESS = "127.0.0.1"
@@ -225,22 +225,23 @@ class _Page:
                 head = (head + chunk)[:HEAD_BYTES]
                 # The type is checked once, as soon as the head is complete or the whole of a tiny file is here.
                 if len(head) == HEAD_BYTES or (head and received == length):
-                    self._check_media_type(head)
+                    _check_is_media(head)
         # The body cannot be longer than its Content-Length, which the HTTP parser enforces.
         if received < length or not length:
             raise HTTPException(400, "the upload is incomplete" if length else "the file is empty")
         file.flush()
-
-    def _check_media_type(self, head: bytes) -> None:
-        """Refuse anything that is not a clip, judging by its first bytes.
-
-        The most important case is a playlist, which would make FFmpeg open other files and addresses.
-        """
-        media_type = media_type_of_bytes(head)
-        if media_type is None:
-            raise HTTPException(415, "this is neither a video nor an image")
-        if media_type == IMAGE and self._wants_video:
+        # Only the whole file tells an animated GIF, which is a video, from a still one.
+        if self._wants_video and media_type_of_content(file) == IMAGE:
             raise HTTPException(415, "this is an image, but the model takes videos")
+
+
+def _check_is_media(head: bytes) -> None:
+    """Refuse anything that is neither a video nor an image, judging by its first bytes.
+
+    The most important case is a playlist, which would make FFmpeg open other files and addresses.
+    """
+    if media_type_of_bytes(head) is None:
+        raise HTTPException(415, "this is neither a video nor an image")
 
 
 def _check_upload(headers: Headers, limits: Limits) -> int:
