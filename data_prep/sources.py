@@ -37,7 +37,7 @@ from video_swinv2.data.lists import (
     root_folder,
     split_sources,
 )
-from video_swinv2.data.manifest import classes_of_source, label_indices
+from video_swinv2.data.manifest import classes_of_source, label_indices, notes_on_classes
 from video_swinv2.errors import UsageError
 
 # File systems allow 255 bytes. The rest leaves room for the hash, the suffix, and the affixes of a partial file.
@@ -89,7 +89,10 @@ def plan_preparation(
     ]
     extra = _unlisted(listing)
     notes += more + _notes(videos, excluded, extra)
-    return PreparationPlan(list(listing.classes), _assign_targets(listing.classes, videos, excluded), extra, notes)
+    planned = _assign_targets(listing.classes, videos, excluded)
+    trained = {video.label for video in planned if video.split == "train" and not video.excluded} - {""}
+    notes += notes_on_classes(listing.classes, trained, "train")
+    return PreparationPlan(list(listing.classes), planned, extra, notes)
 
 
 def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
@@ -124,25 +127,28 @@ def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVid
     repeated: Counter[str] = Counter()
     kept: list[tuple[SourceVideo, str]] = []
     for video in videos:
-        key = (video.split, video.name)
-        earlier = first.setdefault(key, video)
-        if earlier is video:
+        # Lists may name a file from their folder or from the root of the file system, so a file is known by its path
+        # too. A segment is not: the others of its video have the same path.
+        whole = video.start is None and video.end is None
+        keys = [(video.split, name) for name in (video.name, *([os.path.normpath(video.path)] if whole else []))]
+        earlier = next((first[key] for key in keys if key in first), None)
+        if earlier is None:
+            first |= dict.fromkeys(keys, video)
             kept.append((video, video.name))
             continue
         # The lists of different Kinetics versions share videos, so a repetition between two of them is normal, even
         # with another label. The later line keeps a row of its own, which will be excluded, so that the counts of
         # every list still add up. Lists without YouTube ids must not contradict each other.
         same_list = _list_of(video) == _list_of(earlier)
-        # The first four fields are split, name, path and label. `where` always differs.
-        same = video[:4] == earlier[:4] and (video.start, video.end) == (earlier.start, earlier.end)
+        same = all(getattr(video, field) == getattr(earlier, field) for field in ("label", "path", "start", "end"))
         if not same and (same_list or not video.youtube_id):
             where = f"is also listed in {earlier.where}, with another label or segment"
             raise UsageError(f"{video.where}: {video.name!r} {where}; remove one")
         if same_list:
             repeated[_list_of(video)] += 1
         else:
-            copies[key] += 1
-            kept.append((video, f"{video.name} ({copies[key] + 1})"))
+            copies[keys[0]] += 1
+            kept.append((video, f"{video.name} ({copies[keys[0]] + 1})"))
     return kept, [f"{path}: {count} lines repeat an earlier one and were dropped" for path, count in repeated.items()]
 
 

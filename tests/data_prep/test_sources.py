@@ -70,7 +70,10 @@ def test_a_downloaded_folder_follows_its_official_lists(tmp_path: Path) -> None:
     assert not Path(rows[f"{C}_000000_000010.mp4"].source).exists()  # has a row, although the file is missing
     # The test split was not listed, so its files are not strays.
     assert planned.extra == ["val/not_listed0_000001_000011.mp4"]
-    assert planned.notes == ["1 videos in the source are on no list; extra.csv names them"]
+    assert planned.notes == [
+        "1 videos in the source are on no list; extra.csv names them",
+        "split train has no video of 1 of 3 classes: 'abseiling'",
+    ]
 
 
 def test_segments_are_cut_from_whole_videos_unless_trimmed_ones_exist(tmp_path: Path) -> None:
@@ -115,6 +118,7 @@ def test_versions_of_kinetics_are_mixed_without_leaks(tmp_path: Path) -> None:
         "1 videos of train are excluded: an earlier list also has them",
         "1 videos of val are excluded: an earlier list also has them",
         "1 training videos are excluded: another split or a held-out list has their YouTube ids",
+        "split train has no video of 1 of 3 classes: 'swim'",
     ]
     held = write(tmp_path / "held_out.csv", [HEADER, f"run,{A},300,310,train,0"])
     assert names(plan_preparation(tmp_path / "raw", [k400], held_out=[held]), "train") == [f"{B}_000001_000011.mp4"]

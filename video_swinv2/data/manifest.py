@@ -117,7 +117,11 @@ def read_manifest(
     # For a prepared split, take the fingerprint over the bytes of the files, which was computed during preparation.
     recorded = {} if annotations else _recorded_split(root, split)
     fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
-    notes = notes_on_classes(wanted, set(indices.values()), split) if classes is None else ()
+    notes = (
+        notes_on_classes(wanted, {wanted[entry.label] for entry in entries if entry.label >= 0}, split)
+        if classes is None
+        else ()
+    )
     return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)), notes)
 
 
@@ -200,15 +204,15 @@ def label_indices(
     return indices
 
 
-def notes_on_classes(classes: Sequence[str], indices: Set[int], split: str) -> tuple[str, ...]:
-    """Remarks on the classes of which a training split has no video, given the label indices that occur in it."""
-    missing = [name for number, name in enumerate(classes) if number not in indices]
+def notes_on_classes(classes: Sequence[str], present: Set[str], split: str) -> tuple[str, ...]:
+    """Remarks on the classes of which a training split has no video, given those that are `present` in it."""
+    missing = [name for name in classes if name not in present]
     # Without any label, the split is for self-supervised training.
-    if not missing or indices <= {-1}:
+    if not missing or not present:
         return ()
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    notes = [f"{len(missing)} of {len(classes)} classes have no video in split {split}: {shown}"]
-    if tuple(classes) == tuple(map(str, range(len(classes)))) and 0 not in indices:
+    notes = [f"split {split} has no video of {len(missing)} of {len(classes)} classes: {shown}"]
+    if tuple(classes) == tuple(map(str, range(len(classes)))) and missing[0] == "0":
         notes.append("ids of classes count from 0, and class 0 has no video; if yours count from 1, subtract 1")
     return tuple(notes)
 
