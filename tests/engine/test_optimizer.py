@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from video_swinv2.engine.optimizer import (
     Schedule,
@@ -142,6 +144,39 @@ def test_cosine_with_warm_up() -> None:
     assert {step: schedule.lr_at(step) for step in expected} == pytest.approx(expected)
     rates = [schedule.lr_at(step) for step in range(4, 13)]
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("warmup_lr", [0.0, 1e-4])
+def test_the_cosine_schedule_is_timms(warmup_lr: float) -> None:
+    """In every step: the first, which with warmup_lr 0 changes nothing, the last, and those after it."""
+    parameter = nn.Parameter(torch.zeros(1))
+    theirs = CosineLRScheduler(
+        torch.optim.SGD([parameter], lr=1e-3),
+        t_initial=40,
+        lr_min=1e-5,
+        warmup_t=8,
+        warmup_lr_init=warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    ours = Schedule(lr=1e-3, steps=48, warmup_steps=8, min_lr=1e-5, warmup_lr=warmup_lr)
+    rates = [ours.lr_at(step) for step in range(50)]
+    assert rates == pytest.approx([theirs._get_lr(step)[0] for step in range(50)])
+    assert (rates[0], rates[8]) == pytest.approx((warmup_lr, 1e-3))
+    assert rates[47] == pytest.approx(1e-5 + 0.99e-3 * 0.00154, rel=1e-3)
+    assert rates[48] == 1e-5
+
+
+def test_the_cosine_schedule_is_torchs() -> None:
+    """LinearLR, which cannot start at 0, and CosineAnnealingLR after it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    warmup = LinearLR(optimizer, start_factor=0.1, total_iters=8)
+    theirs = SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)], milestones=[8])
+    ours = Schedule(lr=1e-3, steps=48, warmup_steps=8, min_lr=1e-5, warmup_lr=1e-4)
+    for step in range(48):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(ours.lr_at(step)), step
+        optimizer.step()
+        theirs.step()
 
 
 def test_multistep_drops_from_the_milestone_on() -> None:

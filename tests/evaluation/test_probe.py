@@ -132,6 +132,23 @@ def test_the_linear_probe_finds_what_neighbours_cannot() -> None:
     assert chosen["C"] < 1, "on noise, cross-validation prefers strong regularisation"
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_class_and_one_sample_of_each_class_are_no_reason_to_warn(
+    simmim: tuple[Path, vs.SwinV2], tmp_path: Path
+) -> None:
+    """scikit-learn does: of a confusion matrix of one cell, and of labels most of which occur once."""
+    for i in range(5):
+        (tmp_path / "data" / "only").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), 40 * i, dtype=np.uint8)).save(tmp_path / "data" / "only" / f"{i}.png")
+    result = probe(simmim[0], tmp_path / "data", methods=("knn",), k=1, seeds=1)
+    assert (result["classes"], result["rows"][0]["top1"]) == (1, 1.0)
+    x, y = np.eye(30, dtype=np.float32), np.arange(30)
+    np.testing.assert_array_equal(knn_probabilities(x, y, x, 30, 1), np.eye(30))
+    twice = np.concatenate([x, x])
+    probabilities, _ = linear_probabilities(twice, np.concatenate([y, y]), x, 30, 0)
+    assert probabilities.argmax(axis=1).tolist() == y.tolist()
+
+
 def test_a_class_without_votes_is_not_an_answer(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
     """With k = 1 only one class has votes, so top-5 over three classes equals top-1 and is not 100 %."""
     data = colours(tmp_path / "data", 6)

@@ -124,3 +124,14 @@ def test_wrong_input_is_refused():
     model = vs.create_model("swinv2_nano", num_classes=3, frames=8, image_size=64)
     with pytest.raises(ValueError, match=r"takes \(B, 3, T, H, W\)"):
         model(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("simmim", [False, True])
+def test_pixels_that_are_not_normalised_are_refused(dtype, simmim):
+    """What a decoder returns, with what to do about it."""
+    model = vs.create_model("swinv2_nano", num_classes=0, image_size=64, window=4)
+    pixels = torch.zeros(1, 3, 64, 64, dtype=dtype)
+    words = rf"^swinv2_nano takes normalised floating-point pixels, not {dtype}; divide pixels of 0 to 255 by 255, then"
+    with pytest.raises(TypeError, match=words):
+        vs.SimMIM(model, 32)(pixels, torch.zeros(1, 2, 2, dtype=torch.bool)) if simmim else model(pixels)

@@ -38,6 +38,7 @@ def by_hand(scores: Scores, average: str) -> tuple[list[int], list[np.ndarray]]:
     return labels, probabilities
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("seed", "n", "views", "classes", "failed", "present"),
     [
@@ -46,6 +47,7 @@ def by_hand(scores: Scores, average: str) -> tuple[list[int], list[np.ndarray]]:
         (2, 60, 1, 400, 3, 30),
         (3, 2500, 2, 2, 1, None),
         (4, 9, 3, 3, 8, 1),
+        (5, 7, 2, 1, 1, None),  # one class in all, of which scikit-learn's confusion matrix warns
     ],
 )
 @pytest.mark.parametrize("average", ["prob", "logit"])

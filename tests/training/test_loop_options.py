@@ -18,7 +18,7 @@ from video_swinv2.errors import UsageError
 from video_swinv2.models.swinv2 import DropPath
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
-from video_swinv2.training.tasks.classification import Classification
+from video_swinv2.training.tasks.classification import Classification, flip_notes
 from video_swinv2.training.tasks.simmim import Pretraining
 from video_swinv2.weights.store import read_tensors
 
@@ -127,6 +127,43 @@ def test_class_weights_weigh_the_loss(config):
         Classification(config("optim.class_weights=[1, 3, 1]"))
     with pytest.raises(UsageError, match=r"optim\.class_weights: is for `train`"):
         Pretraining(config("optim.class_weights=balanced"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("Left", "Right"), "left from right ('Left' and 'Right')"),
+        (("SwipeLeft", "swipe_right", "stop"), "left from right ('SwipeLeft' and 'swipe_right')"),
+        (("from left to right", "from right to left"), "left from right ('from left to right')"),
+        (("moving leftwards", "moving rightward"), "left from right ('moving leftwards' and 'moving rightward')"),
+        (("clockwise", "Counter-clockwise"), "clockwise from counterclockwise ('clockwise' and 'Counter-clockwise')"),
+        (("AntiClockwise", "Clockwise"), "clockwise from anticlockwise ('Clockwise' and 'AntiClockwise')"),
+        (("bright", "cleft"), None),
+        (("left", "upright"), None),
+        (("clockwise", "still"), None),
+        (("forward", "backward"), None),
+    ],
+)
+def test_flips_that_turn_classes_into_each_other_are_noticed(classes, words):
+    notes = flip_notes(0.5, classes)
+    assert flip_notes(0.0, classes) == ()
+    if words is None:
+        assert notes == ()
+    else:
+        (note,) = notes
+        assert note.startswith("augment.flip: 0.5 of the samples are mirrored and keep their label, ")
+        assert f"though class names tell {words}; set augment.flip=0 unless" in note
+
+
+def test_a_run_says_at_its_start_that_flips_do_not_fit_its_classes(config, clips, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
+    (tmp_path / "classes.txt").write_text("turn left\nturn right\n")
+    for flip, notes in ((0.5, 1), (0.0, 0)):
+        # A run of less than one step: it ends after what it prints at its start.
+        overrides = (f"augment.flip={flip}", f"data.source={tmp_path}", f"out={tmp_path}/run{flip}")
+        run(config("optim.epochs=0.5", "optim.batch=2", "data.val_split=none", *overrides), Classification)
+        said = capsys.readouterr().out.splitlines()
+        assert len([line for line in said if line.startswith("augment.flip: 0.5 of the samples")]) == notes
 
 
 def test_a_class_without_samples_has_no_balanced_weight(config, clips, tmp_path):

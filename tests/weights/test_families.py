@@ -81,6 +81,24 @@ def test_configurations_that_say_too_little_tell_nothing():
     assert config_from_extras({"arch": "swin_tiny_patch4_window7_224", "args": None}) is None
 
 
+def test_earlier_windows_are_those_of_the_stages():
+    """All three libraries look them up by the number of the stage, so what more there is has no effect."""
+    earlier, sizes = [12, 6, 3, 3], {"img_size": 192, "window_size": 12}
+    hugging_face = {"model_type": "swinv2", "image_size": 192, "window_size": 12, "pretrained_window_sizes": earlier}
+    timm = {"pretrained_window_sizes": earlier} | sizes
+    microsoft = {"WINDOW_SIZE": 12, "PRETRAINED_WINDOW_SIZES": earlier}
+    for depths, norms in (([2, 2], earlier[:2]), ([2, 2, 6], earlier[:3]), (None, earlier)):
+        given = {} if depths is None else {"depths": depths}
+        upper = {} if depths is None else {"DEPTHS": depths}
+        for found in (
+            config_from_json(hugging_face | given),
+            config_from_json({"architecture": "swinv2_tiny_window8_256", "model_args": timm | given}),
+            config_from_extras({"config": {"MODEL": {"SWINV2": microsoft | upper}, "DATA": {"IMG_SIZE": 192}}}),
+        ):
+            assert found.cpb_norm == [(norm, norm) for norm in norms]
+    assert config_from_json(hugging_face | {"depths": "2, 2"}) is None
+
+
 def test_class_names_of_configurations():
     assert classes_from_json({"id2label": {"1": "b", "0": "a"}}) == ("a", "b")
     assert classes_from_json({"label_names": ["a", "b"]}) == ("a", "b")

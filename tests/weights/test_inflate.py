@@ -161,6 +161,47 @@ def test_head_follows_the_class_names(image_file):
     assert torch.equal(other.head.weight, image.head.weight[[3, 1, 0, 2]])
 
 
+def test_the_account_says_what_is_known_of_the_order_of_classes(image_file, tmp_path):
+    path, image = image_file
+    torch.save(image.state_dict(), tmp_path / "bare.pth")
+    unknown = "head: class names unknown, so their order could not be checked"
+    for file, classes, note in (
+        (path, None, "head: the file's 4 classes, in its order"),
+        (path, ["d", "b", "a", "c"], "head: 4 of the file's 4 classes, by name"),
+        (tmp_path / "bare.pth", None, unknown),
+        (tmp_path / "bare.pth", ["d", "b", "a", "c"], unknown),
+    ):
+        model = vs.create_model("swinv2_nano", num_classes=4, image_size=64, window=4)
+        assert note in vs.load_weights(model, file, classes=classes, cpb_norm=image.cpb_norm).notes
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_model", "fix"),
+    [
+        ((2, 4, 4), (4, 4, 4), "2,4,4"),
+        ((1, 4, 4), (1, 8, 8), "1,4,4"),
+        ((4, 4), (8, 8), "4,4"),
+        ((4, 4), (2, 8, 8), "2,4,4"),
+    ],
+)
+def test_another_patch_size_is_named(tmp_path, of_file, of_model, fix):
+    def build(patch, **changes):
+        frames = 8 if len(patch) == 3 else None
+        settings = {"num_classes": 0, "frames": frames, "image_size": 64, "patch_size": patch, "window": 4} | changes
+        return vs.create_model(**({"name": "swinv2_nano"} | settings))
+
+    preprocessing = vs.Preprocessing(8 if len(of_file) == 3 else None, 1, (64, 64))
+    vs.save_model(build(of_file), tmp_path / "a.safetensors", classes=[], preprocessing=preprocessing)
+    with pytest.raises(UserError) as caught:
+        vs.load_weights(build(of_model), tmp_path / "a.safetensors")
+    assert str(caught.value).endswith(
+        f"in the model; choose the patch size of the file (model.patch_size=[{fix}] in a configuration, "
+        f"--patch-size {fix} for convert)"
+    )
+    with pytest.raises(UserError, match=r"model\.name"):
+        vs.load_weights(build(of_file, name="swinv2_tiny"), tmp_path / "a.safetensors")
+
+
 class Planted:
     """Unpickling this would run code that writes a file."""
 

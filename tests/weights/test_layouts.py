@@ -137,6 +137,23 @@ def test_hugging_face_folder(tmp_path, kind, suffix):
     )
 
 
+@pytest.mark.parametrize("earlier", [None, [0, 0, 0, 0], [12, 6, 0, 0]])
+def test_hugging_face_folder_of_two_stages(tmp_path, earlier):
+    """`pretrained_window_sizes` has four entries by default, of which the model uses one for each of its stages."""
+    from transformers import Swinv2ForImageClassification
+
+    sizes = {} if earlier is None else {"pretrained_window_sizes": earlier}
+    config = hugging_face_config(depths=(2, 2), num_heads=(1, 2), num_labels=3, **sizes)
+    reference = randomise(Swinv2ForImageClassification(config))
+    reference.save_pretrained(tmp_path)
+    model = vs.SwinV2.from_pretrained(tmp_path)
+    assert (model.depths, model.window) == ((2, 2), (4, 4))
+    assert model.cpb_norm == ([(12, 12), (6, 6)] if earlier == [12, 6, 0, 0] else [(4, 4), (4, 4)])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(model(x), reference(x).logits)
+
+
 def test_hugging_face_masked_model_fills_a_simmim(tmp_path):
     from transformers import Swinv2ForMaskedImageModeling
 

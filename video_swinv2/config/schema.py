@@ -170,9 +170,10 @@ class OptimConfig:
     batch / lr_batch."""
     warmup_epochs: NotNegative = 0.0
     warmup_lr: NotNegative = 0.0
-    """Learning rate of the first step of the warm-up."""
+    """Learning rate of the first step of the warm-up. With 0, that step changes no weight."""
     min_lr: NotNegative = 0.0
-    """Learning rate at the end of a cosine schedule, and the lower bound of a multistep one."""
+    """Learning rate that a cosine schedule reaches after its last step, as in timm and torch (that of the last step
+    itself is a little higher), and the lower bound of a multistep one."""
     schedule: Literal["cosine", "multistep"] = "cosine"
     milestones: tuple[float, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""

@@ -139,8 +139,10 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
 
-        With a warm-up, step 0 has ``warmup_lr`` and step ``warmup_steps`` the peak. After the last step of the cosine
-        schedule the rate stays at ``min_lr``; multistep never falls below ``min_lr``.
+        With a warm-up, step 0 has ``warmup_lr`` (by default 0, so that it changes no weight) and step ``warmup_steps``
+        the peak. The cosine schedule arrives at ``min_lr`` after the last step, so the rate of that step, ``steps`` -
+        1, is a little higher. Both are the rules of timm's CosineLRScheduler (with ``warmup_prefix``) and of torch's
+        LinearLR and CosineAnnealingLR. multistep never falls below ``min_lr``.
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps

@@ -41,6 +41,8 @@ TEMPERATURE = 0.07  # of the neighbours' votes, exp(cosine / temperature): arXiv
 C_GRID = tuple(10.0**power for power in range(-4, 2))
 FOLDS = 3  # of the cross-validation that chooses C
 MAX_ITERATIONS = 300  # of L-BFGS, scikit-learn's default solver
+# scikit-learn warns that labels might be numbers to predict if most classes have a single sample.
+FEW_PER_CLASS = "The number of unique classes is greater than 50%"
 MAX_NAMED_FILES = 20  # in the summary; probe.json names every file that could not be read
 
 
@@ -292,7 +294,9 @@ def knn_probabilities(
         # factor exp(-1 / TEMPERATURE), which normalising cancels.
         return np.exp(-distances / TEMPERATURE)
 
-    model = KNeighborsClassifier(k, metric="cosine", weights=votes).fit(x, y)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", FEW_PER_CLASS, UserWarning)
+        model = KNeighborsClassifier(k, metric="cosine", weights=votes).fit(x, y)
     return _spread(model.predict_proba(test), model.classes_, classes)
 
 
@@ -322,6 +326,7 @@ def linear_probabilities(
         # On separable features, logistic regression with weak regularisation (a large C) does not converge. Such a C is
         # rarely chosen; whether the chosen one converged is part of the result.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", FEW_PER_CLASS, UserWarning)
         search.fit(x, y)
     iterations = int(np.max(search.best_estimator_[-1].n_iter_))
     chosen = {"C": search.best_params_["logisticregression__C"], "converged": iterations < MAX_ITERATIONS}

@@ -353,10 +353,19 @@ class SwinV2(nn.Module):
         return [tokens.movedim(-1, 1) for tokens in self._run_stages(self.embed(x))]
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, *P) -> patch tokens (B, *S, C), some of which SimMIM replaces. Raises ValueError for other shapes."""
+        """(B, 3, *P) -> patch tokens (B, *S, C), some of which SimMIM replaces.
+
+        Raises ValueError for other shapes, and TypeError for integers, such as the uint8 pixels of a decoder.
+        """
         if x.ndim != 2 + len(self.window) or x.shape[1] != 3:
             wanted = "(B, 3, H, W)" if len(self.window) == 2 else "(B, 3, T, H, W)"
             raise ValueError(f"{self.name} takes {wanted}, not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{self.name} takes normalised floating-point pixels, not {x.dtype}; divide pixels of 0 to 255 by 255, "
+                "then subtract the mean and divide by the standard deviation of each channel (read_card(file)"
+                ".preprocessing has both)"
+            )
         return self.patch_embed(x)
 
     def encode(self, tokens: Tensor) -> Tensor:

@@ -27,6 +27,14 @@ class ConfusedPair:
     share: float
 
 
+def confusion_counts(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """(K, K) the number of videos with each label and answer. labels and answers: (N,), where -1 is no answer."""
+    counts = np.zeros((k, k), dtype=np.int64)
+    answered = answers >= 0
+    np.add.at(counts, (labels[answered], answers[answered]), 1)
+    return counts
+
+
 def most_confused(
     confusion: NDArray[np.int64], classes: tuple[str, ...], max_pairs: int = 12
 ) -> tuple[ConfusedPair, ...]:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # SciPy has no type hints
 from scipy.special import softmax  # type: ignore[import-untyped]  # as above
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix
 
+from video_swinv2.report.confusion import confusion_counts
 from video_swinv2.report.intervals import Interval, mean_statistic, share_intervals, wilson_interval
 
 RELIABILITY_BINS = 15  # as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
@@ -225,7 +225,7 @@ def _best_renaming(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int
 
     This is the assignment problem: choose one cell in each row and column of the confusion matrix with the largest sum.
     """
-    table = confusion_matrix(labels, answers, labels=np.arange(k))
+    table = confusion_counts(labels, answers, k)
     return np.asarray(linear_sum_assignment(table, maximize=True)[1], dtype=np.int64)
 
 

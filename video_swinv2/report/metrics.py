@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax  # type: ignore[import-untyped]  # SciPy has no type hints
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from sklearn.metrics import accuracy_score, recall_score
 
 from video_swinv2.errors import UserError
-from video_swinv2.report.confusion import ConfusedPair, most_confused
+from video_swinv2.report.confusion import ConfusedPair, confusion_counts, most_confused
 from video_swinv2.report.intervals import (
     Interval,
     class_mean_statistic,
@@ -156,7 +156,7 @@ def metrics_of_ranking(
     sources = np.arange(labels.size) if sources is None else sources
     answers, in_top5 = ranked[:, 0], (ranked == labels[:, None]).any(axis=1)
     right = answers == labels
-    confusion = confusion_matrix(labels, answers, labels=np.arange(len(names)))
+    confusion = confusion_counts(labels, answers, len(names))
     per_class = _per_class(labels, answers, names, sources)
     # The bootstrap draws one set of resamples for all three accuracies: top-1, top-5, mean class accuracy.
     accuracies = stack_statistics(

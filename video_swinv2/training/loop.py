@@ -157,6 +157,8 @@ class TrainingRun:
         # The order matters. ZeRO copies the module's weights when the engine is built, so those of `init` are in the
         # module already. A checkpoint is loaded afterwards, by the engine, which alone knows where the moments belong.
         self.engine = self._make_engine()
+        for note in task.notes:
+            self._print(note)
         if start.checkpoint:
             self.engine.load(start.checkpoint)
         self.started = self.saved = time.monotonic()

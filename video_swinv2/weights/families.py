@@ -18,7 +18,7 @@ from video_swinv2.models.windows import PerAxis
 SUPERVISED = "Microsoft's model zoo"
 SIMMIM = "the zoo of SimMIM, all pre-trained with 192 pixels and window 12"
 PATCH = 4  # side of a patch in pixels, the same in every image SwinV2
-STAGES = 4  # likewise the same in all of them
+STAGES = 4  # likewise the same in all of them, and the default of every library
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def config_from_extras(extras: Mapping[str, Any]) -> PretrainedConfig | None:
         settings, data = config["MODEL"].get("SWINV2"), config.get("DATA")
         if isinstance(settings, Mapping) and isinstance(data, Mapping):
             pretrained = settings.get("PRETRAINED_WINDOW_SIZES", (0,) * STAGES)
-            return _checked(data.get("IMG_SIZE"), settings.get("WINDOW_SIZE"), pretrained, "the file's configuration")
+            size, window, depths = data.get("IMG_SIZE"), settings.get("WINDOW_SIZE"), settings.get("DEPTHS")
+            return _checked(size, window, pretrained, depths, "the file's configuration")
     if isinstance(extras.get("arch"), str):
         arguments = extras.get("args")
         arguments = arguments if isinstance(arguments, Mapping) else {}
@@ -139,7 +140,8 @@ def config_from_json(config: Mapping[str, Any]) -> PretrainedConfig | None:
     """The configuration in the config.json of a Hub folder, in Hugging Face's format or timm's; None for others."""
     if config.get("model_type") == "swinv2":
         pretrained = config.get("pretrained_window_sizes", (0,) * STAGES)
-        return _checked(config.get("image_size"), config.get("window_size"), pretrained, "config.json")
+        size, window, depths = (config.get(key) for key in ("image_size", "window_size", "depths"))
+        return _checked(size, window, pretrained, depths, "config.json")
     if isinstance(config.get("architecture"), str):
         changes = config.get("model_args")
         return _timm(config["architecture"], changes if isinstance(changes, Mapping) else {}, "config.json")
@@ -171,17 +173,26 @@ def _timm(architecture: str, changes: Mapping[str, Any], source: str) -> Pretrai
         changes.get("img_size", released.image_size),
         changes.get("window_size", released.window),
         changes.get("pretrained_window_sizes", released.pretrained),
+        changes.get("depths"),
         f"{source} (timm's {architecture})",
     )
 
 
-def _checked(image_size: Any, window: Any, pretrained: Any, source: str) -> PretrainedConfig | None:
-    """A PretrainedConfig from values read from a file; None if any of them has the wrong type or range."""
+def _checked(image_size: Any, window: Any, pretrained: Any, depths: Any, source: str) -> PretrainedConfig | None:
+    """A PretrainedConfig from values read from a file; None if any of them has the wrong type or range.
+
+    `depths` may be missing (None), which means the library's default of four stages.
+    """
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
     window = window[0] if isinstance(window, list | tuple) and len(set(window)) == 1 else window
     if not _all_integers(size, 1) or len(size) != 2 or not isinstance(window, int) or window < 1:
         return None
-    return PretrainedConfig(tuple(size), window, tuple(pretrained), source) if _all_integers(pretrained, 0) else None
+    depths = (1,) * STAGES if depths is None else depths
+    if not _all_integers(pretrained, 0) or not _all_integers(depths, 1):
+        return None
+    # The libraries look up a stage's earlier window by the number of the stage, and their default has four entries. A
+    # model with fewer stages does not use the last of them.
+    return PretrainedConfig(tuple(size), window, tuple(pretrained[: len(depths)]), source)
 
 
 def _all_integers(values: Any, minimum: int) -> bool:

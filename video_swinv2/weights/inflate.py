@@ -188,6 +188,8 @@ def _head(
         account.notes.append(f"head: {len(classes)} of the file's {rows} classes, by name")
     elif rows != model.num_classes:
         return f"the file has {rows} classes, this model {model.num_classes}"
+    elif classes is None and names:
+        account.notes.append(f"head: the file's {rows} classes, in its order")
     else:
         account.notes.append("head: class names unknown, so their order could not be checked")
     return ""
@@ -250,9 +252,15 @@ def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
         reason = "zero column for the offset in time"
     else:
         inflated, reason = tensor, ""
-    # Anything else that differs, such as another patch size or width, means another architecture.
+    # Anything else that differs means another patch size or another architecture.
     if not reason or inflated.shape != target.shape:
         shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model"
-        raise account.refusal(shapes, "choose the model size of the file (model.name)")
+        fix = "choose the model size of the file (model.name)"
+        if name == PATCH_KERNEL and tensor.shape[:2] == target.shape[:2]:
+            # (C, 3, h, w) or (C, 3, t, h, w). Image weights fit patches of any length in time, so the model keeps its.
+            patch = [*target.shape[2:-2], *tensor.shape[-2:]] if tensor.ndim == 4 else tensor.shape[2:]
+            key, option = f"model.patch_size=[{','.join(map(str, patch))}]", f"--patch-size {','.join(map(str, patch))}"
+            fix = f"choose the patch size of the file ({key} in a configuration, {option} for convert)"
+        raise account.refusal(shapes, fix)
     account.inflated[name] = reason
     return inflated.to(target.dtype)

@@ -9,7 +9,7 @@ Letters: B batch, T frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,10 @@ class Task(Protocol):
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names in the order of the head's outputs; None for a task without classes."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines to print at the start of a run: what in the config looks wrong for these data."""
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The mean training loss of a micro-batch, a scalar. The batch is already on the device."""

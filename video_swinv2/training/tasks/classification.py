@@ -5,8 +5,9 @@ Letters: B batch, K classes.
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,9 @@ from video_swinv2.training.tasks.base import (
     source_facts,
 )
 
+# Words that a horizontal flip turns into each other.
+MIRRORED = (("left", "right"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"))
+
 
 class Classification:
     """Trains the encoder and its linear head on labelled images or clips; see `base.Task` for the members."""
@@ -49,6 +53,7 @@ class Classification:
         # The classes of the training split define the outputs of the head, so the validation split is labelled by them.
         val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
+        self.notes = flip_notes(config.augment.flip, self.classes)
         self.class_weights = class_weights(config.optim.class_weights, train)
         self.val_samples: SampleDataset | None = None
         if val is not None:
@@ -111,6 +116,24 @@ class Classification:
         protocol = "center-1x1" if self.config.data.frames is None else "videoswin-4x3"
         data, out = shlex.quote(str(self.config.data.source[0])), shlex.quote(str(folder / "test"))
         return f"video-swinv2 test {model} {data} --protocol {protocol} --out {out}"
+
+
+def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
+    """A line to print if flips are on and both words of a pair in MIRRORED occur in class names; else nothing."""
+    first: dict[str, str] = {}  # the first class with each word
+    for name in classes:
+        # "SwipeLeft" -> "swipe left", "turn_counter-clockwise" -> "turn counterclockwise"
+        spaced = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)).lower()
+        for word in re.sub(r"\b(counter|anti) clockwise\b", r"\1clockwise", spaced).split():
+            first.setdefault(re.sub(r"wards?$", "", word), name)
+    pair = next((pair for pair in MIRRORED if all(word in first for word in pair)), None)
+    if not flip or pair is None:
+        return ()
+    found = " and ".join(dict.fromkeys(repr(first[word]) for word in pair))
+    return (
+        f"augment.flip: {flip:g} of the samples are mirrored and keep their label, though class names tell {pair[0]} "
+        f"from {pair[1]} ({found}); set augment.flip=0 unless a mirrored sample still belongs to its class",
+    )
 
 
 def class_weights(wanted: str | tuple[float, ...] | None, train: Manifest) -> Tensor | None:

@@ -55,6 +55,7 @@ class Pretraining:
     best_metric = "val/loss"
     higher_is_better = False
     classes = None
+    notes = ()
 
     def __init__(self, config: Config, construction: Construction = in_one_process) -> None:
         self.config = config
