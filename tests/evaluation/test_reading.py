@@ -13,11 +13,14 @@ import pytest
 from PIL import Image
 
 from tests.data.test_decode import write_thin_video
+from tests.data.test_media import write_disguised
 from tests.evaluation.small import moving
-from video_swinv2.data.manifest import Entry
+from video_swinv2.data.manifest import Entry, Manifest
+from video_swinv2.data.media import IMAGE
 from video_swinv2.data.workers import AbandonedFile
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, _suspect_groups, deliver_groups
+from video_swinv2.evaluation.splits import protocol_for_split
 from video_swinv2.weights.store import Preprocessing
 
 
@@ -62,3 +65,36 @@ def test_a_video_that_cannot_be_read_fails_alone(
         "its video codec is unknown to FFmpeg",
         "is an image, but the model takes clips",
     ]
+
+
+@pytest.mark.parametrize("frames", [4, None])
+def test_files_are_read_as_what_they_are_whatever_the_first_one_is(
+    write_video: Callable[..., Path], tmp_path: Path, frames: int | None
+) -> None:
+    """Images first and videos first, with several clips: no file decides how the others are read."""
+    kinds = write_disguised(tmp_path, write_video)
+    preprocessing = Preprocessing(frames=frames, frame_stride=2, image_size=(32, 32))
+    for names in (list(kinds), sorted(kinds, key=kinds.get)):  # type: ignore[arg-type]  # images first
+        entries = [Entry(name, tmp_path / name, 0) for name in names]
+        protocol = protocol_for_split(
+            Manifest(tmp_path, "test", ("one",), entries, ""), find_protocol("videoswin-4x3"), preprocessing
+        )
+        assert protocol.views == 12
+        groups = VideoGroups(
+            entries,
+            protocol,
+            preprocessing,
+            group_videos=5,
+            frame_order="in-order",
+            seed=0,
+            time_limit_seconds=60.0,
+        )
+        reasons = {names[record.position]: record.reason for record in groups[0].videos}
+        refused = "is an image, but the model takes clips" if frames else ""
+        assert reasons == {name: refused if kind == IMAGE else "" for name, kind in kinds.items()}
+        # Of an image, every clip is the same; of a video, they are of different pictures.
+        means = groups[0].pixels.float().flatten(1).mean(1).reshape(5, 12)
+        spread = dict(zip(names, (means.amax(1) - means.amin(1)).tolist(), strict=True))
+        assert {name for name, value in spread.items() if value > 10} == {
+            name for name, kind in kinds.items() if kind != IMAGE
+        }

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.data.test_media import write_disguised
 from video_swinv2.data.media import IMAGE, VIDEO, media_type_of, media_type_of_bytes
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
@@ -87,6 +88,19 @@ def test_files_in_a_folder_are_found_by_suffix_and_content(clip_model: Path, fil
     assert found["broken.mp4"].error
     assert not found["broken.mp4"].answers
     assert str(files) not in found["broken.mp4"].error, "the path is given once"
+
+
+def test_files_are_classified_by_what_they_contain(
+    clip_model: Path, image_model: Path, tmp_path: Path, write_video: Callable[..., Path]
+) -> None:
+    kinds = write_disguised(tmp_path, write_video)
+    for model in (clip_model, image_model):
+        predictions = predict(model, [tmp_path / name for name in kinds], device="cpu", protocol="center-1x1")
+        errors = {Path(prediction.path).name: prediction.error for prediction in predictions}
+        refused = "an image, but this model takes videos" if model == clip_model else ""
+        assert errors == {name: refused if kind == IMAGE else "" for name, kind in kinds.items()}
+    found = {Path(prediction.path).name for prediction in predict(clip_model, [tmp_path], device="cpu")}
+    assert found == {name for name, kind in kinds.items() if kind == VIDEO}
 
 
 def test_predictions_and_errors_keep_the_order_of_the_files(clip_model: Path, files: Path) -> None:

@@ -13,15 +13,17 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.data.test_media import write_disguised
 from tests.inference.browser import Browser
 from tests.inference.conftest import CLASSES, EVIL
+from video_swinv2.data.media import IMAGE
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.inference import serve as serve_module
 from video_swinv2.inference import web_app
@@ -129,12 +131,21 @@ def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
     assert page.is_serving()
 
 
-def test_other_files_than_clips_are_refused(page: Running, outside_data: Path) -> None:
+def test_other_files_than_clips_are_refused(
+    page: Running, tmp_path: Path, write_video: Callable[..., Path], outside_data: Path
+) -> None:
     assert page.post(b"hello\n" * 1000) == (415, {"error": "this is neither a video nor an image"})
     assert page.post(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")[0] == 415, (
         "a playlist could make FFmpeg read other files"
     )
     assert page.post(b"\x89PNG\r\n\x1a\n" + bytes(1000))[0] == 415
+    image = (415, {"error": "this is an image, but the model takes videos"})
+    kinds = write_disguised(tmp_path, write_video)
+    assert {name: page.post((tmp_path / name).read_bytes()) == image for name in kinds} == {
+        name: kind == IMAGE for name, kind in kinds.items()
+    }
+    status, answer = page.post((tmp_path / "animated.gif").read_bytes())
+    assert (status, answer["pictures"]) == (200, 12)
     assert page.post(b"")[0] == 400
     for file in sorted((outside_data / "odd_clips" / "broken").iterdir()):
         status, answer = page.post(file.read_bytes())
