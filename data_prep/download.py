@@ -41,7 +41,7 @@ from data_prep.fetch import AbsentError, DiskError, StopError, as_disk_error, fe
 from data_prep.unpack import DamagedError, archive_fault, same_content, unpack
 from video_swinv2.data.lists import SPLITS
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import lock_file, sync_to_disk, write_json
+from video_swinv2.files import create_folder, lock_file, sync_to_disk, write_json
 from video_swinv2.progress import Progress
 
 LEDGER_NAME = "archives.json"
@@ -132,8 +132,7 @@ def download(
         raise UsageError("--delete-archives: with --no-extract nothing would remain; omit one of them")
     chosen = [split for split in SPLITS if split in splits]
     to = Path(to).absolute()
-    with as_disk_error(to):
-        to.mkdir(parents=True, exist_ok=True)
+    create_folder(to, "--to")
     with _lock(to):
         run = _Download(dataset, to, _source(source), extract=extract, delete_archives=delete_archives)
         return run.run(chosen, workers)
@@ -402,11 +401,5 @@ def _source(text: str) -> str:
 @contextlib.contextmanager
 def _lock(to: Path) -> Iterator[None]:
     """Reserve the download folder for this run. Raises UserError if another run holds it."""
-    # Only an OSError while taking the lock becomes a DiskError here; those of the body have causes of their own. The
-    # ExitStack keeps the lock after the inner `with` has ended.
-    with contextlib.ExitStack() as stack:
-        with as_disk_error(to):
-            stack.enter_context(
-                lock_file(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it")
-            )
+    with lock_file(to / LOCK_NAME, f"{to}: another run is downloading here; wait for it or stop it"):
         yield

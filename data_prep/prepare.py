@@ -30,7 +30,7 @@ from data_prep.sources import plan_preparation
 from data_prep.state import STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, partial_path
+from video_swinv2.files import commit_file, create_folder, partial_path, refuse_inside_source
 from video_swinv2.progress import track
 
 WORKER_MEMORY_GIB = 8.0  # the limit on the address space of each process that prepares videos
@@ -77,7 +77,7 @@ def prepare(
     _check_arguments(source, out, settings, retry_failed)
     plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
     videos = [video for video in plan.videos if shard is None or shard.holds(video.name)]
-    out.mkdir(parents=True, exist_ok=True)
+    create_folder(out, "OUT")
     # A shard has a state of its own, so that machines need not share a database.
     state_path = None if shard is None else shard.state_path(out)
     with lock_dataset(out, shard), PreparationState(out, create=True, path=state_path) as state:
@@ -124,7 +124,7 @@ def estimate_preparation(
         TranscodeJob(index, Path(video.source), out / video.target, settings, video.start, video.end)
         for index, video in enumerate(evenly_spaced(videos, sample_size(len(videos), requested=True)))
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    create_folder(out, "OUT")
     with lock_dataset(out), start_crew(executor, workers, initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
         return run_preflight(crew, jobs, pending=len(videos), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
 
@@ -196,9 +196,7 @@ def _check_arguments(
     for reason in retry_failed or ():
         if reason not in REASONS:
             raise UsageError(f"--retry-failed {reason}: unknown reason; must be one of {', '.join(REASONS)}")
-    # A later run would otherwise take the prepared videos for sources.
-    if source.is_dir() and (out == source or source in out.parents):
-        raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
+    refuse_inside_source(out, [source])
 
 
 def _hash_plan(videos: Sequence[PlannedVideo]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, lock_file, partial_path, sha256
+from video_swinv2.files import commit_file, create_folder, lock_file, partial_path, sha256
 
 LOCK_NAME = ".prep.lock"
 SHARDS_FOLDER = "shards"
@@ -102,7 +102,7 @@ def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
         else:
             if prepared_whole:
                 raise UserError(f"{out}: holds {STATE_NAME}; resume without --shard, or give the shards another folder")
-            (out / SHARDS_FOLDER).mkdir(exist_ok=True)
+            create_folder(out / SHARDS_FOLDER)
             busy = f"{out}: another run is preparing shard {shard}; wait for it or stop it"
             lock_path = out / SHARDS_FOLDER / f".{shard.index}-of-{shard.count}.lock"
             stack.enter_context(lock_file(lock_path, busy))

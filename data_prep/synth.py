@@ -32,7 +32,7 @@ from data_prep.dataset import PreparedVideo, SplitContent, read_record, write_da
 from data_prep.encode import H264Settings, to_ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, partial_path, sha256
+from video_swinv2.files import commit_file, create_folder, partial_path, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
@@ -152,9 +152,9 @@ def synthesise(
             return False
         raise UsageError(f"{out}: contains another data set (dataset.json); choose a new folder or remove it")
     clips = list(plan(out, counts, level=level, size=size, frames=frames, seed=seed))
-    # dict.fromkeys: each folder once, in order.
-    for folder in dict.fromkeys(clip.path.parent for clip in clips):
-        folder.mkdir(parents=True, exist_ok=True)
+    # `out` first, so that it is named if it cannot be created. dict.fromkeys: each folder once, in order.
+    for folder in (out, *dict.fromkeys(clip.path.parent for clip in clips)):
+        create_folder(folder, "OUT")
     made = run_jobs(make, clips, workers=workers, seconds_for=lambda clip: SECONDS_PER_CLIP)
     digests: dict[Path, str] = {}
     for clip, outcome in track(made, f"synth {level}", len(clips), "clips"):

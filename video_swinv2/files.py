@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, lock files, content hashes, and lists of class names.
+"""Files on disk: places that cannot be written, atomic writes, lock files, content hashes, and lists of class names.
 
 A reader never sees half a file, even after a crash or a power cut: the content is written to a hidden partial file in
 the same folder, forced to the disk, and only then renamed to its final name.
@@ -7,6 +7,7 @@ the same folder, forced to the disk, and only then renamed to its final name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from video_swinv2.errors import UsageError, UserError
@@ -24,6 +25,46 @@ PARTIAL_SUFFIX = ".part"
 _HASH_BLOCK_BYTES = 1 << 20
 _locked: set[int] = set()
 """Descriptors of the files that this process has locked."""
+
+
+@contextlib.contextmanager
+def name_unwritable(path: Path, fix: str = "free space or choose another folder") -> Iterator[None]:
+    """Turn an OSError of the block, which writes to `path`, into a UserError that names the path, and how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {fix}") from error
+
+
+@contextlib.contextmanager
+def name_unreadable(path: Path, fix: str = "make it readable, or name another file") -> Iterator[None]:
+    """Turn an OSError of the block, which reads `path`, into a UserError that names the path, and how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {fix}") from error
+
+
+def create_folder(path: Path, option: str = "folder") -> None:
+    """Create a folder and those above it, unless they exist. Raises UserError naming `path` if that is impossible.
+
+    option: what the user changes to choose another folder, such as "--out".
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot create the folder ({error.strerror}); choose another {option}") from error
+
+
+def refuse_inside_source(out: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise UsageError if `out`, to which files will be written, is one of the folders `sources` or inside one.
+
+    The next run would otherwise take its files for samples.
+    """
+    for source in map(Path, sources):
+        # Resolved, because a link may lead into the source.
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
 
 
 def partial_path(path: Path) -> Path:
@@ -53,11 +94,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     partial = partial_path(path)
     try:
-        yield partial
-        commit_file(partial, path)
-    except OSError as error:
-        fault = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be written ({fault}); free space or choose another folder") from error
+        with name_unwritable(path):
+            if path.is_dir():  # found now, not by the rename after all the work
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            yield partial
+            commit_file(partial, path)
     finally:
         # Deletes what a failed block has written. After a success the partial file no longer exists.
         with contextlib.suppress(OSError):
@@ -68,12 +109,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
     """Lock the file `path` inside the context, exclusively, or shared with other processes that lock it as shared.
 
-    Raises UserError with the message `busy` at once if another process holds a conflicting lock. The kernel releases
-    the lock when the process ends in whatever way, so a killed process leaves no stale lock. The file itself stays. On
-    a file system without locks, a note is printed and the work goes on.
+    Raises UserError with the message `busy` at once if another process holds a conflicting lock, and naming the file if
+    it cannot be written. The kernel releases the lock when the process ends in whatever way, so a killed process leaves
+    no stale lock. The file itself stays. On a file system without locks, a note is printed and the work goes on.
     """
     # Opened for appending, which creates the file if necessary and never truncates it. Closing it releases the lock.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    with name_unwritable(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     _locked.add(descriptor)
     try:
         try:

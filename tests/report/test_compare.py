@@ -122,7 +122,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing/scores\.npz: no such file"):
         score_folders(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be created"):
+    with pytest.raises(UserError, match="cannot create the folder"):
         compare([tmp_path / "x", make_second(tmp_path)], tmp_path / "file" / "out")
 
 

@@ -224,7 +224,9 @@ def split_folders_of_videos(root: Path) -> dict[str, str]:
     contents = list_folder(root)
     if not any(map(find_split, contents.folders)):  # no folder needs to be looked into
         return {}
-    direct, deep, empty = [], [], []
+    direct: list[str] = []
+    deep: list[str] = []
+    empty: list[str] = []
     for name in contents.folders:
         if _is_prepared(root / name):
             continue

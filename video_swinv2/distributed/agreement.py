@@ -16,7 +16,7 @@ from pathlib import Path
 from video_swinv2.distributed.collectives import all_gather_objects
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
-from video_swinv2.files import lock_file, sha256
+from video_swinv2.files import create_folder, lock_file, sha256
 
 LOCK = ".lock"
 # A network file system may show a new file to other machines only after some time; NFS caches names for up to a minute,
@@ -68,10 +68,7 @@ def exclusive_folder(folder: Path, world: World, busy: str) -> Iterator[None]:
         wait_for_file(folder / LOCK, digest, host)
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another") from error
+    create_folder(folder)
     with lock_file(folder / LOCK, busy):
         if world.size > 1:
             # The other processes look for this content, which no folder on a local disk has.

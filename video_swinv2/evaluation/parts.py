@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.planning import TestPlan
 from video_swinv2.evaluation.reading import Group, VideoRecord
+from video_swinv2.files import create_folder, name_unwritable
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistakes
 from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, write_arrays
@@ -100,15 +101,11 @@ class PartFolder:
 
         Raises UserError if the folder cannot be created.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        create_folder(self._folder, "--out")
+        with name_unwritable(self._parent, "choose another --out"):
             for other in self._parent.iterdir():
                 if other != self._folder:
                     shutil.rmtree(other) if other.is_dir() else other.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{self._parent.parent}: cannot create the folder ({error.strerror}); choose another --out"
-            ) from error
         # Parts are written atomically, so a file that exists is complete.
         return [part for part in range(self.count) if not self._path(part).is_file()]
 

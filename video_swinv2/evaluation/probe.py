@@ -29,7 +29,7 @@ from video_swinv2.evaluation.features import Backbone, Features, extract_feature
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
-from video_swinv2.files import write_json
+from video_swinv2.files import create_folder, refuse_inside_source, write_json
 from video_swinv2.report.metrics import Metrics, metrics_of_ranking, ranking
 
 Method = Literal["knn", "linear"]
@@ -120,12 +120,14 @@ def run_probe(
     """
     if k < 1 or seeds < 1:
         raise UsageError("k and seeds must be 1 or more")
+    if out is not None:
+        refuse_inside_source(out, [data])
     overrides = overrides or TestOverrides()
     world = world or alone(overrides.device)
     backbone = open_backbone(Path(model_path), overrides)
     source = _read_probe_data(Path(data), train_split, test_split)
     if out is not None:
-        _create_folder(out)
+        create_folder(out, "--out")
     trained = _all_features(backbone, source, overrides, out, world)
     rows: list[dict[str, Any]] = []
     # The features of the given model do not depend on the seed; only their division and the folds do. Each set of
@@ -190,13 +192,6 @@ def _summary_line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> 
         f"  {name:24s} top-1 {statistics.mean(top1):5.1f} %{spread}, top-5 {statistics.mean(top5):5.1f} %; "
         f"95 % intervals by seed: {intervals}"
     )
-
-
-def _create_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot create the folder ({error.strerror}); choose another --out") from error
 
 
 def _read_probe_data(data: Path, train_split: str | None, test_split: str | None) -> ProbeData:

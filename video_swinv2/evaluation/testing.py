@@ -37,6 +37,7 @@ from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protoco
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
+from video_swinv2.files import refuse_inside_source
 from video_swinv2.progress import Progress
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
@@ -99,6 +100,7 @@ def run_tests(
         silence_seconds=settings.silence_seconds,
         end_with_launcher=True,
     ) as world:
+        refuse_inside_source(out, [data])
         plan = plan_test(
             Path(model_path),
             Path(data),

@@ -22,6 +22,7 @@ from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
 from video_swinv2.evaluation.views import cut_image
+from video_swinv2.files import create_folder, refuse_inside_source
 from video_swinv2.inference.classifier import Answer, Classifier, open_classifier
 from video_swinv2.inference.media_types import find_media_files
 from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, request_for, stop_at_interrupt
@@ -89,11 +90,13 @@ def predict(
     or `-` for standard input) is always classified over time, until it ends or is interrupted with Ctrl-C. on_segment:
     called with the prediction of each segment as soon as it is known. workers: number of reading processes, by default
     one per core and at most 8. world: processes that share the files and all return every prediction; predictions over
-    time are for a single one. Raises UsageError for a model without class names, an unknown protocol, and a folder
-    without a suitable file.
+    time are for a single one. Raises UsageError for a model without class names, an unknown protocol, a folder without
+    a suitable file, and copies to be written into a folder of sources.
     """
     world = world or alone(device)
     timing, chosen_protocol = over_time or OverTime(), find_protocol(protocol)
+    if timing.video is not None:
+        refuse_inside_source(timing.video, sources)
     classifier = open_classifier(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
     wanted = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
     found = find_sources([str(source) for source in sources], wanted)
@@ -254,10 +257,7 @@ def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None
     """
     if folder is None:
         return [None] * len(names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot create the folder ({error.strerror}); choose another --video") from error
+    create_folder(folder, "--video")
     taken: list[Path | None] = []
     sources = {Path(name).absolute() for name in names}
     for name in names:

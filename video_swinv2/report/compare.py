@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import json_text
+from video_swinv2.files import create_folder, json_text
 from video_swinv2.pages import render
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.intervals import PairedDifference, compare_paired, holm_adjusted
@@ -136,10 +136,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     }
     # Now the result equals what a reader of comparison.json gets, and the Markdown is made of that.
     result = as_json_data(result)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created ({error.strerror}); choose another --out") from error
+    create_folder(out, "--out")
     page = render("video_swinv2.report", "compare.html.j2", _page_values(tests, pairs))
     write_content(out / "comparison.html", page)
     write_content(out / "comparison.md", comparison_text(result))

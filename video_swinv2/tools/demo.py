@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import write_json
+from video_swinv2.files import create_folder, write_json
 
 PROTOCOL = "videoswin-4x3"
 PROCESSES = 2  # DeepSpeed processes in fine-tuning
@@ -45,6 +45,7 @@ def run_demo(out: Path) -> None:
     Raises UserError if a step fails.
     """
     started = time.monotonic()
+    create_folder(out, "--out")
     data, pretrained = out / "data", out / "pretrain" / "model.safetensors"
     if not (data / "dataset.json").is_file():
         _step("generated clips: 8 motions, 2,720 clips", "-m", "data_prep", "synth", str(data))

@@ -46,6 +46,7 @@ from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import make_schedule, parameter_groups
 from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import refuse_inside_source
 from video_swinv2.progress import Progress
 from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
@@ -116,6 +117,7 @@ def _run(config: Config, make_task: MakeTask, world: World) -> None:
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
+    refuse_inside_source(Path(config.out), config.data.source)
 
     def construction(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
         # Before the model is built, because under ZeRO-3 that is the first thing that all processes do together.

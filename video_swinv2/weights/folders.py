@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from video_swinv2.errors import UserError
+from video_swinv2.files import name_unreadable
 
 # Hugging Face's names for weights. The first one that exists is read, so safetensors is preferred to pickle.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,6 +39,11 @@ def find_checkpoint_files(path: Path | str) -> CheckpointFiles:
     Raises UserError if there are none, or if an index is damaged or names files outside its folder.
     """
     path = Path(path)
+    with name_unreadable(path):
+        return _find_checkpoint_files(path)
+
+
+def _find_checkpoint_files(path: Path) -> CheckpointFiles:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; check the path")
     file = path

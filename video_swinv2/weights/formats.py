@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from video_swinv2.errors import UserError
+from video_swinv2.files import name_unreadable
 from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights import families
 from video_swinv2.weights.families import PretrainedConfig
@@ -136,11 +137,8 @@ def _is_safetensors(file: Path) -> bool:
     Such a file begins with 8 bytes of length and then a JSON header, so its 9th byte is a brace. torch's zip files
     begin with "PK".
     """
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(9)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    with name_unreadable(file), file.open("rb") as opened:
+        start = opened.read(9)
     return file.suffix == ".safetensors" or (start[8:] == b"{" and start[:2] != b"PK")
 
 

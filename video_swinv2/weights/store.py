@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write, json_text
+from video_swinv2.files import atomic_write, create_folder, json_text, name_unreadable
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
@@ -89,10 +90,7 @@ def save_model(
     path = Path(path)
     # safetensors refuses tensors that are not contiguous.
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    create_folder(path.parent)
     with atomic_write(path) as part:
         save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json_text(card)})
         # safetensors makes the file readable by its owner only. Give it the permissions of its folder instead.
@@ -102,17 +100,26 @@ def save_model(
 def model_file(path: Path | str) -> Path:
     """The path of a model file, which for a folder is its `model.safetensors`."""
     path = Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
+    with name_unreadable(path):
+        return path / "model.safetensors" if path.is_dir() else path
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Raises UserError if it is missing or damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
+    with _open_safetensors(Path(path), "file") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+
+
+@contextmanager
+def _open_safetensors(path: Path, what: str) -> Iterator[safe_open]:
+    """Open a safetensors file. Raises UserError, which calls it a `what`, if it is missing, unreadable or damaged."""
     try:
+        with name_unreadable(path):
+            if not path.is_file():
+                raise UserError(f"{path}: no such {what}; check the path")
+            path.open("rb").close()  # because safetensors calls a file without permission to read missing
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+            yield file
     except SafetensorError as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
 
@@ -120,13 +127,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_card(path: Path | str) -> ModelCard:
     """The card of a model file; its weights are not read. Raises UserError if the file has no card."""
     path = model_file(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such model file; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            card = parse_card(file.metadata() or {}, path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
+    with _open_safetensors(path, "model file") as file:
+        card = parse_card(file.metadata() or {}, path)
     if card is None:
         raise UserError(f"{path}: holds weights but no architecture; load it into a model with load_weights")
     return card
