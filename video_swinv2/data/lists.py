@@ -125,7 +125,7 @@ def labels_in(root: Path, source: Path) -> dict[str, str]:
         found = ((row.label, row.where) for row in _walk(root, source))
     else:
         lines = ((label, f"{source}, line {number}") for number, (label,) in read_rows(source, "label"))
-        found = ((parse_label(label, where), where) for label, where in lines)
+        found = ((parse_label(label), where) for label, where in lines)
     labels: dict[str, str] = {}
     for label, where in found:
         if label is not None:
@@ -158,7 +158,7 @@ def _path_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
             raise UsageError(f"{where}: has no path; add it or remove the line")
         # `a.mp4` and `./a.mp4` are one video, which must not have two labels.
         name = os.path.normpath(listed)
-        yield ListedVideo(name, os.path.join(root, name), parse_label(label, where), where)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(label), where)
 
 
 def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
@@ -170,7 +170,7 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
     files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
         name = choose_copy(files.get(clip.stem, [f"{clip.stem}.mp4"]), split)
-        yield ListedVideo(name, os.path.join(root, name), parse_label(clip.label, clip.where), clip.where)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(clip.label), clip.where)
 
 
 def is_kinetics_list(path: Path) -> bool:

@@ -151,23 +151,24 @@ def classes_of_source(
             return read_class_list(folder / "classes.txt")
     if wanted is not None:
         return tuple(wanted)
-    ids = [label for label in labels if isinstance(label, Numeral)]
-    names = tuple(sorted(labels.keys() - set(ids)))
+    names = tuple(sorted(label for label in labels if not isinstance(label, Numeral)))
+    ids = {label.class_id(where): where for label, where in labels.items() if isinstance(label, Numeral)}
+    ids.pop(-1, None)
     if not ids:
         check_class_names(names, str(root))
         return names
+    largest = max(ids)
     if names:
         raise UsageError(
-            f"{labels[ids[0]]}: label {ids[0]} is a number, but other labels are names, such as {names[0]!r}; list the "
+            f"{ids[largest]}: label {largest} is a number, but other labels are names, such as {names[0]!r}; list the "
             "classes in a classes.txt beside the data, one per line"
         )
-    largest = max(ids, key=lambda label: label.number)
-    if largest.number >= max(MAX_SPARSE_ID, IDS_PER_CLASS * len(ids)):
+    if largest >= max(MAX_SPARSE_ID, IDS_PER_CLASS * len(ids)):
         raise UsageError(
-            f"{labels[largest]}: label {largest} is too large for the id of a class, with {len(ids)} different ids in "
+            f"{ids[largest]}: label {largest} is too large for the id of a class, with {len(ids)} different ids in "
             "all; ids count the classes from 0: correct it, or list the classes in a classes.txt beside the data"
         )
-    return tuple(str(number) for number in range(1 + largest.number))
+    return tuple(map(str, range(1 + largest)))
 
 
 def label_indices(
@@ -188,7 +189,10 @@ def label_indices(
         name = label
         # A class may be called "7". Only a number that is no name is an id.
         if isinstance(label, int) or (isinstance(label, Numeral) and label not in names):
-            number = int(label)
+            number = label if isinstance(label, int) else label.class_id(where)
+            if number == -1:
+                indices[label] = -1
+                continue
             if not 0 <= number < len(own):
                 raise UsageError(
                     f"{where}: label {label} is out of range for {len(own)} classes, whose ids count from 0; "

@@ -48,17 +48,16 @@ _REST = re.compile(r" *(?P<separator>[,;\t]?)[ \t]*(?P<label>.*)")
 
 
 class Numeral(str):
-    """A label that is a whole number: the name of a class if a class is called so, and otherwise the id of a class.
-
-    Written without sign and decimals ("1.0" becomes "1"), but with leading zeros, which names may have.
-    """
+    """A label that is a number, as written: the name of a class if a class is called so, and otherwise an id."""
 
     __slots__ = ()
 
-    @property
-    def number(self) -> int:
-        """The id that it is if no class is called so."""
-        return int(self)
+    def class_id(self, where: str) -> int:
+        """The id of a class, from 0 on, or -1 for no label. Raises UsageError, beginning with `where`, for others."""
+        number = float(self)
+        if number < -1 or not number.is_integer():
+            raise UsageError(f"{where}: label {self} is not the id of a class; ids are whole numbers from 0 on")
+        return int(self.partition(".")[0])  # exact, where a float would be rounded
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,9 @@ def read_rows(path: Path, *columns: str) -> Iterator[tuple[int, list[str]]]:
             yield number, [row.get(column, "") for column in columns]
 
 
-def parse_label(text: str, where: str) -> str | None:
-    """A label as written in a list: the name of a class, a Numeral, or None for no label ('' or -1).
-
-    Raises UsageError, beginning with `where`, for a number that is no id.
-    """
-    if not NUMBER.fullmatch(text):
-        return text or None
-    whole, _, decimals = text.removeprefix("+").partition(".")
-    if decimals.strip("0") or (whole.startswith("-") and int(whole) != -1):
-        raise UsageError(f"{where}: label {text} is not the id of a class; ids are whole numbers from 0 on")
-    return None if whole.startswith("-") else Numeral(whole)
+def parse_label(text: str) -> str | None:
+    """A label as written in a list: the name of a class, a Numeral, or None for no label."""
+    return Numeral(text) if NUMBER.fullmatch(text) else text or None
 
 
 def _lines(path: Path) -> Iterator[str]:
