@@ -443,8 +443,6 @@ class TrainingRun:
         )
         self._print(f"{describe_batch(self.config, self.plan)}; {self.samples} samples, {self.steps} steps")
         self._print(f"{len(groups)} parameter groups; {describe_learning_rate(optim)}")
-        for note in self.task.notes:
-            self._print(f"note: {note}")
         betas, lr = optim.betas, self.schedule.lr_at(0)
         return make_engine(self.task.module, groups, engine, settings, self.world, lr=lr, betas=betas, eps=optim.eps)
 

@@ -51,8 +51,6 @@ class Task(Protocol):
     higher_is_better: bool
     data_facts: dict[str, object]
     """What run.json and model files record about the data: sources, fingerprints and sizes, as plain JSON values."""
-    notes: tuple[str, ...]
-    """Remarks on the data for the user, printed when a run starts."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -48,12 +48,11 @@ class Classification:
         self.name = f"classification of {sample_kind(config)}"
         train = labelled_manifest(config.data, config.data.train_split)
         self.classes = train.classes
-        self.notes = train.notes
         has_val = config.data.val_split in labelled_splits(config.data)
         # The classes of the training split define the outputs of the head, so the validation split is labelled by them.
         val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
-        self.notes = flip_notes(config.augment.flip, self.classes)
+        self.notes = (*train.notes, *flip_notes(config.augment.flip, self.classes))
         self.class_weights = class_weights(config.optim.class_weights, train)
         self.val_samples: SampleDataset | None = None
         if val is not None:

@@ -66,7 +66,6 @@ class Pretraining:
                 raise UsageError(f"optim.{key}: is for `train`; omit it in `pretrain`")
         train = unlabelled_mixture(config.data, validation=False, repeats=config.augment.repeats)
         val = unlabelled_mixture(config.data, validation=True)
-        self.notes: tuple[str, ...] = ()
         self.data_facts: dict[str, object] = {
             "source": source_facts(config),
             "samples": len(train),
