@@ -13,10 +13,13 @@ In a world of one process there is nobody to wait for, and errors are raised as 
 from __future__ import annotations
 
 import re
+import signal
 import socket
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -27,6 +30,7 @@ from video_swinv2.distributed.world import MEETING_SECONDS, World, join_world, l
 from video_swinv2.errors import UserError, error_line, shows_tracebacks
 
 SILENCE_SECONDS = 300.0
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells give a process that SIGTERM has ended
 # What the libraries below torch's collectives call themselves in their errors.
 COLLECTIVE_LIBRARIES = re.compile(r"gloo|NCCL", re.IGNORECASE)
 
@@ -50,7 +54,8 @@ def distributed_session(
         meeting_seconds: how long the processes may take to find each other.
         silence_seconds: the session ends if a process does not answer for this long, because it was stopped or its
             machine hangs.
-        end_with_launcher: whether the session ends when the launcher does.
+        end_with_launcher: whether the session ends at SIGTERM and when the launcher ends. Training does not: it saves a
+            checkpoint first, see `StopSignal`.
     """
     # A process group that the caller has set up is used and left open; one that is joined here is closed again.
     joins_group = not dist.is_initialized()
@@ -66,7 +71,8 @@ def distributed_session(
     try:
         with time_limit(meeting_seconds, _no_collective(meeting_seconds)):
             all_gather_objects(world, world.rank)
-        yield world
+        with _orderly_termination() if end_with_launcher else nullcontext():
+            yield world
         if joins_group:
             leave_world()
     except BaseException as error:  # also KeyboardInterrupt and SystemExit: nobody leaves alone
@@ -79,12 +85,32 @@ def describe_failure(error: BaseException, world: World, advice: str) -> Failure
     code = getattr(error, "exit_code", 1)
     if isinstance(error, UserError) and not shows_tracebacks():
         return Failure(world.rank, Cause.ERROR, f"error: {error_line(error)}", code)
+    if isinstance(error, SystemExit):
+        # Launchers send SIGTERM to all processes when one has died, which is what there is to report then.
+        return Failure(world.rank, Cause.BROKEN_COLLECTIVE, f"error: stopped by SIGTERM; {advice}", TERMINATED)
     if isinstance(error, KeyboardInterrupt):
         return Failure(world.rank, Cause.ERROR, f"error: interrupted; {advice}", code)
     who = f"process {world.rank} of {world.size} on {socket.gethostname()}"
     lines = traceback.format_exception(error)
     text = f"{''.join(lines)}error: {who} failed with {lines[-1].strip()}; {advice}"
     return Failure(world.rank, Cause.BROKEN_COLLECTIVE if is_broken_collective(error) else Cause.ERROR, text, code)
+
+
+@contextmanager
+def _orderly_termination() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit in the main thread instead of ending this process before it can say why."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_broken_collective(error: BaseException) -> bool:
