@@ -19,6 +19,7 @@ REASONS = {
     "empty": "the source file has 0 bytes",
     "not_video": "FFmpeg does not recognise the container, or it has no video stream",
     "no_frames": "a video stream in which no frame decodes",
+    "hdr": "HDR video (PQ or HLG), which has to be converted to BT.709 first",
     "decode_error": "fewer than nine in ten frames decode, or the source cannot be read",
     "too_short": "shorter than --min-seconds, or than its segment requires",
     "timeout": "not finished within a time limit far beyond its duration",

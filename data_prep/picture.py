@@ -21,7 +21,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from video_swinv2.data.display import Orientation
+from video_swinv2.data.display import Orientation, WholeFrames
 
 # Without the three flags after BICUBIC, swscale darkens the picture by two to three grey levels when it changes the
 # colour matrix.
@@ -44,6 +44,7 @@ class Fitter:
         # Frames are resized as decoded and turned afterwards, when they are small, so height and width may be swapped.
         self._size = (size[1], size[0]) if turn.transpose else size
         self._turn = turn
+        self._whole = WholeFrames()
         self._resize = VideoReformatter()
         height, width = self._size
         # Buffers for the conversion to BT.601, used again for every frame: allocating them takes longer than the
@@ -57,6 +58,7 @@ class Fitter:
         The pixels of the frame are not changed. If there is nothing to do, the frame itself is returned.
         """
         height, width = self._size
+        frame = self._whole(frame)
         # Plain frames need no change of format or range, only of size, and of matrix if that is BT.709. Telling swscale
         # nothing about colours makes it resize plane by plane.
         plain = frame.format.name == "yuv420p" and frame.color_range != ColorRange.JPEG

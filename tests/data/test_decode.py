@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.outcomes import REASONS
 from video_swinv2.data import decode
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
-from video_swinv2.data.display import Orientation, size_for
+from video_swinv2.data.display import ACCURATE, Orientation, size_for
 from video_swinv2.errors import UsageError
+from video_swinv2.inference.streams import FrameStream
 
 Writer = Callable[..., Path]
 
@@ -37,7 +39,9 @@ def plain_decode(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return np.stack(
+            [frame.to_ndarray(format="rgb24", interpolation=ACCURATE) for frame in container.decode(stream)]
+        )
 
 
 def write_timed(
@@ -160,6 +164,67 @@ def test_a_file_too_big_to_keep_in_memory_is_read_again(
     monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", limit)
     noise = np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8)
     assert_reads_like_plain_decode(write_timed(tmp_path / "v.mp4", noise, list(range(0, 960, 40)), g="6"))
+
+
+def test_a_long_video_of_tiny_packets_is_too_big_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a packet takes besides its data counts: the file alone would be within the limit."""
+    path = write_timed(tmp_path / "v.mp4", np.zeros((64, 16, 16, 3), np.uint8), list(range(64)), base=Fraction(1, 25))
+    limit = 40_000
+    assert path.stat().st_size < limit / 4
+    monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", limit)
+    assert_reads_like_plain_decode(path)
+    with VideoReader(path) as reader:
+        path.unlink()
+        with pytest.raises(DecodeError, match="No such file"):  # it is read again
+            reader.frames([0])
+
+
+def without_packets(path: Path, target: Path, count: int) -> Path:
+    """A copy without the first `count` packets, as a cut between key frames leaves it."""
+    with av.open(str(path)) as source, av.open(str(target), "w") as cut:
+        stream = cut.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size and number >= count:
+                packet.stream = stream
+                cut.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("a.mkv", 4), ("a.mp4", 4), ("a.mkv", 11)])
+def test_pictures_before_the_first_key_frame_are_not_counted_if_they_cannot_be_decoded(
+    tmp_path: Path, name: str, dropped: int
+) -> None:
+    """Key packets are number 0, 11 and 24. Of the 32 or 25 pictures that are left, the `ffmpeg` command shows 24."""
+    options = {"g": "12", "bf": "2", "sc_threshold": "0", "x264-params": "open-gop=1"}
+    whole = write_timed(tmp_path / "whole.mkv", numbered_frames(36), list(range(0, 1440, 40)), **options)
+    path = without_packets(whole, tmp_path / name, dropped)
+    assert_reads_like_plain_decode(path)
+    with VideoReader(path) as reader:
+        assert len(reader) == 24
+        assert [number_of(image) for image in reader.frames([0, 23])] == [12, 35 % 32]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+@pytest.mark.parametrize(("transfer", "words"), [(16, "PQ"), (18, "HLG"), (14, "")])
+def test_hdr_is_refused(tmp_path: Path, name: str, transfer: int, words: str) -> None:
+    """But 10-bit BT.2020 with the transfer characteristic of ordinary video is not."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p10le"
+        stream.codec_context.color_trc, stream.codec_context.color_primaries = transfer, 9
+        stream.codec_context.colorspace = 9
+        for image in numbered_frames(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p10le")))
+        container.mux(stream.encode())
+    if not words:
+        assert_reads_like_plain_decode(path)
+        return
+    for opens in (VideoReader, lambda source: FrameStream(str(source))):
+        with pytest.raises(DecodeError, match=rf"{name}: is HDR video \({words}\)") as caught:
+            opens(path)
+        assert caught.value.reason == "hdr"
+        assert caught.value.reason in REASONS
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from data_prep.picture import ACCURATE, Fitter
+from tests.data.test_display import filtered, moving_bars
 from video_swinv2.data.display import Orientation
 
 
@@ -51,3 +52,13 @@ def test_rotated_pictures_are_upright(kind: str, turn: Orientation) -> None:
     inner = np.abs(found.astype(int) - wanted).mean(axis=2)
     assert np.median(inner) < 8
     assert (inner < 40).mean() > 0.9
+
+
+@pytest.mark.parametrize("size", [(96, 128), (48, 64), (24, 32)])
+def test_frames_marked_as_interlaced_are_scaled_as_ffmpeg_does(size: tuple[int, int]) -> None:
+    fitter = Fitter(size, Orientation())
+    for frame in moving_bars(interlaced=True):
+        marked = filtered(frame, ("setfield", "tff"))
+        assert marked.interlaced_frame
+        wanted = filtered(marked, ("scale", f"{size[1]}:{size[0]}:flags=bicubic")).to_ndarray().astype(int)
+        assert np.abs(fitter.fit(marked).to_ndarray() - wanted).max() <= 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from video_swinv2.data.decode import DecodeError, VideoReader
+from video_swinv2.data.display import ACCURATE
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol
@@ -34,7 +35,7 @@ def moving(n: int, height: int, width: int) -> np.ndarray:
 def all_frames(path: Path) -> torch.Tensor:
     """(n, 3, H, W), decoded by PyAV alone."""
     with av.open(str(path)) as container:
-        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        images = [frame.to_ndarray(format="rgb24", interpolation=ACCURATE) for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

@@ -10,16 +10,19 @@ How a frame gets its index. A packet holds one compressed picture and carries it
 is shown. Packets come in decoding order, which differs from presentation order if there are B-frames. The index of a
 frame is therefore the rank of its pts among all packets that are shown. An edit list (MP4's way to trim a video without
 re-encoding it) makes FFmpeg mark the packets before the new start as "discard": they have to be decoded, since later
-pictures refer to them, but they are not shown and get no index. In formats whose packets are unreliable in this
-respect, the whole file is decoded once and its frames are counted.
+pictures refer to them, but they are not shown and get no index. Nor are pictures shown that precede the first key frame
+because a video was cut there, unless they can be decoded. In formats whose packets are unreliable in this respect, the
+whole file is decoded once and its frames are counted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from heapq import heappop, heappush
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +31,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import ColorTrc
 
 from video_swinv2.data.display import Display, Orientation
 from video_swinv2.errors import UserError
@@ -44,13 +48,21 @@ if TYPE_CHECKING:
 # field, and a VP8 packet may show nothing.
 TIMED_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
 ONE_PICTURE_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg"})
+# AVI gives the n-th packet, in decoding order, the n-th time stamp.
+DECODING_TIMED_CONTAINERS = frozenset({"avi"})
+MAX_B_FRAMES = 16  # in a row; x264's limit, and no other encoder makes more
 MAX_RETAINED_BYTES = 256 * 2**20  # limit of packets kept in memory; a larger file is demuxed again for each request
+# What a packet takes besides its data: PyAV's and FFmpeg's objects and what is noted about it, measured as 0.6 to 0.9
+# kB in MP4, Matroska and MPEG-TS. In a long video of small pictures this is far more than the data.
+PACKET_OVERHEAD_BYTES = 1024
+# HDR transfer characteristics. Taken for those of ordinary video, they make pictures pale and dark.
+HDR_TRANSFERS: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 
 class DecodeError(UserError):
     """A file that cannot be read.
 
-    `reason` is one of missing, empty, not_video, not_image, no_frames, decode_error and timeout.
+    `reason` is one of missing, empty, not_video, not_image, no_frames, hdr, decode_error and timeout.
     """
 
     def __init__(self, message: str, reason: str = "decode_error") -> None:
@@ -162,8 +174,8 @@ class VideoReader:
         nor resized; `picture` does both.
         """
         self._start_clock()
-        # For `first` = 0, start at the first packet even if it is no key packet: frames before the first key packet
-        # decode only partly, but they exist and have indices.
+        # For `first` = 0, start at the first packet even if it is no key packet: those frames before the first key
+        # packet that can be decoded have indices.
         packet = next(self._runs([first]))[0] if first else 0
         return self._named(self._decode(packet))
 
@@ -222,7 +234,7 @@ class VideoReader:
         """Demux the file once, keep its packets and number its frames (see the docstring of this file)."""
         packets, size = [], 0
         for packet in self._demuxed(self._container, self._stream):
-            size += packet.size
+            size += packet.size + PACKET_OVERHEAD_BYTES
             packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
             if self._packets is not None:
                 self._packets.append(packet)
@@ -243,7 +255,7 @@ class VideoReader:
         self._key_packets = [0]
         self._key_pts = [-(2**63)]
         if by_packet:
-            shown.sort()
+            shown = sorted(self._without_lost_start(shown, packets))
             self._index_of_pts = {pts: index for index, pts in enumerate(shown)}
             for place, (pts, is_key, _) in enumerate(packets):
                 if is_key and place and pts is not None and pts > self._key_pts[-1]:
@@ -252,11 +264,28 @@ class VideoReader:
             self._pts = shown
         else:
             decoded = [frame.pts for _, frame in self._decode(0)]
-            # AVI frames leave the decoder in presentation order but carry decoding times; sorted, these are the
-            # presentation times. Frames without a time are appended with the last known one; `_set_times` spreads them.
+            # Sorted, the decoding times of AVI are presentation times (see `presentation_times`). Frames without a time
+            # are appended with the last known one; `_set_times` spreads them.
             self._pts = sorted(pts for pts in decoded if pts is not None)
             self._pts += [self._pts[-1] if self._pts else 0] * (len(decoded) - len(self._pts))
         self._set_times()
+
+    def _without_lost_start(self, shown: list[int], packets: list[tuple[int | None, bool, bool]]) -> list[int]:
+        """`shown` without the pts of pictures before the first key frame that the decoder does not yield.
+
+        These are the first pictures of a video that was cut, without re-encoding, between key frames, or whose first
+        group of pictures is open, so that it begins with pictures that refer to the group before. packets: their (pts,
+        whether a key packet, whether discarded).
+        """
+        first_key = min((pts for pts, is_key, _ in packets if is_key and pts is not None), default=2**63)
+        if not any(pts < first_key for pts in shown):
+            return shown
+        decoded = set()
+        for _, frame in self._decode(0):
+            if frame.pts is not None and frame.pts >= first_key:
+                break
+            decoded.add(frame.pts)
+        return [pts for pts in shown if pts >= first_key or pts in decoded]
 
     def _set_times(self) -> None:
         """Convert the pts of all frames to `times` in seconds, strictly ascending, and compute `fps`."""
@@ -371,15 +400,41 @@ class VideoReader:
             yield index, before
 
 
+def presentation_times(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+    """(pts, frame) in presentation order, for frames as decoded from one of DECODING_TIMED_CONTAINERS.
+
+    They leave the decoder in presentation order, but each has the time at which its packet is decoded. An example with
+    two B-frames, shown as 0 1 2 3 and decoded as 0 3 1 2: their time stamps are 0 2 3 1. In ascending order these are
+    the presentation times. At most MAX_B_FRAMES frames come between a time stamp and its place in that order, so no
+    more frames than that have to wait. Frames without a time stamp leave None for the last ones.
+    """
+    waiting: deque[av.VideoFrame] = deque()
+    stamps: list[int] = []  # a heap
+    for frame in frames:
+        waiting.append(frame)
+        if frame.pts is not None:
+            heappush(stamps, frame.pts)
+        if len(waiting) > MAX_B_FRAMES:
+            yield heappop(stamps) if stamps else None, waiting.popleft()
+    for frame in waiting:
+        yield heappop(stamps) if stamps else None, frame
+
+
 def find_video_stream(container: InputContainer, name: str) -> VideoStream:
     """The first video stream that is not a cover picture, which music and some MP4 files carry as video.
 
-    Its decoder uses no threads of its own. `name` is what errors begin with. Raises DecodeError.
+    Its decoder uses no threads of its own. `name` is what errors begin with. Raises DecodeError, also for HDR video.
     """
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             if stream.codec_context is None:  # contrary to PyAV's stubs, if FFmpeg has no decoder for the stream
                 raise DecodeError(f"{name}: its video codec is unknown to FFmpeg", "no_frames")
+            if transfer := HDR_TRANSFERS.get(stream.codec_context.color_trc):
+                raise DecodeError(
+                    f"{name}: is HDR video ({transfer}), whose brightness would be misread; convert it to BT.709 first "
+                    "(FFmpeg's filters zscale and tonemap)",
+                    "hdr",
+                )
             # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
             stream.codec_context.thread_type = "NONE"
             stream.codec_context.thread_count = 1
