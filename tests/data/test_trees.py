@@ -10,10 +10,11 @@ from PIL import Image
 
 from data_prep.sources import plan_preparation
 from video_swinv2.config import DataConfig
+from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
 from video_swinv2.data.trees import TopLevel, find_split, split_folders, videos_below
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.inference.media_types import IMAGE, VIDEO, find_media_files
+from video_swinv2.inference.media_types import find_media_files
 
 SUFFIXES = {"images": ".png", "videos": ".mp4"}
 

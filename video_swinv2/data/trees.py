@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from video_swinv2.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from video_swinv2.errors import UsageError, UserError
 
 SPLITS = ("train", "val", "test")
@@ -36,11 +37,6 @@ SPLIT_SYNONYMS = {
 # Words that name a split, but not the same one in every data set.
 UNCLEAR_WORDS = frozenset({"dev", "devset", "eval", "evaluation", "heldout", "holdout", "minival", "trainval"})
 UNCLEAR = "unclear"
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"}
-    | {".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
-)
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SAMPLE_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".tar"}
 # Files that data_prep writes: a folder with one of them holds a prepared data set, or one in preparation.
 PREPARED_MARKERS = frozenset({"dataset.json", "prep.sqlite", ".prep.lock"})
