@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources import plan_preparation
+from tests.conftest import REPOSITORY
 from video_swinv2.config import DataConfig
 from video_swinv2.data.manifest import class_list_hash, read_manifest
+from video_swinv2.data.rows import COLUMN_NAMES
 from video_swinv2.data.sources import labelled_manifest
 from video_swinv2.errors import UsageError
 
@@ -100,6 +102,28 @@ def test_refusals(tmp_path: Path, text: str | bytes, words: str) -> None:
         with pytest.raises(UsageError, match=rf"^{listed}{words}") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+def test_the_documentation_has_the_right_examples(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "data-formats.md").read_text(encoding="utf-8")
+
+    def table(header: str) -> list[list[str]]:
+        lines = text.partition(f"| {header} |\n")[2].partition("\n\n")[0].splitlines()[1:]
+        return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
+
+    understood, refused = table("line | path | label"), table("line | why")
+    assert (len(understood), len(refused)) == (12, 6)
+    listed = tmp_path / "train.txt"
+    for line, path, label in understood:
+        listed.write_text(line)
+        (video,) = plan_preparation(listed).videos
+        assert (video.name, video.label or "none") == (path, label)
+    for line, _ in refused:
+        listed.write_text(line)
+        with pytest.raises(UsageError, match=r"train\.txt, line 1: "):
+            plan_preparation(listed)
+    for column, names, _ in table("column | names | "):
+        assert COLUMN_NAMES[column] == tuple(names.replace("`", "").split(", "))
 
 
 def test_ids_are_numbers_not_words(tmp_path: Path) -> None:
