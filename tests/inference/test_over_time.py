@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from tests.data.test_decode import numbered_frames, write_timed
 from tests.inference.conftest import CLASSES
 from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
@@ -255,6 +256,40 @@ def test_an_annotated_video(
             difference = (after.frames([i]).float() - before.frames([i]).float()).abs().mean((0, 1, 3))
             assert difference[:8].mean() < 12, "the top is unchanged"
             assert difference[-8:].mean() > 30, "the panel covers the bottom"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 64), (64, 1)])
+def test_an_annotated_video_of_pictures_one_pixel_wide(
+    evil_model: Path, tmp_path: Path, height: int, width: int
+) -> None:
+    path = tmp_path / "thin.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
+        for _ in range(9):
+            picture = av.VideoFrame.from_ndarray(np.full((height, width, 3), 90, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format="yuv444p")))
+        container.mux(stream.encode())
+    (prediction,) = predict(evil_model, [path], device="cpu", over_time=OverTime(video=tmp_path / "out"))
+    assert not prediction.error
+    with VideoReader(tmp_path / "out" / "thin.mp4") as reader:
+        assert len(reader) == 9
+        assert reader.size == (2 * height, 2 * width)
+
+
+def test_segments_of_a_variable_frame_rate_start_by_time(tmp_path: Path) -> None:
+    """30 frames per second for 2 seconds, then 2 frames per second for 4: segments of 4 frames, 2 apart."""
+    ticks = [*range(0, 60), *range(60, 180, 15)]
+    path = write_timed(tmp_path / "v.mp4", numbered_frames(68), ticks, base=Fraction(1, 30))
+    with Watcher(WatchRequest(str(path), 4, 2, (32, 32), every_seconds=0.5)) as watcher:
+        found = []
+        for window in watcher:
+            found.append((window.seconds[0], window.seconds[-1]))
+            watcher.answer([("a", 1.0)])
+        watcher.finish()
+    # From 1.8 s on, a segment lasts longer than half a second. One at 3 s would end at 6 s, when the stream is over.
+    ends = [(0, 0.2), (0.5, 0.7), (1, 1.2), (1.5, 1.7), (2, 5), (2.5, 5.5)]
+    np.testing.assert_allclose(found, ends, atol=1e-3)
 
 
 def test_a_failure_leaves_no_video(evil_model: Path, outside_data: Path, tmp_path: Path) -> None:

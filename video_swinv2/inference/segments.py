@@ -5,6 +5,7 @@ Letters: T frames of a segment, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 
 from video_swinv2.data.sampling import frame_indices
 from video_swinv2.inference.streams import Frame
+
+# A frame may come this much before the start of a segment and still be its first one: times are rounded, in Matroska to
+# milliseconds.
+_TOLERANCE_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,13 @@ class Segment:
 
 
 class SegmentCutter:
-    """Cuts segments out of frames that arrive one by one: `frames` frames, `stride` apart, a new segment every `hop`.
+    """Cuts segments out of frames that arrive one by one: `frames` frames, `stride` apart.
 
-    An example with frames=3, stride=2, hop=3 and a stream of the 10 frames 0 to 9. Each segment spans 5 frames:
+    A segment starts with the first frame at or after each multiple of `every_seconds`, whatever the frame rate; two of
+    these moments between the same two frames start one segment. By default segments follow each other without overlap.
+
+    An example with frames=3, stride=2, every_seconds=0.3 and a stream of the 10 frames 0 to 9, 0.1 seconds apart. Each
+    segment spans 5 frames:
 
         0 . 2 . 4            when frame 4 arrives
               3 . 5 . 7      when frame 7 arrives
@@ -37,8 +46,12 @@ class SegmentCutter:
     repeated from its start, as in a test (`frame_indices`).
     """
 
-    def __init__(self, frames: int, stride: int, hop: int) -> None:
-        self._frames, self._stride, self._hop = frames, stride, hop
+    def __init__(self, frames: int, stride: int, every_seconds: float | None = None) -> None:
+        self._frames, self._stride = frames, stride
+        # More often than the tolerance makes no difference.
+        self._every = None if every_seconds is None else max(every_seconds, _TOLERANCE_SECONDS)
+        self._due = 0.0  # seconds; when the next segment starts
+        self._starts: deque[int] = deque()  # of the segments that are not cut yet: the first frame, by its place
         self._span = (frames - 1) * stride + 1
         self._recent: deque[Frame] = deque(maxlen=self._span)
         self._count = 0  # frames that have arrived
@@ -46,16 +59,28 @@ class SegmentCutter:
 
     def add(self, frame: Frame) -> Segment | None:
         """Take the next frame; return the segment that it completes, if any."""
+        if self._starts_segment(frame.seconds):
+            self._starts.append(self._count)
         self._recent.append(frame)
         self._count += 1
-        # The first segment is complete after `span` frames, and each further one `hop` frames later.
-        if self._count < self._span or (self._count - self._span) % self._hop:
+        if not self._starts or self._count < self._starts[0] + self._span:
             return None
+        self._starts.popleft()
         return self._cut()
 
     def finish(self) -> Segment | None:
         """Return the last segment if the stream ended with frames that are in no segment yet, otherwise None."""
         return self._cut() if self._count > self._count_at_cut else None
+
+    def _starts_segment(self, seconds: float) -> bool:
+        """Whether a segment starts with the frame that has just arrived."""
+        if self._every is None:
+            return self._count % self._span == 0
+        seconds += _TOLERANCE_SECONDS
+        if seconds < self._due:
+            return False
+        self._due = (math.floor(seconds / self._every) + 1) * self._every
+        return True
 
     def _cut(self) -> Segment:
         self._count_at_cut = self._count

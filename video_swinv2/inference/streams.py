@@ -19,7 +19,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from video_swinv2.data.decode import DecodeError, find_video_stream, named_errors, one_line
+from video_swinv2.data.decode import (
+    DECODING_TIMED_CONTAINERS,
+    DecodeError,
+    find_video_stream,
+    named_errors,
+    one_line,
+    presentation_times,
+)
 from video_swinv2.data.display import Display, size_for
 from video_swinv2.evaluation.placement import resized_short_side
 from video_swinv2.evaluation.protocols import find_protocol, plan_views
@@ -85,6 +92,8 @@ class FrameStream:
                 rate = float(self._stream.average_rate or self._stream.guessed_rate or 0)
                 duration = self._container.duration  # in units of 1 / av.time_base; None or negative if live
                 self._display = Display(self._stream)
+                formats = self._container.format.name.split(",")
+                self._has_decoding_times = not DECODING_TIMED_CONTAINERS.isdisjoint(formats)
             except BaseException:
                 self._container.close()
                 raise
@@ -101,17 +110,15 @@ class FrameStream:
 
     def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
         with named_errors(self.name):
-            # `frame.time` is the presentation time stamp in seconds. It starts at the sender's clock, so the time of
-            # the first frame is subtracted: a camera that has been running for a day starts at 0, too.
+            # Time stamps start at the sender's clock, so that of the first frame is subtracted: a camera that has been
+            # running for a day starts at 0, too.
             first_time, last_seconds = math.nan, -math.inf
-            for frame in self._decoded():
-                time = math.nan if frame.time is None else frame.time
+            for time, frame in self._timed():
                 first_time = time if math.isnan(first_time) else first_time
                 seconds = time - first_time
                 # Time stamps do not always increase. They are missing (NaN here) where a stream is joined in the
-                # middle, they are decoding times in AVI files, and they jump back when a sender restarts its clock.
-                # Such a frame is placed one frame period after the previous one. `not a < b`, unlike `a >= b`, is also
-                # true for NaN.
+                # middle, and they jump back when a sender restarts its clock. Such a frame is placed one frame period
+                # after the previous one. `not a < b`, unlike `a >= b`, is also true for NaN.
                 if not last_seconds < seconds:
                     seconds = 0.0 if last_seconds == -math.inf else last_seconds + 1 / self.fps
                 last_seconds = seconds
@@ -151,6 +158,15 @@ class FrameStream:
             raise DecodeError(
                 f"{self.name}: not a video that FFmpeg can open ({one_line(fault)})", "not_video"
             ) from fault
+
+    def _timed(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """(presentation time stamp in seconds or NaN, frame), in display order."""
+        if not self._has_decoding_times:
+            for frame in self._decoded():
+                yield math.nan if frame.time is None else frame.time, frame
+            return
+        for pts, frame in presentation_times(self._decoded()):
+            yield math.nan if pts is None or frame.time_base is None else float(pts * frame.time_base), frame
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """All frames that can be decoded, in display order. Damage is skipped, and never raised as an error."""

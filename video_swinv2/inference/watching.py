@@ -222,7 +222,7 @@ class _Watch:
         request = self._request
         count, seconds = 0, 0.0
         with FrameStream(request.source, descriptor=descriptor, wait_seconds=request.wait_seconds) as stream:
-            cutter = SegmentCutter(request.frames, request.stride, _frames_between_segments(request, stream))
+            cutter = SegmentCutter(request.frames, request.stride, _seconds_between_segments(request, stream))
             if request.video is not None:
                 self._writer = AnnotatedVideoWriter(partial_path(request.video), stream.fps)
             for seconds, frame in stream:
@@ -235,8 +235,8 @@ class _Watch:
                 if self._writer is not None:
                     height, width = stream.shown_size
                     # For the annotated video: resized only. Both sides must be even, because the colours of the
-                    # encoder's yuv420p format have half the resolution.
-                    shown = stream.image(frame, min(height, width, MAX_SHORT_SIDE) // 2 * 2)
+                    # encoder's yuv420p format have half the resolution; a side of one pixel is doubled.
+                    shown = stream.image(frame, max(2, min(height, width, MAX_SHORT_SIDE) // 2 * 2))
                     self._writer.add(count, seconds, shown[: shown.shape[0] // 2 * 2, : shown.shape[1] // 2 * 2])
                 self._offer(cutter.add(Frame(count, seconds, image)), may_skip=True)
                 count += 1
@@ -287,13 +287,12 @@ class _Watch:
         self._last_sent = time.monotonic()
 
 
-def _frames_between_segments(request: WatchRequest, stream: FrameStream) -> int:
-    """The number of frames from the start of one segment to the start of the next."""
-    span = (request.frames - 1) * request.stride + 1
-    if request.every_seconds is not None:
-        return max(1, round(request.every_seconds * stream.fps))
-    if request.max_segments is not None and stream.duration_seconds is not None:
-        # n segments have n - 1 distances between their starts. Together these are the stream less one segment.
+def _seconds_between_segments(request: WatchRequest, stream: FrameStream) -> float | None:
+    """The time from the start of one segment to the start of the next; None if they follow each other."""
+    if request.every_seconds is None and request.max_segments is not None and stream.duration_seconds is not None:
+        span = (request.frames - 1) * request.stride + 1
+        # n segments have n - 1 distances between their starts. Together these are the stream less one segment. They are
+        # rounded up to whole frames, so that segments are evenly spaced at a constant frame rate.
         spare = stream.duration_seconds * stream.fps - span
-        return max(1, math.ceil(spare / max(1, request.max_segments - 1)))
-    return span
+        return max(1, math.ceil(spare / max(1, request.max_segments - 1))) / stream.fps
+    return request.every_seconds
