@@ -88,6 +88,24 @@ def test_a_pattern_names_shards(folder):
         unlabelled_mixture(data(folder / "a-{0..3}.tar.gz"), validation=False)
 
 
+def test_splits_by_the_words_of_names(tmp_path):
+    """In the tar's own name or, without one, in the nearest folder; whole words, in any case."""
+    names = ["Set-Valid-00", "TESTING/00", "train_256/00", "train/val-01", "valley-00", "more/00"]
+    for number, name in enumerate(names):
+        write(tmp_path / f"{name}.tar", [(f"{number}.png", png(number))])
+    found = shard_collection(str(tmp_path))
+    assert [sorted(entry.name[0] for entry in found.entries(split)) for split in ("train", "val", "test")] == [
+        ["m", "t", "v"],
+        ["S", "t"],
+        ["T"],
+    ]
+    write(tmp_path / "eval-00.tar", [("9.png", png(9))])
+    with pytest.raises(UsageError, match=r"eval-00\.tar: its name does not say whether it is of train, val or test"):
+        shard_collection(str(tmp_path))
+    write(tmp_path / "alone" / "eval-00.tar", [("9.png", png(9))])
+    assert shard_collection(str(tmp_path / "alone")).split_names == ("train", "val", "all")
+
+
 def test_labels_by_name_json_or_none(tmp_path):
     bodies = [json.dumps({"label": label, "width": 8}).encode() for label in ("dog", "cat", "dog")]
     write(

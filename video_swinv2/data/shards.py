@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ from video_swinv2.data.index import (
     open_index,
 )
 from video_swinv2.data.media import IMAGE_SUFFIXES
-from video_swinv2.data.trees import UNCLEAR, files_below, find_split
+from video_swinv2.data.trees import SPLITS, UNCLEAR, files_below, find_split
 from video_swinv2.errors import UsageError, UserError
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
@@ -79,10 +79,9 @@ def shard_collection(source: str) -> ImageCollection | None:
     names = [path.relative_to(root).as_posix() for path in tars]
     index = open_index("shards", root, "\n".join(names), partial(_scan_tars, root, names))
     # `numbers`: label -> number, in the order in which labels are first met in the shards.
-    splits, numbers = [], dict[str, int]()
+    numbers: dict[str, int] = {}
     labels = index.columns["label"].astype(np.int32)
     for place, name in enumerate(names):
-        splits.append(_split_of_tar(root, name))
         about: dict[str, Any] = json.loads(index.about[place])
         if about["fault"] and os.environ.get("RANK", "0") == "0":
             print(f"broken: {root / name}: {about['fault']}", file=sys.stderr, flush=True)
@@ -95,20 +94,26 @@ def shard_collection(source: str) -> ImageCollection | None:
     label_names = sorted(numbers)
     rank = np.array([*(label_names.index(word) for word in numbers), -1], dtype=np.int32)  # found order -> sorted order
     found = torch.from_numpy(rank[labels])
-    return ImageCollection(root, index, tuple(splits), tuple(label_names), found, labels_are_numbers=True)
+    return ImageCollection(
+        root, index, _splits_of_tars(root, names), tuple(label_names), found, labels_are_numbers=True
+    )
 
 
-def _split_of_tar(root: Path, name: str) -> str:
-    """The split in the name of a tar or, without one, of the nearest folder above it; train if there is none.
+def _splits_of_tars(root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The split of each tar: that in its name or, without one, in the nearest folder above it; or else train.
 
-    Raises UsageError for a word that names no particular split, as in `imagenet-eval-00.tar`.
+    Raises UsageError for a name such as `eval-00.tar` beside tars of a split.
     """
-    for part in reversed(name.removesuffix(".tar").split("/")):
-        if found := find_split(part):
-            if found.split == UNCLEAR:
-                raise UsageError(f"{root / name}: is it for train, val or test? Rename {part!r}, so that it says one")
-            return found.split
-    return "train"
+
+    def find(name: str) -> str:
+        parts = reversed(name.removesuffix(".tar").split("/"))
+        return next((found.split for part in parts if (found := find_split(part))), "")
+
+    splits = [find(name) for name in names]
+    for name, split in zip(names, splits, strict=True):
+        if split == UNCLEAR and not {*splits}.isdisjoint(SPLITS):
+            raise UsageError(f"{root / name}: its name does not say whether it is of train, val or test; rename it")
+    return tuple(split if split in SPLITS else "train" for split in splits)
 
 
 def _scan_tars(root: Path, names: list[str], previous: FileIndex | None) -> Iterator[ContainerContents | int]:
