@@ -55,6 +55,7 @@ FORMS: list[tuple[str, str, list[str] | None, Videos]] = [
     ("header, more columns", "id,path,fps,label\n7,a.mp4,25,run\n", None, {"a.mp4": "run"}),
     ("header and ids", "path,label\na.mp4,1.0\nb.mp4,\nc.mp4,10\n", None, {"a.mp4": "1", "b.mp4": None, "c.mp4": "10"}),
     ("header and ids of classes", "path,label\na.mp4,2\nb.mp4,walk\n", NAMES, {"a.mp4": "jump", "b.mp4": "walk"}),
+    ("empty rows", "\n \npath,label\n  \na.mp4,run\n , \n,\n", None, {"a.mp4": "run"}),
     ("header of one column", "path\na.mp4\n", None, {"a.mp4": None}),
     ("strange spaces", "a\u2028b\x85c\x0bd\xa0e.mp4 1\n", None, {"a\u2028b\x85c\x0bd\xa0e.mp4": "1"}),
     ("strange spaces, header", "path,label\na\u2028\x85b.mp4,r\x0bn\n", None, {"a\u2028\x85b.mp4": "r\x0bn"}),

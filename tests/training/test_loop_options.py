@@ -166,6 +166,13 @@ def test_a_run_says_at_its_start_that_flips_do_not_fit_its_classes(config, clips
         assert len([line for line in said if line.startswith("augment.flip: 0.5 of the samples")]) == notes
 
 
+def test_a_class_without_samples_is_told(config, clips, tmp_path):
+    (tmp_path / "train.txt").write_text(f"{clips}/0.mp4 0\n")
+    (tmp_path / "classes.txt").write_text("often\nnever\n")
+    task = Classification(config(f"data.source={tmp_path}", "data.val_split=none"))
+    assert task.notes == ("split train has no video of 1 of 2 classes: 'never'",)
+
+
 def test_a_class_without_samples_has_no_balanced_weight(config, clips, tmp_path):
     (tmp_path / "train.txt").write_text(f"{clips}/0.mp4 0\n")
     (tmp_path / "classes.txt").write_text("often\nnever\n")

@@ -7,6 +7,7 @@ with a single one is an image. Other animated pictures (WebP, PNG) are images, o
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,12 +40,12 @@ def media_type_of(path: Path) -> str | None:
 
     The suffix matters for damaged videos, which should be reported as unreadable and not be skipped silently.
     """
-    try:
-        with path.open("rb") as file:
-            found = media_type_of_content(file)
-    except OSError:
-        # The reader reports why it cannot be opened; here only the type is asked for.
-        found = None
+    found = None
+    # The reader reports why a file cannot be opened; here only the type is asked for. A pipe might wait for ever.
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                found = media_type_of_content(file)
     suffix = path.suffix.lower()
     by_suffix = VIDEO if suffix in VIDEO_SUFFIXES else IMAGE if suffix in IMAGE_SUFFIXES else None
     return found or by_suffix

@@ -150,17 +150,16 @@ def _rows_below(header: Header, path: Path, columns: tuple[str, ...]) -> Iterato
     # Every row is padded below to at least one field more than the header. The place -1 of a column that does not exist
     # therefore selects an empty field.
     places = [header.places.get(column, -1) for column in columns]
-    above = True  # the header itself is still to come
+    # Without blank lines, comments, and the rows of nothing but separators that spreadsheets leave at the end.
+    rows = filter(any, ([field.strip() for field in fields] for fields in reader))
     try:
-        for fields in reader:
-            if above or not fields:
-                above = above and not fields  # blank lines and comments may come before the header
-                continue
+        next(rows)  # the header
+        for fields in rows:
             if any(fields[header.width :]):
                 what = SEPARATORS[header.separator]
                 raise UsageError(f"{path}, line {reader.line_num}: too many fields; quote names that contain {what}")
             fields = [*fields[: header.width], *[""] * (header.width + 1 - len(fields))]
-            yield reader.line_num, [fields[place].strip() for place in places]
+            yield reader.line_num, [fields[place] for place in places]
     except csv.Error as fault:
         raise UsageError(f"{path}, line {reader.line_num + 1}: cannot be read as CSV ({fault})") from fault
 
