@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from data_prep.sources import plan_preparation
+from tests.conftest import REPOSITORY
 from video_swinv2.config import DataConfig
 from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
-from video_swinv2.data.trees import TopLevel, find_split, split_folders, videos_below
+from video_swinv2.data.trees import SPLIT_SYNONYMS, TopLevel, find_split, split_folders, videos_below
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.splits import available_splits
 from video_swinv2.inference.media_types import find_media_files
 
 SUFFIXES = {"images": ".png", "videos": ".mp4"}
@@ -125,6 +127,30 @@ def test_what_is_not_understood_is_refused_by_every_verb(tmp_path, kind, names, 
     for read in [*readers, *([lambda: plan_preparation(root)] if kind == "videos" else [])]:
         with pytest.raises(UsageError, match=fault):
             read()
+
+
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_the_documentation_has_the_right_examples(tmp_path, kind):
+    text = (REPOSITORY / "docs" / "data-formats.md").read_text(encoding="utf-8")
+
+    def table(header: str) -> list[list[str]]:
+        lines = text.partition(f"| {header} |\n")[2].partition("\n\n")[0].splitlines()[1:]
+        return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+    understood, refused = table("files | splits | classes"), table("files | why")
+    assert (len(understood), len(refused)) == (11, 8)
+    for number, (files, splits, classes) in enumerate(understood):
+        root = tree(tmp_path / str(number), kind, files.strip("`"))
+        found = list(available_splits(root))
+        assert found == splits.replace(" (no labels)", "").split(", ") or (found, splits) == (["all"], "train")
+        if classes != "none":
+            assert ", ".join(labelled_manifest(data(root), "train").classes) == classes
+    for number, (files, _) in enumerate(refused):
+        root = tree(tmp_path / f"refused-{number}", kind, files.strip("`"))
+        with pytest.raises(UsageError):
+            labelled_manifest(data(root), "train")
+    for word in ("train", "val", "test", *SPLIT_SYNONYMS):
+        assert f"`{word}`" in text
 
 
 def test_an_unlabelled_split_may_hold_empty_folders(tmp_path):
