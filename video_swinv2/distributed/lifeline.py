@@ -117,7 +117,9 @@ class Lifeline:
         self._peers: dict[int, _Peer] = {}
         """By rank: on rank 0 all others, on every other rank only rank 0."""
         self._sending = threading.Lock()  # the main thread and the watcher send on the same connections
-        self._left = threading.Event()
+        self._leaving = threading.Event()
+        self._ended = threading.Event()
+        """Set when the watcher has nobody left to watch."""
         # What `fail` was called with on rank 0, for the watcher to compare with what other processes report.
         self._own_failure: Failure | None = None
         # Wakes the watcher from its wait for messages.
@@ -128,10 +130,14 @@ class Lifeline:
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def leave(self) -> None:
-        """Stop watching, and being watched, because this process has finished successfully."""
+        """Stop watching, and being watched, because this process has finished successfully.
+
+        Waits a moment for the others to say goodbye too: the end of a connection can overtake what was sent before it.
+        """
+        self._leaving.set()
         self._send({"bye": True})
-        self._left.set()  # only now, because the watcher then closes the connections
-        self._waker.send(b"x")
+        if self._world.size > 1:
+            self._ended.wait(LINGER_SECONDS)
 
     def fail(self, failure: Failure) -> None:
         """End all processes because of this failure, which is printed unless another one explains it.
@@ -156,7 +162,7 @@ class Lifeline:
         """Send a message to every peer; returns whether anyone received it. Peers that are gone are ignored."""
         line, received = f"{json.dumps(message, allow_nan=False)}\n".encode(), False
         with self._sending:
-            for peer in self._peers.values():
+            for peer in list(self._peers.values()):  # the watcher may remove some meanwhile
                 with suppress(OSError):
                     peer.connection.sendall(line)
                     received = True
@@ -216,7 +222,7 @@ class Lifeline:
             selector.register(self._wake_reader, selectors.EVENT_READ)
             for peer in self._peers.values():
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
-            while self._peers and not self._left.is_set():
+            while self._peers:
                 wait_seconds = max(0.0, min(decide_at - time.monotonic(), BEAT_SECONDS))
                 for key, _ in selector.select(wait_seconds):
                     if key.data is None:
@@ -240,8 +246,7 @@ class Lifeline:
                     decide_at = now + BETTER_CAUSE_SECONDS
                 if failures and (now >= decide_at or _is_decisive(failures, self._own_failure)):
                     self._end_run(max(failures, key=lambda failure: (failure.cause, -failure.rank)))
-        for peer in self._peers.values():
-            peer.connection.close()
+        self._ended.set()
 
     def _receive(self, peer: _Peer, failures: list[Failure]) -> bool:
         """Read what a peer has sent and append to `failures` what it reports; returns whether it is still connected."""
@@ -250,6 +255,8 @@ class Lifeline:
         except OSError:
             data = b""
         if not data:
+            if self._leaving.is_set():  # it has left before this process could read its goodbye
+                return False
             text = f"error: {self._name(peer)} died; {self._advice} (it was {_place(peer)})"
             # Rank 0 is watched by all others, of which one on each machine prints.
             failures.append(Failure(peer.rank, Cause.GONE, text if self._reports() else "", 1))
