@@ -40,6 +40,23 @@ def test_all_wait_for_the_slowest_without_a_limit(tmp_path: Path, size: int) -> 
     assert all((tmp_path / str(rank)).exists() for rank in range(size))
 
 
+def leave_many_times(folder: Path) -> None:
+    world = world_room.join_world("cpu")
+    for _ in range(60):
+        with distributed_session("cpu", "advice", end_with_launcher=True):
+            all_gather_objects(world, world.rank)
+    (folder / str(world.rank)).touch()
+    world_room.leave_world()
+
+
+def test_nobody_takes_a_goodbye_for_a_death(tmp_path: Path) -> None:
+    """Whichever process is the first to leave, and whatever the others are sending at the moment."""
+    ranks = Ranks(3, leave_many_times, tmp_path, log=tmp_path / "log")
+    assert ranks.wait(SECONDS) == [0, 0, 0], (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text() == ""
+    assert all((tmp_path / str(rank)).exists() for rank in range(3))
+
+
 def break_in(victim: int) -> None:
     """One of four processes is gone; the collective of the others breaks."""
     with distributed_session("cpu", "do it again", end_with_launcher=True) as world:
