@@ -1,7 +1,7 @@
 """Places that cannot be written or read are named in one line by every verb, and no verb writes among its samples."""
 
+import importlib
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +49,17 @@ FILE_VERBS = {
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory, write_video) -> dict[str, str]:
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def paths(open_folder, write_video) -> dict[str, str]:
     """The paths that the commands above name."""
-    root = tmp_path_factory.mktemp("paths")
+    root = open_folder
     noise = np.random.default_rng(0)
     for number in range(8):
         path = root / "data" / "ab"[number % 2] / f"{number}.png"
@@ -155,23 +163,38 @@ def without_rights() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("read", [read_card, read_tensors, load_model, read_checkpoint])
-def test_a_model_file_without_permission_to_read(paths, read):
-    # Not in tmp_path, which only its owner may enter.
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        path = folder / "inside" / "model.safetensors"
-        path.parent.mkdir()
-        path.write_bytes(Path(paths["MODEL"]).read_bytes())
-        read(path)
-        path.chmod(0)
-        with without_rights(), pytest.raises(UserError, match=rf"{path}: .*Permission denied"):
-            read(path)
-        path.chmod(stat.S_IRUSR | stat.S_IROTH)
-        path.parent.chmod(stat.S_IRUSR)
+def test_a_model_file_without_permission_to_read(paths, open_folder, read):
+    path = open_folder / read.__name__ / "model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(Path(paths["MODEL"]).read_bytes())
+    read(path)
+    for locked in (path, path.parent):
+        mode = locked.stat().st_mode
+        locked.chmod(0)
         with without_rights(), pytest.raises(UserError, match=rf"{path}: cannot be read \(Permission denied\)"):
             read(path)
-        path.parent.chmod(0o755)
+        locked.chmod(mode)
+
+
+# Without those that start other programs, which the other user may not be allowed to do.
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("synth", "download", "prepare", "prepare --shard", "prepare --preflight", "train", "pretrain"),
+        *("test", "probe", "report", "convert to a folder"),
+    ],
+)
+def test_a_folder_without_permission_to_write(paths, open_folder, capsys, monkeypatch, verb):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(open_folder / "cache"))
+    # Imported before, because the other user may not be allowed to read the files of Python itself.
+    for module in ("data_prep.download", "video_swinv2.training.loop"):
+        importlib.import_module(module)
+    out = open_folder / verb.replace(" ", "")
+    out.mkdir(mode=0o555)
+    with without_rights():
+        line = refused(capsys, FOLDER_VERBS[verb], paths | {"OUT": str(out)})
+    assert str(out) in line
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(

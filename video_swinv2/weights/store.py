@@ -92,7 +92,10 @@ def save_model(
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
     create_folder(path.parent)
     with atomic_write(path) as part:
-        save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json_text(card)})
+        try:
+            save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json_text(card)})
+        except SafetensorError as error:  # a full disk and a missing permission among others
+            raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
         # safetensors makes the file readable by its owner only. Give it the permissions of its folder instead.
         part.chmod(path.parent.stat().st_mode & 0o666)
 
