@@ -67,7 +67,8 @@ class WindowAttention(nn.Module):
         scale = self.logit_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp()
         q, k = _scale_to_length(q.to(wide), scale), _scale_to_length(k.to(wide), 1.0)
         # Computed in every pass and never kept, because nothing shows reliably whether a weight has changed: writes
-        # through `.data` leave no trace. It costs about 1 % of a forward pass (docs/results/model-speed.md).
+        # through `.data` leave no trace. With clips it costs 1 to 2 % of a forward pass
+        # (docs/results/model-speed.md).
         table = bias_table(self.cpb_mlp, layout.window, norm, x.device).to(wide)
         backend = auto_backend(x.device, tokens) if self.attention == "auto" else self.attention
         # Autocast would cast q and k back to half precision before their product.
