@@ -205,24 +205,28 @@ def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tm
         test(protocol="center-1x2")
     with pytest.raises(UsageError, match="no split 'val'"):
         test(split="val")
-    (tmp_path / "test.txt").write_text(f"{data}/x.mp4 0\n")
-    (tmp_path / "classes.txt").write_text("rigth\n")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "test.txt").write_text(f"{data}/x.mp4 0\n")
+    (lists / "classes.txt").write_text("rigth\n")
     with pytest.raises(UsageError, match=r"rigth.*right"):
-        test(data=tmp_path)
-    (tmp_path / "classes.txt").write_text("right\n")
-    (tmp_path / "test.txt").write_text(f"{data}/x.mp4 0\n{data}/y.mp4 -1\n")
+        test(data=lists)
+    (lists / "classes.txt").write_text("right\n")
+    (lists / "test.txt").write_text(f"{data}/x.mp4 0\n{data}/y.mp4 -1\n")
     with pytest.raises(UsageError, match=r"1 of 2 videos .*have no label.*y\.mp4.*predict"):
-        test(data=tmp_path)
+        test(data=lists)
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="cannot create the folder"):
         test()
 
 
 def test_it_fails_if_no_video_can_be_scored(model_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "test.txt").write_text("a.mp4 0\nb.mp4 1\n")
-    (tmp_path / "classes.txt").write_text("left\nright\n")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "test.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    (lists / "classes.txt").write_text("left\nright\n")
     with pytest.raises(UserError, match=r"none of the 2 listed videos .*a\.mp4: no such file"):
-        run_test(model_path, tmp_path, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
+        run_test(model_path, lists, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
 
 
 def test_non_finite_scores_name_the_video(data: Path, model_path: Path, tmp_path: Path) -> None:

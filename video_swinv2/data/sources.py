@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from video_swinv2.config import DataConfig, WeightedSource
@@ -14,6 +14,7 @@ from video_swinv2.data.manifest import Entry, Manifest, find_splits, read_manife
 from video_swinv2.data.mixture import Mixture, MixtureSource
 from video_swinv2.data.shards import shard_collection
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import refuse_inside_source
 
 # A folder with one of these files is a data set of videos, whatever else it contains.
 VIDEO_LISTS = ("dataset.json", "train.csv", "train.txt")
@@ -88,7 +89,7 @@ def unlabelled_mixture(data: DataConfig, validation: bool, repeats: int = 1) -> 
 def image_collection(source: str) -> ImageCollection | None:
     """The images of a folder or of tar shards; None for a data set of videos, which has lists or contains no images."""
     path = Path(source)
-    if any((path / name).is_file() for name in VIDEO_LISTS) or (path.is_file() and path.suffix != ".tar"):
+    if _has_lists(path) or (path.is_file() and path.suffix != ".tar"):
         return None
     if path.is_dir():
         return image_tree(path.absolute()) or shard_collection(source)
@@ -96,6 +97,18 @@ def image_collection(source: str) -> ImageCollection | None:
     if shards is None:
         raise UserError(f"{source}: no such data set or folder (data.source)")
     return shards
+
+
+def refuse_inside_tree(out: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise UsageError if `out` is inside a folder tree of samples, of which it would become a part.
+
+    A data set of videos with lists may hold the folders of its runs, since it consists of what the lists name.
+    """
+    refuse_inside_source(out, [source for source in sources if not _has_lists(Path(source))])
+
+
+def _has_lists(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VIDEO_LISTS)
 
 
 def check_files_exist(entries: Sequence[Entry]) -> None:

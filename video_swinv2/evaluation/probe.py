@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from video_swinv2.data.manifest import Manifest
+from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
@@ -29,7 +30,7 @@ from video_swinv2.evaluation.features import Backbone, Features, extract_feature
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
-from video_swinv2.files import create_folder, refuse_inside_source, write_json
+from video_swinv2.files import create_folder, write_json
 from video_swinv2.report.metrics import Metrics, metrics_of_ranking, ranking
 
 Method = Literal["knn", "linear"]
@@ -121,7 +122,7 @@ def run_probe(
     if k < 1 or seeds < 1:
         raise UsageError("k and seeds must be 1 or more")
     if out is not None:
-        refuse_inside_source(out, [data])
+        refuse_inside_tree(out, [data])
     overrides = overrides or TestOverrides()
     world = world or alone(overrides.device)
     backbone = open_backbone(Path(model_path), overrides)

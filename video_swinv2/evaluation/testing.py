@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
@@ -37,7 +38,6 @@ from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protoco
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
-from video_swinv2.files import refuse_inside_source
 from video_swinv2.progress import Progress
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
@@ -100,7 +100,7 @@ def run_tests(
         silence_seconds=settings.silence_seconds,
         end_with_launcher=True,
     ) as world:
-        refuse_inside_source(out, [data])
+        refuse_inside_tree(out, [data])
         plan = plan_test(
             Path(model_path),
             Path(data),

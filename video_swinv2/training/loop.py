@@ -35,6 +35,7 @@ from torch import Tensor
 from video_swinv2.config import Config, plain_values
 from video_swinv2.data.datasets import Batch
 from video_swinv2.data.loading import plan_batch, training_loader
+from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum, print_on_rank_zero
 from video_swinv2.distributed.session import distributed_session
@@ -46,7 +47,6 @@ from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import make_schedule, parameter_groups
 from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import refuse_inside_source
 from video_swinv2.progress import Progress
 from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
@@ -117,7 +117,7 @@ def _run(config: Config, make_task: MakeTask, world: World) -> None:
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
-    refuse_inside_source(Path(config.out), config.data.source)
+    refuse_inside_tree(Path(config.out), config.data.source)
 
     def construction(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
         # Before the model is built, because under ZeRO-3 that is the first thing that all processes do together.
