@@ -54,7 +54,7 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     settings = config("optim.frozen_stages=2", "augment.repeats=2", "optim.lr_batch=8")
     task = Classification(settings)
     before = {name: tensor.clone() for name, tensor in task.module.state_dict().items()}
-    folder = run(settings, lambda _: task)
+    folder = run(settings, lambda *_: task)
     after, _ = read_tensors(folder / "last.safetensors")
     same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
     frozen = {name for name in after if name.startswith(("patch_embed.", "layers.0.", "layers.1."))}
@@ -156,11 +156,13 @@ def test_flips_that_turn_classes_into_each_other_are_noticed(classes, words):
 
 
 def test_a_run_says_at_its_start_that_flips_do_not_fit_its_classes(config, clips, tmp_path, capsys):
-    (tmp_path / "train.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
-    (tmp_path / "classes.txt").write_text("turn left\nturn right\n")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "train.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
+    (lists / "classes.txt").write_text("turn left\nturn right\n")
     for flip, notes in ((0.5, 1), (0.0, 0)):
         # A run of less than one step: it ends after what it prints at its start.
-        overrides = (f"augment.flip={flip}", f"data.source={tmp_path}", f"out={tmp_path}/run{flip}")
+        overrides = (f"augment.flip={flip}", f"data.source={lists}", f"out={tmp_path}/run{flip}")
         run(config("optim.epochs=0.5", "optim.batch=2", "data.val_split=none", *overrides), Classification)
         said = capsys.readouterr().out.splitlines()
         assert len([line for line in said if line.startswith("augment.flip: 0.5 of the samples")]) == notes

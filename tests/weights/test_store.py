@@ -58,5 +58,5 @@ def test_refusals(saved, tmp_path):
     with pytest.raises(UserError, match="not a complete safetensors file"):
         vs.load_model(tmp_path / "short.safetensors")
     (tmp_path / "blocker").write_text("a file where a folder is needed")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="blocker: cannot create the folder"):
         vs.save_model(model, tmp_path / "blocker" / "m.safetensors", classes=["x", "y"], preprocessing=PREPROCESSING)
