@@ -15,7 +15,8 @@ import video_swinv2 as vs
 from data_prep.cli import main as data_prep
 from tests.training.runs import write_recipe
 from video_swinv2.cli import main as video_swinv2
-from video_swinv2.errors import UserError
+from video_swinv2.data.sources import refuse_inside_tree
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import lock_file
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.store import load_model, read_card, read_tensors
@@ -216,3 +217,11 @@ def test_nothing_is_written_among_the_samples(paths, tmp_path, capsys, command):
         line = refused(capsys, command, paths | {"OUT": str(out)})
         assert f"{out}: is inside the source {paths['DATA']}; choose a folder outside it" in line
     assert sorted(Path(paths["DATA"]).rglob("*")) == before
+
+
+def test_a_data_set_with_lists_may_hold_its_runs(tmp_path):
+    """It consists of what its lists name, whatever else is in the folder."""
+    with pytest.raises(UsageError, match="is inside the source"):
+        refuse_inside_tree(tmp_path / "runs", [tmp_path])
+    (tmp_path / "train.txt").write_text("a.mp4 0\n")
+    refuse_inside_tree(tmp_path / "runs", [tmp_path])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write, json_text, name_unreadable, name_unwritable
+from video_swinv2.files import atomic_write, create_folder, json_text, name_unreadable
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 
 CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
@@ -90,8 +90,7 @@ def save_model(
     path = Path(path)
     # safetensors refuses tensors that are not contiguous.
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
-    with name_unwritable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     with atomic_write(path) as part:
         try:
             save_file(tensors, part, metadata={"format": "pt", CARD_KEY: json_text(card)})
