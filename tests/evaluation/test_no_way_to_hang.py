@@ -143,18 +143,8 @@ def labelled(data: Path) -> Path:
 
 def test_two_processes_share_a_probe(model_path: Path, labelled: Path, tmp_path: Path) -> None:
     # Several groups of videos, so that each process has two.
-    settings = [
-        "--k",
-        "2",
-        "--method",
-        "knn",
-        "--seeds",
-        "1",
-        "--random-weights",
-        "engine.device=cpu",
-        "data.workers=0",
-        "batch_views=2",
-    ]
+    method = ["--k", "2", "--method", "knn", "--seeds", "1", "--random-weights"]
+    settings = [*method, "engine.device=cpu", "data.workers=0", "batch_views=2"]
     probe = ["probe", str(model_path), str(labelled), *settings]
     ranks = Ranks(2, verb, [*probe, "--out", str(tmp_path / "2")], die, -1, log=tmp_path / "log")
     assert main([*probe, "--out", str(tmp_path / "1")]) == 0
