@@ -1,1 +1,1 @@
-"""The tests. A regular package, so that another package of this name, installed by some library, is not taken for it."""
+"""The tests: a regular package, so that another one of this name, installed by some library, is not taken for it."""
