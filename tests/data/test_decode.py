@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from data_prep.outcomes import REASONS
@@ -37,7 +38,7 @@ def number_of(image: torch.Tensor) -> int:
 
 def plain_decode(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")  # FFmpeg's own choice
         stream.thread_type = "NONE"
         return np.stack(
             [frame.to_ndarray(format="rgb24", interpolation=ACCURATE) for frame in container.decode(stream)]
@@ -164,6 +165,53 @@ def test_a_file_too_big_to_keep_in_memory_is_read_again(
     monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", limit)
     noise = np.random.default_rng(0).integers(0, 255, (24, 48, 64, 3), dtype=np.uint8)
     assert_reads_like_plain_decode(write_timed(tmp_path / "v.mp4", noise, list(range(0, 960, 40)), g="6"))
+
+
+def write_two_streams(path: Path, default: int | None) -> Path:
+    """A file with a preview, 2 frames of 32 x 24 pixels, and then a video, 6 numbered frames of 64 x 48 pixels.
+
+    default: which of the two is marked as the one to play.
+    """
+    sizes = ((24, 32), (48, 64))
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg2video" if path.suffix == ".ts" else "libx264", rate=25) for _ in sizes]
+        for place, (stream, size) in enumerate(zip(streams, sizes, strict=True)):
+            (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
+            stream.disposition = Disposition.default if place == default else Disposition(0)
+        for stream, size, count in zip(streams, sizes, (2, 6), strict=True):
+            for image in numbered_frames(count, *size):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "size", "count"),
+    [
+        ("a.mp4", 1, (48, 64), 6),
+        ("a.mkv", 1, (48, 64), 6),
+        ("a.mkv", 0, (24, 32), 2),
+        ("a.mkv", None, (48, 64), 6),  # none is marked: the largest
+        ("a.ts", None, (48, 64), 6),  # has no such marks
+    ],
+)
+@pytest.mark.parametrize("retained", [decode.MAX_RETAINED_BYTES, 0])
+def test_of_several_video_streams_the_one_that_players_show_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    default: int | None,
+    size: tuple[int, int],
+    count: int,
+    retained: int,
+) -> None:
+    monkeypatch.setattr(decode, "MAX_RETAINED_BYTES", retained)  # 0: the file is demuxed again for each request
+    path = write_two_streams(tmp_path / name, default)
+    with VideoReader(path) as reader:
+        assert (reader.size, len(reader)) == (size, count)
+        assert [number_of(image) for image in reader.frames(range(count))] == list(range(count))
+    with FrameStream(str(path)) as stream:
+        assert [stream.image(frame, None).shape[:2] for _, frame in stream] == [size] * count
 
 
 def test_a_long_video_of_tiny_packets_is_too_big_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

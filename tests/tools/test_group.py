@@ -102,11 +102,12 @@ def test_two_processes_that_are_sound_until_one_loses_data_and_dies() -> None:
     lossy = replace(SUM, name="lossy", work=lose_a_part, if_failed="note")
     deadly = replace(SUM, name="deadly", work=sum_while_one_dies, seconds=600.0)
     findings = run_group((DEVICE, STEP, JOIN, SUM, lossy, deadly, SUM), "cpu", 2)
-    device, first, second, joined, summed, kept, lost, died, untried = findings
+    steps = [finding for finding in findings if finding.name == STEP.name]  # one, if both took the same milliseconds
+    device, joined, summed, kept, lost, died, untried = (finding for finding in findings if finding not in steps)
     assert (device.name, device.state) == ("device", "ok")
     assert device.found.startswith("processes 0, 1: CPU (")
-    assert (first.state, second.state) == ("ok", "ok")
-    assert second.found.startswith("process 1: loss 2.30")
+    assert {step.state for step in steps} == {"ok"}
+    assert all(": loss 2.30" in step.found for step in steps)
     assert joined == Finding("process group", "ok", "processes 0, 1: formed over gloo")
     assert (summed.name, summed.state) == ("all-reduce", "ok")
     assert summed.found.startswith("processes 0, 1: 64 MiB over gloo in ")

@@ -24,6 +24,7 @@ from tests.distributed.launching import clean_environment
 from tests.training.resume_worker import Ranks, train_run
 from tests.training.runs import small_disk, write_noise_clips, write_recipe
 from video_swinv2.cli import main
+from video_swinv2.distributed.signals import EXIT_RESTART
 from video_swinv2.errors import UserError
 from video_swinv2.training.tasks.classification import Classification
 from video_swinv2.weights.store import read_tensors
@@ -309,20 +310,21 @@ def test_processes_that_differ_are_refused(tmp_path: Path, clips: Path, change: 
     assert found in line
 
 
-def test_a_second_run_in_one_folder_is_refused_at_once(
-    recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, Tensor]
-) -> None:
-    config, second = recipe(), tmp_path / "second.log"
-    ranks = Ranks(2, train_run, config, log=tmp_path / "log")
+def test_a_second_run_in_one_folder_is_refused_at_once(recipe: WriteRecipe, tmp_path: Path) -> None:
+    """The first one goes on, until it is asked to stop."""
+    config, log, second = recipe(optim={"epochs": 5000}, val_epochs=5000), tmp_path / "log", tmp_path / "second.log"
+    ranks = Ranks(2, train_run, config, log=log)
     wait_for_step(ranks, tmp_path / "run", 1)
     late = Ranks(2, train_run, config, log=second)
     assert late.wait(SECONDS) == [1, 1]
     assert errors_in(second) == [
         f"error: {tmp_path / 'run'}: another run is training here; wait for it, or choose another out"
     ]
-    assert ranks.wait(SECONDS) == [0, 0], (tmp_path / "log").read_text()
-    weights = read_tensors(tmp_path / "run" / "last.safetensors")[0]
-    assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
+    assert ranks.running
+    ranks.processes[1].terminate()
+    assert ranks.wait(SECONDS) == [EXIT_RESTART, EXIT_RESTART]
+    (line,) = errors_in(log)
+    assert "the checkpoint is saved; the same command resumes the run" in line
 
 
 def test_processes_that_do_not_come_are_named(recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     """An environment variable as an integer; raises UsageError if it is missing or not a number."""
     value = environment.get(name)
     if value is None or not value.isdigit():
-        found = "is not set" if value is None else f"is {value!r}, not a number"
-        raise UsageError(f"{name} {found}: start with torchrun, deepspeed or srun")
+        found = f"{name} is not set" if value is None else f"{name}={value!r} is not a number"
+        raise UsageError(f"{found}: start with torchrun, deepspeed or srun")
     return int(value)
 
 
