@@ -421,25 +421,36 @@ def presentation_times(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | 
 
 
 def find_video_stream(container: InputContainer, name: str) -> VideoStream:
-    """The first video stream that is not a cover picture, which music and some MP4 files carry as video.
+    """The video stream that players and the `ffmpeg` command show: the one marked as default, or else the largest.
 
-    Its decoder uses no threads of its own. `name` is what errors begin with. Raises DecodeError, also for HDR video.
+    Cover pictures, which music and some MP4 files carry as video, do not count. The decoder of the stream uses no
+    threads of its own. `name` is what errors begin with. Raises DecodeError, also for HDR video.
     """
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            if stream.codec_context is None:  # contrary to PyAV's stubs, if FFmpeg has no decoder for the stream
-                raise DecodeError(f"{name}: its video codec is unknown to FFmpeg", "no_frames")
-            if transfer := HDR_TRANSFERS.get(stream.codec_context.color_trc):
-                raise DecodeError(
-                    f"{name}: is HDR video ({transfer}), whose brightness would be misread; convert it to BT.709 first "
-                    "(FFmpeg's filters zscale and tonemap)",
-                    "hdr",
-                )
-            # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
-            stream.codec_context.thread_type = "NONE"
-            stream.codec_context.thread_count = 1
-            return stream
-    raise DecodeError(f"{name}: has no video stream", "not_video")
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise DecodeError(f"{name}: has no video stream", "not_video")
+    # Not simply the first one, because some recorders write a small preview with few frames before the video itself.
+    stream = max(streams, key=_prominence)
+    if stream.codec_context is None:  # contrary to PyAV's stubs, if FFmpeg has no decoder for the stream
+        raise DecodeError(f"{name}: its video codec is unknown to FFmpeg", "no_frames")
+    if transfer := HDR_TRANSFERS.get(stream.codec_context.color_trc):
+        raise DecodeError(
+            f"{name}: is HDR video ({transfer}), whose brightness would be misread; convert it to BT.709 first "
+            "(FFmpeg's filters zscale and tonemap)",
+            "hdr",
+        )
+    # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
+    stream.codec_context.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _prominence(stream: VideoStream) -> tuple[bool, bool, int]:
+    """Sorts video streams by whether they can be decoded, are marked as default, and by their size in pixels."""
+    codec = stream.codec_context
+    if codec is None:
+        return False, False, 0
+    return True, bool(stream.disposition & Disposition.default), codec.width * codec.height
 
 
 def one_line(fault: BaseException) -> str:
