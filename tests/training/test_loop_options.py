@@ -77,6 +77,24 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     assert {"speed/tflops_per_device", "speed/memory_gb", "speed/data_wait"} <= logged[-1].keys()
 
 
+def test_where_the_best_weights_are_missing_the_best_are_those_to_come(config, tmp_path, capsys):
+    """In a run that continues another one, and in one that has nothing but its checkpoints.
+
+    The rate is so small that no validation is better than the first one: all have the same accuracy.
+    """
+    first = run(config("optim.lr=1e-12", "optim.epochs=1"), Classification)
+    record = json.loads((first / "run.json").read_text())
+    assert (record["steps"], record["best_step"]) == (2, 2)
+    other = run(config("optim.lr=1e-12", f"resume={first}", f"out={tmp_path / 'other'}"), Classification)
+    (first / "model.safetensors").unlink()
+    capsys.readouterr()
+    again = run(config("optim.lr=1e-12"), Classification)
+    for folder in (other, again):
+        assert (folder / "model.safetensors").is_file()
+        assert json.loads((folder / "run.json").read_text())["best_step"] == 4
+    assert f"the best weights so far, of step 2, are not in {first}" in capsys.readouterr().out
+
+
 def test_drop_path_is_off_in_frozen_stages_and_too_many_are_refused():
     model = vs.create_model("swinv2_nano", num_classes=2, drop_path=0.3)
     rates = [part.rate for part in model.modules() if isinstance(part, DropPath)]

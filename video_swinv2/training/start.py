@@ -85,13 +85,17 @@ def find_start(
             print_on_rank_zero(world, changes)
         # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
         task.encoder.cpb_norm = state["cpb_norm"]
+        # Checkpoints of the first version do not contain `best_step` and `faults`.
+        best, best_step = state["best"], state.get("best_step", step)
+        if best is not None and not _has_best_weights(Path(config.out), world):
+            print_on_rank_zero(world, f"the best weights so far, of step {best_step}, are not in {config.out}")
+            best, best_step = None, step
         start = Start(
             step,
             tensors,
             state["provenance"],
-            best=state["best"],
-            # Checkpoints of the first version do not contain `best_step` and `faults`.
-            best_step=state.get("best_step", step),
+            best=best,
+            best_step=best_step,
             seconds=state["seconds"],
             faults=state.get("faults", {}),
         )
@@ -128,6 +132,16 @@ def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World)
             f" there, and process 0 on {host} step {step}; the folder must be the same for all machines of the run"
         )
     return whose, found
+
+
+def _has_best_weights(out: Path, world: World) -> bool:
+    """Whether the folder of a run has the best weights so far, which are not in the checkpoint.
+
+    It lacks them if it continues another run, or if nothing but checkpoints was copied from there. The best weights are
+    then those to come: if only better ones were written, the run might end without any. Collective.
+    """
+    answers = all_gather_objects(world, (out / "model.safetensors").is_file() if world.rank == 0 else None)
+    return bool(answers[0])
 
 
 def _check_identity(folder: str, then: Mapping[str, object], now: Mapping[str, object]) -> None:
