@@ -93,7 +93,7 @@ class _Peer:
 
 
 class Lifeline:
-    """Watches the other processes from its construction to `leave`; a no-op in a single process.
+    """Watches the other processes, of which there is at least one, from its construction to `leave`.
 
     Collective: all processes construct it together. A thread in each process, the watcher, exchanges beats with the
     other end and ends the process when it has to. The main thread cannot do that, because it may be stuck in a
@@ -124,10 +124,9 @@ class Lifeline:
         self._own_failure: Failure | None = None
         # Wakes the watcher from its wait for messages.
         self._wake_reader, self._waker = socket.socketpair()
-        if world.size > 1:
-            self._connect()
-            # A daemon, because the program may end while it waits.
-            threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        self._connect()
+        # A daemon, because the program may end while it waits.
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def leave(self) -> None:
         """Stop watching, and being watched, because this process has finished successfully.
@@ -136,8 +135,7 @@ class Lifeline:
         """
         self._leaving.set()
         self._send({"bye": True})
-        if self._world.size > 1:
-            self._ended.wait(LINGER_SECONDS)
+        self._ended.wait(LINGER_SECONDS)
 
     def fail(self, failure: Failure) -> None:
         """End all processes because of this failure, which is printed unless another one explains it.

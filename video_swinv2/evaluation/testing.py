@@ -156,8 +156,9 @@ def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
 def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     """Score the missing parts on all processes together; then rank 0 writes the results, which all return."""
     record = record_test(plan, world)
-    require_agreement(world, scores_identity(plan, record))
-    parts = PartFolder(plan.out, scores_identity(plan, record), len(plan.groups))
+    identity = scores_identity(plan, record)
+    require_agreement(world, identity)
+    parts = PartFolder(plan.out, identity, len(plan.groups))
     # Only rank 0 looks at the disk, and the others receive what it found. On a network file system, processes may see
     # different states, but all must work from the same list of missing parts.
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]

@@ -56,16 +56,9 @@ def arithmetic(world: World) -> dict[str, str]:
         "device": torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
         "torch": torch.__version__,
     }
-    # On a GPU the CPU computes nothing but the samples, each in one worker with one thread.
-    return (
-        found
-        if on_gpu
-        else found
-        | {
-            "threads": str(torch.get_num_threads()),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-        }
-    )
+    if not on_gpu:  # on a GPU the CPU computes nothing but the samples, each in one worker with one thread
+        found |= {"threads": str(torch.get_num_threads()), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return found
 
 
 def arithmetic_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
