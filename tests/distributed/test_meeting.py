@@ -12,7 +12,7 @@ import pytest
 from tests.training.resume_worker import Ranks
 from video_swinv2.distributed import world as world_room
 from video_swinv2.distributed.agreement import require_agreement
-from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.lifeline import Cause
 from video_swinv2.distributed.session import describe_failure, distributed_session, is_broken_collective
 from video_swinv2.distributed.world import World, alone
@@ -28,8 +28,8 @@ def session_in(folder: Path, size: int) -> None:
         assert all_gather_objects(world, world.rank) == list(range(size))
         if world.rank == 1:
             time.sleep(5)
-        wait_for_all(world)
-        wait_for_all(world)
+        assert gather_shares(world, world.rank) == list(range(size))
+        assert gather_shares(world, world.rank) == list(range(size))
         (folder / str(world.rank)).touch()
 
 

@@ -71,7 +71,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.features or options.gallery:
         return _retrieve(options)
 
-    from video_swinv2.distributed.session import distributed_session
+    from video_swinv2.evaluation.overrides import TestOverrides
     from video_swinv2.inference.formatting import csv_header, format_predictions, format_segment
     from video_swinv2.inference.predictor import OverTime, predict
 
@@ -81,7 +81,7 @@ def _predict(options: argparse.Namespace) -> int:
         if text:
             print(text, flush=True)
 
-    with distributed_session("auto", "start the same command again", end_with_launcher=True) as world:
+    with TestOverrides().session("start the same command again") as world:
         # The header of CSV comes first, then segments as they are classified, and everything else at the end.
         if world.rank == 0:
             print_now(csv_header(options.form))
@@ -104,13 +104,13 @@ def _retrieve(options: argparse.Namespace) -> int:
 
     Several processes share the computation of the features.
     """
-    from video_swinv2.distributed.session import distributed_session
+    from video_swinv2.evaluation.overrides import TestOverrides
     from video_swinv2.inference.formatting import format_search_results
     from video_swinv2.inference.retrieval import load_gallery, make_gallery, save_gallery, search
 
     # The gallery is loaded first, so that a wrong file is reported before the features are computed.
     gallery = load_gallery(options.gallery) if options.gallery else None
-    with distributed_session("auto", "start the same command again", end_with_launcher=True) as world:
+    with TestOverrides().session("start the same command again") as world:
         queries = make_gallery(options.model, options.sources, protocol=options.protocol or "center-1x1", world=world)
     if world.rank:
         return 0

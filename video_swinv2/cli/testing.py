@@ -97,18 +97,11 @@ def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _probe(options: argparse.Namespace) -> None:
-    from video_swinv2.distributed.session import distributed_session
     from video_swinv2.evaluation.overrides import parse_overrides
     from video_swinv2.evaluation.probe import run_probe, summarize_probe
 
     overrides = parse_overrides(options.overrides)
-    with distributed_session(
-        overrides.device,
-        "start the same command again",
-        meeting_seconds=overrides.meeting_seconds,
-        silence_seconds=overrides.silence_seconds,
-        end_with_launcher=True,
-    ) as world:
+    with overrides.session("start the same command again") as world:
         result = run_probe(
             options.model,
             options.data,

@@ -19,10 +19,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
-from video_swinv2.data.images import read_image, read_tar_member
+from video_swinv2.data.images import is_image, read_entry
 from video_swinv2.data.index import TarMember, compact_entries
 from video_swinv2.data.manifest import Entry
-from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.data.mixture import Mixture, MixtureSource, SampleOrigin
 from video_swinv2.data.sampling import centre_clip, seeded, spread_clip
 from video_swinv2.data.transforms import training_transform, validation_transform
@@ -207,13 +206,11 @@ class SampleDataset(Dataset[Sample]):
         watched = self.in_hand.reading(file, self.patience_seconds) if self.in_hand and in_worker else nullcontext()
         try:
             with watched:
-                image = isinstance(entry, TarMember) or media_type_of(entry.path) == IMAGE
-                if image and self.data.frames is not None:  # a list can name images among its videos
+                if not is_image(entry):
+                    return self._decode_video(origin, key)
+                if self.data.frames is not None:  # a list can name images among its videos
                     return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
-                # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.
-                if isinstance(entry, TarMember):
-                    return read_tar_member(entry)[None, None]
-                return read_image(entry.path)[None, None] if image else self._decode_video(origin, key)
+                return read_entry(entry)[None, None]  # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame
         except DecodeError as error:
             return error
 

@@ -20,6 +20,7 @@ from video_swinv2.data.collection import ImageCollection
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.index import (
     UNSETTLED,
+    AnyEntry,
     ChangeStamp,
     ContainerContents,
     FileIndex,
@@ -28,9 +29,19 @@ from video_swinv2.data.index import (
     name_hashes,
     open_index,
 )
-from video_swinv2.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from video_swinv2.data.media import IMAGE, IMAGE_SUFFIXES, VIDEO_SUFFIXES, media_type_of
 from video_swinv2.data.trees import TopLevel, explore, list_folder, split_folders, suffix_of
 from video_swinv2.errors import UsageError
+
+
+def is_image(entry: AnyEntry) -> bool:
+    """Whether an entry is read as a still image: a member of a tar always is, a file if its content says so."""
+    return isinstance(entry, TarMember) or media_type_of(entry.path) == IMAGE
+
+
+def read_entry(entry: AnyEntry) -> Tensor:
+    """Decode an image file or an image in a tar to uint8 (3, H, W), RGB. Raises DecodeError if that is impossible."""
+    return read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
 
 
 def read_image(path: Path) -> Tensor:

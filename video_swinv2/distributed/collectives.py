@@ -1,4 +1,4 @@
-"""Collectives on plain numbers and objects: maximum, sum, gather, and a wait without limit; printing on one rank only.
+"""Collectives on plain numbers and objects: maximum, sum, gather with and without a limit; printing on one rank only.
 
 In a world of size one the collectives return their input and communicate nothing. In a larger one every rank must make
 the same calls in the same order.
@@ -53,22 +53,21 @@ def all_gather_objects(world: World, value: T) -> list[T]:
     return values
 
 
-def wait_for_all(world: World) -> None:
-    """Wait until every rank has called this, however long that takes.
+def gather_shares(world: World, value: T) -> list[T]:
+    """Every rank's value, like `all_gather_objects`, after waiting for the slowest rank however long it takes.
 
-    For work that is shared unevenly: a collective would fail after COLLECTIVE_TIMEOUT. If a rank fails instead of
+    For work that is shared unevenly: a collective alone would fail after COLLECTIVE_TIMEOUT. If a rank fails instead of
     coming here, the lifeline ends the others.
     """
-    if world.size == 1:
-        return
-    store = common_store()
-    store.add("arrived", 1)
-    seconds = 0.01
-    while store.add("arrived", 0) < world.size:
-        time.sleep(seconds)
-        seconds = min(1.5 * seconds, 0.5)
-    # Nobody has to wait long for this. Without it, rank 0, which may host the store, could end before all have looked.
-    all_reduce_max(world, 0.0)
+    if world.size > 1:
+        store = common_store()
+        store.add("arrived", 1)
+        seconds = 0.01
+        while store.add("arrived", 0) < world.size:
+            time.sleep(seconds)
+            seconds = min(1.5 * seconds, 0.5)
+    # Nobody has to wait long for this. It also keeps rank 0, which may host the store, until all have looked.
+    return all_gather_objects(world, value)
 
 
 def common_store() -> dist.Store:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from video_swinv2.data.manifest import Manifest
 from video_swinv2.distributed.agreement import require_agreement
-from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UserError
@@ -191,8 +191,7 @@ def _compute_features(
             progress.advance(len(group.videos), waited)
 
         deliver_groups(groups, mine, workers, store)
-    wait_for_all(world)  # the shares may take unequally long
-    for positions, theirs, their_reasons in all_gather_objects(world, _share(groups, mine, vectors, reasons)):
+    for positions, theirs, their_reasons in gather_shares(world, _share(groups, mine, vectors, reasons)):
         vectors[positions] = theirs
         for position, reason in zip(positions, their_reasons, strict=True):
             reasons[position] = reason

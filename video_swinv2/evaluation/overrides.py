@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.config import STRICT, NotNegative, Positive, apply_override
-from video_swinv2.distributed.session import SILENCE_SECONDS
-from video_swinv2.distributed.world import MEETING_SECONDS
+from video_swinv2.distributed.session import SILENCE_SECONDS, distributed_session
+from video_swinv2.distributed.world import MEETING_SECONDS, World
 from video_swinv2.errors import UsageError
 from video_swinv2.models.attention import Backend
 from video_swinv2.weights.store import Preprocessing
@@ -59,6 +60,16 @@ class TestOverrides:
     """How long several processes may take to find each other at the start."""
     silence_seconds: Annotated[float, Field(gt=0)] = SILENCE_SECONDS
     """The test ends if one of its processes does not answer for this long."""
+
+    def session(self, advice: str) -> AbstractContextManager[World]:
+        """The `distributed_session` of a command with these settings, which ends with its launcher."""
+        return distributed_session(
+            self.device,
+            advice,
+            meeting_seconds=self.meeting_seconds,
+            silence_seconds=self.silence_seconds,
+            end_with_launcher=True,
+        )
 
 
 # Command-line key -> field of TestOverrides. A setting that a training run also has keeps the run's key.

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class TestPlan:
     overrides: TestOverrides
     out: Path
 
-    @property
+    @cached_property  # for a list, every image is looked into
     def unit(self) -> str:
         """What the samples are called in messages and reports."""
         return "images" if has_only_images(self.manifest) else "videos"

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from video_swinv2.data.manifest import Manifest
 from video_swinv2.data.sources import refuse_inside_tree
-from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
@@ -138,8 +138,7 @@ def run_probe(
     for seed in range(seeds if random_weights else 0):
         fresh = _all_features(with_random_weights(backbone, seed), source, overrides, out, world)
         rows += _probe_rows(fresh, source, seed, methods, k, "random", world)
-    wait_for_all(world)
-    rows = all_gather_objects(world, rows)[0]
+    rows = gather_shares(world, rows)[0]
     result = {
         "model": backbone.record,
         "preprocessing": asdict(backbone.preprocessing),

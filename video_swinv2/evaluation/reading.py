@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
-from video_swinv2.data.images import read_image, read_tar_member
-from video_swinv2.data.index import AnyEntry, TarMember
+from video_swinv2.data.images import is_image, read_entry
+from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.workers import (
     FilesInHand,
     is_worker_death,
@@ -37,7 +37,6 @@ from video_swinv2.data.workers import (
 )
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.protocols import Protocol, View
-from video_swinv2.evaluation.splits import is_image
 from video_swinv2.evaluation.views import cut_image, cut_views, view_shape
 from video_swinv2.killable import KillableProcess, ProcessDiedError
 from video_swinv2.weights.store import Preprocessing
@@ -137,7 +136,7 @@ class VideoGroups(Dataset[Group]):
         if is_image(entry):
             if self.preprocessing.frames is not None:  # a list can name images among its videos
                 raise DecodeError(f"{entry.path}: is an image, but the model takes clips", "not_video")
-            picture = read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
+            picture = read_entry(entry)
             cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
             views = tuple(view for _, views in cut for view in views)
             return VideoRecord(position, views), torch.cat([pixels for pixels, _ in cut])

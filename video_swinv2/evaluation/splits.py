@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
-from video_swinv2.data.index import AnyEntry, IndexedEntries, TarMember
+from video_swinv2.data.images import is_image
+from video_swinv2.data.index import IndexedEntries
 from video_swinv2.data.manifest import Manifest, find_splits, read_manifest
-from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.data.sources import image_collection
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
 from video_swinv2.weights.store import Preprocessing
 
 ClassesBy = Literal["name", "index"]
-
-
-def is_image(item: AnyEntry) -> bool:
-    """Whether the item is read as a still image: a member of a tar always is, a file if its content says so."""
-    return isinstance(item, TarMember) or media_type_of(item.path) == IMAGE
 
 
 def has_only_images(manifest: Manifest) -> bool:

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
-from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
-from video_swinv2.distributed.session import distributed_session
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.overrides import TestOverrides
@@ -93,13 +92,7 @@ def run_tests(
     """
     settings, out = overrides or TestOverrides(), Path(out)
     advice = f"start the same command again to continue with the parts that are missing in {out}"
-    with distributed_session(
-        settings.device,
-        advice,
-        meeting_seconds=settings.meeting_seconds,
-        silence_seconds=settings.silence_seconds,
-        end_with_launcher=True,
-    ) as world:
+    with settings.session(advice) as world:
         refuse_inside_tree(out, [data])
         plan = plan_test(
             Path(model_path),
@@ -169,7 +162,7 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     # Rank r takes the missing parts r, r + size, r + 2 * size, ...: the shares are disjoint and cover all of them, so
     # that each part is computed exactly once.
     _score_parts(plan, world, parts, missing[world.rank :: world.size])
-    wait_for_all(world)  # now every part is on disk
+    gather_shares(world, None)  # now every part is on disk
     results: dict[str, dict[str, Any]] = {}
     if world.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
@@ -178,8 +171,7 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
         for protocol in plan.protocols:
             text = (plan.folder(protocol) / "results.json").read_text(encoding="utf-8")
             results[protocol.name] = json.loads(text)
-    wait_for_all(world)
-    return all_gather_objects(world, results)[0]
+    return gather_shares(world, results)[0]
 
 
 def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from video_swinv2.data.images import read_image
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.distributed.agreement import require_agreement
-from video_swinv2.distributed.collectives import all_gather_objects, wait_for_all
+from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
@@ -124,8 +124,7 @@ def predict(
             results[i] = _predict_over_time(classifier, name, timing, outputs.pop(0), time_limit_seconds, on_segment)
         elif media_type != VIDEO and i % world.size == world.rank:
             results[i] = _predict_image(classifier, Path(name), media_type, chosen_protocol)
-    wait_for_all(world)  # the shares may take unequally long
-    for theirs in all_gather_objects(world, results):
+    for theirs in gather_shares(world, results):
         results |= theirs
     return [results[i] for i in range(len(found))]
 
