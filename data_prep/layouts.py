@@ -146,14 +146,14 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
 def video_from_row(row: ListedVideo, split: str) -> SourceVideo:
     """The video of a line of any other list, or of a file in a folder. Its origin is guessed from the file name."""
     origin = origin_of(_stem(row.name), row.label)
-    youtube_id = origin if _is_kinetics_stem(_stem(row.name)) else ""
+    youtube_id = origin if _kinetics_name(_stem(row.name)) else ""
     return SourceVideo(split, row.name, row.path, row.label, row.where, origin, youtube_id)
 
 
 def seconds_in_name(stem: str) -> float:
     """How long a trimmed video of Kinetics, ID_START_END, should be by its name; 0 for any other name."""
-    match = KINETICS_NAME.fullmatch(stem)
-    return float(match["end"]) - float(match["start"]) if match and _is_kinetics_stem(stem) else 0.0
+    match = _kinetics_name(stem)
+    return float(match["end"]) - float(match["start"]) if match else 0.0
 
 
 def origin_of(stem: str, label: str | None = None) -> str:
@@ -261,10 +261,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.strip()
 
 
-def _is_kinetics_stem(stem: str) -> bool:
-    # Other data sets use names of the same form, so the origin must also look like a YouTube id.
+def _kinetics_name(stem: str) -> re.Match[str] | None:
+    """The match of a name of Kinetics. Other data sets use the same form, so the origin must look like a YouTube id."""
     match = KINETICS_NAME.fullmatch(stem)
-    return match is not None and YOUTUBE_ID.fullmatch(match["origin"]) is not None
+    return match if match and YOUTUBE_ID.fullmatch(match["origin"]) else None
 
 
 def _stem(name: str) -> str:

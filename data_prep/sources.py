@@ -31,6 +31,7 @@ from data_prep.layouts import (
 from data_prep.state import PlannedVideo
 from video_swinv2.data.lists import (
     SPLITS,
+    first_uses,
     is_kinetics_list,
     read_kinetics_lines,
     read_listed_videos,
@@ -109,9 +110,7 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
                 videos += read_kinetics_list(path, split, tree)
             else:
                 videos += (video_from_row(row, split) for row in read_listed_videos(root, path, split))
-    # Backwards, so that the first line with a label stays, which messages name.
-    labels = {video.label: video.where for video in reversed(videos) if video.label is not None}
-    classes = classes_of_source(root, annotations, labels)
+    classes = classes_of_source(root, annotations, first_uses((video.label, video.where) for video in videos))
     return SourceListing(root, classes, videos, tree)
 
 
@@ -266,7 +265,7 @@ def _assign_targets(
 
 def _label_indices(classes: Sequence[str], videos: Sequence[SourceVideo]) -> list[int]:
     """The index of each video's class, -1 for no label. Raises UsageError, naming the line, for an unknown label."""
-    used: dict[str | int, str] = {video.label: video.where for video in reversed(videos) if video.label is not None}
+    used: dict[str | int, str] = first_uses((video.label, video.where) for video in videos)
     indices = label_indices(used, classes, classes)
     return [indices[video.label] for video in videos]
 

@@ -1,8 +1,9 @@
-"""What tests of processes share: how launchers are started, and an environment that no launcher has touched."""
+"""What tests of processes share: how launchers are started, a clean environment for them, and what a log says."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
@@ -19,3 +20,8 @@ def clean_environment() -> dict[str, str]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         clean.pop(name, None)
     return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def errors_in(log: Path) -> list[str]:
+    """The lines of a log in which our processes say why they end."""
+    return [line for line in log.read_text().splitlines() if line.startswith("error:")]

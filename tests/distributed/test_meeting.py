@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.launching import errors_in
 from tests.training.resume_worker import Ranks
 from video_swinv2.distributed import world as world_room
 from video_swinv2.distributed.agreement import require_agreement
@@ -73,10 +74,9 @@ def test_the_broken_collectives_of_the_others_are_not_reported(tmp_path: Path, v
     codes = ranks.wait(SECONDS)
     assert codes.pop(victim) == 7
     assert codes == [1, 1, 1]
-    text = (tmp_path / "log").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("error:")]
+    (line,) = errors_in(tmp_path / "log")
     assert line.startswith(f"error: process {victim} of 4 died; do it again")
-    assert "Traceback" not in text
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_facts_are_compared_by_name() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distributed.launching import errors_in
 from tests.evaluation.small import quick
 from tests.training.resume_worker import Ranks
 from video_swinv2.cli import main
@@ -57,10 +58,6 @@ def stop() -> None:
 def verb(arguments: list[str], act: Callable[[], None], guilty: int) -> None:
     act_when_scoring(act, guilty)
     os._exit(main(arguments))
-
-
-def errors_in(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith("error:")]
 
 
 def test_arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.launching import LAUNCHERS, clean_environment
+from tests.distributed.launching import LAUNCHERS, clean_environment, errors_in
 from tests.training.resume_worker import Ranks, train_run
 from tests.training.runs import small_disk, write_noise_clips, write_recipe
 from video_swinv2.cli import main
@@ -97,10 +97,6 @@ def wait_for_step(ranks: Ranks, run: Path, step: int) -> None:
     while newest_step(run) < step:
         assert ranks.running, "it ended before it could be disturbed"
         time.sleep(0.02)
-
-
-def errors_in(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith("error:")]
 
 
 def is_alive(pid: int) -> bool:

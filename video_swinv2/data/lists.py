@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from video_swinv2.data.rows import KINETICS_COLUMNS, parse_label, read_header, read_rows
 from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS, split_folders_of_videos, videos_below, walk_videos
 from video_swinv2.errors import UsageError
+
+Label = TypeVar("Label")
 
 
 class ListedVideo(NamedTuple):
@@ -126,11 +128,16 @@ def labels_in(root: Path, source: Path) -> dict[str, str]:
     else:
         lines = ((label, f"{source}, line {number}") for number, (label,) in read_rows(source, "label"))
         found = ((parse_label(label), where) for label, where in lines)
-    labels: dict[str, str] = {}
-    for label, where in found:
+    return first_uses(found)
+
+
+def first_uses(labels: Iterable[tuple[Label | None, str]]) -> dict[Label, str]:
+    """Each label other than None with where it is used first, which messages name. labels: (label, where) in order."""
+    first: dict[Label, str] = {}
+    for label, where in labels:
         if label is not None:
-            labels.setdefault(label, where)
-    return labels
+            first.setdefault(label, where)
+    return first
 
 
 def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:

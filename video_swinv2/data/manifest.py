@@ -13,6 +13,7 @@ from typing import Any
 
 from video_swinv2.data.lists import (
     ListedVideo,
+    first_uses,
     labels_in,
     read_listed_videos,
     root_folder,
@@ -106,11 +107,10 @@ def read_manifest(
         raise UsageError(f"{chosen[0]}: no videos for split {split!r}")
     # Classes are collected from all splits. If one split lacked a class, train and val would number them differently.
     paths = dict.fromkeys(path for found in sources.values() for path in found)
-    listed = {label: where for path in reversed(paths) for label, where in labels_in(root, path).items()}
+    listed = first_uses(use for path in paths for use in labels_in(root, path).items())
     own = classes_of_source(root, annotations, listed, classes)
     wanted = tuple(classes) if classes is not None else own
-    # Read backwards, so that the first use of a label stays, which messages name.
-    used: dict[str | int, str] = {row.label: row.where for row in reversed(rows) if row.label is not None}
+    used: dict[str | int, str] = first_uses((row.label, row.where) for row in rows)
     indices = label_indices(used, own, wanted)
     entries = tuple(Entry(row.name, Path(row.path), indices[row.label]) for row in rows)
     _refuse_duplicates(rows)

@@ -34,6 +34,7 @@ from video_swinv2.data.index import (
 )
 from video_swinv2.data.media import IMAGE_SUFFIXES
 from video_swinv2.data.trees import SPLITS, UNCLEAR, files_below, find_split
+from video_swinv2.distributed.launchers import is_rank_zero
 from video_swinv2.errors import UsageError, UserError
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
@@ -83,7 +84,7 @@ def shard_collection(source: str) -> ImageCollection | None:
     labels = index.columns["label"].astype(np.int32)
     for place, name in enumerate(names):
         about: dict[str, Any] = json.loads(index.about[place])
-        if about["fault"] and os.environ.get("RANK", "0") == "0":
+        if about["fault"] and is_rank_zero():
             print(f"broken: {root / name}: {about['fault']}", file=sys.stderr, flush=True)
         # In the index, each tar numbers its labels from 0 on its own, so that a changed tar can be listed alone.
         # Renumber them across all tars. The label -1 (none) picks the last element of the table, which is -1 as well.
