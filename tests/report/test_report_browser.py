@@ -24,7 +24,7 @@ def six(tmp_path: Path) -> tuple[Path, Scores]:
 
 def chromium(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += ["--disable-background-networking", "--virtual-time-budget=2000", f"--user-data-dir={profile}"]
+    command += ["--disable-background-networking", "--virtual-time-budget=20000", f"--user-data-dir={profile}"]
     return subprocess.run(
         [*command, *options, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
     )
@@ -47,7 +47,11 @@ const aim = (row, column) => {
   canvas.dispatchEvent(new PointerEvent("pointermove", at(row, column)));
   return readout.textContent;
 };
-addEventListener("load", () => setTimeout(() => {
+const probe = () => {
+  if (!layout) {  // the first frame has not been drawn yet
+    setTimeout(probe, 20);
+    return;
+  }
   say("first", aim(0, 1));
   canvas.dispatchEvent(new MouseEvent("click", at(0, 1)));
   say("picked-said", picked.textContent);
@@ -58,7 +62,8 @@ addEventListener("load", () => setTimeout(() => {
   document.getElementById("closer").click();
   say("span", String(span));
   say("ink", String(new Set(pen.getImageData(0, 0, canvas.width, canvas.height).data).size));
-}, 300));
+};
+addEventListener("load", probe);
 </script>
 """
 
