@@ -63,8 +63,9 @@ from pathlib import Path
 from video_swinv2.files import lock_file
 with lock_file(Path(sys.argv[1]), "busy"):
     if os.fork() == 0:
+        # Printed by the child: only once it runs has it given up the lock.
+        print("locked", flush=True)
         time.sleep(600)
-    print("locked", flush=True)
     signal.pause()
 """
 
