@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from video_swinv2.errors import UsageError, UserError
 
@@ -65,6 +65,22 @@ def refuse_inside_source(out: Path, sources: Iterable[str | os.PathLike[str]]) -
         # Resolved, because a link may lead into the source.
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
+
+
+def path_under(root: Path, name: str, where: str) -> Path:
+    """The path `root/name`, to be written or deleted. Raises UserError, beginning with `where`, if it leaves `root`.
+
+    name: a relative path that was read from a file, and so may be anything. It leaves `root` if it is absolute,
+    contains `..`, or passes through a symbolic link that leads outside. `root` itself may be reached through links.
+    """
+    parts = PurePath(name).parts
+    if not parts or parts[0].startswith("/") or ".." in parts or "\0" in name:
+        raise UserError(f"{where}: {name[:200]!r} is not a path inside {root}; correct or remove it")
+    path = root / name
+    # The last part counts as well: opening a file for writing follows a link, even one that leads nowhere yet.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{where}: {name[:200]!r} leads out of {root} through a symbolic link; remove the link")
+    return path
 
 
 def partial_path(path: Path) -> Path:
