@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from video_swinv2.command import Verbs, add_verb, run_verb
+from video_swinv2.command import Parser, Verbs, add_verb, run_verb
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_terminal, terminal_lines
 from video_swinv2.files import json_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line, with help and an example for every verb."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="python -m data_prep", description="Turn raw videos into a checked data set that is fast to read."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -210,7 +211,7 @@ def _synth(options: argparse.Namespace) -> None:
     )
     total = sum(counts.values()) * len(CLASSES)
     note = "" if made else ", already there with these settings"
-    print(f"{options.out}: {total} clips of {len(CLASSES)} classes{note}")
+    print(for_terminal(f"{options.out}: {total} clips of {len(CLASSES)} classes{note}"))
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -226,8 +227,7 @@ def _download(options: argparse.Namespace) -> None:
         extract=not options.no_extract,
         delete_archives=options.delete_archives,
     )
-    for line in (*report.lines, *report.notes):
-        print(line)
+    print(terminal_lines((*report.lines, *report.notes)))
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -302,5 +302,4 @@ def _verify(options: argparse.Namespace) -> int:
 def _split(options: argparse.Namespace) -> None:
     from data_prep.split import split_validation
 
-    for line in split_validation(options.out, options.val, options.seed).lines():
-        print(line)
+    print(terminal_lines(split_validation(options.out, options.val, options.seed).lines()))

@@ -30,6 +30,7 @@ from data_prep.outcomes import VideoCounts, outcome_counts
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_csv
 from video_swinv2.files import atomic_write, write_json
 
 
@@ -76,10 +77,15 @@ def write_dataset(
     """
     record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
     counts = {split: _write_list(out / f"{split}.csv", content) for split, content in splits.items()}
-    failed = [(item.path, item.reason, item.detail) for content in splits.values() for item in content.failed]
+    # Nothing reads these two lists back. Names in them are escaped for the people who open them.
+    failed = [
+        tuple(map(for_csv, (item.path, item.reason, item.detail)))
+        for content in splits.values()
+        for item in content.failed
+    ]
     write_text(out / "failed.csv", _csv_text(("path", "reason", "detail"), failed))
     if extra:
-        write_text(out / "extra.csv", _csv_text(("path",), [(path,) for path in extra]))
+        write_text(out / "extra.csv", _csv_text(("path",), [(for_csv(path),) for path in extra]))
     else:  # there may be one of an earlier run
         (out / "extra.csv").unlink(missing_ok=True)
     # The fingerprint depends on paths, labels and hashes only, not on settings or versions: the same videos have the

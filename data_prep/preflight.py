@@ -23,6 +23,7 @@ from data_prep.pool import Allow, Crew, each
 from data_prep.status import format_duration
 from data_prep.transcode import transcode_video
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import terminal_lines
 from video_swinv2.memory import free_memory_bytes, peak_memory_bytes
 
 SAMPLE_SIZE = 20  # videos
@@ -86,7 +87,7 @@ class PreflightReport:
                 f" {_range(*(_format_bytes(size) for size in self.bytes))} of output,"
                 f" {_format_bytes(self.free_bytes)} free",
             ]
-        return "\n".join([*lines, *(f"problem: {problem}" for problem in self.problems)])
+        return terminal_lines([*lines, *(f"problem: {problem}" for problem in self.problems)])
 
 
 def sample_size(pending: int, *, requested: bool) -> int:

@@ -28,6 +28,7 @@ from data_prep.outcomes import (
 )
 from data_prep.shards import SHARD_STATE_FILE, shard_state_paths
 from data_prep.state import STATE_NAME, PreparationState
+from video_swinv2.escaping import for_terminal
 
 RATE_WINDOW_SECONDS = 300.0  # the rate is an average over this long before the latest outcome
 QUIET_SECONDS = 600.0  # if nothing has finished for this long, most likely no run is active
@@ -201,7 +202,8 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Se
     for index, title in enumerate(header):
         table.add_column(Text(title), justify="left" if index in left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # a plain string would be markup, in which [brackets] are tags
+        # Text, because a plain string would be markup, in which [brackets] are tags.
+        table.add_row(*(Text(for_terminal(cell)) for cell in row))
     text = io.StringIO()
     Console(file=text, width=10_000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -35,6 +35,7 @@ from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
 from video_swinv2.data.manifest import content_fingerprint
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_csv, terminal_lines
 from video_swinv2.files import atomic_write, sha256
 from video_swinv2.progress import track
 
@@ -194,7 +195,7 @@ def as_text(result: VerifyResult, out: Path) -> str:
     if result.extra:
         names = ", ".join(result.extra[:5]) + (" ..." if len(result.extra) > 5 else "")
         lines.append(f"{len(result.extra)} files on no list: {names}")
-    return "\n".join(lines)
+    return terminal_lines(lines)
 
 
 def check_file(check: FileCheck, allow: Allow) -> Finding:
@@ -399,11 +400,10 @@ def _wrong_fingerprints(
 
 def _write_bad(path: Path, verified: VerifyResult) -> None:
     """Write verify.csv, also if nothing is bad, so that no result of an earlier run remains."""
-    # surrogateescape: a detail may quote a path with bytes that are not UTF-8, and they are written unchanged.
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "level", "reason", "detail"))
-        writer.writerows((item.name, verified.level, item.reason, item.detail) for item in verified.bad)
+        writer.writerows(map(for_csv, (item.name, verified.level, item.reason, item.detail)) for item in verified.bad)
 
 
 def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:

@@ -6,10 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, shows_tracebacks
+from video_swinv2.escaping import for_terminal
 
 Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors show arguments, such as file names that the shell found, with escapes."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with code 2."""
+        super().error(for_terminal(message))
 
 
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from video_swinv2.escaping import for_terminal
+
 # Set by --debug: errors of the user, too, are shown with their tracebacks. An environment variable, so that processes
 # started by this one know it too.
 DEBUG_VARIABLE = "VIDEO_SWINV2_DEBUG"
@@ -26,13 +28,15 @@ class UsageError(UserError):
 
 
 def error_line(error: UserError) -> str:
-    """The message of an error as one line.
+    """The message of an error as one line for a terminal, whatever the names in it contain.
 
-    The DataLoader puts the traceback of a worker in front of the message of an error that was raised there, and the
-    type of the error before the message. The message itself is always one line, the last.
+    To the message of an error that was raised in a worker, the DataLoader adds a heading and the worker's traceback in
+    front, the last line of which begins with the type of the error.
     """
-    *traceback, message = str(error).strip().splitlines()
-    return re.sub(r"^[\w.]+Error: ", "", message) if traceback else message
+    message = str(error).strip()
+    if message.startswith("Caught "):
+        message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
+    return for_terminal(message)
 
 
 def shows_tracebacks() -> bool:

@@ -9,6 +9,7 @@ escaping a text twice changes nothing more, but the original cannot always be re
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Control characters (C0 with line breaks and tabs, DEL, and C1, in which terminals also find escape sequences), the
 # line and paragraph separators, overrides of the writing direction, and lone surrogates, which stand for bytes that are
@@ -24,6 +25,11 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]<>#|~&$@]|:(?=//)|(?<=\bwww)\.", re.IGNORECAS
 def for_terminal(text: object) -> str:
     """The text on one line, with control characters and others that are not shown as themselves visibly escaped."""
     return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def terminal_lines(lines: Iterable[object]) -> str:
+    """Lines as one text, each of them as `for_terminal`: a line break in a name does not begin another line."""
+    return "\n".join(map(for_terminal, lines))
 
 
 def for_csv(text: object) -> str:

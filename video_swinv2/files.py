@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_terminal
 
 PARTIAL_SUFFIX = ".part"
 _HASH_BLOCK_BYTES = 1 << 20
@@ -139,7 +140,8 @@ def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(busy) from error
         except OSError as error:  # some network file systems are mounted without locks
-            print(f"note: {path}: cannot be locked ({error.strerror}); start nothing else here", file=sys.stderr)
+            note = f"note: {path}: cannot be locked ({error.strerror}); start nothing else here"
+            print(for_terminal(note), file=sys.stderr)
         yield
     finally:
         _locked.discard(descriptor)

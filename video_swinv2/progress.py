@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from video_swinv2.escaping import for_terminal
+
 Item = TypeVar("Item")
 LINE_EVERY_SECONDS = 15.0
 
@@ -25,7 +27,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, *, unit: str, shown: bool, done: int = 0) -> None:
-        self._title = title
+        self._title = for_terminal(title)
         self._total = total
         self._unit = unit
         self._done = self._done_at_start = done
@@ -37,8 +39,13 @@ class Progress:
     def __enter__(self) -> Progress:
         # Only a terminal can redraw a line; in a log file a bar would become thousands of lines.
         if self._shown and sys.stderr.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[pace]}"))
-            self._bar = Bar(TextColumn(self._title), *columns, console=Console(stderr=True))
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[pace]}", markup=False),
+            )
+            self._bar = Bar(TextColumn("{task.description}", markup=False), *columns, console=Console(stderr=True))
             self._bar_id = self._bar.add_task(self._title, total=self._total, completed=self._done, pace="")
             self._bar.start()
         return self

@@ -16,7 +16,7 @@ from video_swinv2.cli.testing import add_testing_verbs
 from video_swinv2.cli.tools import add_tools_verbs
 from video_swinv2.cli.training import add_training_verbs
 from video_swinv2.cli.weights import add_weights_verbs
-from video_swinv2.command import run_verb
+from video_swinv2.command import Parser, run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser with all verbs, their arguments and examples."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="video-swinv2",
         description="Swin Transformer V2 for video: train, test with multiple views, predict. Prepare the clips with "
         "`python -m data_prep`.",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb
+from video_swinv2.escaping import terminal_lines
 from video_swinv2.files import json_text
 
 
@@ -144,4 +145,4 @@ def _report(options: argparse.Namespace) -> None:
     from video_swinv2.report.compare import report_tests
 
     result, lines = report_tests(options.folders, out=options.out, run=options.run_folder)
-    print(json_text(result, indent=1) if options.json else "\n".join(lines))
+    print(json_text(result, indent=1) if options.json else terminal_lines(lines))

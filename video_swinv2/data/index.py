@@ -35,6 +35,7 @@ from torch import Tensor
 
 from video_swinv2.data.manifest import Entry
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.files import atomic_write
 
 FORMAT = "1"
@@ -226,7 +227,7 @@ def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
             stack.enter_context(_locked(path))
         except OSError as fault:
             # A read-only or full home directory costs time at each start, but is no reason to fail.
-            print(f"{path}: cannot be written ({fault}), so {root} is listed again at every start", file=sys.stderr)
+            _report(f"{path}: cannot be written ({fault}), so {root} is listed again at every start")
             return _assemble(list(_with_progress(scan(None), root)), None)
         # Another process may have updated the index while this one waited for the lock, so load it again.
         previous = _load(path)
@@ -237,7 +238,7 @@ def open_index(kind: str, root: Path, key: str, scan: ScanSource) -> FileIndex:
         try:
             _save(index, path)
         except UserError as fault:
-            print(f"{fault}; {root} is listed again at every start", file=sys.stderr)
+            _report(f"{fault}; {root} is listed again at every start")
             return index
         return _load(path) or index  # reloaded because the saved one is memory-mapped, and so shared by processes
 
@@ -269,7 +270,11 @@ def _with_progress(found: Iterator[ContainerContents | int], root: Path) -> Iter
         entries += item.names.count(0) if isinstance(item, ContainerContents) else 0
         if time.monotonic() - reported > REPORT_EVERY_SECONDS:
             reported = time.monotonic()
-            print(f"{root}: {entries} files indexed so far", file=sys.stderr, flush=True)
+            _report(f"{root}: {entries} files indexed so far")
+
+
+def _report(text: str) -> None:
+    print(for_terminal(text), file=sys.stderr, flush=True)
 
 
 def _assemble(found: Sequence[ContainerContents | int], previous: FileIndex | None) -> FileIndex:

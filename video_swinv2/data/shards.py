@@ -36,6 +36,7 @@ from video_swinv2.data.media import IMAGE_SUFFIXES
 from video_swinv2.data.trees import SPLITS, UNCLEAR, files_below, find_split
 from video_swinv2.distributed.launchers import is_rank_zero
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_terminal
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
 WEBDATASET_METADATA = re.compile(r"__[^/]*__($|/)")  # members for the library's own use, which it skips too
@@ -85,7 +86,7 @@ def shard_collection(source: str) -> ImageCollection | None:
     for place, name in enumerate(names):
         about: dict[str, Any] = json.loads(index.about[place])
         if about["fault"] and is_rank_zero():
-            print(f"broken: {root / name}: {about['fault']}", file=sys.stderr, flush=True)
+            print(for_terminal(f"broken: {root / name}: {about['fault']}"), file=sys.stderr, flush=True)
         # In the index, each tar numbers its labels from 0 on its own, so that a changed tar can be listed alone.
         # Renumber them across all tars. The label -1 (none) picks the last element of the table, which is -1 as well.
         table = np.array([*(numbers.setdefault(word, len(numbers)) for word in about["labels"]), -1], dtype=np.int32)

@@ -26,6 +26,7 @@ from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.protocols import find_protocol
@@ -180,7 +181,7 @@ def summarize_probe(result: dict[str, Any]) -> str:
         lines += [f"  {name}: {reason}" for name, reason in result["broken"][:MAX_NAMED_FILES]]
         if len(result["broken"]) > MAX_NAMED_FILES:
             lines.append(f"  and {len(result['broken']) - MAX_NAMED_FILES} more, in the JSON result")
-    return "\n".join(lines)
+    return terminal_lines(lines)
 
 
 def _summary_line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -31,6 +31,7 @@ from video_swinv2.distributed.collectives import all_gather_objects, gather_shar
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.parts import PartBuilder, PartFolder
 from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
@@ -127,7 +128,7 @@ def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
     """The results of each protocol in a few lines to print."""
     # As in `TestPlan.folder`: a single protocol has no folder of its own.
     folders = {name: Path(out) if len(results) == 1 else Path(out) / find_protocol(name).folder for name in results}
-    return "\n".join(line for name, result in results.items() for line in _summary_lines(result, folders[name]))
+    return terminal_lines(line for name, result in results.items() for line in _summary_lines(result, folders[name]))
 
 
 def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:

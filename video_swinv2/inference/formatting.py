@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+from video_swinv2.escaping import for_csv, for_terminal, terminal_lines
 from video_swinv2.files import json_text
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.over_time import SegmentPrediction
@@ -22,7 +23,8 @@ SEARCH_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
 def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -> str:
     """Format all predictions as text, as a JSON list, or as rows of CSV without the header (see `csv_header`).
 
-    Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`.
+    Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`. Names in text
+    and CSV are escaped (see `escaping`); JSON has exact values.
     """
     if form == "json":
         return json_text([_prediction_as_json(prediction) for prediction in predictions], indent=1)
@@ -31,7 +33,7 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
         rows: list[Sequence[object]] = []
         for prediction in predictions:
             if prediction.error:
-                rows.append((prediction.path, "", "", "", "", "", prediction.error))
+                rows.append((for_csv(prediction.path), "", "", "", "", "", for_csv(prediction.error)))
             rows += _class_rows(prediction.path, "", "", prediction.answers)
         return _to_csv(rows)
     lines = []
@@ -42,7 +44,7 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
             lines.append(
                 f"  skipped {prediction.skipped} segments because the stream is faster than the model; raise --every"
             )
-    return "\n".join(lines)
+    return terminal_lines(lines)
 
 
 def csv_header(form: Form) -> str:
@@ -61,7 +63,7 @@ def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
     if form == "json":
         return ""
     best = ", ".join(f"{answer.name} {100 * answer.probability:.0f} %" for answer in segment.answers[:3])
-    return f"{path}  {start:>7s} to {end:>7s} s  {best}"
+    return for_terminal(f"{path}  {start:>7s} to {end:>7s} s  {best}")
 
 
 def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
@@ -72,16 +74,17 @@ def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
         rows: list[Sequence[object]] = [SEARCH_COLUMNS]
         for result in results:
             if result.error:
-                rows.append((result.path, "", "", "", "", result.error))
+                rows.append((for_csv(result.path), "", "", "", "", for_csv(result.error)))
             for rank, near in enumerate(result.neighbours, start=1):
-                rows.append((result.path, rank, near.path, near.label, f"{near.similarity:.6f}", ""))
+                names = for_csv(near.path), for_csv(near.label)
+                rows.append((for_csv(result.path), rank, *names, f"{near.similarity:.6f}", ""))
         return _to_csv(rows)
     lines = []
     for result in results:
         lines.append(f"{result.path}: {result.error}" if result.error else result.path)
         lines += [f"  {near.similarity:7.4f}  {near.path}" for near in result.neighbours]
         lines += _class_lines(result.answers)
-    return "\n".join(lines)
+    return terminal_lines(lines)
 
 
 def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _class_lines(answers: Sequence[Answer]) -> list[str]:
 
 def _class_rows(path: str, start: str, end: str, answers: Sequence[Answer]) -> list[Sequence[object]]:
     return [
-        (path, start, end, rank, answer.name, f"{answer.probability:.6f}", "")
+        (for_csv(path), start, end, rank, for_csv(answer.name), f"{answer.probability:.6f}", "")
         for rank, answer in enumerate(answers, start=1)
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from video_swinv2.escaping import for_terminal
 from video_swinv2.plan.plan import Plan
 
 GB = 1e9  # bytes
@@ -20,7 +21,7 @@ def plan_text(plan: Plan, shortfalls: Sequence[str] = (), memory: int | None = N
     lines += [*_files(plan), *_time(plan)]
     if memory is not None:
         lines.append(f"{'fits' if plan.peak <= memory else 'does not fit'} into {memory / GB:.1f} GB")
-    return "\n".join([*lines, *(f"problem: {text}" for text in shortfalls)])
+    return "\n".join([*lines, *(for_terminal(f"problem: {text}") for text in shortfalls)])
 
 
 def _work(plan: Plan) -> Iterator[str]:

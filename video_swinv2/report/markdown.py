@@ -5,23 +5,17 @@ The functions take the content of results.json or comparison.json, so that text 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from video_swinv2.escaping import for_markdown
+
 MAX_ROWS = 20  # of a table; the JSON files list everything
-# The characters that Markdown, or a table in it, may take for markup.
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&])")
-
-
-def escape(text: object) -> str:
-    """The text on one line, escaped so that Markdown shows it unchanged, also in the cell of a table."""
-    return _MARKUP.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table. Cells are escaped; `head` is not, so it must be text of our own."""
-    lines = [head, ["---"] * len(head), *([escape(cell) for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([for_markdown(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
@@ -50,9 +44,9 @@ def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "to
 def report_text(result: Mapping[str, Any]) -> str:
     """The report of one test as Markdown. result: the content of results.json."""
     videos, unit = result["videos"], result.get("unit", "videos")
-    basis = f"{videos['scored']} {unit}, {escape(result['protocol'])}, data {result['data_fingerprint'][:12]}."
+    basis = for_markdown(f"{videos['scored']} {unit}, {result['protocol']}, data {result['data_fingerprint'][:12]}.")
     parts = [
-        f"# Test of {escape(result['model']['path'])}",
+        f"# Test of {for_markdown(result['model']['path'])}",
         _headline(result),
         f"## Accuracy by number of views\n\n{basis} Each value is the mean over subsets of the views of this test.",
         table(
@@ -116,10 +110,10 @@ def _headline(result: Mapping[str, Any]) -> str:
     """The list at the top: accuracies, calibration, failures, and the warning of a wrong class order."""
     videos, unit, other = result["videos"], result.get("unit", "videos"), result["other_average"]
     names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
-    lines = [f"* {escape(accuracy_line(result, key, words))}" for key, words in names.items()]
+    lines = [f"* {for_markdown(accuracy_line(result, key, words))}" for key, words in names.items()]
     lines.append(
-        f"* top-1 with views averaged as {other['average']}: {percent(other['top1'])} "
-        f"({span(other['top1_interval'])}); this protocol averages {result.get('average', 'prob')}"
+        f"* top-1 with views averaged as {for_markdown(other['average'])}: {percent(other['top1'])} "
+        f"({span(other['top1_interval'])}); this protocol averages {for_markdown(result.get('average', 'prob'))}"
     )
     lines.append(f"* expected calibration error {percent(result['calibration']['ece'])}")
     lines.append(

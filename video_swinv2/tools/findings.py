@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from video_swinv2.escaping import terminal_lines
+
 State = Literal["ok", "note", "fault"]
 """note: training works, but something is missing or could be better. fault: training is likely to fail."""
 ERROR_CHARACTERS = 300  # of an error's text that are shown; compilers write pages
@@ -35,4 +37,4 @@ def findings_text(findings: Sequence[Finding]) -> str:
             lines.append(f"{'':21s}fix: {finding.fix}")
     faults = sum(finding.state == "fault" for finding in findings)
     lines.append("this machine is fit to train" if not faults else f"{faults} fault(s): fix them first")
-    return "\n".join(lines)
+    return terminal_lines(lines)

@@ -23,6 +23,7 @@ from video_swinv2.data.loading import plan_batch
 from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_sum, print_on_rank_zero
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 
 # Disk full, quota exceeded, file too large, read-only file system, and a failing disk.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -126,7 +127,7 @@ class Faults:
         for line in lines:
             if line not in self.broken:
                 self.broken[line] = None
-                print(f"broken: {line}; {consequence}", flush=True)
+                print(for_terminal(f"broken: {line}; {consequence}"), flush=True)
 
     def check_broken_share(self, broken: int, drawn: int) -> None:
         """Raise UserError if the share of broken samples exceeds data.max_broken.

@@ -47,6 +47,7 @@ from video_swinv2.engine.factory import make_engine
 from video_swinv2.engine.optimizer import make_schedule, parameter_groups
 from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import terminal_lines
 from video_swinv2.progress import Progress
 from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
@@ -191,7 +192,7 @@ class TrainingRun:
             # Also after an error: the checkpoint that is being written is what the next start resumes from.
             self.checkpoints.wait()
         self._write_record()
-        self._print(end_table(self.folder, self._record(), self.last_metrics))
+        self._print(*end_table(self.folder, self._record(), self.last_metrics))
         self._print(f"next: {self.task.next_command(self.folder)}")
 
     def _train_steps(self, log: MetricLog | None) -> None:
@@ -425,8 +426,8 @@ class TrainingRun:
         # Lists for tuples, as in a checkpoint.
         return cast(dict[str, object], json.loads(json.dumps(facts, allow_nan=False)))
 
-    def _print(self, text: str) -> None:
-        print_on_rank_zero(self.world, text)
+    def _print(self, *lines: str) -> None:
+        print_on_rank_zero(self.world, terminal_lines(lines))
 
     def _make_engine(self) -> Engine:
         """Build the engine around the task's module, and print how batch and learning rate come about."""

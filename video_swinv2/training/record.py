@@ -104,7 +104,7 @@ def describe_learning_rate(optim: OptimConfig) -> str:
     return f"peak learning rate {optim.lr * linear_scaling(optim):g} = {scaled} (linear rule)"
 
 
-def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> str:
+def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> list[str]:
     """The outcome of a finished run as lines of text.
 
     record: the contents of run.json. last: the metrics of the last validation, empty without a validation split.
@@ -129,4 +129,4 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
     ]
     ended = " (stopped early)" if record["stopped_early"] else ""
     lines = [f"{folder}: done at step {record['step']} of {record['steps']}{ended}"]
-    return "\n".join(lines + [f"  {name:14s}{text}" for name, text in rows])
+    return lines + [f"  {name:14s}{text}" for name, text in rows]

@@ -19,6 +19,7 @@ from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.files import sha256
 from video_swinv2.training.record import arithmetic, arithmetic_changes
 from video_swinv2.training.tasks.base import Task
@@ -82,13 +83,14 @@ def find_start(
     else:
         _check_identity(config.out if whose == OWN else str(config.resume), state["identity"], identity)
         if changes := arithmetic_changes(state.get("arithmetic", {}), arithmetic(world)):
-            print_on_rank_zero(world, changes)
+            print_on_rank_zero(world, for_terminal(changes))
         # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
         task.encoder.cpb_norm = state["cpb_norm"]
         # Checkpoints of the first version do not contain `best_step` and `faults`.
         best, best_step = state["best"], state.get("best_step", step)
         if best is not None and not _has_best_weights(Path(config.out), world):
-            print_on_rank_zero(world, f"the best weights so far, of step {best_step}, are not in {config.out}")
+            lost = f"the best weights so far, of step {best_step}, are not in {config.out}"
+            print_on_rank_zero(world, for_terminal(lost))
             best, best_step = None, step
         start = Start(
             step,
@@ -99,7 +101,7 @@ def find_start(
             seconds=state["seconds"],
             faults=state.get("faults", {}),
         )
-    print_on_rank_zero(world, f"weights: {whose}, step {step} of {steps}")
+    print_on_rank_zero(world, for_terminal(f"weights: {whose}, step {step} of {steps}"))
     return start
 
 

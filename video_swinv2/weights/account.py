@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import terminal_lines
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Account:
                 keys = [key for key, why in reasons.items() if why == reason]
                 shown = ", ".join(keys[:3]) + (f", ... ({count} in all)" if count > 3 else "")
                 lines.append(f"               {reason}: {shown}")
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+        return terminal_lines(lines + [f"  {note}" for note in self.notes])
 
     def refusal(self, fault: str, fix: str) -> UserError:
         """The error to raise for a checkpoint that cannot be loaded, because of `fault`; `fix` says what to do."""
