@@ -18,7 +18,7 @@ from data_prep.encode import H264Settings
 # settings' hash, so videos prepared with an older version are prepared again. In dataset.json it is called "form".
 OUTPUT_VERSION = 2
 FULL_HD = 1920 * 1080  # pixels
-MAX_LIMIT_SECONDS = 24 * 3600.0  # a time limit follows from the size or duration of a file, which may be absurd
+MAX_LIMIT_SECONDS = 24 * 3600.0  # of any job, whatever its file says
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def size_and_mtime(source: str | Path) -> tuple[int | None, int | None]:
 
 
 def initial_limit_seconds(job: TranscodeJob) -> float:
-    """The time limit of a job until the duration of its video is known: that for reading its index."""
+    """The time limit of a job until the frames of its video are known: that for reading its index."""
     return index_limit_seconds(size_and_mtime(job.source)[0] or 0)
 
 
@@ -120,9 +120,14 @@ def index_limit_seconds(size_bytes: int) -> float:
     return min(MAX_LIMIT_SECONDS, 60.0 + 10.0 * size_bytes / 2**20)
 
 
-def encode_limit_seconds(duration_seconds: float, pixels: int) -> float:
-    """The time limit for decoding and encoding a video: about a hundred times what it takes on one core.
+def encode_limit_seconds(size_bytes: int, frames: int, pixels: int, written: int = 0, written_pixels: int = 0) -> float:
+    """The time limit for decoding `frames` frames of `pixels` pixels and writing `written` of `written_pixels`.
 
-    A minute, and 30 s per second of video; at most a day. For sources above Full HD it grows with the number of pixels.
+    That for reading the index, and 1.2 s per frame, about a hundred times what it takes on one core; above Full HD it
+    grows with the number of pixels. A written frame adds 0.5 s at Full HD, ten times what it takes to encode, read back
+    and decode one that repeats the one before. At most a day. Frames are counted and not seconds: what a file says
+    about its duration costs it nothing, but every frame is in the file.
     """
-    return min(MAX_LIMIT_SECONDS, 60.0 + 30.0 * duration_seconds * max(1.0, pixels / FULL_HD))
+    decoding = 1.2 * frames * max(1.0, pixels / FULL_HD)
+    writing = 0.5 * written * written_pixels / FULL_HD
+    return min(MAX_LIMIT_SECONDS, index_limit_seconds(size_bytes) + decoding + writing)

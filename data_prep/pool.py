@@ -25,6 +25,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
 
+from video_swinv2.data.decode import one_line
 from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedError
 
 Job = TypeVar("Job")
@@ -152,9 +153,13 @@ class Pool(Executor, Generic[Job]):
 
     def _run(self, work: Callable[[Job, Allow], Result], job: Job) -> Result | Lost:
         """Executed by a thread of the pool: run a job on an idle worker."""
+        try:
+            seconds = self._seconds_for(job)
+        except Exception as fault:  # whatever the file of this job causes, the others go on
+            return Lost("crashed", one_line(fault))
         worker = self._idle.get()
         try:
-            return worker.run(work, job, self._seconds_for(job))
+            return worker.run(work, job, seconds)
         finally:
             self._idle.put(worker)
 
@@ -231,5 +236,5 @@ def _serve(pipe: Connection) -> None:
             try:
                 result = work(job, lambda seconds: pipe.send(_Extension(seconds)))
             except Exception as fault:
-                result = Lost("crashed", f"{type(fault).__name__}: {fault}")
+                result = Lost("crashed", one_line(fault))
             pipe.send(result)

@@ -25,13 +25,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import av
 import numpy as np
 
 from data_prep.encode import TIME_BASE, difference_from_prepared_form, to_ticks, write_video
-from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, encode_limit_seconds, index_limit_seconds
+from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, encode_limit_seconds
 from data_prep.layouts import seconds_in_name
 from data_prep.picture import Fitter
 from data_prep.pool import Allow
@@ -78,8 +79,8 @@ class ReadBackError(Exception):
 def transcode_video(job: TranscodeJob, allow: Allow) -> Outcome:
     """Decode, resize, encode and check one video. Errors are not raised but become the reason of the outcome.
 
-    The time limit of the job is at first that for reading its index. As soon as the duration of the video is known,
-    `allow` is called with a limit that fits it.
+    The time limit of the job is at first that for reading its index. As soon as the frames of the video are known,
+    `allow` is called with a limit that fits them.
     """
     started = time.monotonic()
     known = Outcome()
@@ -156,12 +157,12 @@ def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allo
         # have no rate to give. n frames have n - 1 intervals between them.
         rate = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else reader.fps
         duration = float(times[-1] - times[0]) + 1 / rate  # the last frame is shown for one frame period
-        # The limit counts from the first frame of the source, not of the segment. In formats without reliable
-        # timestamps (see decode.TIMED_CONTAINERS) a segment is reached by decoding everything before it. A second index
-        # limit is added because all packets of the source may be read once more, to check for the prepared form.
-        decoded_seconds = float(times[-1] - reader.times[0]) + 1 / reader.fps
-        pixels = reader.size[0] * reader.size[1]
-        allow(encode_limit_seconds(decoded_seconds, pixels) + index_limit_seconds(known.source_size or 0))
+        # All frames from the first one of the source count, not only those of the segment. In formats without reliable
+        # timestamps (see decode.TIMED_CONTAINERS) a segment is reached by decoding everything before it. The limit has
+        # time for reading all packets of the source once more, to check for the prepared form.
+        size = output_size(reader.size, settings.short_side)
+        written = round(duration * settings.fps) if settings.fps and rate >= MIN_SOURCE_FPS else len(times)
+        allow(encode_limit_seconds(known.source_size or 0, selected.stop, prod(reader.size), written, prod(size)))
         known = replace(known, duration_seconds=duration)
         if duration < settings.min_seconds - TIME_TOLERANCE_SECONDS:
             raise DecodeError(f"{job.source}: {duration:.2f} s, less than {settings.min_seconds:g}", "too_short")
@@ -174,7 +175,7 @@ def _write_checked(job: TranscodeJob, partial: Path, known: Outcome, allow: Allo
             size, fps = reader.size, rate
             progress = _Progress(len(times), written_ticks=to_ticks(times.tolist()))
         else:
-            size, fps = output_size(reader.size, settings.short_side), settings.fps or rate
+            fps = settings.fps or rate
             progress = _encode(reader, selected, partial, size, rate, settings)
             _read_back(partial, size, progress.written_ticks)
     lost = len(times) - progress.decoded

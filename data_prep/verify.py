@@ -22,6 +22,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -262,8 +263,8 @@ def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
     with VideoReader(path, time_limit_seconds=float("inf")) as reader:
         # `times` are the times at which frames appear, so the display time of the last frame is added.
         duration = float(reader.times[-1] - reader.times[0]) + 1 / reader.fps
-        # The duration is known now, so the job can be given a time limit that fits.
-        allow(encode_limit_seconds(duration, reader.size[0] * reader.size[1]))
+        # The frames are known now, so the job can be given a time limit that fits.
+        allow(encode_limit_seconds(_stat(path)[0] or 0, len(reader), prod(reader.size)))
         decoded = sum(1 for _ in reader.sequence())
         if decoded != len(reader):
             raise MismatchError("decode_error", f"{decoded} of {len(reader)} frames decode")
@@ -433,5 +434,5 @@ def _untouched(path: Path, before: Finding) -> bool:
 
 
 def _time_limit_seconds(check: FileCheck) -> float:
-    """The time limit of a job, by the size of its file. Level full replaces it once the duration is known."""
+    """The time limit of a job, by the size of its file. Level full replaces it once the frames are known."""
     return index_limit_seconds(_stat(check.path)[0] or 0)

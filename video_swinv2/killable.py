@@ -29,6 +29,9 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 # How long a process whose pipe has closed may take to end by itself. If it were killed at once, its exit code would be
 # SIGKILL instead of the signal or code that tells what happened.
 REAP_SECONDS = 5.0
+# poll and the timers of the kernel refuse longer waits: poll counts milliseconds in 32 bits, which overflow after 24.8
+# days. Whoever asks for more, infinity included, gets this.
+MAX_WAIT_SECONDS = 24 * 24 * 3600.0
 
 
 class ProcessDiedError(Exception):
@@ -100,12 +103,12 @@ class KillableProcess:
             raise ProcessDiedError(self.end(REAP_SECONDS)) from None
 
     def receive(self, seconds: float | None = None) -> Any:
-        """Wait at most `seconds` for the next message (None: without limit).
+        """Wait at most `seconds` for the next message (None: without limit; any more than MAX_WAIT_SECONDS are that).
 
         Raises NoAnswerError if no message came in time, and ProcessDiedError, with the process reaped, if it ended.
         """
         try:
-            if not self._pipe.poll(None if seconds is None else max(0.0, seconds)):
+            if not self._pipe.poll(None if seconds is None else min(max(0.0, seconds), MAX_WAIT_SECONDS)):
                 raise NoAnswerError
             return self._pipe.recv()  # EOFError if the process has closed its end, which it does by dying
         except (EOFError, OSError):

@@ -152,7 +152,7 @@ def test_absurd_time_stamps_end_neither_the_run_nor_the_disk(tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize("limit", [index_limit_seconds(2**60), encode_limit_seconds(1e15, FULL_HD)])
+@pytest.mark.parametrize("limit", [index_limit_seconds(2**60), encode_limit_seconds(2**60, 2**60, FULL_HD)])
 def test_no_file_decides_on_a_limit_above_a_day(limit: float) -> None:
     assert limit == 24 * 3600
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from video_swinv2.killable import end_with_parent
+from video_swinv2.killable import MAX_WAIT_SECONDS, end_with_parent
 
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
@@ -53,7 +53,7 @@ def killing_alarm(seconds: float) -> Iterator[None]:
     # The signal's default action is carried out by the kernel. A Python handler would run only after the hung call had
     # returned to the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, MAX_WAIT_SECONDS))
     try:
         yield
     finally:
