@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: demo docs proof test test-slow gpu gpu-wheels lint clean
+.PHONY: demo docs proof test test-slow fuzz gpu gpu-wheels lint clean
 
 demo: $(READY)
 	$(VENV)/bin/video-swinv2 demo --out $(OUT)
@@ -21,6 +21,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow
+
+# Damaged files of every kind through everything that reads files, for half an hour; ARGS="--only video:1234" tries one.
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.hostile.fuzz $(ARGS)
 
 # Tests and benchmarks that need a GPU, in at most eight minutes (docs/gpu.md). With WHEELS=FOLDER, in an environment that
 # adds these wheels to the PyTorch of PYTHON and needs no network; without it, in the usual one.
