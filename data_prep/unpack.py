@@ -1,8 +1,9 @@
 """Extract the videos of an untrusted tar archive. Only regular files are written, and only under their bare names.
 
 A hostile tar may contain names outside the folder (absolute paths, `..`), links that redirect later members, devices,
-sparse files that claim terabytes, or headers that make a reader allocate gigabytes, and a gzip may expand a
-thousandfold. An archive of videos needs none of these, so each is refused before any byte of that member is written.
+sparse files that claim terabytes, or headers that make a reader allocate gigabytes (video_swinv2/data/tars.py), and a
+gzip may expand a thousandfold. An archive of videos needs none of these, so each is refused before any byte of that
+member is written.
 The caller provides a folder for this archive alone and deletes it after any error, so nothing of a refused archive
 remains.
 """
@@ -21,6 +22,7 @@ from typing import IO
 
 from data_prep.fetch import StopError, as_disk_error, require_free_space
 from video_swinv2.data.media import VIDEO_SUFFIXES
+from video_swinv2.data.tars import BoundedTarInfo, HostileTarError
 from video_swinv2.errors import UserError
 from video_swinv2.files import commit_file, partial_path, sha256
 
@@ -29,7 +31,7 @@ MAX_MEMBER_BYTES = 1 << 30
 MAX_TOTAL_BYTES = 64 << 30
 MAX_MEMBERS = 100_000
 MAX_NAME_BYTES = 200
-MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory as a whole
+MAX_PADDING_BYTES = 64 << 20  # zeros at the end; programs fill up to a multiple of 10 KiB
 BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -54,8 +56,8 @@ class _RefusedError(Exception):
     """The archive contains or claims something that has no place in an archive of videos."""
 
 
-class _Header(tarfile.TarInfo):
-    """A tar header that is read as tarfile does, except that a damaged header is an error.
+class _Header(BoundedTarInfo):
+    """A tar header of which a damaged one is an error.
 
     After the first member, tarfile takes a damaged header for the end of the archive, and the members that follow would
     be lost silently.
@@ -63,20 +65,14 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        """Parse the 512 bytes of a header. Raises tarfile.ReadError if it is damaged; _RefusedError."""
+        """Parse the 512 bytes of a header. Raises tarfile.ReadError if it is damaged."""
         if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
-            return super().frombuf(
-                buf, encoding, errors
-            )  # zeros are the regular end: tarfile raises EOFHeaderError and handles it
+            # Zeros are the regular end: tarfile raises EOFHeaderError and handles it.
+            return super().frombuf(buf, encoding, errors)
         try:
-            header = super().frombuf(buf, encoding, errors)
+            return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
-        # Long names and extended headers are stored as members of their own. tarfile reads their content itself, before
-        # it returns the member that they describe, so _check_member would be too late.
-        if header.size < 0 or (header.size > MAX_HEADER_BYTES and not header.isreg()):
-            raise _RefusedError(f"member {header.name!r} is a header that claims to have {header.size} bytes")
-        return header
 
 
 def archive_fault(path: Path) -> str:
@@ -97,7 +93,7 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
     only repeat the class names, which come from the lists.
 
     Raises UserError for a name that is absolute or leads outside the folder, a link, a device, a sparse file, sizes or
-    numbers beyond the limits above, two different videos with the same file name, data after the end of the tar, or an
+    numbers beyond the limits, two different videos with the same file name, data after the end of the tar, or an
     archive without any video; DamagedError for an archive that is truncated or unreadable; DiskError; StopError.
     """
     stop = stop or threading.Event()
@@ -124,7 +120,7 @@ def unpack(archive: Path, folder: Path, stop: threading.Event | None = None) -> 
                     names.append(name)
                     empty += member.size == 0
             _check_end(stream)
-    except _RefusedError as error:
+    except (_RefusedError, HostileTarError) as error:
         raise UserError(f"{archive}: {error}; nothing of it is used, replace or remove it") from error
     # EOFError, zlib.error and OSError (gzip.BadGzipFile) come from the decompression. Errors from writing have already
     # become DiskErrors.
@@ -169,8 +165,8 @@ def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
     # use one, so the archive is not what it should be.
     if path.is_absolute() or ".." in path.parts:
         raise _RefusedError(f"member {member.name!r} leads outside the folder")
-    if not (member.isreg() or member.isdir()) or member.issparse():
-        kind = "a link" if member.islnk() or member.issym() else "a device, a pipe or a sparse file"
+    if not (member.isreg() or member.isdir()):
+        kind = "a link" if member.islnk() or member.issym() else "a device or a pipe"
         raise _RefusedError(f"member {member.name!r} is {kind}")
     # isprintable is False for control characters, NUL, and bytes that are not UTF-8.
     if not path.name.isprintable() or len(path.name.encode()) > MAX_NAME_BYTES:
@@ -213,11 +209,15 @@ def _write(content: IO[bytes], size: int, target: Path, stop: threading.Event) -
 
 
 def _check_end(stream: IO[bytes]) -> None:
-    """Read the rest of the stream and raise _RefusedError if it contains anything but zeros.
+    """Read the rest of the stream and raise _RefusedError if it contains anything but zeros, or too many of them.
 
     A tar ends with blocks of zeros, which tarfile does not read to the end. gzip verifies its checksum only when it
     reaches the end of the stream, so a damaged archive could pass without this.
     """
+    length = 0
     while block := stream.read(BLOCK):
         if block.strip(b"\0"):
             raise _RefusedError("has other data after the end of the tar")
+        length += len(block)
+        if length > MAX_PADDING_BYTES:
+            raise _RefusedError(f"has more than {MAX_PADDING_BYTES} zeros after the end of the tar")

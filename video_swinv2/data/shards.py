@@ -33,15 +33,24 @@ from video_swinv2.data.index import (
     open_index,
 )
 from video_swinv2.data.media import IMAGE_SUFFIXES
+from video_swinv2.data.tars import BoundedTarInfo
 from video_swinv2.data.trees import SPLITS, UNCLEAR, files_below, find_split
 from video_swinv2.distributed.launchers import is_rank_zero
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_terminal
+from video_swinv2.records import Record, parse_json, parse_record
 
 TAR_BLOCK_BYTES = 512  # headers and data of a tar are padded to multiples of this, and a block of zeros ends it
 WEBDATASET_METADATA = re.compile(r"__[^/]*__($|/)")  # members for the library's own use, which it skips too
+MAX_LABEL_BYTES = 1 << 20  # of KEY.cls and KEY.json, which may hold much more than the label
 ByteRange = tuple[int, int]
 """(offset, size)."""
+
+
+class Labelled(Record, extra="ignore"):
+    """What is read of KEY.json."""
+
+    label: str | int | None = None
 
 
 def shard_files(source: str) -> list[Path]:
@@ -172,11 +181,10 @@ def _tar_members(file: BinaryIO) -> tuple[list[tuple[str, ByteRange]], str]:
     file.seek(0)
     found: list[tuple[str, ByteRange]] = []
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory; not in typeshed
-                # The bytes of a sparse member are not contiguous, so they cannot be read as one range.
-                if member.isreg() and not member.issparse() and not WEBDATASET_METADATA.match(member.name):
+                if member.isreg() and not WEBDATASET_METADATA.match(member.name):
                     found.append((member.name, (member.offset_data, member.size)))
             end = tar.offset
         file.seek(end)
@@ -193,12 +201,19 @@ def _read_label(file: BinaryIO, sample: dict[str, Any], path: Path) -> str | Non
         if suffix not in sample:
             continue
         offset, size = sample[suffix]
+        where = f"{path}: {sample['__key__']}.{suffix} holds no label"
+        if size > MAX_LABEL_BYTES:
+            raise UserError(f"{where}: has {size:,} bytes, more than {MAX_LABEL_BYTES:,}; pack it again")
         file.seek(offset)
         text = file.read(size)
-        try:
-            label = json.loads(text).get("label") if suffix == "json" else text.decode().strip()
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: {sample['__key__']}.{suffix} holds no label ({error}); pack it again") from error
+        label = _text(text, where) if suffix == "cls" else parse_record(parse_json(text, where), Labelled, where).label
         if label is not None and label != "":
             return str(label)
     return None
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8; pack it again") from error
