@@ -279,13 +279,27 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
 
 
 def test_formats_that_cannot_be_read_safely_are_refused(tmp_path):
-    state = {"model": microsoft_state(ours(), window=4)}
-    torch.save(state | {"config": CfgNode({"A": 1})}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save(ours(), tmp_path / "module.pth")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": Calls(os.system, "true")}))
-    for name, words in (("old.pth", "zip format"), ("module.pth", "a whole model"), ("plain.pkl", "plain.pkl")):
+    for name, words in (("module.pth", "a whole model"), ("plain.pkl", "plain.pkl")):
         with pytest.raises(UserError, match=words) as caught:
             vs.load_weights(ours(), tmp_path / name)
         assert "\n" not in str(caught.value)
-    torch.save(state, tmp_path / "old_plain.pth", _use_new_zipfile_serialization=False)
-    vs.load_weights(ours(), tmp_path / "old_plain.pth")
+
+
+def test_files_older_than_torch_1_6_are_read_alike(tmp_path):
+    """The format without a zip file, with objects beside the tensors, tensors that share a storage, and code."""
+    base = torch.arange(6.0)
+    state = {"model": microsoft_state(ours(), window=4)}
+    content = state | {"config": CfgNode({"A": 1}), "views": [base, base[2:4]], "half": torch.ones(3).half()}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = read_inert(tmp_path / "old.pth")
+    assert read["config"] == {"A": 1}
+    assert_same(read["model"], state["model"])
+    assert torch.equal(read["views"][1], base[2:4])
+    assert read["views"][0].untyped_storage().data_ptr() == read["views"][1].untyped_storage().data_ptr()
+    assert torch.equal(read["half"], content["half"])
+    vs.load_weights(ours(), tmp_path / "old.pth")
+    torch.save(state | {"x": Calls(os.system, "true")}, tmp_path / "code.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"it would call posix\.system"):
+        vs.load_weights(ours(), tmp_path / "code.pth")

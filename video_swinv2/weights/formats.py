@@ -5,15 +5,12 @@ Nothing in a file is ever executed; see `unpickle`.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from video_swinv2.errors import UserError
@@ -143,23 +140,13 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _read_torch(file: Path) -> object:
-    """Read a file of `torch.save`, first with torch's own safe loader, and with `read_inert` if it refuses objects."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(file):
-            raise UserError(
-                f"{file}: is neither in torch's zip format nor made of tensors alone, and cannot be read without "
-                "executing it; save its state dict as safetensors"
-            ) from error
-    except Exception as error:  # in a damaged file, almost anything may fail
-        raise _unreadable(file, error) from error
+    """Read a file of `torch.save`. Raises UserError if it would run code, is damaged, or is something else."""
     try:
         return read_inert(file)
     except CallRefusedError as error:
         fix = "if you trust it, save its state dict as safetensors"
         raise UserError(f"{file}: {error}, and nothing in a file is ever executed here; {fix}") from error
-    except Exception as error:  # as above
+    except Exception as error:  # in a damaged file, almost anything may fail
         raise _unreadable(file, error) from error
 
 
