@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,11 +40,26 @@ def name_unwritable(path: Path, fix: str = "free space or choose another folder"
 
 @contextlib.contextmanager
 def name_unreadable(path: Path, fix: str = "make it readable, or name another file") -> Iterator[None]:
-    """Turn an OSError of the block, which reads `path`, into a UserError that names the path, and how to fix it."""
+    """Turn an OSError of the block, which reads `path`, into a UserError that names the path, and how to fix it.
+
+    The block is not entered if `path` is a special file (see `refuse_special_file`).
+    """
     try:
+        refuse_special_file(path)
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {fix}") from error
+
+
+def refuse_special_file(path: Path) -> None:
+    """Raise UsageError if `path`, which is about to be read, is a device, a pipe or a socket, or a link to one.
+
+    A device such as /dev/zero has no end, and opening a pipe waits for somebody to write to it. A path that does not
+    exist or cannot be looked at is left to whoever opens it.
+    """
+    with contextlib.suppress(OSError):
+        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise UsageError(f"{path}: is a device, a pipe or a socket; name a regular file")
 
 
 def create_folder(path: Path, option: str = "folder") -> None:
@@ -114,6 +130,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with name_unwritable(path):
             if path.is_dir():  # found now, not by the rename after all the work
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partial.unlink(missing_ok=True)  # a killed run may have left it, or somebody a link, which would be followed
             yield partial
             commit_file(partial, path)
     finally:
@@ -130,6 +147,8 @@ def lock_file(path: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
     it cannot be written. The kernel releases the lock when the process ends in whatever way, so a killed process leaves
     no stale lock. The file itself stays. On a file system without locks, a note is printed and the work goes on.
     """
+    if path.is_symlink():  # opening it would create or change a file elsewhere
+        raise UserError(f"{path}: is a symbolic link; remove it")
     # Opened for appending, which creates the file if necessary and never truncates it. Closing it releases the lock.
     with name_unwritable(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -207,6 +226,7 @@ def read_text_lines(path: Path) -> list[str]:
 
     Only line breaks end a line. `str.splitlines` would also divide names that contain, for example, U+2028.
     """
+    refuse_special_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # with "\r\n" and "\r" turned into "\n"
         return text.removesuffix("\n").split("\n") if text else []

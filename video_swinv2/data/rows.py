@@ -21,6 +21,7 @@ from typing import TextIO
 
 from video_swinv2.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from video_swinv2.errors import UsageError
+from video_swinv2.files import refuse_special_file
 
 # The columns that are read, each with the names that people give it; the first one found counts.
 COLUMN_NAMES = {
@@ -125,6 +126,7 @@ def _lines(path: Path) -> Iterator[str]:
 
     Names may contain the other characters at which `str.splitlines` divides, such as U+2028.
     """
+    refuse_special_file(path)
     try:
         # "utf-8-sig" drops the byte order mark that Excel writes.
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import read_class_list, sha256
+from video_swinv2.files import read_class_list, refuse_special_file, sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
@@ -86,6 +86,7 @@ def read_class_map(path: Path) -> tuple[int, ...]:
 
     Raises UserError for a file that cannot be read, and UsageError, naming the line, for one that is not a row number.
     """
+    refuse_special_file(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
