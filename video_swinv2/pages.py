@@ -51,9 +51,9 @@ def tick_marks(low: float, high: float, unit: str = "", max_steps: int = 5) -> t
 def render(package: str, template: str, values: dict[str, object]) -> bytes:
     """Fill a template of `package` with `values` and return the page in UTF-8.
 
-    Values are escaped, so a file name or a class name cannot add markup. If a page has a script, the template includes
-    it from a separate file, and the page's content security policy allows only a script with the digest of that file:
-    no other script runs, whatever a name contains. Raises jinja2.UndefinedError if a value is missing.
+    Values are escaped, so a file name or a class name cannot add markup. The page's content security policy allows only
+    the style sheet and the script of its template, by their digests: no other script runs, whatever a name contains.
+    Raises jinja2.UndefinedError if a value is missing.
     """
     # "replace": a byte of a file name that is not valid UTF-8 has become a surrogate, and is shown as a question mark.
 
@@ -85,6 +85,6 @@ def _percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}"
 
 
-def _digest(script: str) -> str:
-    """The digest of a script in the form that a content security policy uses: sha256- and the hash in base64."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _digest(text: str) -> str:
+    """The digest of a script or style sheet as a content security policy has it: sha256- and the hash in base64."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -24,7 +24,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import av
 import numpy as np
 
 from video_swinv2.data.decode import one_line
@@ -82,9 +83,13 @@ class StreamSummary:
 
 @dataclass(frozen=True)
 class _Failed:
-    """The stream cannot be read further. The message begins with the name of the source."""
+    """The stream cannot be read further. The message begins with the name of the source.
+
+    unexpected: as in UnexpectedFailureError.
+    """
 
     message: str
+    unexpected: bool
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,13 @@ class _Done:
 
 
 _Message = Segment | StreamSummary | _Failed | _Done | None  # None: a sign of life
+
+
+class UnexpectedFailureError(UserError):
+    """The decoding process failed with an exception whose text, which is in the message, is of use to developers only.
+
+    It may be a defect of this program or of a library, and may contain names from inside of them.
+    """
 
 
 class Watcher:
@@ -113,8 +125,7 @@ class Watcher:
         self.summary: StreamSummary | None = None
         self._finished = False
         start_forkserver()
-        # A forked server does not share the open files of this process. DupFd passes the file on over a socket.
-        handed = None if descriptor is None else reduction.DupFd(descriptor)
+        handed = None if descriptor is None else _HandedFile(descriptor)
         limits = {} if request.memory_bytes is None else {resource.RLIMIT_DATA: request.memory_bytes}
         self._process = KillableProcess(_watch, request, handed, method="forkserver", limits=limits)
 
@@ -163,6 +174,8 @@ class Watcher:
         """The next message, within `patience` seconds and the deadline. Raises UserError for every kind of failure."""
         left = self._deadline - time.monotonic()
         try:
+            if left <= 0:  # although the next message may be there, if it is the model that takes so long
+                raise NoAnswerError
             message: _Message = self._process.receive(min(patience, left))
         except NoAnswerError:
             # The shorter of the two limits is the one that was exceeded.
@@ -176,7 +189,7 @@ class Watcher:
         except ProcessDiedError as death:
             raise UserError(f"{self._request.source}: the decoder crashed ({death})") from None
         if isinstance(message, _Failed):
-            raise UserError(message.message)
+            raise (UnexpectedFailureError if message.unexpected else UserError)(message.message)
         return message
 
 
@@ -190,20 +203,46 @@ def start_forkserver() -> None:
     prepare_forkserver(__name__)
 
 
-def _watch(pipe: Connection, request: WatchRequest, handed: Any) -> None:
-    """The main function of the decoding process: every exception becomes a message. handed: a DupFd or None."""
+class _HandedFile:
+    """An open file of this process that is sent to a new process along with its arguments.
+
+    A DupFd that is made here, rather than while the arguments are pickled, would wait in a thread of multiprocessing
+    until the process fetches it. Where that thread cannot be started, no later process would ever get its file, and the
+    file of a process that dies early would stay open for good.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _receive_file, (reduction.DupFd(self._descriptor),)
+
+
+def _receive_file(handed: Any) -> int:
+    """In the new process: the descriptor of a file that was handed over as a DupFd."""
+    descriptor: int = handed.detach()
+    return descriptor
+
+
+def _watch(pipe: Connection, request: WatchRequest, descriptor: int | None) -> None:
+    """The main function of the decoding process: every exception becomes a message."""
     try:
         # The first sign of life: from now on the parent waits without START_SECONDS.
         pipe.send(None)
-        _Watch(pipe, request).run(None if handed is None else handed.detach())
+        _Watch(pipe, request).run(descriptor)
     except (BrokenPipeError, EOFError):
         return  # the parent no longer listens
     except UserError as error:
-        pipe.send(_Failed(str(error)))
+        pipe.send(_Failed(str(error), error.__cause__ is not None and _is_unexpected(error.__cause__)))
     except MemoryError:
-        pipe.send(_Failed(f"{request.source}: takes too much memory to decode"))
+        pipe.send(_Failed(f"{request.source}: takes too much memory to decode", unexpected=False))
     except Exception as error:  # the encoder of the video may raise anything
-        pipe.send(_Failed(f"{request.source}: {one_line(error)}"))
+        pipe.send(_Failed(f"{request.source}: {one_line(error)}", _is_unexpected(error)))
+
+
+def _is_unexpected(error: BaseException) -> bool:
+    """Whether an exception is neither one of ours nor what FFmpeg or the system says about a file."""
+    return not isinstance(error, UserError | av.FFmpegError | OSError | MemoryError)
 
 
 class _Watch:

@@ -4,7 +4,9 @@ The page is meant for the user of this machine. The threats are mistakes of othe
 open in the user's browser. Only this machine can connect, because the socket is bound to 127.0.0.1. A foreign site that
 resolves its own name to 127.0.0.1 (DNS rebinding) is recognised by the `Host` header, and one that posts here by the
 `Origin` header. Every connection carries a single request, so a second one cannot be smuggled in. No file is ever
-served, and no clip is kept: uploads go to a temporary file that has no name.
+served, and no clip is kept: uploads go to a temporary file that has no name. A client can be silent, slow or gone at
+any moment: every step has a deadline, and beyond the limit on connections the oldest that waits for its client gives
+way to the newest, so that no client can shut the page for the others.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -35,8 +38,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from video_swinv2.data.media import HEAD_BYTES, IMAGE, media_type_of_bytes, media_type_of_content
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.inference.classifier import Classifier
 from video_swinv2.inference.clip_summary import Limits, summarise_clip
+from video_swinv2.inference.watching import UnexpectedFailureError
 from video_swinv2.pages import render
 
 ADDRESS = "127.0.0.1"
@@ -44,6 +49,7 @@ HOSTS = frozenset({ADDRESS, "localhost"})
 PAGE, PREDICT = "/", "/predict"
 UPLOADS_AT_ONCE = 3  # one clip is being classified while the others arrive or wait
 CONNECTIONS_AT_ONCE = 32
+CLASSIFYING = "classify a clip"  # the name of the thread that does
 LINGER_SECONDS = 2.0  # how long the rest of a refused request is read
 # The port at the end of a Host header.
 _PORT = re.compile(r":\d{1,5}$")
@@ -118,7 +124,12 @@ def make_app(classifier: Classifier, limits: Limits) -> ASGIApp:
     app = Starlette(
         routes=[Route(PAGE, page.show), Route(PREDICT, page.predict, methods=["POST"])],
         middleware=[Middleware(_LocalOnly)],
-        exception_handlers={HTTPException: _refuse, UserError: _refuse_clip, Exception: _report_failure},
+        exception_handlers={
+            HTTPException: _refuse,
+            UserError: _refuse_clip,
+            UnexpectedFailureError: _report_broken_clip,
+            Exception: _report_failure,
+        },
     )
     # `/predict/` is refused rather than redirected to `/predict`.
     app.router.redirect_slashes = False
@@ -129,18 +140,35 @@ class _LimitedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with limits on the number of connections, on late requests and on responses nobody reads.
 
     Without these limits, a few idle connections could block the page forever. `timeout_keep_alive`, which uvicorn only
-    applies between requests, is used as the limit on silence here.
+    applies between requests, is used here as the limit on the time from the connection to the end of its headers, and
+    on the time for reading the response. Neither limit is extended by bytes that drip.
 
     `cycle` is uvicorn's object for the current request and its response; it is None until the headers are complete.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection if there are not too many, and give it a time limit for its request."""
+        """Make room for the connection if there are too many, and give it a time limit for its request."""
         super().connection_made(transport)
-        if len(self.connections) > CONNECTIONS_AT_ONCE:
-            transport.abort()
-            return
+        self.opened_at = self.loop.time()
+        self._make_room()
         self.loop.call_later(self.config.timeout_keep_alive, self._close_without_request)
+
+    def handle_events(self) -> None:
+        """Process what has arrived. Whatever the parser raises because of it, the client is told that it is invalid."""
+        try:
+            super().handle_events()
+        except Exception:  # for example ValueError, if a version of h11 converts a number of thousands of digits
+            self.send_400_response("Invalid HTTP request received.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP. If it is part of the body of a request, that request ends here for the page, too."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # a response has begun, and is the only one
+            self.transport.close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Handle a client that has closed its sending side but may still read.
@@ -158,6 +186,18 @@ class _LimitedProtocol(H11Protocol):
         """Give the client a time limit for reading the response, which is now in the send buffer."""
         super().on_response_complete()
         self.loop.call_later(self.config.timeout_keep_alive, self.transport.abort)
+
+    def _make_room(self) -> None:
+        """Close the oldest connection that waits for its client, if there are more than CONNECTIONS_AT_ONCE.
+
+        Those are all but the uploads that are being received or classified, of which there are UPLOADS_AT_ONCE: the
+        others have not sent a complete request, or have not read their response.
+        """
+        connections = cast("set[_LimitedProtocol]", self.connections)
+        there = [one for one in connections if not one.transport.is_closing()]
+        if len(there) > CONNECTIONS_AT_ONCE:
+            waiting = [one for one in there if one.cycle is None or one.cycle.response_started]
+            min(waiting, key=lambda one: one.opened_at).transport.abort()
 
     def _close_without_request(self) -> None:
         if self.cycle is None:  # the headers of the request have not arrived in full
@@ -297,7 +337,7 @@ async def _in_thread(work: Callable[[], _Result]) -> _Result:
         except BaseException as error:  # raised again in the waiting coroutine
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=CLASSIFYING, daemon=True).start()
     return await asyncio.wrap_future(future)
 
 
@@ -343,9 +383,15 @@ async def _refuse_clip(request: Request, error: Exception) -> Response:
     return _Refusal(422, str(error))
 
 
+async def _report_broken_clip(request: Request, error: Exception) -> Response:
+    """The response to a clip on which the decoder failed with an exception of a library, which visitors do not see."""
+    print(f"serve: {for_terminal(error)}", file=sys.stderr, flush=True)
+    return _Refusal(422, "the clip cannot be decoded; see the terminal in which the page was started")
+
+
 async def _report_failure(request: Request, error: Exception) -> Response:
     """The response to an unexpected exception, which is printed to the terminal in one line; the server continues."""
-    print(f"serve: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    print(f"serve: {type(error).__name__}: {for_terminal(error)}", file=sys.stderr, flush=True)
     return _Refusal(500, "the clip could not be classified; see the terminal in which the page was started")
 
 
