@@ -159,5 +159,7 @@ def _marker(data: bytearray, rng: np.random.Generator) -> tuple[int, bytes]:
     if not found:
         return int(rng.integers(min(256, len(data)))), b"\0\0\0\0"
     marker = found[int(rng.integers(len(found)))]
-    places = [place for place in range(len(data)) if data.startswith(marker, place)]
+    places = [data.find(marker)]
+    while (place := data.find(marker, places[-1] + 1)) >= 0:
+        places.append(place)
     return places[int(rng.integers(len(places)))], marker

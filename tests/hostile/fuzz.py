@@ -127,9 +127,6 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for the files of faults")
     given = parser.parse_args()
     kinds = given.kind or sorted(TARGETS)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    seeds = write_seeds(folder / "seeds")
-    print(f"{sum(map(len, seeds.values()))} seeds, {len(seeds['video'])} of them videos", flush=True)
     first = given.first if given.first is not None else 0 if given.mutants or given.only else int(time.time())
     numbers: Iterator[int] = itertools.count(first)
     if given.mutants:
@@ -140,6 +137,9 @@ def main() -> int:
     if given.only:
         kind, _, number = given.only.partition(":")
         kinds, numbers = [kind], iter([int(number)])
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    seeds = write_seeds(folder / "seeds", kinds)
+    print("seeds:", ", ".join(f"{len(paths)} {kind}" for kind, paths in seeds.items()), flush=True)
     read, refused, faults, peak = Counter[str](), Counter[str](), 0, 0
     jobs = trials(kinds, seeds, numbers, folder)
     for trial, verdict in run_jobs(judge, jobs, workers=given.workers, seconds_for=lambda _: HANG_SECONDS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -81,28 +81,34 @@ def write_video(path: Path, kind: int, shape: int) -> Path:
     return path
 
 
-def write_seeds(folder: Path) -> dict[str, list[Path]]:
-    """Write all seeds to `folder` and return their paths by kind."""
+def write_seeds(folder: Path, kinds: Iterable[str]) -> dict[str, list[Path]]:
+    """Write the seeds of some kinds to `folder` and return their paths by kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    videos = [
+    clip = write_video(folder / "clip.mp4", 0, 0)
+    writers: dict[str, Callable[[Path, Path], list[Path]]] = {
+        "video": _videos,
+        "image": _images,
+        "model": _models,
+        "scores": _scores,
+        "shard": _shard,
+        "archive": _archive,
+        "list": _lists,
+        "record": _prepared,
+        "config": _configs,
+    }
+    return {kind: writers[kind](folder, clip) for kind in kinds}
+
+
+def _videos(folder: Path, clip: Path) -> list[Path]:
+    """Every combination of container and codec in every shape."""
+    return [
         write_video(folder / f"{kind:02d}-{codec}-{shape}.{suffix}", kind, shape)
         for kind, (suffix, codec, *_) in enumerate((*KINDS, *MORE_KINDS))
         for shape in range(len(SHAPES))
     ]
-    return {
-        "video": videos,
-        "model": _models(folder),
-        "scores": [_scores(folder / "scores.npz")],
-        "image": _images(folder),
-        "shard": [_shard(folder / "train-00.tar")],
-        "archive": [_archive(folder / "videos.tar", videos)],
-        "list": _lists(folder, videos),
-        "record": [_prepared(folder / "prepared", videos)],
-        "config": _configs(folder),
-    }
 
 
-def _models(folder: Path) -> list[Path]:
+def _models(folder: Path, clip: Path) -> list[Path]:
     """One model in our format, and in torch's two, with an object beside its tensors in one of them."""
     ours = save_model(folder / "ours.safetensors", 4)
     state = load_model(ours).state_dict()
@@ -112,8 +118,8 @@ def _models(folder: Path) -> list[Path]:
     return [ours, *(folder / f"{name}.pth" for name in ("zip", "object", "legacy"))]
 
 
-def _scores(path: Path) -> Path:
-    rng = np.random.default_rng(0)
+def _scores(folder: Path, clip: Path) -> list[Path]:
+    rng, path = np.random.default_rng(0), folder / "scores.npz"
     save_scores(
         Scores(
             paths=("a.mp4", "b.mp4", "c.mp4"),
@@ -126,10 +132,10 @@ def _scores(path: Path) -> Path:
         ),
         path,
     )
-    return path
+    return [path]
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path, clip: Path) -> list[Path]:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
     paths = [folder / f"image.{suffix}" for suffix in ("jpg", "png", "gif", "webp", "bmp", "tif")]
     for path in paths:
@@ -137,8 +143,9 @@ def _images(folder: Path) -> list[Path]:
     return paths
 
 
-def _shard(path: Path) -> Path:
+def _shard(folder: Path, clip: Path) -> list[Path]:
     """A WebDataset shard of images with labels."""
+    path = folder / "train-00.tar"
     content = io.BytesIO()
     Image.new("RGB", (20, 20)).save(content, "jpeg")
     with tarfile.open(path, "w") as tar:
@@ -147,18 +154,19 @@ def _shard(path: Path) -> Path:
                 member = tarfile.TarInfo(f"{number:04d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    return path
+    return [path]
 
 
-def _archive(path: Path, videos: list[Path]) -> Path:
-    """An archive of videos as Kinetics is distributed, with a name too long for a plain header."""
+def _archive(folder: Path, clip: Path) -> list[Path]:
+    """An archive of videos as Kinetics is distributed, with names too long for a plain header."""
+    path = folder / "videos.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for number, video in enumerate(videos[:3]):
-            tar.add(video, f"{'long ' * 30}/{number}.mp4")
-    return path
+        for number in range(3):
+            tar.add(clip, f"{'long ' * 30}/{number}.mp4")
+    return [path]
 
 
-def _lists(folder: Path, videos: list[Path]) -> list[Path]:
+def _lists(folder: Path, clip: Path) -> list[Path]:
     """Each form of list, with the videos that it names."""
     names = [f"{number}.mp4" for number in range(4)]
     texts = {
@@ -172,22 +180,23 @@ def _lists(folder: Path, videos: list[Path]) -> list[Path]:
         root = folder / Path(name).stem
         root.mkdir()
         for video in (*names, "abcdefghij0.mp4"):
-            shutil.copy(videos[0], root / video)
+            shutil.copy(clip, root / video)
         paths.append(root / name)
         paths[-1].write_text(text)
     return paths
 
 
-def _prepared(root: Path, videos: list[Path]) -> Path:
+def _prepared(folder: Path, clip: Path) -> list[Path]:
     """The dataset.json of a prepared data set."""
+    root = folder / "prepared"
     for number in range(2):
         (root / f"raw/class {number}").mkdir(parents=True)
-        shutil.copy(videos[0], root / f"raw/class {number}/{number}.mp4")
+        shutil.copy(clip, root / f"raw/class {number}/{number}.mp4")
     prepare(root / "raw", root / "out", TranscodeSettings(short_side=32), workers=1)
-    return root / "out" / "dataset.json"
+    return [root / "out" / "dataset.json"]
 
 
-def _configs(folder: Path) -> list[Path]:
+def _configs(folder: Path, clip: Path) -> list[Path]:
     recipes = sorted((REPOSITORY / "configs").rglob("*.yaml"))
     return [Path(shutil.copy(path, folder / f"{number}-{path.name}")) for number, path in enumerate(recipes[:6])]
 
