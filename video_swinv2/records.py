@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +16,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.files import name_unreadable
 
 MAX_BYTES = 64 * 2**20
-"""Of a JSON file, unless a reader allows more. Parsed, JSON takes up to 25 times as much memory."""
+"""Of a JSON text. Parsed, it takes up to 25 times as much memory."""
 MAX_DEPTH = 64
 """Of lists and objects within each other, far below Python's own limit: later code may recurse too."""
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
@@ -42,15 +42,11 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file of at most `max_bytes`. Raises UserError for any other."""
-    with name_unreadable(path):
-        # Not opened before it is known to be a file: a pipe would block, and a device has no end.
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: not a regular file; name a file")
-        if found.st_size > max_bytes:
-            raise UserError(f"{path}: has {found.st_size:,} bytes, more than the {max_bytes:,} that are read; {FIX}")
-        with path.open("rb") as file:
-            return file.read(max_bytes)
+    with name_unreadable(path), path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"{path}: is larger than the {max_bytes:,} bytes that are read; {FIX}")
+    return content
 
 
 def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
@@ -59,6 +55,8 @@ def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
     Of equal keys in one object, the last counts. NaN, infinity, integers that do not fit into 64 bits and more than
     MAX_DEPTH lists and objects within each other are faults.
     """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{where}: JSON of {len(text):,} characters, more than the {MAX_BYTES:,} that are read; {fix}")
     try:
         value = _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
         _check_depth(value)
@@ -69,9 +67,9 @@ def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
     return value
 
 
-def read_json(path: Path, fix: str = FIX, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(path: Path, fix: str = FIX) -> Any:
     """The value in a JSON file. Raises UserError, naming the file, if it cannot be read or as `parse_json` does."""
-    return parse_json(read_bytes(path, max_bytes), str(path), fix)
+    return parse_json(read_bytes(path), str(path), fix)
 
 
 def parse_record(value: object, record_type: type[AnyRecord], where: str, fix: str = FIX) -> AnyRecord:
@@ -82,7 +80,7 @@ def parse_record(value: object, record_type: type[AnyRecord], where: str, fix: s
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if not first["loc"]:
             raise UserError(f"{where}: not a JSON object; {fix}") from error
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(for_terminal, first["loc"]))
         raise UserError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; {fix}") from error
 
 

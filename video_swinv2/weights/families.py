@@ -18,6 +18,7 @@ from video_swinv2.models.windows import PerAxis
 SUPERVISED = "Microsoft's model zoo"
 SIMMIM = "the zoo of SimMIM, all pre-trained with 192 pixels and window 12"
 PATCH = 4  # side of a patch in pixels, the same in every image SwinV2
+MAX_SIZE = 2**13  # of an image in pixels, and of everything else
 STAGES = 4  # likewise the same in all of them, and the default of every library
 
 
@@ -129,7 +130,8 @@ def config_from_extras(extras: Mapping[str, Any]) -> PretrainedConfig | None:
     if isinstance(extras.get("arch"), str):
         arguments = extras.get("args")
         arguments = arguments if isinstance(arguments, Mapping) else {}
-        changes = dict(arguments.get("model_kwargs") or {})
+        given = arguments.get("model_kwargs")
+        changes = dict(given) if isinstance(given, Mapping) else {}
         if arguments.get("img_size"):
             changes["img_size"] = arguments["img_size"]
         return _timm(extras["arch"], changes, "the file's configuration")
@@ -159,7 +161,7 @@ def classes_from_json(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(labels, Mapping):
         return ()
     # JSON keys are strings, and need not be sorted. A missing number leaves an empty name, which is refused below.
-    ordered = {int(index): str(name) for index, name in labels.items() if re.fullmatch(r"\d+", str(index))}
+    ordered = {int(index): str(name) for index, name in labels.items() if re.fullmatch(r"\d{1,9}", str(index))}
     names = tuple(ordered.get(index, "") for index in range(len(ordered)))
     return () if any(re.fullmatch(r"|LABEL_\d+", name) for name in names) else names
 
@@ -184,8 +186,8 @@ def _checked(image_size: Any, window: Any, pretrained: Any, depths: Any, source:
     `depths` may be missing (None), which means the library's default of four stages.
     """
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    window = window[0] if isinstance(window, list | tuple) and len(set(window)) == 1 else window
-    if not _all_integers(size, 1) or len(size) != 2 or not isinstance(window, int) or window < 1:
+    window = window[0] if _all_integers(window, 1) and len(set(window)) == 1 else window
+    if not _all_integers((*size, window) if isinstance(size, list | tuple) else None, 1) or len(size) != 2:
         return None
     depths = (1,) * STAGES if depths is None else depths
     if not _all_integers(pretrained, 0) or not _all_integers(depths, 1):
@@ -196,4 +198,5 @@ def _checked(image_size: Any, window: Any, pretrained: Any, depths: Any, source:
 
 
 def _all_integers(values: Any, minimum: int) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(v, int) and v >= minimum for v in values)
+    """Whether a value from a file is a list of integers, from `minimum` to what is plausible for any size."""
+    return isinstance(values, list | tuple) and all(isinstance(v, int) and minimum <= v <= MAX_SIZE for v in values)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from video_swinv2.errors import UserError
 from video_swinv2.files import name_unreadable
+from video_swinv2.records import read_json
 
 # Hugging Face's names for weights. The first one that exists is read, so safetensors is preferred to pickle.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -74,13 +74,10 @@ def _find_checkpoint_files(path: Path) -> CheckpointFiles:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no file. RecursionError comes from maliciously deep nesting."""
+    """The object in a JSON file; {} if there is no file."""
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({str(error).splitlines()[0]}); download it again") from error
+    content = read_json(file, "download it again")
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a JSON object; download it again")
     return content

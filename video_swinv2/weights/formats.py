@@ -125,7 +125,23 @@ def _read_files(source: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str
         raise UserError(
             f"{source.path}: {absent[0]} is in the index but in none of its files; download the folder again"
         )
+    _refuse_shared_bytes(source, tensors)
     return tensors, content if isinstance(content, Mapping) else {}, card, notes
+
+
+def _refuse_shared_bytes(source: CheckpointFiles, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError if the tensors together have more bytes than the files.
+
+    No part of a SwinV2 shares its weights with another. In a small file, thousands of blocks could share theirs, and
+    the model would have a copy for each.
+    """
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    held = sum(file.stat().st_size for file in source.files)
+    if declared > held:
+        raise UserError(
+            f"{source.path}: its tensors have {declared:,} bytes, but the file {held:,}: several share the same bytes, "
+            "which no SwinV2 needs; save a copy of each"
+        )
 
 
 def _is_safetensors(file: Path) -> bool:

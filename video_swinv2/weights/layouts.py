@@ -16,6 +16,7 @@ Tensors = Mapping[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """A pattern and its replacement, for `re.sub`. All rules of a layout are applied to each name, one after the other."""
 
+MAX_NAME = 500  # characters
 V1_TABLE = "relative_position_bias_table"
 FOREIGN = {  # part of a tensor's name -> what the checkpoint is; models that are similar, but not the same function
     ".w_msa.": "an OpenMMLab layout; convert the weights of the original release instead",
@@ -83,6 +84,9 @@ ALWAYS: tuple[Rule, ...] = (
 
 def to_microsoft(tensors: Tensors) -> NamedTensors:
     """Recognise the layout and rename its tensors. Raises UnknownLayoutError for anything but a SwinV2."""
+    long = next((name for name in tensors if len(name) > MAX_NAME), None)
+    if long is not None:  # Python refuses to convert numbers of thousands of digits
+        raise UnknownLayoutError(f"a tensor with a name of {len(long):,} characters")
     _refuse_foreign(tensors)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
         named = NamedTensors("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
@@ -101,7 +105,16 @@ def to_microsoft(tensors: Tensors) -> NamedTensors:
         )
     if not any(".attn.cpb_mlp." in name for name in named.tensors):
         raise UnknownLayoutError("not a SwinV2: it has no log-CPB network (attn.cpb_mlp); use SwinV2 weights")
+    _check_axes(named.tensors)
     return named
+
+
+def _check_axes(tensors: Tensors) -> None:
+    """Raise UnknownLayoutError if one of the tensors whose sizes are looked at has another number of axes."""
+    for name, tensor in tensors.items():
+        patch, offsets = name == "patch_embed.proj.weight", name.endswith(".cpb_mlp.0.weight")
+        if (patch and tensor.ndim not in (4, 5)) or (offsets and tensor.ndim != 2):
+            raise UnknownLayoutError(f"{name} is {tuple(tensor.shape)}, which fits no SwinV2; download it again")
 
 
 def _refuse_foreign(tensors: Tensors) -> None:
@@ -140,6 +153,10 @@ def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for query in [name for name in tensors if name.endswith(".attn.query.weight")]:
         parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
+            if len({tensors[part].shape for part in parts}) > 1 or tensors[query].ndim != 2:
+                raise UnknownLayoutError(
+                    f"{query} and those of key and value are not equal matrices; download it again"
+                )
             tensors[query.replace(".query.", ".qkv.")] = torch.cat([tensors.pop(part) for part in parts])
     return tensors
 
@@ -151,7 +168,10 @@ def _split_bias(tensors: dict[str, Tensor]) -> NamedTensors:
     """
     named = NamedTensors("torchvision", tensors)
     for name in [name for name in tensors if name.endswith(".attn.qkv.bias")]:
-        q_bias, _, v_bias = tensors.pop(name).chunk(3)
+        bias = tensors.pop(name)
+        if bias.ndim != 1 or not len(bias) or len(bias) % 3:
+            raise UnknownLayoutError(f"{name} is {tuple(bias.shape)}, not three vectors in one; download it again")
+        q_bias, _, v_bias = bias.chunk(3)
         attention = name.removesuffix("qkv.bias")
         tensors |= {f"{attention}q_bias": q_bias, f"{attention}v_bias": v_bias}
         named.dropped[f"{attention}k_bias"] = "torchvision sets the key's bias to zero in every forward pass"

@@ -12,9 +12,9 @@ import pickletools
 from typing import IO
 
 MAX_BYTES = 64 * 2**20
-"""Of a pickle. Tensors are not in it: 100,000 of them take about 15 MB."""
-MAX_INSTRUCTIONS = 2**21
-"""About 25 describe a tensor. Each may create an object of some 250 bytes."""
+"""Of a pickle. Tensors are not in it: to describe 40,000 of them takes about 6 MB."""
+MAX_INSTRUCTIONS = 2**20
+"""About 25 describe a tensor, so this is enough for 40,000. Each may create an object of some 250 bytes."""
 MAX_KEY_WEIGHT = 64
 """Values within a dict's key or a member of a set, counted as often as they are reached."""
 

@@ -18,7 +18,7 @@ from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill_model
-from video_swinv2.weights.store import Preprocessing, save_model
+from video_swinv2.weights.store import Preprocessing, empty_model, save_model
 
 # Tokens and frames in time of an inflated model, unless requested otherwise. They are those of Video Swin, and the
 # defaults of create_model.
@@ -62,12 +62,27 @@ def open_model(
         wanted = classes if class_map is None else class_map
         if wanted is not None:
             architecture["num_classes"] = len(wanted)
+        _refuse_larger_model(empty_model(architecture, checkpoint.tensors), checkpoint, own_head=wanted is None)
         model = SwinV2(**architecture).eval()
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
         raise UsageError(
             f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
         ) from error
     return model, fill_model(model, checkpoint, classes=classes, class_map=class_map, cpb_norm=cpb_norm)
+
+
+def _refuse_larger_model(model: SwinV2, checkpoint: Checkpoint, *, own_head: bool) -> None:
+    """Raise ValueError if `model`, on the meta device, has more parameters than the checkpoint can fill.
+
+    own_head: whether the head, too, is the checkpoint's own.
+    """
+    # The patch kernel has any length in time, and its other sizes are those of the tensor. A first log-CPB layer has
+    # one more column in a clip model than in the image weights that it is inflated from.
+    elsewhere = {PATCH_KERNEL} if own_head else {PATCH_KERNEL, *HEAD}
+    wanted = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in elsewhere)
+    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    if wanted > 2 * held:
+        raise ValueError(f"a model of {wanted:,} parameters for the {held:,} in the file")
 
 
 def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:

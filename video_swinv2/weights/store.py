@@ -6,14 +6,15 @@ Everything but the weights is the *card*, JSON in the metadata of the file. Noth
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,10 +22,21 @@ from torch import Tensor, nn
 from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write, create_folder, json_text, name_unreadable
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
+from video_swinv2.records import Record, parse_json, parse_record
 
 CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_TENSORS = 100_000  # of a file; each takes about 1 KB, however short it is. The giant model has 1,000
+MAX_SIDE = 2**13  # pixels
+MAX_INPUT_PIXELS = 2**26  # frames x height x width: 64 frames of 1024 x 1024
+FIX = "copy or write the file again"
+
+Count = Annotated[int, Field(ge=0, le=10**6)]
+Positive = Annotated[int, Field(ge=1, le=10**5)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Frames = Annotated[int, Field(ge=1, le=4096)] | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,45 @@ class ModelCard:
     preprocessing: Preprocessing
     provenance: dict[str, object] = field(default_factory=dict)
     """Where the weights came from, as plain data."""
+
+
+class _Architecture(Record):
+    """`ModelCard.architecture` in a file. The bounds are far above any real model, but keep its cost within reason."""
+
+    name: str
+    embed_dim: Positive
+    depths: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1, max_length=8)]
+    num_heads: list[Positive]
+    num_classes: Count
+    frames: Frames
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    patch_size: list[Side]
+    window: list[Side]
+    cpb_norm: list[list[Side]]
+    drop_path: Rate
+    head_dropout: Rate
+    attention: str
+    checkpoint_blocks: Count
+    extra_norm_every: Count
+
+
+class _Preprocessing(Record):
+    """`Preprocessing` in a file."""
+
+    frames: Frames
+    frame_stride: Positive
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class _Card(Record, extra="ignore"):
+    """`ModelCard` in a file."""
+
+    architecture: _Architecture
+    classes: list[str]
+    preprocessing: _Preprocessing
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 def save_model(
@@ -110,6 +161,8 @@ def model_file(path: Path | str) -> Path:
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Raises UserError if it is missing or damaged."""
     with _open_safetensors(Path(path), "file") as file:
+        if (count := len(file.keys())) > MAX_TENSORS:
+            raise UserError(f"{path}: has {count:,} tensors, more than {MAX_TENSORS:,}; name a file of weights")
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
 
 
@@ -140,25 +193,48 @@ def read_card(path: Path | str) -> ModelCard:
 def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
     """The card in the metadata of the safetensors file `path`; None if it has none. Raises UserError for a damaged one.
 
-    A card with unknown keys of preprocessing, as a later version might write, counts as damaged.
+    A card with unknown keys of architecture or preprocessing, as a later version might write, counts as damaged.
     """
     if CARD_KEY not in metadata:
         return None
-    try:
-        card = json.loads(metadata[CARD_KEY])
-        # JSON has no tuples: turn lists back into them.
-        preprocessing: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()
-        }
-        architecture = dict(card["architecture"])
-        # Only a check that this is a card of a SwinV2. The constructor checks the values when a model is built.
-        if not {"name", "cpb_norm", "depths", "frames"} <= architecture.keys():
-            raise KeyError("architecture")
-        return ModelCard(
-            architecture, tuple(card["classes"]), Preprocessing(**preprocessing), dict(card.get("provenance", {}))
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its card cannot be read ({error!r}); copy or write the file again") from error
+    where = f"{path}: its card"
+    found = parse_json(metadata[CARD_KEY], where, FIX)
+    card = parse_record(found, _Card, where, FIX)
+    architecture, preprocessing = card.architecture, card.preprocessing
+    pixels = (preprocessing.frames or 1) * math.prod(preprocessing.image_size)
+    if pixels > MAX_INPUT_PIXELS:
+        raise UserError(f"{where}: an input of {pixels:,} pixels, more than {MAX_INPUT_PIXELS:,}; {FIX}")
+    if (architecture.frames is None) != (preprocessing.frames is None):
+        raise UserError(f"{where}: frames in either architecture or preprocessing alone; {FIX}")
+    # A SimMIM file may have class names, but has no head.
+    if card.classes and architecture.num_classes not in (0, len(card.classes)):
+        raise UserError(f"{where}: {len(card.classes)} classes for a head of {architecture.num_classes}; {FIX}")
+    # JSON has no tuples: turn lists back into them.
+    return ModelCard(
+        found["architecture"],
+        tuple(card.classes),
+        Preprocessing(
+            preprocessing.frames,
+            preprocessing.frame_stride,
+            (preprocessing.image_size[0], preprocessing.image_size[1]),
+            (preprocessing.mean[0], preprocessing.mean[1], preprocessing.mean[2]),
+            (preprocessing.std[0], preprocessing.std[1], preprocessing.std[2]),
+        ),
+        card.provenance,
+    )
+
+
+def empty_model(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SwinV2:
+    """The model of an architecture on the meta device, which takes no memory, before any is built with memory.
+
+    tensors: those of its file. Raises ValueError if the model has more blocks than the file has tensors, and as
+    `SwinV2` does.
+    """
+    blocks = sum(architecture["depths"])
+    if blocks > len(tensors):
+        raise ValueError(f"an architecture of {blocks:,} blocks for {len(tensors):,} tensors")
+    with torch.device("meta"):
+        return SwinV2(**architecture)
 
 
 def load_model(
@@ -186,8 +262,7 @@ def load_model(
         raise UserError(f"{path}: an image model has no frames; omit frames")
     try:
         # Built without memory or initial values; `assign` then makes the loaded tensors its parameters.
-        with torch.device("meta"):
-            model = SwinV2(**architecture)  # type: ignore[arg-type]  # plain data, checked by the constructor
+        model = empty_model(architecture, tensors)
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
