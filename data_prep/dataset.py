@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +28,8 @@ import av
 from data_prep.outcomes import VideoCounts, outcome_counts
 from video_swinv2 import __version__
 from video_swinv2.data.manifest import class_list_hash, content_fingerprint
-from video_swinv2.errors import UserError
 from video_swinv2.escaping import for_csv
-from video_swinv2.files import atomic_write, write_json
+from video_swinv2.files import atomic_write, path_under, write_json
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ def write_dataset(
     that no list names. Raises UserError if the folder cannot be written.
     """
     record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
-    counts = {split: _write_list(out / f"{split}.csv", content) for split, content in splits.items()}
+    counts = {
+        split: _write_list(path_under(out, f"{split}.csv", str(out)), content) for split, content in splits.items()
+    }
     # Nothing reads these two lists back. Names in them are escaped for the people who open them.
     failed = [
         tuple(map(for_csv, (item.path, item.reason, item.detail)))
@@ -117,18 +117,6 @@ def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
         "fingerprint": content_fingerprint([(item.path, item.label, item.sha256) for item in content.ok]),
         "list_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-
-
-def read_record(out: Path) -> dict[str, Any] | None:
-    """The parsed dataset.json of a folder; None if it has none. Raises UserError if the file cannot be read as JSON."""
-    path = out / "dataset.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); prepare the data set again") from error
-    return record if isinstance(record, dict) else None
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlite3 import Row
 
 from data_prep.encode import H264Settings
+from video_swinv2.files import path_under
 
 # To be incremented whenever a change of the code makes the same settings produce different files. It is part of the
 # settings' hash, so videos prepared with an older version are prepared again. In dataset.json it is called "form".
@@ -92,8 +93,8 @@ class Outcome:
 
 
 def job_for_row(row: Row, out: Path, settings: TranscodeSettings) -> TranscodeJob:
-    """The job for a row of the prep.sqlite of data set `out`."""
-    source, target = Path(row["source"]), out / row["target"]
+    """The job for a row of the prep.sqlite of data set `out`. Raises UserError if its target is not inside `out`."""
+    source, target = Path(row["source"]), path_under(out, row["target"], str(out))
     return TranscodeJob(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
 
 

@@ -7,17 +7,19 @@ anywhere below the source.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Strict
 
 from video_swinv2.data.lists import ListedVideo, choose_copy, read_kinetics_lines, videos_below, videos_by_stem
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_text_lines
+from video_swinv2.records import Record, parse_record, read_json
 
 # Folders, relative to the videos, in which people unpack the official lists. "" is the folder of the videos itself.
 LIST_FOLDERS = ("", "annotations", "labels", "splits", "ucfTrainTestlist", "testTrainMulti_7030_splits")
@@ -26,6 +28,7 @@ OFFICIAL_FILE = re.compile(
 )
 # ID_START_END with times in whole seconds. An id may contain underscores itself, so it ends before the two times.
 KINETICS_NAME = re.compile(r"(?P<origin>.+)_(?P<start>\d{6})_(?P<end>\d{6})")
+FIX = "unpack it again"
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 # v_CLASS_gGG_cCC. The videos of a group gGG are cut from the same longer video.
 UCF101_NAME = re.compile(r"v_(?P<origin>.+_g\d{2})_c\d{2}")
@@ -95,6 +98,25 @@ class SourceListing:
     videos: list[SourceVideo]
     tree: VideoTree | None
     unused: set[str] = field(default_factory=set)
+
+
+class SomethingLabels(Record):
+    """labels.json of Something-Something V2: the number of each class, which the file writes as a text."""
+
+    labels: dict[str, Annotated[int, Strict(False)]]
+
+
+class SomethingVideo(Record, extra="ignore"):
+    """A video in the other lists of Something-Something V2."""
+
+    id: str | int
+    template: str | None = None
+
+
+class SomethingVideos(Record):
+    """One of those lists."""
+
+    videos: list[SomethingVideo]
 
 
 def read_official_lists(source: Path, annotations: Sequence[Path], number: int) -> SourceListing | None:
@@ -224,17 +246,19 @@ def _something_v2(source: Path, folder: Path) -> SourceListing:
     has no templates. Its classes are in test-answers.csv, with lines `id;class`; without that file the test videos have
     no label.
     """
-    numbers: dict[str, Any] = _read_json(_json_file(folder, "labels"))
-    classes = tuple(sorted(numbers, key=lambda name: int(numbers[name])))
+    path = _json_file(folder, "labels")
+    numbers = parse_record({"labels": read_json(path, FIX)}, SomethingLabels, str(path), FIX).labels
+    classes = tuple(sorted(numbers, key=lambda name: numbers[name]))
     answers = {}
     if (folder / "test-answers.csv").is_file():
         answers = dict(line.partition(";")[::2] for line in read_text_lines(folder / "test-answers.csv"))
     tree, videos = VideoTree(source), []
     for split, word in (("train", "train"), ("val", "validation"), ("test", "test")):
         path = _json_file(folder, word)
-        for item in _read_json(path) if path.is_file() else ():
-            number = str(item["id"])
-            label = item["template"].replace("[", "").replace("]", "") if "template" in item else answers.get(number)
+        listed = {"videos": read_json(path, FIX) if path.is_file() else []}
+        for item in parse_record(listed, SomethingVideos, str(path), FIX).videos:
+            number, template = str(item.id), item.template
+            label = answers.get(number) if template is None else template.replace("[", "").replace("]", "")
             name = tree.find(number, split) or f"{number}.webm"
             videos.append(SourceVideo(split, name, _absolute(tree, name), label, f"{path}, id {number}"))
     return SourceListing(source, classes, videos, tree)
@@ -244,14 +268,6 @@ def _json_file(folder: Path, word: str) -> Path:
     """The path of a list: with the file name prefix of the first release, or without it as in the second."""
     long = folder / f"something-something-v2-{word}.json"
     return long if long.is_file() else folder / f"{word}.json"
-
-
-def _read_json(path: Path) -> Any:
-    """The parsed content of a JSON file. Raises UsageError naming it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON ({error}); unpack it again") from error
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from sqlite3 import Row
+from typing import Any
+
+from pydantic import Field
 
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
 from data_prep.executors import start_crew
@@ -27,11 +30,12 @@ from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import PreflightReport, run_preflight, sample_size
 from data_prep.shards import WorkShard, lock_dataset, lock_datasets, merge_shard_states
 from data_prep.sources import plan_preparation
-from data_prep.state import STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
+from data_prep.state import RESTORE, STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, create_folder, partial_path, refuse_inside_source
+from video_swinv2.files import commit_file, create_folder, partial_path, path_under, refuse_inside_source
 from video_swinv2.progress import track
+from video_swinv2.records import Record, parse_json, parse_record
 
 WORKER_MEMORY_GIB = 8.0  # the limit on the address space of each process that prepares videos
 PREFLIGHT_FOLDER = ".preflight"
@@ -49,6 +53,14 @@ class PreparationReport:
         groups = [outcome_counts(counts) for counts in self.counts.values()]
         wanted = sum(group["listed"] - group["excluded"] for group in groups)
         return sum(count_lost(counts) for counts in self.counts.values()) / max(wanted, 1)
+
+
+class Facts(Record):
+    """What a state records about the preparation as a whole, and the lists are written from."""
+
+    classes: list[str]
+    settings: dict[str, Any]
+    extra: list[str] = Field(default_factory=list)
 
 
 def prepare(
@@ -126,7 +138,9 @@ def estimate_preparation(
     ]
     create_folder(out, "OUT")
     with lock_dataset(out), start_crew(executor, workers, initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
-        return run_preflight(crew, jobs, pending=len(videos), workers=crew.workers(), folder=out / PREFLIGHT_FOLDER)
+        return run_preflight(
+            crew, jobs, pending=len(videos), workers=crew.workers(), folder=path_under(out, PREFLIGHT_FOLDER, str(out))
+        )
 
 
 def merge(out: Path, others: Sequence[Path] = (), *, log: Log = print) -> PreparationReport:
@@ -163,21 +177,24 @@ def write_lists(state: PreparationState, out: Path) -> None:
     ok: dict[str, list[PreparedVideo]] = {}
     failed: dict[str, list[FailedVideo]] = {}
     for row in state.rows("ok", ("target", "label", "sha256")):
-        ok.setdefault(row["split"], []).append(PreparedVideo(row["target"], row["label"], row["sha256"]))
+        ok.setdefault(row["split"], []).append(PreparedVideo(row["target"], row["label"], row["sha256"] or ""))
     for row in state.rows("failed", ("name", "reason", "detail")):
         failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
         split: SplitContent(ok.get(split, []), failed.get(split, []), sum(counts.excluded.values()))
         for split, counts in state.counts_by_split().items()
     }
-    facts = {key: json.loads(state.get_fact(key) or "null") for key in ("classes", "settings", "extra")}
+    where = f"{state.path}: facts"
+    texts = {key: state.get_fact(key) for key in Facts.model_fields}
+    values = {key: parse_json(text, f"{where}: {key}", RESTORE) for key, text in texts.items() if text is not None}
+    facts = parse_record(values, Facts, where, RESTORE)
     write_dataset(
         out,
         name=state.get_fact("name") or out.name,
-        classes=facts["classes"],
+        classes=facts.classes,
         splits=dict(sorted(content.items(), key=lambda item: split_order(item[0]))),
-        settings=facts["settings"],
-        extra=facts["extra"] or (),
+        settings=facts.settings,
+        extra=facts.extra,
     )
 
 
@@ -230,7 +247,7 @@ def _bring_up_to_date(
     # them. In the reverse order, rows could be left that refer to deleted files.
     unplanned = state.sync_with_plan(videos)
     for target in unplanned:
-        (out / target).unlink(missing_ok=True)
+        path_under(out, target, str(out)).unlink(missing_ok=True)
     if unplanned:
         log(f"removed {len(unplanned)} videos that are no longer listed")
     # Pending rows need no check. The ids are collected first, so that each cause is one transaction and one message.
@@ -248,10 +265,11 @@ def _bring_up_to_date(
 
 def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
     """Delete partial files; with `shard` only its own, since other shards may be writing to the same folder."""
+    folder = path_under(out, "videos", str(out))
     if shard is None:
-        return remove_partial_files(out / "videos")
+        return remove_partial_files(folder)
     ours = {video.target for video in videos}
-    return remove_partial_files(out / "videos", lambda target: target.relative_to(out).as_posix() in ours)
+    return remove_partial_files(folder, lambda target: target.relative_to(out).as_posix() in ours)
 
 
 def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collection[str] | None) -> str | None:
@@ -317,7 +335,7 @@ def _preflight_pending(
     size = 0 if sampled else sample_size(pending, requested=False)
     jobs = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
     # Named after the state file, because other shards may run their preflight in the same data set.
-    folder = out / f"{PREFLIGHT_FOLDER}-{state.path.stem}"
+    folder = path_under(out, f"{PREFLIGHT_FOLDER}-{state.path.stem}", str(out))
     report = run_preflight(crew, jobs, pending=pending, workers=crew.workers(), folder=folder)
     if jobs and not report.problems:
         state.set_fact("sampled", settings.hash())

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, create_folder, lock_file, partial_path, sha256
+from video_swinv2.files import commit_file, create_folder, lock_file, partial_path, path_under, sha256
 
 LOCK_NAME = ".prep.lock"
 SHARDS_FOLDER = "shards"
@@ -54,7 +54,7 @@ class WorkShard:
 
     def state_path(self, out: Path) -> Path:
         """Where the state of this shard is stored."""
-        return out / SHARDS_FOLDER / f"{self.index}-of-{self.count}.sqlite"
+        return path_under(out, f"{SHARDS_FOLDER}/{self.index}-of-{self.count}.sqlite", str(out))
 
 
 def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
@@ -102,9 +102,10 @@ def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
         else:
             if prepared_whole:
                 raise UserError(f"{out}: holds {STATE_NAME}; resume without --shard, or give the shards another folder")
-            create_folder(out / SHARDS_FOLDER)
+            folder = path_under(out, SHARDS_FOLDER, str(out))
+            create_folder(folder)
             busy = f"{out}: another run is preparing shard {shard}; wait for it or stop it"
-            lock_path = out / SHARDS_FOLDER / f".{shard.index}-of-{shard.count}.lock"
+            lock_path = folder / f".{shard.index}-of-{shard.count}.lock"
             stack.enter_context(lock_file(lock_path, busy))
         yield
 
@@ -123,10 +124,9 @@ def lock_datasets(folders: Sequence[Path]) -> Iterator[None]:
 
 def shard_state_paths(out: Path) -> list[Path]:
     """The paths of the states of all shards prepared in `out`, sorted by index."""
-    found = [
-        (match, path) for path in (out / SHARDS_FOLDER).glob("*") if (match := SHARD_STATE_FILE.fullmatch(path.name))
-    ]
-    return [path for match, path in sorted(found, key=lambda pair: int(pair[0]["index"]))]
+    names = (path.name for path in (out / SHARDS_FOLDER).glob("*"))
+    found = sorted((int(match["index"]), name) for name in names if (match := SHARD_STATE_FILE.fullmatch(name)))
+    return [path_under(out, f"{SHARDS_FOLDER}/{name}", str(out)) for _, name in found]
 
 
 def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
@@ -207,7 +207,7 @@ def _link_videos(shard: PreparationState, folder: Path, out: Path) -> None:
     killed leaves no incomplete video and can be repeated: the rename replaces what an earlier one has left.
     """
     for row in shard.rows("ok", ("target", "sha256")):
-        made, target = folder / row["target"], out / row["target"]
+        made, target = (path_under(root, row["target"], str(root)) for root in (folder, out))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(target)
         partial.unlink(missing_ok=True)

@@ -35,7 +35,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from data_prep.outcomes import VideoCounts, split_order
+from video_swinv2.data.trees import check_split_name
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.files import path_under
 
 Item = TypeVar("Item")
 
@@ -56,6 +58,27 @@ COLUMNS = """
     height INTEGER, width INTEGER, codec TEXT, duration_seconds REAL, settings_hash TEXT, versions TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, seconds REAL, finished_at REAL
 """
+DEFINITIONS = [text.split() for text in COLUMNS.split(",")]
+COLUMN_TYPES = {"id": "INTEGER"} | {column: kind for column, kind, *_ in DEFINITIONS}
+# What must be true of a column. The file may have been damaged or made by somebody else, and its rows are trusted with
+# paths and numbers. SQLite itself takes the type of a column for a preference, and stores any other value as well.
+RULES = (
+    *(
+        (name, f"typeof({name}) = '{kind.lower()}'" + ("" if "NOT" in rest else f" OR {name} IS NULL"))
+        for name, kind, *rest in DEFINITIONS
+    ),
+    ("id", "id > 0"),
+    ("position", "position >= 0"),
+    ("target", "target GLOB 'videos/?*' AND '/' || target || '/' NOT GLOB '*/../*'"),
+    ("status", "status IN ('pending', 'ok', 'failed', 'excluded')"),
+    ("finished_at", "finished_at BETWEEN 0 AND 1e11"),  # until the year 5138
+    # Of a video that has failed, numbers may be whatever its file claims.
+    *(
+        (name, f"status <> 'ok' OR {name} BETWEEN 0 AND 1e15")
+        for name in ("source_size", "frames", "fps", "height", "width", "duration_seconds", "seconds")
+    ),
+)
+RESTORE = "restore it, or remove it to prepare from scratch"
 # Each index serves queries of the class below: rows(), rows(status), _counts_by() and outcomes().
 INDEXES = {
     "clips_in_order": "split, position",
@@ -95,11 +118,11 @@ class PreparationState:
 
     `path` is the file if it is not OUT/prep.sqlite, as for a shard. With `create`, the file is created if it does not
     exist; without, that raises UsageError. Every method raises UserError, naming the file, if SQLite cannot read or
-    write it.
+    write it. Opening it also raises UserError if it holds what no preparation has written.
     """
 
     def __init__(self, out: Path, *, create: bool = False, path: Path | None = None) -> None:
-        self.path = path or out / STATE_NAME
+        self.path = path or path_under(out, STATE_NAME, str(out))
         if not create and not self.path.is_file():
             raise self._nothing_prepared(out)
         with self._sqlite_errors():
@@ -117,10 +140,14 @@ class PreparationState:
             # Negative numbers are KiB, positive ones would be pages. Temporary tables have a cache of their own.
             for cache in ("cache_size", "temp.cache_size"):
                 self._db.execute(f"PRAGMA {cache}={-CACHE_KIB}")
-            has_tables = self._migrate(create)
-        if not has_tables:
-            self._db.close()
-            raise self._nothing_prepared(out)
+            try:
+                if not self._migrate(create):
+                    raise self._nothing_prepared(out)
+                self._check_schema()
+                self._check_rows()
+            except BaseException:
+                self._db.close()
+                raise
 
     def __enter__(self) -> PreparationState:
         return self
@@ -162,6 +189,29 @@ class PreparationState:
             self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return True
 
+    def _check_schema(self) -> None:
+        """Raise UserError unless the tables and their columns are those that _migrate creates, and nothing is added."""
+        # A trigger or a view could run any statement in the place of ours.
+        others = "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
+        if found := self._db.execute(others).fetchone():
+            raise UserError(f"{self.path}: contains {found['name'][:60]!r}, which no preparation makes; {RESTORE}")
+        wanted = {"clips": COLUMN_TYPES, "facts": {"key": "TEXT", "value": "TEXT"}}
+        for table, columns in wanted.items():
+            if {row["name"]: row["type"] for row in self._db.execute(f"PRAGMA table_xinfo({table})")} != columns:
+                raise UserError(f"{self.path}: its table {table} is not that of a preparation; {RESTORE}")
+
+    def _check_rows(self) -> None:
+        """Raise UserError, naming row and column, for a value that no preparation has written."""
+        # A single pass over the table, which takes a second for Kinetics. CASE gives the first column at fault.
+        # A condition that is NULL, because the value is, counts as met.
+        faults = " ".join(f"WHEN NOT ({rule}) THEN '{column}'" for column, rule in RULES)
+        bad = self._db.execute(f"SELECT id, CASE {faults} END AS fault FROM clips WHERE fault IS NOT NULL").fetchone()
+        if bad:
+            raise UserError(f"{self.path}: row {bad['id']}: impossible value in column {bad['fault']}; {RESTORE}")
+        for column in ("split", "listed_split"):
+            for (split,) in self._db.execute(f"SELECT DISTINCT {column} FROM clips").fetchall():
+                check_split_name(split, str(self.path))
+
     @contextlib.contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
         """Turn an SQLite error inside the context into a one-line UserError that says what to do."""
@@ -170,7 +220,7 @@ class PreparationState:
             yield
         except sqlite3.Error as error:
             message = str(error)
-            advice = "restore it, or remove it to prepare from scratch"
+            advice = RESTORE
             if "full" in message or "I/O" in message:
                 advice = "free disk space or repair the disk, then run again to resume"
             elif "locked" in message:

@@ -28,11 +28,12 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.dataset import PreparedVideo, SplitContent, read_record, write_dataset
+from data_prep.dataset import PreparedVideo, SplitContent, write_dataset
 from data_prep.encode import H264Settings, to_ticks, write_video
 from data_prep.pool import Allow, Lost, run_jobs
+from video_swinv2.data.manifest import read_dataset_record
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, create_folder, partial_path, sha256
+from video_swinv2.files import commit_file, create_folder, partial_path, path_under, sha256
 from video_swinv2.progress import track
 
 Level = Literal["easy", "hard"]
@@ -97,6 +98,7 @@ def draw(clip: Clip) -> NDArray[np.uint8]:
 def make(clip: Clip, _allow: Allow) -> str:
     """Draw, encode and store one clip, in a worker process. Returns the sha256 of the file."""
     part = partial_path(clip.path)
+    part.unlink(missing_ok=True)  # a killed run may have left a file, or somebody a link, which would be followed
     pictures = (av.VideoFrame.from_ndarray(image, format="yuv420p") for image in to_yuv420(draw(clip)))
     pairs = zip(to_ticks([number / FPS for number in range(clip.frames)]), pictures, strict=True)
     write_video(part, pairs, size=(clip.size, clip.size), fps=FPS, settings=ENCODING)
@@ -146,9 +148,8 @@ def synthesise(
     settings |= {"clips_per_class": counts, **asdict(ENCODING)}
     # dataset.json is written last, so it is there only if all clips are. After an interruption all are generated again,
     # which gives the same files.
-    there = read_record(out)
-    if there is not None:
-        if there.get("settings") == settings:
+    if (out / "dataset.json").is_file():
+        if read_dataset_record(out).settings == settings:
             return False
         raise UsageError(f"{out}: contains another data set (dataset.json); choose a new folder or remove it")
     clips = list(plan(out, counts, level=level, size=size, frames=frames, seed=seed))
@@ -178,7 +179,7 @@ def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: 
     for split, count in counts.items():
         for label in CLASSES:
             for index in range(count):
-                path = out / "videos" / split / label / f"{index:05d}.mp4"
+                path = path_under(out, f"videos/{split}/{label}/{index:05d}.mp4", str(out))
                 yield Clip(path, split, label, index, level, size, frames, seed)
 
 

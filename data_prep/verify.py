@@ -25,19 +25,17 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import av
 
-from data_prep.dataset import read_record
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
 from data_prep.state import STATE_NAME, PreparationState
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
-from video_swinv2.data.manifest import content_fingerprint
+from video_swinv2.data.manifest import DatasetRecord, content_fingerprint, read_dataset_record
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_csv, terminal_lines
-from video_swinv2.files import atomic_write, sha256
+from video_swinv2.files import atomic_write, path_under, refuse_special_file, sha256
 from video_swinv2.progress import track
 
 LEVELS = {
@@ -147,16 +145,16 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
     is not a prepared data set, UserError if a record cannot be read or written.
     """
     out = out.absolute()
-    record = read_record(out)
-    if record is None:
+    if not (out / "dataset.json").is_file():
         raise UsageError(f"{out}: no dataset.json, so this is not a prepared data set; run `prepare SRC {out}` first")
+    record = read_dataset_record(out)
     rows, bad_lists = _listed(out, record)
     # A data set may have been copied without prep.sqlite. The size, frames and hash of each file are then unknown, but
     # form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
     expected = _expected(out)
     checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
     found: dict[str, Finding] = {}
-    with VerifyLedger(out / VERIFY_STATE_NAME, level) as ledger:
+    with VerifyLedger(path_under(out, VERIFY_STATE_NAME, str(out)), level) as ledger:
         known = ledger.begin()
         found = {
             check.name: finding
@@ -330,7 +328,9 @@ class VerifyLedger:
             self._db.execute("DELETE FROM ended WHERE level = ?", (self._level,))
         self._db.execute("COMMIT")
         query = "SELECT path, reason, detail, size, mtime_ns, sha256 FROM files WHERE level = ?"
-        return {row[0]: Finding(*row) for row in self._db.execute(query, (self._level,))}
+        findings = (Finding(*row) for row in self._db.execute(query, (self._level,)))
+        # Whatever else the file may hold by accident or design: that file is checked again.
+        return {finding.name: finding for finding in findings if _is_finding(finding)}
 
     def write(self, found: Finding) -> None:
         """Record a finding. It is on disk after the next commit, about a second later."""
@@ -349,24 +349,34 @@ class VerifyLedger:
         self._db.execute("INSERT OR REPLACE INTO ended VALUES (?)", (self._level,))
 
 
-def _listed(out: Path, record: dict[str, Any]) -> tuple[list[tuple[str, str, str]], list[Finding]]:
+def _is_finding(row: Finding) -> bool:
+    """Whether the values of a row of verify.sqlite are those of a finding. SQLite stores any type in any column."""
+    texts = (row.name, row.detail, row.sha256 or "")
+    return all(isinstance(text, str) for text in texts) and (row.reason == "" or row.reason in FAULTS)
+
+
+def _listed(out: Path, record: DatasetRecord) -> tuple[list[tuple[str, str, str]], list[Finding]]:
     """Read SPLIT.csv of every split. Returns (split, path, label) of every file, and a finding for each bad list.
 
     A list is bad if it was removed, cannot be read, or has changed since the preparation.
     """
     rows: list[tuple[str, str, str]] = []
     bad = []
-    for split, known in record.get("splits", {}).items():
+    for split, known in record.splits.items():
         path = out / f"{split}.csv"
+        refuse_special_file(path)
         try:
             data = path.read_bytes()
-            lines = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
-            rows += [(split, line["path"], line["label"]) for line in lines]
+            lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
+            listed = [(split, line["path"], line["label"]) for line in lines]
+            if any(not name or "\0" in name or label is None for _, name, label in listed):
+                raise ValueError("a line without a path or a label, or with a NUL")
+            rows += listed
         except (OSError, ValueError, KeyError, csv.Error) as error:
             bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
         # A changed list is reported, and the files that it names now are checked all the same.
-        if known.get("list_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+        if known.list_sha256 not in (None, hashlib.sha256(data).hexdigest()):
             bad.append(Finding(path.name, "list", "was changed since the preparation"))
     return rows, bad
 
@@ -383,18 +393,18 @@ def _expected(out: Path) -> dict[str, ExpectedFile]:
 
 
 def _wrong_fingerprints(
-    rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: dict[str, Any]
+    rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: DatasetRecord
 ) -> list[Finding]:
     """A finding for each split whose content does not match its fingerprint in dataset.json.
 
     `rows` are (split, path, label). Without prep.sqlite, this is the only check of the bytes.
     """
     wrong = []
-    for split, known in record["splits"].items():
+    for split, known in record.splits.items():
         content = [
             (name, label, found[name].sha256 or "") for listed_split, name, label in rows if listed_split == split
         ]
-        if known.get("fingerprint") not in (None, content_fingerprint(content)):
+        if known.fingerprint not in (None, content_fingerprint(content)):
             wrong.append(Finding(f"{split}.csv", "fingerprint", FAULTS["fingerprint"]))
     return wrong
 

@@ -130,7 +130,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with name_unwritable(path):
             if path.is_dir():  # found now, not by the rename after all the work
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            partial.unlink(missing_ok=True)  # a killed run may have left it, or somebody a link, which would be followed
+            # A killed run may have left a file there, or somebody a link, which the block would follow.
+            partial.unlink(missing_ok=True)
             yield partial
             commit_file(partial, path)
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from video_swinv2.data.manifest import Manifest, class_list_hash, find_splits, read_manifest
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 
 
 def touch(path: Path, content: bytes = b"x") -> Path:
@@ -232,7 +232,7 @@ def test_errors_name_the_line(tmp_path: Path, name: str, content: bytes, words: 
     touch(tmp_path / name, content)
     if name == "dataset.json":
         touch(tmp_path / "val.csv", b"path,label\na.mp4,run\n")
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         read_manifest(tmp_path, "val")
     assert "\n" not in str(caught.value)
 

@@ -249,7 +249,7 @@ import os, signal, sys
 from pathlib import Path
 from data_prep.state import PreparationState, PlannedVideo
 with PreparationState(Path(sys.argv[1]), create=True) as state:
-    state.sync_with_plan([PlannedVideo("train", n, str(n), "", str(n), str(n)) for n in range(5000)])
+    state.sync_with_plan([PlannedVideo("train", n, str(n), "", str(n), f"videos/{n}") for n in range(5000)])
     state.record_outcome(7, {"status": "ok"})
     with state._transaction():
         state._db.execute("UPDATE clips SET status = 'ok'")
@@ -348,8 +348,8 @@ def test_unusable_files_are_one_line(tmp_path: Path) -> None:
     with path.open("r+b") as file:  # a page in the middle is overwritten
         file.seek(path.stat().st_size // 2)
         file.write(b"\xff" * 50_000)
-    with PreparationState(tmp_path) as state, pytest.raises(UserError, match=r"malformed; restore it"):
-        list(state.rows())
+    with pytest.raises(UserError, match=r"malformed; restore it"):
+        PreparationState(tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:

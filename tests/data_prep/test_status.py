@@ -211,7 +211,7 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
 
 def test_page_before_anything_is_finished(tmp_path: Path) -> None:
     with PreparationState(tmp_path, create=True) as state:
-        state.sync_with_plan([PlannedVideo("train", 0, "a", "", "a", "b")])
+        state.sync_with_plan([PlannedVideo("train", 0, "a", "", "a", "videos/b")])
     assert run(tmp_path, "--html", tmp_path / "page.html") == 0
     text = " ".join(Page((tmp_path / "page.html").read_text()).texts)
     assert "Nothing to show yet" in text

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from video_swinv2.data.rows import KINETICS_COLUMNS, parse_label, read_header, read_rows
-from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS, split_folders_of_videos, videos_below, walk_videos
+from video_swinv2.data.trees import (
+    SPLIT_SYNONYMS,
+    SPLITS,
+    check_split_name,
+    split_folders_of_videos,
+    videos_below,
+    walk_videos,
+)
 from video_swinv2.errors import UsageError
 
 Label = TypeVar("Label")
@@ -102,8 +109,14 @@ def _splits_of_file(path: Path) -> list[tuple[str, Path]]:
 
 
 def split_column(path: Path) -> set[str]:
-    """The values of the column `split`, if there is one. Raises UsageError if only some lines have a value."""
-    words = {word for _, (word,) in read_rows(path, "split")}
+    """The values of the column `split`, if there is one.
+
+    Raises UsageError if only some lines have a value, and naming the line for one that is no name of a split.
+    """
+    words = first_uses((word, f"{path}, line {number}") for number, (word,) in read_rows(path, "split"))
+    for word, where in words.items():
+        if word:
+            check_split_name(word, where)
     if "" in words and len(words) > 1:
         raise UsageError(f"{path}: some lines have a split and some do not; fill in the column or remove it")
     return {SPLIT_SYNONYMS.get(word, word) for word in words if word}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from video_swinv2.data.lists import (
     ListedVideo,
@@ -21,8 +22,10 @@ from video_swinv2.data.lists import (
     split_sources,
 )
 from video_swinv2.data.rows import Numeral
+from video_swinv2.data.trees import check_split_name
 from video_swinv2.errors import UsageError
-from video_swinv2.files import check_class_names, read_class_list
+from video_swinv2.files import check_class_names, read_class_list, sha256
+from video_swinv2.records import Record, read_record
 
 # Without a list of classes, ids give the number of classes. One below this is taken for an id in any case, a larger one
 # only if lists have at least a tenth as many different ids: a date or a number of frames is none.
@@ -60,6 +63,32 @@ class Manifest:
     fingerprint: str
     failed_in_preparation: int = 0
     notes: tuple[str, ...] = ()
+
+
+class SplitRecord(Record, extra="ignore"):
+    """What dataset.json says about a split and is read back."""
+
+    failed: int = Field(default=0, ge=0)
+    fingerprint: str | None = None
+    list_sha256: str | None = None
+
+
+class DatasetRecord(Record, extra="ignore"):
+    """What is read back of dataset.json, which `data_prep` writes."""
+
+    classes: list[str]
+    splits: dict[str, SplitRecord] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_dataset_record(root: Path) -> DatasetRecord:
+    """The dataset.json of a folder. Raises UserError, naming it and the key, if it cannot be used."""
+    path = root / "dataset.json"
+    record = read_record(path, DatasetRecord, "prepare the data set again")
+    check_class_names(record.classes, str(path))
+    for split in record.splits:
+        check_split_name(split, str(path))
+    return record
 
 
 def class_list_hash(classes: Sequence[str]) -> str:
@@ -115,14 +144,14 @@ def read_manifest(
     entries = tuple(Entry(row.name, Path(row.path), indices[row.label]) for row in rows)
     _refuse_duplicates(rows)
     # For a prepared split, take the fingerprint over the bytes of the files, which was computed during preparation.
-    recorded = {} if annotations else _recorded_split(root, split)
-    fingerprint = recorded.get("fingerprint") or _fingerprint(entries, wanted)
+    recorded = SplitRecord() if annotations else _recorded_split(root, split)
+    fingerprint = recorded.fingerprint or _fingerprint(entries, wanted)
     notes = (
         notes_on_classes(wanted, {wanted[entry.label] for entry in entries if entry.label >= 0}, split)
         if classes is None
         else ()
     )
-    return Manifest(root, split, wanted, entries, fingerprint, int(recorded.get("failed", 0)), notes)
+    return Manifest(root, split, wanted, entries, fingerprint, recorded.failed, notes)
 
 
 def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
@@ -144,7 +173,7 @@ def classes_of_source(
     Raises UsageError, naming the line, for a number among names and for a number too large to be an id.
     """
     if not annotations and (root / "dataset.json").is_file():
-        return tuple(_recorded(root)["classes"])
+        return tuple(read_dataset_record(root).classes)
     # The file next to the data comes first, then one next to the annotations.
     for folder in (root, *(path if path.is_dir() else path.parent for path in annotations)):
         if (folder / "classes.txt").is_file():
@@ -231,33 +260,20 @@ def _refuse_duplicates(rows: Sequence[ListedVideo]) -> None:
         first[path] = row.where
 
 
-def _recorded(root: Path) -> dict[str, Any]:
-    """The contents of dataset.json, which data_prep writes; UsageError if they are damaged."""
-    path = root / "dataset.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise UsageError(f"{path}: cannot be read as JSON ({fault}); prepare the data set again") from fault
-    if not isinstance(record, dict) or not isinstance(record.get("classes"), list):
-        raise UsageError(f"{path}: has no list 'classes'; prepare the data set again")
-    return record
-
-
-def _recorded_split(root: Path, split: str) -> dict[str, Any]:
+def _recorded_split(root: Path, split: str) -> SplitRecord:
     """The record of a split in dataset.json; empty without one, or if the list of the split was edited afterwards."""
     path = root / f"{split}.csv"
     if not (root / "dataset.json").is_file() or not path.is_file():
-        return {}
-    record: dict[str, Any] = _recorded(root).get("splits", {}).get(split, {})
-    edited = record.get("list_sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
-    return {} if edited else record
+        return SplitRecord()
+    record = read_dataset_record(root).splits.get(split, SplitRecord())
+    return record if record.list_sha256 == sha256(path) else SplitRecord()
 
 
 def _fingerprint(entries: Sequence[Entry], classes: Sequence[str]) -> str:
     """sha256 over (name, class name, size in bytes) of the files in order; a file that does not exist has size -1."""
     digest = hashlib.sha256()
     for entry in entries:
-        size = entry.path.stat().st_size if entry.path.is_file() else -1
+        size = os.path.getsize(entry.path) if os.path.isfile(entry.path) else -1
         label = classes[entry.label] if entry.label >= 0 else ""
         # Names that are not valid UTF-8 contain surrogates, which the default "strict" would refuse to encode.
         digest.update(f"{entry.name}\t{label}\t{size}\n".encode(errors="surrogateescape"))

@@ -40,6 +40,9 @@ UNCLEAR = "unclear"
 SAMPLE_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {".tar"}
 # Files that data_prep writes: a folder with one of them holds a prepared data set, or one in preparation.
 PREPARED_MARKERS = frozenset({"dataset.json", "prep.sqlite", ".prep.lock"})
+# Splits may have other names. Each is also that of a list and of a folder in a prepared data set, beside other lists.
+SPLIT_NAME = re.compile(r"\w[\w .-]{0,39}")
+OTHER_LISTS = ("failed", "extra", "verify")
 # The words of a name: runs of letters, also divided before a capital (`videosTrain`, `UCFTest`).
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 T = TypeVar("T")
@@ -298,6 +301,15 @@ def split_of(name: str) -> str | None:
     word = name.casefold()
     split = SPLIT_SYNONYMS.get(word, word)
     return split if split in SPLITS else None
+
+
+def check_split_name(name: str, where: str) -> None:
+    """Raise UsageError, beginning with `where`, if `name` cannot be that of a split."""
+    if not SPLIT_NAME.fullmatch(name) or name.casefold() in OTHER_LISTS:
+        raise UsageError(
+            f"{where}: {name[:60]!r} cannot be the name of a split; use up to 40 letters, digits, blanks, '.', '-' and "
+            f"'_', beginning with a letter, a digit or '_', but not {', '.join(OTHER_LISTS)}"
+        )
 
 
 def find_split(name: str) -> NamedSplit | None:
