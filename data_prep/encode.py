@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import av
 from av.video.reformatter import ColorRange
 
+from video_swinv2.data.decode import open_container
+
 if TYPE_CHECKING:
     from av.container import InputContainer
 
@@ -100,7 +102,7 @@ def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> s
     is not checked, because it may be recorded in the frames alone: the caller has to decode one and look at it. Raises
     av.FFmpegError, OSError.
     """
-    with av.open(str(path.absolute())) as container:
+    with open_container(str(path.absolute())) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
         size = (codec.height, codec.width)

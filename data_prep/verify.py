@@ -31,7 +31,7 @@ import av
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
 from data_prep.state import STATE_NAME, PreparationState
-from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line
+from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line, open_container
 from video_swinv2.data.manifest import DatasetRecord, content_fingerprint, read_dataset_record
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_csv, terminal_lines
@@ -229,7 +229,7 @@ def _check_header(path: Path, size: int | None, expected: ExpectedFile) -> None:
     if not size:
         raise MismatchError("empty", "")
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        container = open_container(str(path.absolute()))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MismatchError("not_video", one_line(error)) from error
     with container:

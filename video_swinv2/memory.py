@@ -1,15 +1,24 @@
-"""Memory in bytes: how much is free on this machine, and the most that this process has used."""
+"""Memory in bytes: how much is free on this machine, the most that this process has used, and a limit on its growth."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+# What reading one file may take. A clip of 16 frames of 8K that is not resized takes 2.4 GB.
+READING_BYTES = 4 * 2**30
 # The file of each key that is read. VmHWM is the peak resident size of this process ("high water mark"), VmRSS its
-# current one. MemAvailable is the kernel's estimate of what can be allocated without swapping.
-_KERNEL_FILES = {"VmHWM": "/proc/self/status", "VmRSS": "/proc/self/status", "MemAvailable": "/proc/meminfo"}
+# current one, VmSize its address space. MemAvailable is the kernel's estimate of what can be allocated without
+# swapping.
+_KERNEL_FILES = {
+    "VmHWM": "/proc/self/status",
+    "VmRSS": "/proc/self/status",
+    "VmSize": "/proc/self/status",
+    "MemAvailable": "/proc/meminfo",
+}
 # Control groups version 2. In a container this folder describes the container's own group.
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -44,6 +53,26 @@ def peak_memory_bytes() -> int:
         return found
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def growth_limit(size_bytes: int) -> Iterator[None]:
+    """Inside the context, the address space of this process may grow by `size_bytes`; beyond, there is a MemoryError.
+
+    The limit is on growth, because a process that has used a GPU has reserved far more address space than the machine
+    has memory. It holds for all threads. Without /proc nothing is limited.
+    """
+    size = kernel_bytes("VmSize")
+    if size is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = (size + size_bytes, soft, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (min(n for n in limits if n != resource.RLIM_INFINITY), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def kernel_bytes(key: str) -> int | None:

@@ -60,7 +60,7 @@ def test_a_video_that_cannot_be_read_fails_alone(
     found: list[Group] = []
     deliver_groups(groups, [0, 1], workers, lambda group, waited: found.append(group))
     assert [record.reason for group in found for record in group.videos] == [
-        "cannot be decoded (Invalid argument)",
+        "a picture of 2097152 x 256 pixels exceeds max_pixels = 67108864; remove it or raise the limit",
         "",
         "its video codec is unknown to FFmpeg",
         "is an image, but the model takes clips",

@@ -18,6 +18,7 @@ whole file is decoded once and its frames are counted.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,13 +34,14 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorTrc
 
-from video_swinv2.data.display import Display, Orientation
+from video_swinv2.data.display import MAX_PIXELS, Display, Orientation, PictureSizeError, check_pixels
 from video_swinv2.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
     from numpy.typing import NDArray
 
@@ -82,6 +84,8 @@ def named_errors(name: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except PictureSizeError as fault:
+        raise DecodeError(f"{name}: {fault}") from fault
     except Exception as fault:
         what = "takes too much memory to decode" if isinstance(fault, MemoryError) else "cannot be decoded"
         raise DecodeError(f"{name}: {what} ({one_line(fault)})") from fault
@@ -96,21 +100,23 @@ class VideoReader:
         codec: FFmpeg's name of the decoder.
         stand_ins: how many of the frames requested so far could not be decoded and were replaced by a neighbour.
 
-    `time_limit_seconds` applies to opening and to each later call separately. Whatever goes wrong with the file, in
-    whichever library, is raised as a DecodeError whose message begins with the path.
+    `time_limit_seconds` applies to opening and to each later call separately. A file with a picture of more than
+    `max_pixels` pixels is refused before memory is allocated for it. Whatever goes wrong with the file, in whichever
+    library, is raised as a DecodeError whose message begins with the path.
     """
 
-    def __init__(self, path: Path, *, time_limit_seconds: float = 60.0) -> None:
+    def __init__(self, path: Path, *, time_limit_seconds: float = 60.0, max_pixels: int = MAX_PIXELS) -> None:
         self.path = Path(path)
         self.stand_ins = 0
         self._limit = time_limit_seconds
+        self._max_pixels = max_pixels
         self._deadline = time.monotonic() + time_limit_seconds
         self._packets: list[Packet[VideoStream]] | None = []
         with named_errors(self.path):
             self._container = self._open()
             try:
-                self._stream = find_video_stream(self._container, str(self.path))
-                self._display = Display(self._stream)
+                self._stream = find_video_stream(self._container, str(self.path), max_pixels)
+                self._display = Display(self._stream, max_pixels)
                 self.codec = self._stream.codec_context.name
                 self._index_frames()
             except BaseException:
@@ -152,20 +158,24 @@ class VideoReader:
         """
         import torch  # not at the top: data_prep imports this file and has to start without loading torch
 
-        wanted = sorted(set(indices))
+        rows: dict[int, list[int]] = {}  # of the result, by the frame that they show
+        for row, index in enumerate(indices):
+            rows.setdefault(index, []).append(row)
+        wanted = sorted(rows)
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
             raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
         self._start_clock()
         with named_errors(self.path):
-            images = self._collect(wanted, short_side)
-            # Whatever the fast way did not yield is tried again from the start of the file, and replaced as a last
-            # resort.
-            damaged = [index for index in wanted if index not in images]
-            images |= {index: self.picture(frame, short_side) for index, frame in self._decode_damaged(damaged)}
-            unique = np.stack([images[index] for index in wanted])  # (distinct frames, H, W, 3)
-            rows = np.searchsorted(wanted, np.asarray(indices))  # row of each index in `unique`, (len(indices),)
-            # (len(indices), H, W, 3) -> (len(indices), 3, H, W)
-            return torch.from_numpy(unique[rows]).permute(0, 3, 1, 2).contiguous()
+            # Each frame is written to its rows as soon as it is decoded, so that there is a single copy of the pixels:
+            # 16 frames of 8K are 1.6 GB.
+            pixels: NDArray[np.uint8] | None = None
+            for index, frame in self._wanted(wanted):
+                picture = self.picture(frame, short_side).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+                if pixels is None:
+                    pixels = np.empty((len(indices), *picture.shape), np.uint8)
+                for row in rows[index]:
+                    pixels[row] = picture
+            return torch.from_numpy(pixels)
 
     def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) for every frame that can be decoded, in presentation order.
@@ -224,9 +234,8 @@ class VideoReader:
         if not self.path.stat().st_size:
             raise self._error("is empty (0 bytes)", "empty")
         try:
-            # Absolute, because FFmpeg takes a relative `name:rest` for a protocol and `-name` for an option. Metadata
-            # that is not UTF-8 is common in old files and must not make them unreadable, hence "replace".
-            return av.open(str(self.path.absolute()), metadata_errors="replace")
+            # Absolute, because FFmpeg takes a relative `name:rest` for a protocol and `-name` for an option.
+            return open_container(str(self.path.absolute()), self._max_pixels)
         except (av.FFmpegError, OSError, ValueError) as fault:
             raise self._error(f"is not a video FFmpeg can open ({one_line(fault)})", "not_video") from fault
 
@@ -234,7 +243,7 @@ class VideoReader:
         """Demux the file once, keep its packets and number its frames (see the docstring of this file)."""
         packets, size = [], 0
         for packet in self._demuxed(self._container, self._stream):
-            size += packet.size + PACKET_OVERHEAD_BYTES
+            size += packet.size + sum(data.data_size for data in packet.iter_sidedata()) + PACKET_OVERHEAD_BYTES
             packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
             if self._packets is not None:
                 self._packets.append(packet)
@@ -288,17 +297,21 @@ class VideoReader:
         return [pts for pts in shown if pts >= first_key or pts in decoded]
 
     def _set_times(self) -> None:
-        """Convert the pts of all frames to `times` in seconds, strictly ascending, and compute `fps`."""
+        """Convert the pts of all frames, ascending, to `times` in seconds, strictly ascending, and compute `fps`."""
         if not self._pts:
             raise self._error("no frame can be decoded", "no_frames")
         base = float(self._stream.time_base or Fraction(1, 90000))
-        rate = float(self._stream.average_rate or 0) or 25.0  # 25 frames per second if the file does not say
+        rate = max(0.0, float(self._stream.average_rate or 0)) or 25.0  # 25 frames per second if the file does not say
         times = np.array(self._pts, dtype=np.float64) * base
-        for i in np.flatnonzero(np.diff(times) <= 0) + 1:
-            # A missing or repeated time becomes the previous one plus a frame period, but at most half the way to the
-            # next larger time, so that times stay strictly ascending.
-            later = i + 1 + int(np.searchsorted(times[i + 1 :], times[i - 1], side="right"))
-            times[i] = times[i - 1] + min(1 / rate, (times[later] - times[i - 1]) / 2 if later < len(times) else np.inf)
+        # Frames without a time of their own have that of a frame before them. Those with the same time are spread by a
+        # frame period, but closer if the next larger time comes too early. first: the first frame of each such group.
+        first = np.flatnonzero(np.diff(times, prepend=-np.inf) > 0)  # (groups,)
+        counts = np.diff(first, append=len(times))
+        gaps = np.diff(times[first], append=np.inf)  # from each group to the next
+        steps = np.minimum(1 / rate, gaps / counts)
+        times += np.repeat(steps, counts) * (np.arange(len(times)) - np.repeat(first, counts))
+        if not np.all(np.diff(times) > 0):  # the steps are smaller than what a float64 so large can tell apart
+            raise self._error("its time stamps are damaged")
         self.times: NDArray[np.float64] = times
         self.fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else rate
 
@@ -315,9 +328,10 @@ class VideoReader:
     def _packets_from(self, start: int) -> Iterator[Packet[VideoStream]]:
         """The packets of the file from position `start` on."""
         if self._packets is not None:
-            yield from islice(self._packets, start, None)
+            # Not with `islice`, which would go through all packets before `start` for every request.
+            yield from (self._packets[place] for place in range(start, len(self._packets)))
             return
-        with av.open(str(self.path.absolute()), metadata_errors="replace") as container:
+        with open_container(str(self.path.absolute()), self._max_pixels) as container:
             yield from islice(self._demuxed(container, container.streams.video[self._stream_place()]), start, None)
 
     def _stream_place(self) -> int:
@@ -332,11 +346,7 @@ class VideoReader:
         # Decoders hold frames back to reorder them; the final None makes this one release the rest.
         for packet in chain(self._packets_from(start), (None,)):
             self._check_clock()
-            try:
-                decoded = codec.decode(packet)
-            except (av.FFmpegError, ValueError):
-                continue
-            for frame in decoded:
+            for frame in decode_packet(codec, packet, self._max_pixels):
                 self._display.note(frame)
                 # A frame whose pts has no index is discarded by the edit list. One without a pts, which damage can
                 # produce, is none of the frames that were numbered by theirs.
@@ -345,19 +355,21 @@ class VideoReader:
                 if index is not None:
                     yield index, frame
 
-    def _collect(self, wanted: list[int], short_side: int | None) -> dict[int, NDArray[np.uint8]]:
-        """The wanted frames that can be decoded, uint8 (H, W, 3) each, with one forward pass per run (see `_runs`)."""
-        images: dict[int, NDArray[np.uint8]] = {}
+    def _wanted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) for each of the wanted frames, with one forward pass per run (see `_runs`)."""
+        damaged: list[int] = []
         for start, run in self._runs(wanted):
             left = set(run)
             for index, frame in self._decode(start):
                 if index in left:
-                    images[index] = self.picture(frame, short_side)
                     left.remove(index)
+                    yield index, frame
                 # Beyond the last wanted frame, whatever is still missing was lost to damage.
                 if not left or index > run[-1]:
                     break
-        return images
+            damaged += sorted(left)
+        # What the fast way did not yield is tried again from the start of the file, and replaced as a last resort.
+        yield from self._decode_damaged(damaged)
 
     def _runs(self, wanted: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Divide the wanted frames, ascending, into runs: (key packet to start decoding at, frames to reach from it).
@@ -370,7 +382,7 @@ class VideoReader:
         first = last = -1
         for index in wanted:
             # The group of a frame: that of the last key packet whose pts is not later than the frame's.
-            group = int(np.searchsorted(self._key_pts, self._pts[index], side="right")) - 1
+            group = bisect_right(self._key_pts, self._pts[index]) - 1
             if run and group > last + 1:
                 yield self._key_packets[first], run
                 run = []
@@ -382,14 +394,14 @@ class VideoReader:
         """`decode_damaged` without restarting the clock, for use inside another call."""
         if not damaged:
             return
-        waiting = list(damaged)
+        waiting = deque(damaged)
         before: av.VideoFrame | None = None
         for index, frame in self._decode(0):
             while waiting and waiting[0] < index:  # the decoder has passed this frame without yielding it
                 self.stand_ins += 1
-                yield waiting.pop(0), before or frame
+                yield waiting.popleft(), before or frame
             if waiting and waiting[0] == index:
-                yield waiting.pop(0), frame
+                yield waiting.popleft(), frame
             if not waiting:
                 return
             before = frame
@@ -420,11 +432,38 @@ def presentation_times(frames: Iterable[av.VideoFrame]) -> Iterator[tuple[int | 
         yield heappop(stamps) if stamps else None, frame
 
 
-def find_video_stream(container: InputContainer, name: str) -> VideoStream:
+def decode_packet(codec: VideoCodecContext, packet: Packet[VideoStream] | None, max_pixels: int) -> list[av.VideoFrame]:
+    """The frames that the decoder gives out after a packet; none if it is damaged.
+
+    After None or an empty packet it gives out all frames that it still holds. Raises PictureSizeError if the packet
+    holds a picture of more than `max_pixels` pixels, and MemoryError.
+    """
+    try:
+        return codec.decode(packet)
+    except MemoryError:  # one of FFmpeg's errors as well
+        raise
+    except (av.FFmpegError, ValueError):
+        # FFmpeg refuses large pictures itself (see `find_video_stream`). For some codecs it then tells their size.
+        check_pixels(codec.height, codec.width, max_pixels)
+        return []
+
+
+def open_container(
+    target: str, max_pixels: int = MAX_PIXELS, *, format: str | None = None, timeout: float | None = None
+) -> InputContainer:
+    """Open a file or stream for FFmpeg to read. The arguments after `max_pixels` are those of `av.open`."""
+    # Metadata that is not UTF-8 is common in old files and must not make them unreadable, hence "replace". The option
+    # is for the decoders with which FFmpeg looks at the first pictures while it opens a file.
+    options = {"max_pixels": str(max_pixels)}
+    return av.open(target, format=format, timeout=timeout, metadata_errors="replace", options=options)
+
+
+def find_video_stream(container: InputContainer, name: str, max_pixels: int = MAX_PIXELS) -> VideoStream:
     """The video stream that players and the `ffmpeg` command show: the one marked as default, or else the largest.
 
     Cover pictures, which music and some MP4 files carry as video, do not count. The decoder of the stream uses no
-    threads of its own. `name` is what errors begin with. Raises DecodeError, also for HDR video.
+    threads of its own and refuses pictures of more than `max_pixels` pixels. `name` is what errors begin with. Raises
+    DecodeError, also for HDR video, and PictureSizeError.
     """
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
@@ -439,6 +478,10 @@ def find_video_stream(container: InputContainer, name: str) -> VideoStream:
             "(FFmpeg's filters zscale and tonemap)",
             "hdr",
         )
+    check_pixels(stream.codec_context.height, stream.codec_context.width, max_pixels)
+    # The size may change within a stream, and what the container says may be wrong. FFmpeg compares the size of every
+    # picture with this option before it allocates any memory for it.
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}
     # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
     stream.codec_context.thread_type = "NONE"
     stream.codec_context.thread_count = 1

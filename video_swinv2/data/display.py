@@ -33,8 +33,23 @@ if TYPE_CHECKING:
 ACCURATE = (
     Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
+# The largest picture that is read, of a video or an image, unless the caller says otherwise: 8192 x 8192 pixels. Videos
+# of 8K have half of them, and so have the largest that H.264, HEVC and AV1 define below their highest levels.
+MAX_PIXELS = 2**26
 # Width / height of a pixel. A ratio outside this range is taken for a damaged header, and pixels for square.
 PLAUSIBLE_PIXEL_ASPECT = (Fraction(1, 8), Fraction(8))
+
+
+class PictureSizeError(ValueError):
+    """A picture has more pixels than are allowed. The message gives both numbers."""
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Raise PictureSizeError if a picture has more than `max_pixels` pixels."""
+    if height * width > max_pixels:
+        raise PictureSizeError(
+            f"a picture of {width} x {height} pixels exceeds max_pixels = {max_pixels}; remove it or raise the limit"
+        )
 
 
 class Orientation(NamedTuple):
@@ -126,17 +141,18 @@ class WholeFrames:
 
 
 class Display:
-    """How the frames of one stream are shown. Size and orientation are those of its first frame.
+    """How the frames of one stream are shown, at most `max_pixels` large. Size and orientation are of its first frame.
 
     Attributes:
         size: (height, width) as shown; None before the first frame.
         orientation: how frames are rotated and mirrored.
     """
 
-    def __init__(self, stream: VideoStream) -> None:
+    def __init__(self, stream: VideoStream, max_pixels: int = MAX_PIXELS) -> None:
         self.size: tuple[int, int] | None = None
         self.orientation = Orientation()
         self._stream = stream
+        self._max_pixels = max_pixels
         self._whole = WholeFrames()
         self._reformatter = VideoReformatter()
 
@@ -152,8 +168,12 @@ class Display:
         return self.size
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
-        """The frame as shown, uint8 (H, W, 3), RGB, its short side resized, up or down, to `short_side`."""
+        """The frame as shown, uint8 (H, W, 3), RGB, its short side resized, up or down, to `short_side`.
+
+        Raises PictureSizeError, as for a thin picture whose short side becomes many times larger.
+        """
         height, width = size_for(self.note(frame), short_side)
+        check_pixels(height, width, self._max_pixels)
         # Resize in the orientation as decoded and rotate afterwards: rotating an array is a view of it and costs
         # nothing. This step also makes pixels square, since `size` includes the pixel aspect ratio.
         if self.orientation.transpose:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from video_swinv2.data.collection import ImageCollection
 from video_swinv2.data.decode import DecodeError
+from video_swinv2.data.display import MAX_PIXELS, PictureSizeError, check_pixels
 from video_swinv2.data.index import (
     UNSETTLED,
     AnyEntry,
@@ -39,17 +40,22 @@ def is_image(entry: AnyEntry) -> bool:
     return isinstance(entry, TarMember) or media_type_of(entry.path) == IMAGE
 
 
-def read_entry(entry: AnyEntry) -> Tensor:
+def read_entry(entry: AnyEntry, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file or an image in a tar to uint8 (3, H, W), RGB. Raises DecodeError if that is impossible."""
-    return read_tar_member(entry) if isinstance(entry, TarMember) else read_image(entry.path)
+    if isinstance(entry, TarMember):
+        return read_tar_member(entry, max_pixels)
+    return read_image(entry.path, max_pixels)
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode an image file to uint8 (3, H, W), RGB. Raises DecodeError if it is missing, truncated or not an image."""
-    return _decode(path, str(path))
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode an image file to uint8 (3, H, W), RGB.
+
+    Raises DecodeError if it is missing, truncated, not an image or has more than `max_pixels` pixels.
+    """
+    return _decode(path, str(path), max_pixels)
 
 
-def read_tar_member(member: TarMember) -> Tensor:
+def read_tar_member(member: TarMember, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image in a tar, like `read_image`.
 
     Opens the tar for each image, which takes 20 us, so that workers need not keep a file handle per shard.
@@ -57,17 +63,18 @@ def read_tar_member(member: TarMember) -> Tensor:
     try:
         with member.path.open("rb") as file:
             file.seek(member.offset)
-            return _decode(io.BytesIO(file.read(member.size)), f"{member.path}: {Path(member.name).name}")
+            return _decode(io.BytesIO(file.read(member.size)), f"{member.path}: {Path(member.name).name}", max_pixels)
     except OSError as error:
         raise DecodeError(f"{member.path}: cannot be read ({error.strerror or error})", "missing") from error
 
 
-def _decode(file: Path | BinaryIO, name: str) -> Tensor:
+def _decode(file: Path | BinaryIO, name: str, max_pixels: int) -> Tensor:
     try:
         # Pillow warns about unusual EXIF data, palettes and sizes, which with millions of files would flood the log.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
+                check_pixels(image.height, image.width, max_pixels)  # nothing is decoded before
                 return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     except FileNotFoundError as error:
         raise DecodeError(f"{name}: no such file", "missing") from error
@@ -75,6 +82,10 @@ def _decode(file: Path | BinaryIO, name: str) -> Tensor:
         empty = not (file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END))
         what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
         raise DecodeError(f"{name}: {what}", "empty" if empty else "not_image") from error
+    except PictureSizeError as error:
+        raise DecodeError(f"{name}: {error}") from error
+    except MemoryError as error:
+        raise DecodeError(f"{name}: takes too much memory to decode") from error
     except Exception as error:  # for a damaged file, Pillow lets through whatever struct, zlib or indexing raise
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise DecodeError(f"{name}: not a readable image ({fault})") from error

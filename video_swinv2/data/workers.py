@@ -1,4 +1,4 @@
-"""Loader workers that may crash or hang: starts them, records what each is reading, kills hung ones, detects deaths.
+"""Loader workers that may crash or hang: starts and limits them, records what each reads, detects deaths.
 
 A decoder can crash its process (segmentation fault, out-of-memory killer) or hang inside a library call that no Python
 exception can interrupt. Training (`loading.py`) and testing (`evaluation/reading.py`) therefore both read files in
@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from video_swinv2.killable import MAX_WAIT_SECONDS, end_with_parent
+from video_swinv2.memory import READING_BYTES, growth_limit
 
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
@@ -60,6 +61,13 @@ def killing_alarm(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+@contextmanager
+def bounded_reading(seconds: float) -> Iterator[None]:
+    """Inside the context, this process is killed after `seconds`, and may grow by READING_BYTES (`growth_limit`)."""
+    with killing_alarm(seconds), growth_limit(READING_BYTES):
+        yield
+
+
 @dataclass(frozen=True)
 class AbandonedFile:
     """A file that a worker was reading when it died: its number, and the seconds since the worker had begun it."""
@@ -82,14 +90,14 @@ class FilesInHand:
 
     @contextmanager
     def reading(self, number: int, seconds: float) -> Iterator[None]:
-        """For use in a worker: record that it is reading file `number`, and kill it after more than `seconds`."""
+        """For use in a worker: record that it is reading file `number`, within the limits of `bounded_reading`."""
         worker = get_worker_info()
         if worker is None:
             raise RuntimeError("FilesInHand.reading is for loader workers")
         row = self._rows[worker.id]
         row.copy_(torch.tensor([os.getpid(), number, time.monotonic()], dtype=torch.float64))
         try:
-            with killing_alarm(seconds):
+            with bounded_reading(seconds):
                 yield
         finally:
             row[1] = -1  # not reached by a worker that dies, so the number of its file stays in the table

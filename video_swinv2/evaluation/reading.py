@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
+from video_swinv2.data.display import MAX_PIXELS
 from video_swinv2.data.images import is_image, read_entry
 from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.workers import (
     FilesInHand,
+    bounded_reading,
     is_worker_death,
-    killing_alarm,
     patience_seconds,
     start_loader,
 )
@@ -85,6 +86,7 @@ class VideoGroups(Dataset[Group]):
         frame_order: str,
         seed: int,
         time_limit_seconds: float,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.entries = entries
         self.protocols = (protocol,) if isinstance(protocol, Protocol) else tuple(protocol)
@@ -93,6 +95,7 @@ class VideoGroups(Dataset[Group]):
         self.frame_order = frame_order
         self.seed = seed
         self.time_limit_seconds = time_limit_seconds
+        self.max_pixels = max_pixels
         self.in_hand: FilesInHand | None = None
         """Set by `deliver_groups` before it starts workers: the position of the video that each of them is reading."""
 
@@ -136,11 +139,12 @@ class VideoGroups(Dataset[Group]):
         if is_image(entry):
             if self.preprocessing.frames is not None:  # a list can name images among its videos
                 raise DecodeError(f"{entry.path}: is an image, but the model takes clips", "not_video")
-            picture = read_entry(entry)
+            picture = read_entry(entry, self.max_pixels)
             cut = [cut_image(picture, protocol, self.preprocessing) for protocol in self.protocols]
             views = tuple(view for _, views in cut for view in views)
             return VideoRecord(position, views), torch.cat([pixels for pixels, _ in cut])
-        with VideoReader(entry.path, time_limit_seconds=self.time_limit_seconds) as reader:
+        limit_seconds, max_pixels = self.time_limit_seconds, self.max_pixels
+        with VideoReader(entry.path, time_limit_seconds=limit_seconds, max_pixels=max_pixels) as reader:
             pixels, views, stand_ins = cut_views(
                 reader,
                 self.protocols,
@@ -274,7 +278,7 @@ def _read_and_send(pipe: Connection, groups: VideoGroups, position: int) -> None
     """
     # As PyTorch does in its loader workers: a pool of OpenMP threads does not survive a fork and may hang.
     torch.set_num_threads(1)
-    with killing_alarm(groups.patience_seconds):
+    with bounded_reading(groups.patience_seconds):
         record, pixels = groups.read(position)
     pipe.send(record)
     if pixels is not None:

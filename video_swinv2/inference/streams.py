@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from video_swinv2.data.decode import (
     DECODING_TIMED_CONTAINERS,
     DecodeError,
+    decode_packet,
     find_video_stream,
     named_errors,
     one_line,
+    open_container,
     presentation_times,
 )
-from video_swinv2.data.display import Display, size_for
+from video_swinv2.data.display import MAX_PIXELS, Display, size_for
 from video_swinv2.evaluation.placement import resized_short_side
 from video_swinv2.evaluation.protocols import find_protocol, plan_views
 
@@ -74,9 +76,8 @@ class FrameStream:
     """An open video from any source that FFmpeg can read. It is a context manager and can be iterated over once.
 
     Iteration yields (seconds since the first frame, frame as decoded) in display order. Damaged frames are left out,
-    and times are strictly increasing. `fps` and `duration_seconds` (None if unknown) come from the header. They are
-    good enough for planning, but may be wrong. Whatever goes wrong with the source is raised as a DecodeError whose
-    message begins with its name.
+    and times are strictly increasing. `fps` comes from the header and may be wrong. Whatever goes wrong with the source
+    is raised as a DecodeError whose message begins with its name.
     """
 
     def __init__(self, source: str, *, descriptor: int | None = None, wait_seconds: float = 60.0) -> None:
@@ -90,7 +91,6 @@ class FrameStream:
             try:
                 self._stream = find_video_stream(self._container, source)
                 rate = float(self._stream.average_rate or self._stream.guessed_rate or 0)
-                duration = self._container.duration  # in units of 1 / av.time_base; None or negative if live
                 self._display = Display(self._stream)
                 formats = self._container.format.name.split(",")
                 self._has_decoding_times = not DECODING_TIMED_CONTAINERS.isdisjoint(formats)
@@ -98,7 +98,6 @@ class FrameStream:
                 self._container.close()
                 raise
         self.fps = rate if CREDIBLE_FPS[0] <= rate <= CREDIBLE_FPS[1] else FALLBACK_FPS
-        self.duration_seconds = duration / av.time_base if duration and duration > 0 else None
 
     def __enter__(self) -> FrameStream:
         return self
@@ -123,6 +122,19 @@ class FrameStream:
                     seconds = 0.0 if last_seconds == -math.inf else last_seconds + 1 / self.fps
                 last_seconds = seconds
                 yield seconds, frame
+
+    def count(self) -> tuple[int, float]:
+        """(pictures, seconds) of the stream, by its packets, in place of iterating over it. Nothing is decoded."""
+        with named_errors(self.name):
+            pictures, first, last = 0, math.inf, -math.inf
+            for packet in self._packets():
+                pictures += packet.size > 0
+                if packet.pts is not None:
+                    first, last = min(first, packet.pts), max(last, packet.pts)
+            base = float(self._stream.time_base or 0)
+            # The last picture is shown for as long as the others on average.
+            lasts = (last - first) * base * pictures / (pictures - 1) if pictures > 1 and last > first else 0.0
+            return pictures, lasts or pictures / self.fps
 
     def image(self, frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
         """The frame as shown, uint8 (H, W, 3), resized to `short_side` pixels on its short side (None: not resized)."""
@@ -151,7 +163,7 @@ class FrameStream:
             target = str(Path(self.name).absolute())
             format_name = "v4l2" if _is_camera(self.name) else None
         try:
-            return av.open(target, format=format_name, timeout=wait_seconds, metadata_errors="replace")
+            return open_container(target, MAX_PIXELS, format=format_name, timeout=wait_seconds)
         except av.ExitError as fault:
             raise DecodeError(f"{self.name}: no data within {wait_seconds:g} seconds", "timeout") from fault
         except (av.FFmpegError, OSError, ValueError) as fault:
@@ -171,11 +183,8 @@ class FrameStream:
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """All frames that can be decoded, in display order. Damage is skipped, and never raised as an error."""
         for packet in self._packets():
-            try:
-                decoded = packet.decode()
-            except (av.FFmpegError, ValueError):
-                continue  # a damaged packet; the decoder recovers at the next key frame
-            for frame in decoded:
+            # After a damaged packet the decoder recovers at the next key frame.
+            for frame in decode_packet(self._stream.codec_context, packet, MAX_PIXELS):
                 self._display.note(frame)
                 yield frame
 

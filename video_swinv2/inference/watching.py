@@ -42,6 +42,7 @@ from video_swinv2.inference.annotated_video import MAX_SHORT_SIDE, AnnotatedVide
 from video_swinv2.inference.segments import Segment, SegmentCutter
 from video_swinv2.inference.streams import Frame, FrameStream, centre_crop
 from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedError, prepare_forkserver
+from video_swinv2.memory import READING_BYTES
 
 START_SECONDS = 60.0  # extra time for the first message: importing the libraries can be slow on a busy machine
 _ALIVE_SECONDS = 1.0  # the longest silence between two messages while frames arrive
@@ -51,8 +52,9 @@ _ALIVE_SECONDS = 1.0  # the longest silence between two messages while frames ar
 class WatchRequest:
     """A stream to watch, and the segments to cut from it: `frames` frames, `stride` apart, of `size` (H, W) pixels.
 
-    every_seconds: the time from the start of one segment to the start of the next. max_segments: if given instead,
-    segments are spaced such that there are about this many. With neither, segments follow each other without overlap.
+    every_seconds: the time from the start of one segment to the start of the next. max_segments: if given instead, for
+    a file that can be read twice, segments are spaced such that there are about this many, and never more than one
+    above. With neither, segments follow each other without overlap.
     seconds: stop after this much of the stream. ahead: how many segments may be unanswered; once that many are, a
     `live` stream skips the next segment, and any other stream pauses. video: where to write the captioned frames.
     memory_bytes: limit on the data segment of the process. wait_seconds: how long the stream may stay silent.
@@ -68,7 +70,7 @@ class WatchRequest:
     live: bool = False
     ahead: int = 2
     video: Path | None = None
-    memory_bytes: int | None = None
+    memory_bytes: int = READING_BYTES
     wait_seconds: float = 60.0
 
 
@@ -126,7 +128,7 @@ class Watcher:
         self._finished = False
         start_forkserver()
         handed = None if descriptor is None else _HandedFile(descriptor)
-        limits = {} if request.memory_bytes is None else {resource.RLIMIT_DATA: request.memory_bytes}
+        limits = {resource.RLIMIT_DATA: request.memory_bytes}
         self._process = KillableProcess(_watch, request, handed, method="forkserver", limits=limits)
 
     def __enter__(self) -> Watcher:
@@ -253,6 +255,7 @@ class _Watch:
         self._unanswered: deque[int] = deque()  # the last frame index of each segment that waits for its answer
         self._writer: AnnotatedVideoWriter | None = None
         self._skipped = 0
+        self._sent = 0  # segments
         self._stopped = False
         self._last_sent = time.monotonic()  # when the last message was sent
 
@@ -260,8 +263,12 @@ class _Watch:
         """Decode the stream to its end, send its segments and write its video."""
         request = self._request
         count, seconds = 0, 0.0
-        with FrameStream(request.source, descriptor=descriptor, wait_seconds=request.wait_seconds) as stream:
-            cutter = SegmentCutter(request.frames, request.stride, _seconds_between_segments(request, stream))
+        every = request.every_seconds
+        if request.max_segments is not None:
+            with self._open(descriptor) as stream:
+                every = _spacing_seconds(request, request.max_segments, *stream.count())
+        with self._open(descriptor) as stream:
+            cutter = SegmentCutter(request.frames, request.stride, every)
             if request.video is not None:
                 self._writer = AnnotatedVideoWriter(partial_path(request.video), stream.fps)
             for seconds, frame in stream:
@@ -292,9 +299,15 @@ class _Watch:
             self._writer.close()
         self._pipe.send(_Done())
 
+    def _open(self, descriptor: int | None) -> FrameStream:
+        return FrameStream(self._request.source, descriptor=descriptor, wait_seconds=self._request.wait_seconds)
+
     def _offer(self, segment: Segment | None, may_skip: bool) -> None:
         """Send a segment once fewer than `ahead` are unanswered. A live stream does not wait but skips the segment."""
         if segment is None:
+            return
+        # Packets may say other times than the frames that are decoded from them, so the number is a limit as well.
+        if self._request.max_segments is not None and may_skip and self._sent >= self._request.max_segments:
             return
         if self._request.live and may_skip and len(self._unanswered) >= self._request.ahead:
             self._skipped += 1
@@ -302,6 +315,7 @@ class _Watch:
         while len(self._unanswered) >= self._request.ahead:
             self._wait_for_answer()
         self._send(segment)
+        self._sent += 1
         self._unanswered.append(max(segment.indices))
 
     def _take_waiting_answers(self) -> None:
@@ -326,12 +340,10 @@ class _Watch:
         self._last_sent = time.monotonic()
 
 
-def _seconds_between_segments(request: WatchRequest, stream: FrameStream) -> float | None:
-    """The time from the start of one segment to the start of the next; None if they follow each other."""
-    if request.every_seconds is None and request.max_segments is not None and stream.duration_seconds is not None:
-        span = (request.frames - 1) * request.stride + 1
-        # n segments have n - 1 distances between their starts. Together these are the stream less one segment. They are
-        # rounded up to whole frames, so that segments are evenly spaced at a constant frame rate.
-        spare = stream.duration_seconds * stream.fps - span
-        return max(1, math.ceil(spare / max(1, request.max_segments - 1))) / stream.fps
-    return request.every_seconds
+def _spacing_seconds(request: WatchRequest, segments: int, pictures: int, seconds: float) -> float:
+    """The time between the starts of about `segments` segments, spread over so many pictures and seconds."""
+    span = (request.frames - 1) * request.stride + 1
+    # n segments have n - 1 distances between their starts. Together these are the stream less one segment. They are
+    # rounded up to whole frames, so that segments are evenly spaced at a constant frame rate.
+    apart = max(1, math.ceil((pictures - span) / max(1, segments - 1)))
+    return apart * seconds / max(1, pictures)
