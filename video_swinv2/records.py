@@ -40,12 +40,12 @@ class Record(BaseModel):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `max_bytes`. Raises UserError for any other."""
-    with name_unreadable(path), path.open("rb") as file:
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES, fix: str = FIX) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises UserError, ending with `fix`, for any other."""
+    with name_unreadable(path, fix), path.open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise UserError(f"{path}: is larger than the {max_bytes:,} bytes that are read; {FIX}")
+        raise UserError(f"{path}: is larger than the {max_bytes:,} bytes that are read; {fix}")
     return content
 
 
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
 
 def read_json(path: Path, fix: str = FIX) -> Any:
     """The value in a JSON file. Raises UserError, naming the file, if it cannot be read or as `parse_json` does."""
-    return parse_json(read_bytes(path), str(path), fix)
+    return parse_json(read_bytes(path, fix=fix), str(path), fix)
 
 
 def parse_record(value: object, record_type: type[AnyRecord], where: str, fix: str = FIX) -> AnyRecord:

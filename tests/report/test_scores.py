@@ -89,7 +89,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         load_scores(path)
     np.savez(path, a=np.zeros(2))
-    with pytest.raises(UserError, match="it has no paths"):
+    with pytest.raises(UserError, match="holds no paths"):
         load_scores(path)
     save_scores(make_scores(), path)
     whole = path.read_bytes()

@@ -23,20 +23,24 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias
 
+from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import json_text, sha256, sync_to_disk
+from video_swinv2.files import json_text, path_under, sha256, sync_to_disk
+from video_swinv2.records import Record, parse_record, read_json
+from video_swinv2.weights.store import read_tensors
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 # Increased when older versions of this program could no longer read what is written.
 FORMAT = 1
 STATE_FILE = "state.json"
+WEIGHTS, MOMENTS, EMA = "weights.safetensors", "optimizer.safetensors", "ema.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"step-\d{6,}\.tmp")
 
@@ -57,6 +61,25 @@ class TrainingState:
     """Moving averages of the trained parameters, fp32; empty if none are kept."""
     loss_scale: tuple[float, int] | None = None
     """The fp16 loss scale and the number of applied steps since it last changed; None in other precisions."""
+
+
+Counter = Annotated[int, Field(ge=0)]
+
+
+class _File(Record):
+    bytes: Counter
+    sha256: str
+
+
+class _StateFile(Record, extra="ignore"):
+    """The content of state.json. `loss_scale` is absent in checkpoints written before fp16 was supported."""
+
+    format: int
+    step: Counter
+    optimizer_step: Counter
+    loss_scale: tuple[Annotated[float, Field(gt=0)], Counter] | None = Field(default=None, strict=False)
+    files: dict[str, _File]
+    state: dict[str, Any]
 
 
 class Checkpoints:
@@ -188,9 +211,9 @@ def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) 
     # Both moments go into one file and are told apart by prefix: exp_avg.head.weight, exp_avg_sq.head.weight.
     moments = {f"exp_avg.{name}": tensor for name, tensor in state.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in state.exp_avg_sq.items()}
-    contents = {"weights.safetensors": state.weights, "optimizer.safetensors": moments}
+    contents = {WEIGHTS: state.weights, MOMENTS: moments}
     if state.ema:
-        contents["ema.safetensors"] = state.ema
+        contents[EMA] = state.ema
     files = {}
     for name, tensors in contents.items():
         # save_file refuses tensors that are not contiguous.
@@ -216,17 +239,16 @@ def _write_files(folder: Path, state: TrainingState, run_state: str, step: int) 
 def _read(folder: Path) -> tuple[TrainingState, dict[str, JSON]]:
     # Everything is verified before any tensor is parsed, so a damaged file is named instead of failing in safetensors.
     record = _verified_record(folder)
-    moments = load_file(folder / "optimizer.safetensors")
-    scale = record.get("loss_scale")  # absent in checkpoints written before fp16 was supported
+    moments, _ = read_tensors(folder / MOMENTS)
     state = TrainingState(
-        weights=load_file(folder / "weights.safetensors"),
+        weights=read_tensors(folder / WEIGHTS)[0],
         exp_avg=_with_prefix(moments, "exp_avg."),
         exp_avg_sq=_with_prefix(moments, "exp_avg_sq."),
-        optimizer_step=int(record["optimizer_step"]),
-        ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in record["files"] else {},
-        loss_scale=(float(scale[0]), int(scale[1])) if scale else None,
+        optimizer_step=record.optimizer_step,
+        ema=read_tensors(folder / EMA)[0] if EMA in record.files else {},
+        loss_scale=record.loss_scale,
     )
-    return state, cast(dict[str, JSON], record["state"])
+    return state, record.state
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -241,28 +263,23 @@ def _is_undamaged(folder: Path) -> bool:
     return True
 
 
-def _verified_record(folder: Path) -> dict[str, Any]:
-    """Parse state.json and verify size and hash of every file it lists; raises UserError naming a damaged one."""
+def _verified_record(folder: Path) -> _StateFile:
+    """Read state.json and verify size and hash of every file it lists; raises UserError naming a damaged one."""
     path = folder / STATE_FILE
-    try:
-        # Everything that is used later is accessed here, so that a mangled record raises inside this block.
-        record = json.loads(path.read_text(encoding="utf-8"))
-        format_number = record["format"]
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
-        complete = {"step", "optimizer_step", "state"} <= record.keys() and "weights.safetensors" in files
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; the checkpoint is incomplete") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: truncated, or not a checkpoint record") from error
-    if format_number != FORMAT:
+    found = read_json(path, "the checkpoint is truncated or incomplete")
+    # The format first: another one may have other keys.
+    if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] != FORMAT:
         raise UserError(
-            f"{path}: format {format_number}, but this version reads {FORMAT}; use the version that wrote it"
+            f"{path}: format {found['format']}, but this version reads {FORMAT}; use the version that wrote it"
         )
-    if not complete:
-        raise UserError(f"{path}: not a checkpoint record")
-    for name, (size, digest) in files.items():
-        _verify_file(folder / name, size, digest)
-    return cast(dict[str, Any], record)
+    where = f"{path}: not a checkpoint record"
+    record = parse_record(found, _StateFile, where, "the checkpoint is damaged")
+    missing = {WEIGHTS, MOMENTS} - record.files.keys()
+    if missing:
+        raise UserError(f"{where}: files: {min(missing)} is not listed; the checkpoint is damaged")
+    for name, file in record.files.items():
+        _verify_file(path_under(folder, name, f"{path}: files"), file.bytes, file.sha256)
+    return record
 
 
 def _verify_file(path: Path, size: int, digest: str) -> None:

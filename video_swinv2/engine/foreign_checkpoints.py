@@ -18,9 +18,11 @@ from torch import Tensor
 from video_swinv2.engine.checkpoint import JSON, Checkpoints, TrainingState
 from video_swinv2.engine.zero_layout import MOMENTS
 from video_swinv2.errors import UserError
+from video_swinv2.records import read_bytes
 from video_swinv2.weights.formats import DERIVED, PREFIXES
 from video_swinv2.weights.unpickle import read_inert
 
+MAX_POINTER_BYTES = 4096
 # DeepSpeed's tool that converts its partitioned checkpoints into universal ones.
 CONVERT_COMMAND = (
     "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
@@ -49,12 +51,12 @@ def _universal_folder(folder: Path) -> Path | None:
     pointer = folder / "latest_universal"
     if pointer.is_file():
         # The last part alone: the file must not lead out of the folder that the user named.
-        folder = folder / Path(pointer.read_text(encoding="utf-8").strip()).name
+        folder = folder / _pointed_name(pointer)
     if (folder / "zero").is_dir():
         return folder
     # Not universal. If it is what DeepSpeed's save_checkpoint writes, tell the user how to convert it.
     latest = folder / "latest"
-    partitioned = folder / Path(latest.read_text(encoding="utf-8").strip()).name if latest.is_file() else folder
+    partitioned = folder / _pointed_name(latest) if latest.is_file() else folder
     if any(partitioned.glob("*_model_states.pt")):
         command = CONVERT_COMMAND.format(partitioned, partitioned)
         raise UserError(
@@ -64,8 +66,25 @@ def _universal_folder(folder: Path) -> Path | None:
     return None
 
 
+def _pointed_name(pointer: Path) -> str:
+    """The name of the folder in one of DeepSpeed's text files."""
+    text = read_bytes(pointer, MAX_POINTER_BYTES).decode("utf-8", "replace").strip()
+    if not text.isprintable():
+        raise UserError(f"{pointer}: holds no name of a folder; write it again")
+    return Path(text).name
+
+
 def _read_universal(folder: Path) -> tuple[int, TrainingState]:
-    """Step and training state of a universal checkpoint."""
+    """Step and training state of a universal checkpoint. Raises UserError if it is not made like one."""
+    try:
+        return _read_states(folder)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # The model states are nested values of DeepSpeed's, any of which may be of another type in a damaged file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: its model states are not those of DeepSpeed ({reason}); convert again") from error
+
+
+def _read_states(folder: Path) -> tuple[int, TrainingState]:
     # Any of the model_states files will do: counts, shapes and buffers are the same in all of them. The name after the
     # comma is that of ZeRO-1 and -2, for the error message if there is none.
     model_states = _mapping(next(iter(sorted(folder.glob("*_model_states.pt"))), folder / "mp_rank_00_model_states.pt"))

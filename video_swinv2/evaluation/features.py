@@ -29,7 +29,7 @@ from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
-from video_swinv2.report.scores import read_arrays, write_arrays
+from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
 from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.pretrained import RequestedSizes, open_model
@@ -134,6 +134,7 @@ def extract_features(
         "split": manifest.split,
         "samples": len(manifest.entries),
         "decode_seconds": overrides.time_limit_seconds,
+        "max_pixels": overrides.max_pixels,
     }
     require_agreement(world, record)
     text = json.dumps(record, sort_keys=True, allow_nan=False)
@@ -143,7 +144,7 @@ def extract_features(
     if world.rank == 0 and cached and cached.is_file():
         arrays = read_arrays(cached, "remove it")
         if str(arrays.get("record")) == text:
-            known = _from_arrays(arrays)
+            known = _from_arrays(arrays, cached)
     if (known := all_gather_objects(world, known)[0]) is not None:
         return known
     features = _compute_features(backbone, manifest, protocol, overrides, world)
@@ -164,6 +165,7 @@ def _compute_features(
         frame_order=overrides.frame_order,
         seed=overrides.seed,
         time_limit_seconds=overrides.time_limit_seconds,
+        max_pixels=overrides.max_pixels,
     )
     n = len(manifest.entries)
     model, bf16 = backbone.model.to(world.device), use_bf16(overrides.precision, world.device)
@@ -217,6 +219,10 @@ def _to_arrays(features: Features) -> dict[str, NDArray[Any]]:
     }
 
 
-def _from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Features:
+def _from_arrays(arrays: Mapping[str, NDArray[Any]], path: Path) -> Features:
+    types = {"names": ("U", 1), "labels": ("i", 1), "vectors": ("f", 2), "reasons": ("U", 1)}
+    require_arrays(arrays, types, str(path), "remove it")
+    if len({len(arrays[name]) for name in types}) > 1 or not np.isfinite(arrays["vectors"]).all():
+        raise UserError(f"{path}: its arrays differ in length or hold NaN; remove it")
     names, reasons = (tuple(arrays[key].tolist()) for key in ("names", "reasons"))
     return Features(names, arrays["labels"], arrays["vectors"], reasons)

@@ -29,13 +29,35 @@ from video_swinv2.evaluation.reading import Group, VideoRecord
 from video_swinv2.files import create_folder, name_unwritable
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistakes
-from video_swinv2.report.scores import NO_VIEW, VIEW_FIELDS, Scores, read_arrays, write_arrays
+from video_swinv2.report.scores import (
+    NO_VIEW,
+    VIEW_FIELDS,
+    ArrayType,
+    Scores,
+    read_arrays,
+    require_arrays,
+    write_arrays,
+)
 
 MAX_PARTS = 256
 """More parts would mean less work lost when a process is killed, but more files to sync and read in every test."""
 
 FOLDER = "shards"
 """The name of the folder in `out`. It is older than the word *part* and stays, so that interrupted tests can resume."""
+
+
+_ROWS = ("videos", "logits", "views", "stand_ins", "reasons")  # the arrays with a row for each video
+_ARRAYS: dict[str, ArrayType] = {
+    "videos": ("i", 1),
+    "logits": ("f", 3),
+    "views": ("i", 3),
+    "stand_ins": ("i", 1),
+    "reasons": ("U", 1),
+    "seconds": ("f", 1),
+    "strip_places": ("i", 2),
+    "strip_bytes": ("i", 1),
+    "strips": ("u", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -120,8 +142,7 @@ class PartFolder:
         """
         # The likely cause of a missing part: processes on several machines, each with its own local folder `out`.
         fix = "`out` must be a folder that all processes share; run the test again"
-        arrays = [read_arrays(self._path(part), fix) for part in range(self.count)]
-        return join_scored_videos([ScoredVideos(**part) for part in arrays], videos)
+        return join_scored_videos([_read_part(self._path(part), videos, fix) for part in range(self.count)], videos)
 
     def remove(self) -> None:
         """Delete all parts, once the results are written or if they are of no use."""
@@ -129,6 +150,20 @@ class PartFolder:
 
     def _path(self, part: int) -> Path:
         return self._folder / f"{part:05d}.npz"
+
+
+def _read_part(path: Path, videos: int, fix: str) -> ScoredVideos:
+    """One part of a test of `videos` videos. Raises UserError if its arrays do not fit together."""
+    arrays = read_arrays(path, fix)
+    require_arrays(arrays, _ARRAYS, str(path), fix)
+    rows, strips = len(arrays["videos"]), len(arrays["strip_bytes"])
+    found = {name: array.shape for name, array in arrays.items()}
+    fits = all(found[name][0] == rows for name in _ROWS) and found["seconds"] == (2,)
+    fits &= found["strip_places"] == (strips, 2) and int(arrays["strip_bytes"].sum()) == found["strips"][0]
+    positions = arrays["videos"]
+    if not fits or (rows and not (positions.min() >= 0 and positions.max() < videos)):
+        raise UserError(f"{path}: its arrays do not fit together; remove it and run the test again")
+    return ScoredVideos(**{name: arrays[name] for name in _ARRAYS})
 
 
 def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
@@ -150,12 +185,9 @@ def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
         )
     # The rows of videos are sorted; film strips carry their (video, view) with them and may stay in any order.
     order = np.argsort(videos)
-    one_row_per_video = ("videos", "logits", "views", "stand_ins", "reasons")
     back_to_back = ("strip_places", "strip_bytes", "strips")
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in one_row_per_video + back_to_back
-    }
-    joined |= {name: joined[name][order] for name in one_row_per_video}
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ROWS + back_to_back}
+    joined |= {name: joined[name][order] for name in _ROWS}
     return ScoredVideos(**joined, seconds=np.sum([part.seconds for part in parts], axis=0))
 
 

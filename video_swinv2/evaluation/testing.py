@@ -12,7 +12,6 @@ arguments, it computes just those.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
 from video_swinv2.progress import Progress
+from video_swinv2.records import read_json
 from video_swinv2.report.markdown import accuracy_line
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import surest_mistakes
@@ -170,8 +170,7 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
         # The key has kept its old name; *shards* are parts here.
         _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
         for protocol in plan.protocols:
-            text = (plan.folder(protocol) / "results.json").read_text(encoding="utf-8")
-            results[protocol.name] = json.loads(text)
+            results[protocol.name] = read_json(plan.folder(protocol) / "results.json")
     return gather_shares(world, results)[0]
 
 

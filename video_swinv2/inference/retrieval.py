@@ -26,7 +26,7 @@ from video_swinv2.evaluation.probe import TEMPERATURE
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.predictor import STREAM, find_sources, unreadable_reason
-from video_swinv2.report.scores import read_arrays, write_arrays
+from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,17 @@ def save_gallery(gallery: Gallery, path: Path) -> None:
 
 def load_gallery(path: Path) -> Gallery:
     """Read what `save_gallery` wrote. Raises UserError for any other file."""
-    arrays = read_arrays(path, "make it with `predict --features`")
-    try:
-        names, labels, reasons = (tuple(arrays[key].tolist()) for key in ("names", "labels", "reasons"))
-        return Gallery(names, labels, arrays["vectors"], reasons, str(arrays["record"]))
-    except KeyError as error:
-        raise UserError(f"{path}: holds no {error}; make it with `predict --features`") from error
+    fix = "make it with `predict --features`"
+    arrays = read_arrays(path, fix)
+    texts = {"names": ("U", 1), "labels": ("U", 1), "reasons": ("U", 1), "record": ("U", 0)}
+    require_arrays(arrays, texts | {"vectors": ("f", 2)}, str(path), fix)
+    names, labels, reasons = (tuple(arrays[key].tolist()) for key in ("names", "labels", "reasons"))
+    vectors = arrays["vectors"]
+    if {len(labels), len(reasons), len(vectors)} != {len(names)} or not np.isfinite(vectors).all():
+        raise UserError(f"{path}: its arrays differ in length or hold NaN; {fix}")
+    if all(reasons):
+        raise UserError(f"{path}: none of its {len(names)} files could be read; {fix}")
+    return Gallery(names, labels, vectors, reasons, str(arrays["record"]))
 
 
 def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
@@ -145,7 +150,7 @@ def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:
     """
     if k < 1:
         raise UsageError(f"--k {k}: must be at least 1")
-    if gallery.record != queries.record:
+    if gallery.record != queries.record or gallery.vectors.shape[1] != queries.vectors.shape[1]:
         raise UsageError(
             "the gallery was made with another model, other sizes or another protocol; make it again with the same ones"
         )

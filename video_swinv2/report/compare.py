@@ -23,7 +23,7 @@ from video_swinv2.report.markdown import accuracy_line, comparison_text, span
 from video_swinv2.report.metrics import ClassAccuracy, sources_of_scored
 from video_swinv2.report.page import as_json_data, views_series, write_content, write_report
 from video_swinv2.report.plots import Plot, Series, plot
-from video_swinv2.report.scores import load_scores, reorder_classes
+from video_swinv2.report.scores import load_test, reorder_classes
 from video_swinv2.report.training_run import TrainingRun, find_training_run, flatten, folder_of_model
 
 MAX_CLASSES = 20  # on the page; comparison.json lists all
@@ -181,10 +181,10 @@ def _read_tests(folders: Sequence[Path]) -> list[ComparedTest]:
         if names.count(name) > 1:
             raise UsageError(f"{name}: given twice; name each test once")
     # The first test sets the order of the classes. A comparison of tests with other classes is refused.
-    first = load_scores(folders[0] / "scores.npz")
+    first = load_test(folders[0] / "scores.npz")
     tests = []
     for letter, folder in zip(ascii_uppercase, folders, strict=False):
-        scores = load_scores(folder / "scores.npz")
+        scores = load_test(folder / "scores.npz")
         ordered = reorder_classes(scores, first.classes, str(folder / "scores.npz"))
         tests.append(
             ComparedTest(letter, str(folder), analyse(ordered), find_training_run(folder_of_model(scores.metadata)))

@@ -6,6 +6,7 @@ Letters: N videos, V views (clips outside, crops inside), K classes, P points of
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from video_swinv2.report.intervals import Interval, mean_statistic, share_interv
 
 RELIABILITY_BINS = 15  # as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
 MAX_VIEW_SUBSETS = 96  # of the whole views curve, which bounds its cost
+MAX_COMBINATIONS = 10_000  # that are listed: 15 of 30 clips can be chosen in 155 million ways
 _CHUNK_VIDEOS = 64  # averaged at a time, to bound the memory of (chunk, subsets, K) float64
 
 
@@ -115,10 +117,10 @@ def clips_and_crops(metadata: dict[str, Any], views: int) -> tuple[int, int]:
     clip: a clip protocol run on still images. Otherwise each view counts as a clip with one crop.
     """
     # Names of published protocols end in the numbers: "videoswin-4x3".
-    named = re.search(r"(\d+)x(\d+)$", str(metadata.get("protocol", "")))
+    named = re.search(r"(\d{1,6})x(\d{1,6})$", str(metadata.get("protocol", "")))
     clips, crops = (int(part) for part in named.groups()) if named else (views, 1)
-    recorded = metadata.get("protocol_numbers", {})
-    clips, crops = recorded.get("clips", clips), recorded.get("crops", crops)
+    recorded = metadata.get("protocol_numbers") or {}
+    clips, crops = recorded.get("clips") or clips, recorded.get("crops") or crops
     if clips * crops == views:
         return clips, crops
     return (1, views) if crops == views else (views, 1)
@@ -169,7 +171,7 @@ def _view_subsets(
     """
     # Every choice of clips is combined with every choice of crops. Subset i is the pair (i // number of crop choices,
     # i % number of crop choices), so that a sample can be drawn from the numbers without listing all pairs.
-    clips, crops = (list(itertools.combinations(range(n), k)) for n, k in zip(view_counts, point, strict=True))
+    clips, crops = (_combinations(n, k, seed) for n, k in zip(view_counts, point, strict=True))
     numbers = range(len(clips) * len(crops))
     drawn = numbers if len(numbers) <= max_subsets else sorted(random.Random(seed).sample(numbers, max_subsets))
     weights = np.zeros((len(drawn), *view_counts))  # (subsets, clips, crops)
@@ -177,6 +179,14 @@ def _view_subsets(
         # np.ix_ addresses the block of the chosen clips (rows) and crops (columns).
         row[np.ix_(clips[number // len(crops)], crops[number % len(crops)])] = 1 / (point[0] * point[1])
     return weights.reshape(len(drawn), -1)  # views are stored clips outside, crops inside
+
+
+def _combinations(n: int, k: int, seed: int) -> list[tuple[int, ...]]:
+    """The ways of choosing k of n; of more than MAX_COMBINATIONS, MAX_VIEW_SUBSETS that are drawn with `seed`."""
+    if math.comb(n, k) <= MAX_COMBINATIONS:
+        return list(itertools.combinations(range(n), k))
+    draw = random.Random(seed)
+    return [tuple(sorted(draw.sample(range(n), k))) for _ in range(MAX_VIEW_SUBSETS)]
 
 
 def class_order_hint(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from video_swinv2.report.metrics import ranking
-from video_swinv2.report.scores import Scores, read_arrays
+from video_swinv2.report.scores import AGAIN, Scores, read_arrays, require_arrays
 
 MAX_MISTAKES = 12
 STRIP_FRAMES = 8  # of a film strip, at most
@@ -95,10 +95,13 @@ def read_strips(path: Path) -> dict[int, str]:
     """The film strips in strips.npz as data URIs, by row in the scores; empty if there is no such file."""
     if not path.is_file():
         return {}
-    arrays = read_arrays(path, "run the test again")
+    arrays = read_arrays(path, AGAIN)
+    require_arrays(arrays, {"positions": ("i", 1)}, str(path), AGAIN)
+    positions = {f"jpeg_{row:03d}": int(position) for row, position in enumerate(arrays["positions"])}
+    require_arrays(arrays, dict.fromkeys(positions, ("u", 1)), str(path), AGAIN)
     return {
-        int(position): "data:image/jpeg;base64," + base64.b64encode(arrays[f"jpeg_{row:03d}"].tobytes()).decode()
-        for row, position in enumerate(arrays.get("positions", np.empty(0, np.int64)))
+        position: "data:image/jpeg;base64," + base64.b64encode(arrays[name].tobytes()).decode()
+        for name, position in positions.items()
     }
 
 

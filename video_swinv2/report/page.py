@@ -19,7 +19,7 @@ from video_swinv2.report.markdown import report_text
 from video_swinv2.report.metrics import ClassAccuracy
 from video_swinv2.report.mistakes import read_strips
 from video_swinv2.report.plots import Plot, Series, plot
-from video_swinv2.report.scores import Scores, load_scores
+from video_swinv2.report.scores import Scores, load_test
 from video_swinv2.report.training_run import (
     TrainingRun,
     find_training_run,
@@ -41,7 +41,7 @@ def write_report(out_dir: Path | str, run_folder: Path | None = None) -> dict[st
     missing or damaged or if a file cannot be written, and UsageError if `run_folder` holds no training run.
     """
     out = Path(out_dir)
-    analysis = analyse(load_scores(out / "scores.npz"))
+    analysis = analyse(load_test(out / "scores.npz"))
     model_folder = folder_of_model(analysis.scores.metadata)
     # A folder that the user named must hold a run; one that was only guessed need not.
     run = read_training_run(run_folder) if run_folder else find_training_run(model_folder)

@@ -10,22 +10,80 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from video_swinv2.archives import open_archive
 from video_swinv2.errors import UserError
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, name_unreadable
+from video_swinv2.records import Record, parse_json, parse_record
 
 OK = "ok"  # the values of the array `status`
 FAILED = "failed"
 VIEW_FIELDS = ("start", "top", "left", "height", "width")  # the columns of the array `views`
 NO_VIEW = -1  # in every column of `views` for a video that failed
-_ARRAYS = ("paths", "labels", "logits", "views", "status", "reasons", "classes", "metadata")
+AGAIN = "run the test again"
+MAX_VIEWS = 1000  # the curve over smaller numbers of views takes time and memory by the square of their number
+MAX_CLASSES = 2**13  # more need as many videos: the confusion matrix, classes x classes, is to be no surprise
+
+ArrayType = tuple[str, int]
+"""What an array of a file has to be: kinds of its dtype as NumPy names them (U text, i and u integers, f), and axes."""
+_ARRAYS: dict[str, ArrayType] = {
+    "paths": ("U", 1),
+    "labels": ("i", 1),
+    "logits": ("f", 3),
+    "views": ("i", 3),
+    "status": ("U", 1),
+    "reasons": ("U", 1),
+    "classes": ("U", 1),
+    "metadata": ("U", 0),
+}
+
+_Number = Annotated[int, Field(ge=0, le=10**9)]
+
+
+class _TestedModel(Record, extra="allow"):
+    path: str
+
+
+class _ProtocolNumbers(Record, extra="allow"):
+    clips: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
+    crops: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = None
+
+
+class TestedRecord(Record, extra="allow"):
+    """What a report needs of the metadata of scores. The defaults are for files of older versions."""
+
+    protocol: str
+    data: str
+    data_fingerprint: str
+    split: str
+    model: _TestedModel
+    views: _Number
+    frames: _Number | None
+    frame_stride: _Number | None
+    frame_order: str
+    image_size: Annotated[list[_Number], Field(min_length=2, max_length=2)]
+    average: Literal["prob", "logit"] = "prob"
+    seed: _Number = 0
+    unit: str = "videos"
+    origins: list[str] | None = None
+    lost_in_preparation: _Number = 0
+    videos_with_damaged_frames: _Number = 0
+    protocol_numbers: _ProtocolNumbers | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    decode_wait_share: float = 0.0
+    processes: _Number = 1
+    device: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,25 +142,38 @@ def save_scores(scores: Scores, path: Path) -> None:
 def load_scores(path: Path) -> Scores:
     """Read and check a score file. Raises UserError if it is missing, is not a score file, or is incomplete."""
     arrays = read_arrays(path, "run `video-swinv2 test` first")
-    missing = [name for name in _ARRAYS if name not in arrays]
-    if missing:
-        raise UserError(f"{path}: not a score file: it has no {', '.join(missing)}; run the test again")
-    try:
-        scores = Scores(
-            paths=tuple(arrays["paths"].tolist()),
-            labels=arrays["labels"],
-            logits=arrays["logits"],
-            views=arrays["views"],
-            reasons=tuple(arrays["reasons"].tolist()),
-            classes=tuple(arrays["classes"].tolist()),
-            metadata=json.loads(str(arrays["metadata"])),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a score file ({error}); run the test again") from error
+    require_arrays(arrays, _ARRAYS, f"{path}: not a score file", AGAIN)
+    metadata = parse_json(str(arrays["metadata"]), f"{path}: metadata", AGAIN)
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: metadata: not a JSON object; {AGAIN}")
+    scores = Scores(
+        paths=tuple(arrays["paths"].tolist()),
+        labels=arrays["labels"],
+        logits=arrays["logits"],
+        views=arrays["views"],
+        reasons=tuple(arrays["reasons"].tolist()),
+        classes=tuple(arrays["classes"].tolist()),
+        metadata=metadata,
+    )
     check_scores(scores, str(path))
     # `status` repeats what `reasons` imply, so a contradiction means that the file was changed or damaged.
     if arrays["status"].tolist() != np.where(scores.scored, OK, FAILED).tolist():
-        raise UserError(f"{path}: status and reasons contradict each other; run the test again")
+        raise UserError(f"{path}: status and reasons contradict each other; {AGAIN}")
+    return scores
+
+
+def load_test(path: Path) -> Scores:
+    """Read the scores of a test for a report. Raises UserError as `load_scores`, and for a record that lacks a key.
+
+    Also for more views or classes than a report is made for.
+    """
+    scores, where = load_scores(path), f"{path}: metadata"
+    record = parse_record(scores.metadata, TestedRecord, where, AGAIN)
+    videos, views, classes = scores.logits.shape
+    if record.origins is not None and len(record.origins) != videos:
+        raise UserError(f"{where}: origins: {len(record.origins)} names for {videos} videos; {AGAIN}")
+    if views > MAX_VIEWS or classes > max(MAX_CLASSES, videos):
+        raise UserError(f"{path}: {views} views and {classes} classes of {videos} videos are too many for a report")
     return scores
 
 
@@ -137,17 +208,58 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def read_arrays(path: Path, fix: str) -> dict[str, NDArray[Any]]:
-    """All arrays of an .npz file. Raises UserError, whose message ends in `fix`, if it is missing or damaged."""
+    """All arrays of an .npz file, which together are no larger than the file.
+
+    Raises UserError, whose message ends in `fix`, if it is missing, damaged, or would be larger once it is read.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {fix}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            # np.load returns the array itself for an .npy file.
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: not an .npz file; {fix}")
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {fix}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged or not an .npz file ({error}); {fix}") from error
+        with name_unreadable(path), open_archive(path) as archive:
+            return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+    except UserError:
+        raise
+    except Exception as error:  # in a damaged file, almost anything may fail
+        raise UserError(f"{path}: damaged or not an .npz file ({first_line(error)}); {fix}") from error
+
+
+def require_arrays(arrays: Mapping[str, NDArray[Any]], types: Mapping[str, ArrayType], where: str, fix: str) -> None:
+    """Raise UserError, beginning with `where`, unless all arrays in `types` are there and are of their types."""
+    missing = [name for name in types if name not in arrays]
+    if missing:
+        raise UserError(f"{where}: holds no {', '.join(missing)}; {fix}")
+    for name, (kinds, axes) in types.items():
+        array = arrays[name]
+        if array.dtype.kind not in kinds or array.ndim != axes:
+            raise UserError(f"{where}: {name} is {array.dtype} with {array.ndim} axes; {fix}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the text of an exception, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array of an archive. Raises ValueError unless its shape and type account for the bytes of its entry."""
+    with archive.open(name) as stream:
+        shape, dtype = _read_header(stream)
+        held = archive.getinfo(name).file_size - stream.tell()
+    # Objects would have to be unpickled, and elements without bytes may be of any number.
+    if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{name} declares {shape} {dtype}, but holds {held:,} bytes")
+    with archive.open(name) as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and the type at the beginning of an .npy file."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array in version {version} of the format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype
 
 
 def _fault(scores: Scores) -> str | None:
@@ -158,6 +270,8 @@ def _fault(scores: Scores) -> str | None:
     if scores.logits.ndim != 3 or scores.logits.dtype != np.float16 or scores.logits.shape[::2] != (n, n_classes):
         return f"logits are {scores.logits.shape} {scores.logits.dtype}, not ({n}, views, {n_classes}) float16"
     n_views = scores.logits.shape[1]
+    if n and not n_views * n_classes:
+        return f"{n_views} views and {n_classes} classes"
     if scores.views.shape != (n, n_views, len(VIEW_FIELDS)):
         return f"views are {scores.views.shape}, not ({n}, {n_views}, {len(VIEW_FIELDS)})"
     if scores.labels.shape != (n,) or len(scores.reasons) != n:

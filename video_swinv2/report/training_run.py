@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import json_text
+from video_swinv2.records import Record, parse_json, parse_record, read_bytes, read_json
 
+MAX_METRICS_BYTES = 2**29  # of metrics.jsonl: two million lines
 MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixels wide
 
 
@@ -41,22 +43,38 @@ class TrainingRun:
         return means[:, 0], means[:, 1]
 
 
+class _RunRecord(Record, extra="allow"):
+    """What a report needs of run.json, as far as it is recorded."""
+
+    hours: Annotated[float, Field(ge=0)] | None = None
+    device_hours: Annotated[float, Field(ge=0)] | None = None
+    processes: int | None = None
+    device: str | None = None
+    parameters: int | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
 def find_training_run(folder: Path) -> TrainingRun | None:
     """The training run in `folder`, or None if there is none or it cannot be read."""
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        texts = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+        return read_training_run(folder)
+    except UserError:
         return None
-    return TrainingRun(folder, record, tuple(_metric_lines(texts))) if isinstance(record, dict) else None
 
 
 def read_training_run(folder: Path) -> TrainingRun:
     """The training run in a folder that the user named. Raises UsageError if there is none that can be read."""
-    run = find_training_run(folder)
-    if run is None:
-        raise UsageError(f"{folder}: not a training run: no readable run.json and metrics.jsonl; name its run folder")
-    return run
+    try:
+        record = read_json(folder / "run.json")
+        known = parse_record(record, _RunRecord, str(folder / "run.json"))
+        text = read_bytes(folder / "metrics.jsonl", MAX_METRICS_BYTES).decode("utf-8", "replace")
+    except UserError as error:
+        raise UsageError(
+            f"{folder}: not a training run: no readable run.json and metrics.jsonl ({error}); name its run folder"
+        ) from error
+    # As in the file, without the keys that are null.
+    kept = {key: value for key, value in record.items() if value is not None or key not in type(known).model_fields}
+    return TrainingRun(folder, kept, tuple(_metric_lines(text.splitlines())))
 
 
 def folder_of_model(record: Mapping[str, Any]) -> Path:
@@ -78,8 +96,8 @@ def _metric_lines(texts: list[str]) -> Iterator[dict[str, Any]]:
     # The last line is incomplete if the run is writing it right now or was killed while it did. It is skipped.
     for text in texts:
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json(text, "metrics.jsonl")
+        except UserError:
             continue
         if isinstance(line, dict) and _is_finite_number(line.get("step")):
             yield line

@@ -10,7 +10,6 @@ also tested on the same frames shuffled in time.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from video_swinv2.errors import UserError
 from video_swinv2.files import create_folder, write_json
+from video_swinv2.records import read_json
 
 PROTOCOL = "videoswin-4x3"
 PROCESSES = 2  # DeepSpeed processes in fine-tuning
@@ -90,7 +90,7 @@ def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
     title = f"fine-tuning {trial.title}, {PROCESSES} DeepSpeed processes"
     _step(title, *launcher, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
     result: dict[str, Any] = {order: _test(folder, data, out / f"test-{trial.key}-{order}", order) for order in ORDERS}
-    return result | {"val_top1": json.loads((folder / "run.json").read_text(encoding="utf-8"))["best"]}
+    return result | {"val_top1": read_json(folder / "run.json")["best"]}
 
 
 def recipe(name: str) -> Path:
@@ -123,7 +123,7 @@ def _test(folder: Path, data: Path, out: Path, order: str) -> dict[str, Any]:
     settings = [f"data.frame_order={order}", "engine.device=cpu"]
     title = f"test of {folder.name}, {PROTOCOL}, frames {order}"
     _step(title, *_verb("test"), model, str(data), "--protocol", PROTOCOL, "--out", str(out), *settings)
-    result: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = read_json(out / "results.json")
     keys = ("top1", "top1_interval", "top5", "mean_class_accuracy", "videos")
     return {key: result[key] for key in keys}
 

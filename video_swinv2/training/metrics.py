@@ -17,8 +17,10 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from video_swinv2.data.datasets import Batch
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import atomic_write
+from video_swinv2.records import parse_json, read_bytes
+from video_swinv2.report.training_run import MAX_METRICS_BYTES
 
 
 class MetricLog:
@@ -34,9 +36,8 @@ class MetricLog:
             # The steps after the checkpoint are taken again, and so are their measurements. A run that starts from step
             # 0 also validates its initial weights again, so nothing is kept. If the process was killed while it wrote,
             # the last line lacks its closing brace and is dropped.
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [line for line in read_metrics(folder) if step and line["step"] <= step]
+            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         # TensorBoard hides the events that an interrupted run wrote for purge_step and later steps.
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._wandb: Any = open_wandb(wandb, folder) if wandb else None
@@ -73,8 +74,27 @@ class MetricLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run folder's metrics.jsonl, oldest first: `step` and the finite values measured then."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """All lines of a run folder's metrics.jsonl, oldest first: `step` and the finite values measured then.
+
+    The last line is left out if it is incomplete, because the process was killed while it wrote. Raises UserError,
+    naming the line, for any other fault.
+    """
+    path = folder / "metrics.jsonl"
+    lines = read_bytes(path, MAX_METRICS_BYTES).splitlines()
+    if lines and not lines[-1].endswith(b"}"):
+        lines.pop()
+    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(text: bytes, where: str) -> dict[str, float]:
+    fix = "remove the line"
+    values = parse_json(text, where, fix)
+    if not isinstance(values, dict) or "step" not in values:
+        raise UserError(f"{where}: no measurement of a step; {fix}")
+    wrong = next((key for key, value in values.items() if type(value) not in (int, float)), None)
+    if wrong is not None:
+        raise UserError(f"{where}: {wrong}: not a number; {fix}")
+    return values
 
 
 def check_wandb(project: str | None) -> None:

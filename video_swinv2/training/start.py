@@ -9,7 +9,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from video_swinv2.config import Config
 from video_swinv2.distributed.agreement import wait_for_file
@@ -21,6 +23,7 @@ from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, met
 from video_swinv2.errors import UserError
 from video_swinv2.escaping import for_terminal
 from video_swinv2.files import sha256
+from video_swinv2.records import Record, parse_record
 from video_swinv2.training.record import arithmetic, arithmetic_changes
 from video_swinv2.training.tasks.base import Task
 from video_swinv2.weights.formats import read_checkpoint
@@ -30,6 +33,32 @@ Ancestor = dict[str, object]
 OWN = "own checkpoint"
 Found = tuple[int, TrainingState, Any]
 """Step, tensors and run state of a checkpoint; the run state of a foreign one is None."""
+
+
+Counter = Annotated[int, Field(ge=0)]
+
+
+class _Faults(Record):
+    """The state of `Faults`. Checkpoints of older versions lack some of its keys."""
+
+    skipped: Counter = 0
+    skipped_in_row: Counter = 0
+    broken: list[str] = Field(default_factory=list)
+    broken_samples: Annotated[float, Field(ge=0)] = 0
+    slowest: tuple[float, str] = Field(default=(0.0, ""), strict=False)
+
+
+class _RunState(Record, extra="ignore"):
+    """The run's own part of a checkpoint. Those of the first version lack the keys with a default."""
+
+    best: float | None
+    best_step: Counter | None = None
+    seconds: Annotated[float, Field(ge=0)]
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+    cpb_norm: list[list[Annotated[int, Field(ge=1)]]]
+    arithmetic: dict[str, str] = Field(default_factory=dict)
+    faults: _Faults = Field(default_factory=_Faults)
 
 
 @dataclass(frozen=True)
@@ -81,13 +110,17 @@ def find_start(
         # validations: there is no identity to check, and the best validation is still to come.
         start = Start(step, tensors, {"init": config.resume}, best_step=step)
     else:
-        _check_identity(config.out if whose == OWN else str(config.resume), state["identity"], identity)
-        if changes := arithmetic_changes(state.get("arithmetic", {}), arithmetic(world)):
+        folder = config.out if whose == OWN else str(config.resume)
+        kept = parse_record(state, _RunState, f"{folder}: checkpoint of step {step}: state", "remove that checkpoint")
+        _check_identity(folder, kept.identity, identity)
+        if changes := arithmetic_changes(kept.arithmetic, arithmetic(world)):
             print_on_rank_zero(world, for_terminal(changes))
         # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
-        task.encoder.cpb_norm = state["cpb_norm"]
-        # Checkpoints of the first version do not contain `best_step` and `faults`.
-        best, best_step = state["best"], state.get("best_step", step)
+        try:
+            task.encoder.cpb_norm = [tuple(norm) for norm in kept.cpb_norm]
+        except ValueError as error:  # another number of stages or axes
+            raise UserError(f"{folder}: checkpoint of step {step}: state: {error}; remove that checkpoint") from error
+        best, best_step = kept.best, step if kept.best_step is None else kept.best_step
         if best is not None and not _has_best_weights(Path(config.out), world):
             lost = f"the best weights so far, of step {best_step}, are not in {config.out}"
             print_on_rank_zero(world, for_terminal(lost))
@@ -95,11 +128,12 @@ def find_start(
         start = Start(
             step,
             tensors,
-            state["provenance"],
+            kept.provenance,
             best=best,
             best_step=best_step,
-            seconds=state["seconds"],
-            faults=state.get("faults", {}),
+            seconds=kept.seconds,
+            # Without the keys that it lacks, for which `Faults` has defaults of its own.
+            faults=kept.faults.model_dump(exclude_unset=True),
         )
     print_on_rank_zero(world, for_terminal(f"weights: {whose}, step {step} of {steps}"))
     return start
@@ -197,6 +231,15 @@ def initialise(task: Task, config: Config, world: World) -> tuple[str, dict[str,
     }
 
 
+class _Provenance(Record, extra="ignore"):
+    """What a model file records about the files that it comes from."""
+
+    converted_from: str | None = None
+    sha256: dict[str, str] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    ancestors: list[dict[str, Any]] = Field(default_factory=list)
+
+
 def ancestors_of(file: str, digests: Mapping[str, str], provenance: Mapping[str, Any]) -> list[Ancestor]:
     """The chain of files that the weights of `file` come from, nearest first.
 
@@ -207,14 +250,14 @@ def ancestors_of(file: str, digests: Mapping[str, str], provenance: Mapping[str,
     checkpoints record nothing. A converted file names the file that it was converted from, which comes next.
     """
     # A conversion is an entry of its own. The original's digests and provenance are stored in the converted file.
-    converted = provenance.get("converted_from")
+    known = parse_record(provenance, _Provenance, f"{file}: provenance")
     this: Ancestor = {
         "file": file,
-        "task": "conversion" if converted else provenance.get("task"),
+        "task": "conversion" if known.converted_from else provenance.get("task"),
         "steps": provenance.get("step"),
         "data": provenance.get("data"),
         "sha256": next(iter(digests.values())) if len(digests) == 1 else dict(digests),
     }
-    if converted:
-        return [this, *ancestors_of(str(converted), provenance["sha256"], provenance["provenance"])]
-    return [this, *provenance.get("ancestors", ())]
+    if known.converted_from:
+        return [this, *ancestors_of(known.converted_from, known.sha256, known.provenance)]
+    return [this, *known.ancestors]
