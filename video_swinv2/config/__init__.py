@@ -1,21 +1,28 @@
 """The configuration of a run: one YAML file plus `key.sub=value` overrides, checked in full before anything starts.
 
-`schema` defines the sections, `engine` the one with the most rules, and `deepspeed_keys` what `engine.deepspeed` may
-contain. `loading` reads files and explains mistakes. Of this project, this package imports only `errors`.
+`schema` defines the sections, `engine` the one with the most rules, `deepspeed_keys` what `engine.deepspeed` may
+contain, and `bounds` the types of values. `loading` reads files, in the part of YAML that `plain_yaml` defines, and
+explains mistakes. Of this project, this package imports only `errors` and `files`.
 """
 
+from video_swinv2.config.bounds import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers
 from video_swinv2.config.engine import EngineConfig
-from video_swinv2.config.loading import apply_override, known_keys, load_config, plain_values, to_yaml, validate_config
+from video_swinv2.config.loading import (
+    apply_override,
+    invalid_value,
+    known_keys,
+    load_config,
+    plain_values,
+    to_yaml,
+    validate_config,
+)
 from video_swinv2.config.schema import (
-    STRICT,
     AugmentConfig,
     Config,
     DataConfig,
     MaskConfig,
     ModelConfig,
-    NotNegative,
     OptimConfig,
-    Positive,
     WeightedSource,
 )
 
@@ -27,11 +34,16 @@ __all__ = [
     "EngineConfig",
     "MaskConfig",
     "ModelConfig",
-    "NotNegative",
     "OptimConfig",
+    "Pixels",
     "Positive",
+    "Seconds",
+    "Seed",
+    "Size",
     "WeightedSource",
+    "Workers",
     "apply_override",
+    "invalid_value",
     "known_keys",
     "load_config",
     "plain_values",

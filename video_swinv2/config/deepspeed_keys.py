@@ -13,6 +13,7 @@ from typing import Any
 from video_swinv2.errors import UsageError
 
 ZERO = "zero_optimization"
+MAX_NUMBER = 10**15  # far more than the elements of any model
 
 # Keys that may be set and the types of their values. They tune speed and memory, and do not change what is learned.
 TUNABLE: dict[str, type] = {
@@ -81,7 +82,7 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
         kind = TUNABLE[key]
         if not _has_type(value, kind):
             wanted = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
-            raise UsageError(f"{shown}: {value!r} is not {wanted}; remove the key to use the default")
+            raise UsageError(f"{shown}: {str(value)[:200]!r} is not {wanted}; remove the key to use the default")
 
 
 def _has_type(value: Any, kind: type) -> bool:
@@ -89,8 +90,8 @@ def _has_type(value: Any, kind: type) -> bool:
     if kind is bool:
         return isinstance(value, bool)
     # In Python True is an int, but it is not a number here. In YAML 5.0e+8 is a float, but it counts as whole.
-    positive = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    return positive and (kind is float or float(value).is_integer())
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value <= MAX_NUMBER and (kind is float or float(value).is_integer())
 
 
 def _flatten(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from video_swinv2.config.bounds import STRICT, Seconds, Text
 from video_swinv2.config.deepspeed_keys import check_deepspeed_section
 from video_swinv2.errors import UsageError
 
 Offload = Literal["none", "cpu", "nvme"]
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class EngineConfig:
     """How steps are computed. Apart from rounding, nothing here changes what the model learns.
 
@@ -29,8 +30,8 @@ class EngineConfig:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of matrix products, through torch autocast. Weights, gradients and moments are always fp32. fp16 is
     for GPUs without bf16 and uses a loss scale."""
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is a GPU if PyTorch sees one, or else the CPU."""
     communication: Literal["fp32", "bf16"] = "fp32"
     """Type in which processes exchange gradients. bf16 halves the traffic but rounds the gradients."""
     offload_optimizer: Offload = "none"
@@ -38,14 +39,14 @@ class EngineConfig:
     AdamW runs on the CPU. Needs ZeRO 1, 2 or 3."""
     offload_parameters: Offload = "none"
     """Where ZeRO-3 keeps its partitions of the model's weights; requires `offload_optimizer` too."""
-    offload_folder: str | None = None
+    offload_folder: Text | None = None
     """Folder for what is offloaded to nvme, on a fast local disk of each machine. A run removes what earlier runs left
     there."""
     compile: bool = False
     """Apply torch.compile to each block; requires a C++ compiler on CPUs and Triton on GPUs."""
-    meeting_seconds: Annotated[float, Field(gt=0)] = 120.0
+    meeting_seconds: Seconds = 120.0
     """How long several processes may take to find each other at the start."""
-    silence_seconds: Annotated[float, Field(gt=0)] = 300.0
+    silence_seconds: Seconds = 300.0
     """The run ends if one of its processes does not answer for this long, because it was stopped or its machine hangs.
     After a minute the process is named."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from video_swinv2.config.engine import EngineConfig
+from video_swinv2.config.plain_yaml import MAX_BYTES, dump_yaml, parse_yaml
 from video_swinv2.config.schema import (
     SOURCE_TAGS,
     AugmentConfig,
@@ -22,6 +23,7 @@ from video_swinv2.config.schema import (
     OptimConfig,
 )
 from video_swinv2.errors import UsageError
+from video_swinv2.files import refuse_special_file
 
 # The keys of `Config` that are sections with keys of their own.
 SECTIONS: dict[str, type] = {
@@ -32,6 +34,8 @@ SECTIONS: dict[str, type] = {
     "mask": MaskConfig,
     "engine": EngineConfig,
 }
+MAX_PARTS = 8  # of a dotted key; no key has as many
+MAX_SHOWN = 200  # characters of an invalid value
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -40,12 +44,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises UsageError naming the first faulty key and, if it does not exist, the nearest key that does.
     """
     path = Path(path)
+    refuse_special_file(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path}: has more than {MAX_BYTES:,} bytes; give a configuration")
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except ValueError as error:  # also UnicodeDecodeError
+        raise UsageError(f"{path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: contains no keys; see configs/ for examples")
     for override in overrides:
@@ -62,15 +69,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"{override}: write an override as key.sub=value")
     # Descend to the dictionary that contains the last part, creating sections that the file does not have.
-    *parents, last = key.split(".")
+    *parents, last = key.split(".", maxsplit=MAX_PARTS)
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"{override}: {parent} is a value and has no keys below it")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{override}: the value is not valid YAML") from error
+        values[last] = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{key}: the value is not valid YAML ({error})") from error
 
 
 def validate_config(values: Mapping[str, Any], origin: str) -> Config:
@@ -95,7 +102,21 @@ def _explain(error: ValidationError) -> str:
     shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
     if first["type"] == "missing":
         return f"{shown} is missing; add it to the file or as {shown}=..."
-    return f"{shown}: invalid value {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return invalid_value(shown, first)
+
+
+def invalid_value(key: str, fault: ErrorDetails) -> str:
+    """One line for a value that pydantic has found to be invalid."""
+    # pydantic's messages begin with a capital letter, but this one follows a colon. To those of our own validators it
+    # adds the type of the exception.
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}: invalid value {_excerpt(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _excerpt(value: object) -> str:
+    """A value as it is written in Python, of which a long one is shown in part."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def known_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
@@ -113,4 +134,4 @@ def plain_values(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, with every default written out. `load_config` reads equal values back from it."""
-    return yaml.safe_dump(plain_values(config), sort_keys=False, default_flow_style=None)
+    return dump_yaml(plain_values(config))

@@ -9,18 +9,33 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from video_swinv2.config.bounds import (
+    STRICT,
+    Count,
+    Epochs,
+    Factor,
+    Fraction,
+    Fraction01,
+    Minutes,
+    Normaliser,
+    Pixels,
+    Positive,
+    PositiveFactor,
+    Ratios,
+    Seconds,
+    Seed,
+    Shares,
+    Size,
+    Text,
+    Workers,
+)
 from video_swinv2.config.engine import EngineConfig
 from video_swinv2.errors import UsageError
 
-STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
-
-Fraction01 = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Size = int | tuple[int, ...]  # one number for all axes, or one per axis: (H, W) or (T, H, W)
+MAX_WEIGHT = 10**9  # of a data source: sources may be weighted by their numbers of samples
 AttentionBackend = Literal["auto", "eager", "sdpa", "flex", "sequential"]  # same as models/attention.py (tested)
 
 
@@ -28,8 +43,8 @@ AttentionBackend = Literal["auto", "eager", "sdpa", "flex", "sequential"]  # sam
 class WeightedSource:
     """A data source and its weight in a mixture. It can be passed wherever a path is expected (`os.PathLike`)."""
 
-    path: str
-    weight: Annotated[float, Field(gt=0)]
+    path: Text
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)]
     """The source contributes weight / (sum of all weights) of the samples."""
 
     def __fspath__(self) -> str:
@@ -45,7 +60,7 @@ SOURCE_TAGS = ("a path", "a weighted path")
 # A string, or a mapping with path and weight. The discriminator chooses the branch by the type of the value, so that
 # errors are reported for that branch only.
 DataSource = Annotated[
-    Annotated[str, Tag(SOURCE_TAGS[0])] | Annotated[WeightedSource, Tag(SOURCE_TAGS[1])],
+    Annotated[Text, Tag(SOURCE_TAGS[0])] | Annotated[WeightedSource, Tag(SOURCE_TAGS[1])],
     # Index False (0) for a path, True (1) for a weighted one; WeightedSource occurs when a Config is built in Python.
     Discriminator(lambda value: SOURCE_TAGS[isinstance(value, (dict, WeightedSource))]),
 ]
@@ -61,15 +76,15 @@ DataSources = Annotated[
 class ModelConfig:
     """Arguments of `create_model`. Its frames and image_size come from `data`, and num_classes from the class list."""
 
-    name: str
+    name: Text
     patch_size: Size | None = None
     window: Size | None = None
-    cpb_norm: tuple[tuple[int, ...], ...] | None = None
+    cpb_norm: Normaliser | None = None
     """Log-CPB normaliser of each stage: the window size by which offsets are divided."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    head_dropout: Fraction01 = 0.0
+    drop_path: Fraction = 0.0
+    head_dropout: Fraction = 0.0
     attention: AttentionBackend = "auto"
-    checkpoint_blocks: Annotated[int, Field(ge=0)] = 0
+    checkpoint_blocks: Count = 0
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -82,20 +97,23 @@ class DataConfig:
     or, without weights, with every sample used once per epoch."""
     image_size: Size
     """Size of the model's input in pixels: an int or [H, W]."""
-    frames: Positive | None = None
+    frames: Pixels | None = None
     """Number of frames in a clip; omit it for an image model."""
-    frame_stride: Positive = 1
+    frame_stride: Pixels = 1
     """Distance between two frames of a clip, in frames of the video."""
-    train_split: str = "train"
-    val_split: str = "val"
-    frames_per_video: Positive = 1
+    train_split: Text = "train"
+    val_split: Text = "val"
+    frames_per_video: Pixels = 1
     """Number of samples that `pretrain` takes from each video per epoch, spread over the video and decoded together."""
-    short_side: Positive | None = None
+    short_side: Pixels | None = None
     """Pixels to which the short side of a video is scaled before the random crop; omit it to keep the video's size."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Workers = 2
     """Number of data loading processes per training process."""
-    decode_seconds: Annotated[float, Field(gt=0)] = 60.0
+    decode_seconds: Seconds = 60.0
     """A video that takes longer than this to decode counts as broken."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 2**26
+    """A video or image with larger pictures counts as broken. The default, 8192 x 8192, admits 8K video. For images
+    above 178,956,970 pixels, Pillow has a limit of its own."""
     max_broken: Fraction01 = 0.02
     """The run stops if more than this fraction of its samples was broken and had to be replaced."""
 
@@ -104,29 +122,29 @@ class DataConfig:
 class AugmentConfig:
     """Random augmentation of training samples. All frames of a clip are augmented in the same way."""
 
-    repeats: Positive = 1
+    repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """Number of samples that are made from each clip, which is decoded once and augmented independently for each of
     them (batch augmentation, Hoffer et al. 2020). Each counts as a sample in `optim.batch`, so an epoch has this many
     times more samples."""
-    crop_area: tuple[Fraction01, Fraction01] = (0.08, 1.0)
+    crop_area: Shares = (0.08, 1.0)
     """Smallest and largest area of the random crop, as fractions of the frame."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Ratios = (3 / 4, 4 / 3)
     """Smallest and largest ratio of width to height of the random crop."""
     flip: Fraction01 = 0.5
     """Probability of a horizontal flip. Use 0 if classes differ only in left and right."""
-    rand_augment: Annotated[int, Field(ge=0)] = 0
+    rand_augment: Annotated[int, Field(ge=0, le=100)] = 0
     """Number of RandAugment operations drawn per sample, each applied with probability 0.5; 0 disables RandAugment."""
     rand_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """Magnitude of the operations on a scale of 10, like the 9 in `m9` of published recipes (torchvision's scale ends
     at 30)."""
-    rand_noise: NotNegative = 0.5
+    rand_noise: Factor = 0.5
     """Standard deviation of the magnitude, which is drawn for each operation (`mstd0.5` in published recipes)."""
     erasing: Fraction01 = 0.0
     """Probability that a rectangle of 2 % to a third of the area is replaced by noise (random erasing)."""
-    mixup: NotNegative = 0.0
+    mixup: Factor = 0.0
     """Alpha of mixup's Beta distribution; 0 disables it. If CutMix is enabled too, each batch uses one of the two at
     random."""
-    cutmix: NotNegative = 0.0
+    cutmix: Factor = 0.0
     """Alpha of CutMix's Beta distribution; 0 disables it."""
 
 
@@ -140,7 +158,7 @@ class MaskConfig:
     """`block`: cells are limited in time as well. `tube`: one mask for all frames of a clip, whatever `unit` is."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Fraction of the cells that is masked."""
-    normalise_target: Annotated[int, Field(ge=0)] = 0
+    normalise_target: Annotated[int, Field(ge=0, le=1000)] = 0
     """Side in pixels of the sliding patch over which the target is normalised, an odd number (47 in the SwinV2
     recipes). 0 predicts pixels that are not normalised."""
 
@@ -158,8 +176,8 @@ class MaskConfig:
 class OptimConfig:
     """AdamW, the learning rate schedule, and the loss."""
 
-    epochs: Annotated[float, Field(gt=0)]
-    lr: Annotated[float, Field(gt=0)]
+    epochs: Epochs
+    lr: PositiveFactor
     """Peak learning rate. If `lr_batch` is set, it is meant for that batch size and is scaled to `batch`."""
     batch: Positive
     """Samples per optimizer step, over all processes."""
@@ -168,32 +186,32 @@ class OptimConfig:
     lr_batch: Positive | None = None
     """Enables the linear scaling rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by
     batch / lr_batch."""
-    warmup_epochs: NotNegative = 0.0
-    warmup_lr: NotNegative = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    warmup_lr: Factor = 0.0
     """Learning rate of the first step of the warm-up. With 0, that step changes no weight."""
-    min_lr: NotNegative = 0.0
+    min_lr: Factor = 0.0
     """Learning rate that a cosine schedule reaches after its last step, as in timm and torch (that of the last step
     itself is a little higher), and the lower bound of a multistep one."""
     schedule: Literal["cosine", "multistep"] = "cosine"
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[Epochs, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""
-    weight_decay: NotNegative = 0.05
+    weight_decay: Factor = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer, counted from the output to the input; 1 disables it."""
     backbone_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate of all parameters outside the head (0.1 in Video Swin's recipes)."""
-    frozen_stages: Annotated[int, Field(ge=0)] = 0
+    frozen_stages: Count = 0
     """Number of stages, counted from the input, that are frozen together with the patch embedding. Drop path is off in
     them."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    clip_norm: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Maximum global L2 norm of the gradients; omit it to disable clipping."""
-    label_smoothing: Fraction01 = 0.0
-    class_weights: Literal["balanced"] | tuple[NotNegative, ...] | None = None
+    label_smoothing: Fraction = 0.0
+    class_weights: Literal["balanced"] | tuple[Factor, ...] | None = None
     """Weights of the classes in the training loss, in class order. `balanced` gives each class the weight
     samples / (classes x samples of the class)."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Fraction = 0.0
     """Decay per step of an exponential moving average of the weights. If enabled, validation and the saved models use
     the average; 0 disables it."""
 
@@ -202,9 +220,9 @@ class OptimConfig:
 class Config:
     """The configuration of one run."""
 
-    out: str
+    out: Text
     """The run folder. The same command with the same folder resumes where the run stopped."""
-    init: str
+    init: Text
     """`scratch`, or the weights to start from. Weights of image models are inflated for clips."""
     model: ModelConfig
     data: DataConfig
@@ -212,30 +230,30 @@ class Config:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
-    init_cpb_norm: tuple[tuple[int, ...], ...] | None = None
+    init_cpb_norm: Normaliser | None = None
     """Log-CPB normaliser of each stage with which the `init` weights were trained, if they do not record it."""
-    init_time_noise: NotNegative = 0.0
+    init_time_noise: Factor = 0.0
     """Noise added to an inflated patch kernel, in units of the kernel's standard deviation and with zero sum over time.
     If classes are motions, a model trained without it is slow to learn to tell a clip from its reversal."""
-    resume: str | None = None
+    resume: Text | None = None
     """Folder of another run to continue from, used only if `out` has no checkpoint of its own."""
-    seed: int = 0
+    seed: Seed = 0
     log_every: Positive = 10
     """Number of steps between two lines of metrics.jsonl."""
-    val_epochs: Annotated[float, Field(gt=0)] = 1.0
+    val_epochs: Epochs = 1.0
     """Epochs between two validations. There is one more before the first step and one after the last."""
-    pictures_epochs: Annotated[float, Field(gt=0)] | None = None
+    pictures_epochs: Epochs | None = None
     """Epochs between two sets of SimMIM pictures, which are drawn at validations; by default at every validation."""
-    checkpoint_minutes: NotNegative = 10.0
+    checkpoint_minutes: Minutes = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    early_stop_epochs: Annotated[float, Field(gt=0)] | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
+    early_stop_epochs: Epochs | None = None
     """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
     last step."""
     max_skipped: Positive = 3
     """The run stops after this many consecutive steps with a non-finite loss or gradient. Such steps are skipped and
     their inputs are listed in `skipped.jsonl`."""
-    wandb: str | None = None
+    wandb: Text | None = None
     """Weights & Biases project to which the metrics are sent too; requires the package `wandb`."""
 
     def __post_init__(self) -> None:

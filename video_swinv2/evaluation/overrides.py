@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from video_swinv2.config import STRICT, NotNegative, Positive, apply_override
+from video_swinv2.config import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers, apply_override, invalid_value
+from video_swinv2.data.display import MAX_PIXELS
 from video_swinv2.distributed.session import SILENCE_SECONDS, distributed_session
 from video_swinv2.distributed.world import MEETING_SECONDS, World
 from video_swinv2.errors import UsageError
@@ -26,7 +27,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 FrameOrder = Literal["in-order", "shuffled", "reversed"]
 Device = Literal["auto", "cpu", "cuda"]
 # One number n stands for (n, n).
-ImageSize = Annotated[tuple[Positive, Positive], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+ImageSize = Annotated[tuple[Pixels, Pixels], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -35,11 +36,11 @@ class TestOverrides:
 
     __test__ = False  # pytest would collect a class called Test*
 
-    frames: Positive | None = None
+    frames: Pixels | None = None
     image_size: ImageSize | None = None
     """(H, W) in pixels, or one number for both."""
-    frame_stride: Positive | None = None
-    window: Positive | tuple[Positive, ...] | None = None
+    frame_stride: Pixels | None = None
+    window: Size | None = None
     """One number for every axis, (T, H, W), or (H, W) for an image model."""
     attention: Backend | None = None
     frame_order: FrameOrder = "in-order"
@@ -47,18 +48,20 @@ class TestOverrides:
     model relies on the true order."""
     batch_views: Positive = 12
     """Views per forward pass."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Workers | None = None
     """Reading processes per test process; the default is one per core, at most 8."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the shuffled frame order and of the report's bootstrap. A probe counts its own seeds."""
     device: Device = "auto"
     precision: Precision = "auto"
     """auto is bf16 on a GPU that computes in it, else fp32. A GPU that only emulates bf16 gets fp32 in either case."""
-    time_limit_seconds: NotNegative = 60.0
+    time_limit_seconds: Seconds = 60.0
     """A video that takes longer than this to open or to decode counts as failed."""
-    meeting_seconds: Annotated[float, Field(gt=0)] = MEETING_SECONDS
+    max_pixels: Positive = MAX_PIXELS
+    """A video or image with larger pictures counts as failed."""
+    meeting_seconds: Seconds = MEETING_SECONDS
     """How long several processes may take to find each other at the start."""
-    silence_seconds: Annotated[float, Field(gt=0)] = SILENCE_SECONDS
+    silence_seconds: Seconds = SILENCE_SECONDS
     """The test ends if one of its processes does not answer for this long."""
 
     def session(self, advice: str) -> AbstractContextManager[World]:
@@ -80,6 +83,7 @@ KEYS = {
     "data.frame_order": "frame_order",
     "data.workers": "workers",
     "data.decode_seconds": "time_limit_seconds",
+    "data.max_pixels": "max_pixels",
     "model.window": "window",
     "model.attention": "attention",
     "engine.device": "device",
@@ -109,11 +113,9 @@ def parse_overrides(texts: Sequence[str]) -> TestOverrides:
         return TypeAdapter(TestOverrides).validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        # pydantic reports the field, but the user knows the key. Its messages begin with a capital letter, which is
-        # lowered because the message follows a colon here.
+        # pydantic reports the field, but the user knows the key.
         name = next(key for key, field in KEYS.items() if field == fault["loc"][0])
-        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise UsageError(f"{name}: invalid value {fault['input']!r}: {message}") from error
+        raise UsageError(invalid_value(name, fault)) from error
 
 
 def override_preprocessing(preprocessing: Preprocessing, overrides: TestOverrides) -> Preprocessing:
