@@ -230,8 +230,10 @@ def read_text_lines(path: Path) -> list[str]:
     refuse_special_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # with "\r\n" and "\r" turned into "\n"
+        if "\0" in text:
+            raise ValueError("it contains a NUL character")
         return text.removesuffix("\n").split("\n") if text else []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); check the path and the encoding") from error
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from video_swinv2.data.index import FileIndex, IndexedEntries
-from video_swinv2.data.manifest import Manifest, label_indices
+from video_swinv2.data.manifest import Manifest, label_indices, numbered_classes
+from video_swinv2.data.rows import NUMBER
 from video_swinv2.data.trees import SPLITS, split_of
 from video_swinv2.errors import UsageError
 from video_swinv2.files import check_class_names, read_class_list
@@ -106,12 +107,12 @@ class ImageCollection:
         file = self.root / "classes.txt"
         listed = read_class_list(file) if file.is_file() else None
         known = listed or (None if classes is None else tuple(classes))
-        digits = all(name.isascii() and name.isdigit() for name in self.label_names)
+        digits = all(NUMBER.fullmatch(name) and name.isdigit() for name in self.label_names)
         # Class folders called 0, 1, 2, ... are numbers if there is a class list that does not contain any of them as a
         # name, and names otherwise.
         if digits and (self.labels_are_numbers or (known and not set(known) & set(self.label_names))):
             numbers = [int(name) for name in self.label_names]
-            own = known or tuple(str(number) for number in range(1 + max(numbers, default=-1)))
+            own = known or numbered_classes(max(numbers, default=-1), len(numbers), str(self.root))
             return (own if classes is None else tuple(classes)), own, numbers
         own = listed or self.label_names
         check_class_names(own, str(self.root))

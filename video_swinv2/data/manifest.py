@@ -192,10 +192,18 @@ def classes_of_source(
             f"{ids[largest]}: label {largest} is a number, but other labels are names, such as {names[0]!r}; list the "
             "classes in a classes.txt beside the data, one per line"
         )
-    if largest >= max(MAX_SPARSE_ID, IDS_PER_CLASS * len(ids)):
+    return numbered_classes(largest, len(ids), ids[largest])
+
+
+def numbered_classes(largest: int, count: int, where: str) -> tuple[str, ...]:
+    """The names "0", "1", ... of classes that are known by `count` different ids only, up to the `largest`.
+
+    Raises UsageError, beginning with `where`, if that is too large to be an id.
+    """
+    if largest >= max(MAX_SPARSE_ID, IDS_PER_CLASS * count):
         raise UsageError(
-            f"{ids[largest]}: label {largest} is too large for the id of a class, with {len(ids)} different ids in "
-            "all; ids count the classes from 0: correct it, or list the classes in a classes.txt beside the data"
+            f"{where}: label {largest} is too large for the id of a class, with {count} different ids in all; ids "
+            "count the classes from 0: correct it, or list the classes in a classes.txt beside the data"
         )
     return tuple(map(str, range(1 + largest)))
 

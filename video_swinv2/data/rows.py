@@ -16,6 +16,7 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -36,15 +37,14 @@ KINETICS_COLUMNS = frozenset({"youtube_id", "time_start", "time_end"})
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "blanks"}
 NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]*)?")
 _SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+MAX_LINE = 1 << 16  # characters; a path has at most 4,096 bytes
 # The three ways to tell where a path ends; the rest of the line is empty or begins with a separator. A path with a
 # suffix is taken as long as possible, since names such as `a.mp4 (copy).mp4` exist. Without a suffix, all numbers at
-# the end of the line belong to the rest.
-_PATHS = (
-    re.compile(r"""(?P<quote>["'])(?P<path>.+?)(?P=quote)(?P<rest>[ \t,;].*|)"""),
-    re.compile(rf"(?P<path>.*(?:{_SUFFIXES}))(?P<rest>[ \t,;].*|)", re.IGNORECASE),
-    re.compile(rf"(?P<path>.+?)(?P<rest>(?:[ \t,;]+{NUMBER.pattern})+)"),
-)
-_QUOTED_PATH, _PATH_WITH_SUFFIX, _PATH_BEFORE_NUMBERS = _PATHS
+# the end of the line belong to the rest. They are matched from the end of the reversed line: looking for their
+# beginning from the left takes quadratic time.
+_QUOTED_PATH = re.compile(r"""(?P<quote>["'])(?P<path>.+?)(?P=quote)(?P<rest>[ \t,;].*|)""")
+_PATH_WITH_SUFFIX = re.compile(rf"(?P<path>.*(?:{_SUFFIXES}))(?P<rest>[ \t,;].*|)", re.IGNORECASE)
+_NUMBERS_REVERSED = re.compile(r"(?:(?:[0-9]*\.)?[0-9]{1,18}[+-]?[ \t,;]+(?=.))*")
 _REST = re.compile(r" *(?P<separator>[,;\t]?)[ \t]*(?P<label>.*)")
 
 
@@ -130,13 +130,17 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         # "utf-8-sig" drops the byte order mark that Excel writes.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _without_comments(file)
+            yield from _without_comments(file, path)
     except (OSError, UnicodeDecodeError) as fault:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({fault}); check the path and the encoding") from fault
 
 
-def _without_comments(file: TextIO) -> Iterator[str]:
-    for line in file:
+def _without_comments(file: TextIO, path: Path) -> Iterator[str]:
+    lines = iter(partial(file.readline, MAX_LINE + 1), "")
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE or "\0" in line:
+            what = "a NUL character" if "\0" in line else f"more than {MAX_LINE} characters"
+            raise UsageError(f"{path}, line {number}: {what}; give a list of paths")
         yield "\n" if line.lstrip().startswith("#") else line
 
 
@@ -168,18 +172,20 @@ def _rows_below(header: Header, path: Path, columns: tuple[str, ...]) -> Iterato
 
 def _path_and_label(line: str, where: str) -> tuple[str, str]:
     """The path and the label ('' for none) of a line of a list without a header."""
-    match = next((match for form in _PATHS if (match := form.fullmatch(line))), None)
-    if match is None and re.search(r"[ \t,;]", line):
-        raise UsageError(
-            f"{where}: cannot tell the path from the label in {line!r}; a line is `path label` with a path that is "
-            "quoted or ends in a suffix such as .mp4, or the list begins with a header such as `path,label`"
-        )
-    if match is None:
-        return line, ""
-    path = match["path"].strip()
-    if match.re is _QUOTED_PATH:
-        path = path.replace(match["quote"] * 2, match["quote"])  # CSV writes a quote within quotes twice
-    return path, _label(match["rest"], path, where)
+    if match := _QUOTED_PATH.fullmatch(line):
+        # CSV writes a quote within quotes twice.
+        path, rest = match["path"].strip().replace(match["quote"] * 2, match["quote"]), match["rest"]
+    elif match := _PATH_WITH_SUFFIX.fullmatch(line):
+        path, rest = match["path"].strip(), match["rest"]
+    else:
+        end = len(line) - len(_NUMBERS_REVERSED.match(line[::-1])[0])  # type: ignore[index]  # it matches '' too
+        path, rest = line[:end], line[end:]
+        if not rest and re.search(r"[ \t,;]", line):
+            raise UsageError(
+                f"{where}: cannot tell the path from the label in {line[:500]!r}; a line is `path label` with a path "
+                "that is quoted or ends in a suffix such as .mp4, or the list begins with a header such as `path,label`"
+            )
+    return path, _label(rest, path, where)
 
 
 def _label(rest: str, path: str, where: str) -> str:
