@@ -23,7 +23,6 @@ checked against it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -32,22 +31,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_prep import cvdf
 from data_prep.cvdf import Archive
 from data_prep.fetch import AbsentError, DiskError, StopError, as_disk_error, fetch_file, is_url
+from data_prep.ledger import LEDGER_NAME, DownloadLedger
 from data_prep.unpack import DamagedError, archive_fault, same_content, unpack
 from video_swinv2.data.lists import SPLITS
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import create_folder, lock_file, sync_to_disk, write_json
+from video_swinv2.escaping import for_terminal
+from video_swinv2.files import create_folder, lock_file, sync_to_disk
 from video_swinv2.progress import Progress
 
-LEDGER_NAME = "archives.json"
 LOCK_NAME = ".download.lock"
 EXTRACTION_PREFIX = ".unpacked-"
 SUMS_NAME = "SHA256SUMS"
+MAX_LIST_BYTES = 200 * 10**6  # of a list or SHA256SUMS, which are read into memory; a million lines have about 60 MB
 
 
 @dataclass(frozen=True)
@@ -56,57 +56,6 @@ class DownloadReport:
 
     lines: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-class DownloadLedger:
-    """archives.json: size and hash of every fetched file, and what was extracted from it. Thread-safe.
-
-    The JSON object has three keys. `dataset` is the version of Kinetics. `files` maps the path of a file below the
-    download folder to its entry. `replaced` maps a split to the videos that the replacement archive has replaced.
-
-    Raises UsageError if the folder holds another version of Kinetics, UserError if the ledger cannot be read.
-    """
-
-    def __init__(self, folder: Path, dataset: str) -> None:
-        self._path = folder / LEDGER_NAME
-        self._lock = threading.Lock()
-        self._content: dict[str, Any] = {"dataset": dataset, "files": {}, "replaced": {}}
-        if self._path.exists():
-            try:
-                self._content |= json.loads(self._path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{self._path}: cannot be read as JSON ({error}); restore or remove it") from error
-        if self._content["dataset"] != dataset:
-            problem = f"contains {self._content['dataset']}; give {dataset} a folder of its own"
-            raise UsageError(f"{folder}: {problem}, since `prepare` finds videos by name")
-
-    def entry(self, key: str) -> dict[str, Any]:
-        """A copy of the entry of a file, given its path below the download folder; empty if there is none."""
-        with self._lock:
-            return dict(self._content["files"].get(key, {}))
-
-    def update(self, key: str, **facts: object) -> None:
-        """Add facts to the entry of a file. They are on disk when the call returns."""
-        with self._lock:
-            self._content["files"].setdefault(key, {}).update(facts)
-            write_json(self._path, self._content)
-
-    def forget(self, key: str) -> None:
-        """Remove the entry of a file that turned out to be bad, so that its replacement may have another hash."""
-        with self._lock:
-            self._content["files"].pop(key, None)
-            write_json(self._path, self._content)
-
-    def replaced(self, split: str) -> list[str] | None:
-        """The videos of the split that were replaced; None if the replacements of the split are still to be made."""
-        names: list[str] | None = self._content["replaced"].get(split)
-        return names
-
-    def record_replaced(self, split: str, names: Sequence[str]) -> None:
-        """Record which videos of a split were replaced, so that later runs do not replace them again."""
-        with self._lock:
-            self._content["replaced"][split] = list(names)
-            write_json(self._path, self._content)
 
 
 def download(
@@ -184,12 +133,12 @@ class _Download:
     def _listed(self, split: str) -> list[Archive]:
         """Fetch the annotations and the list of archives of a split, and write SPLIT.csv. Returns the archives."""
         name, folder = self.dataset.annotations[split], self.dataset.folder
-        self._fetch(f"{folder}/annotations/{name}", f"archives/annotations/{name}", cvdf.text_fault)
+        self._fetch(f"{folder}/annotations/{name}", f"archives/annotations/{name}", cvdf.text_fault, MAX_LIST_BYTES)
         with as_disk_error(self.to):
             note = cvdf.write_list(self.to / "archives/annotations" / name, self._list(split), split)
         self.notes += [note] if note else []
         name = f"{self.dataset.prefix}_{split}_path.txt"
-        self._fetch(f"{folder}/{split}/{name}", f"archives/{split}/{name}", cvdf.text_fault)
+        self._fetch(f"{folder}/{split}/{name}", f"archives/{split}/{name}", cvdf.text_fault, MAX_LIST_BYTES)
         archives = cvdf.read_part_list(self.to / "archives" / split / name, split, f"{folder}/{split}")
         for archive in archives:
             # Fills self.sums before the threads start, so that they only read it and never fetch the same file twice.
@@ -247,7 +196,7 @@ class _Download:
             raise
         except UserError as error:
             self.failures[key] = str(error)
-            print(error, file=sys.stderr, flush=True)
+            print(for_terminal(error), file=sys.stderr, flush=True)
 
     def _one(self, archive: Archive) -> None:
         """Fetch an archive, extract it, and move its videos into the folder of the split. Runs in a worker thread."""
@@ -319,10 +268,10 @@ class _Download:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _fetch(self, path: str, key: str, find_fault: Callable[[Path], str]) -> None:
+    def _fetch(self, path: str, key: str, find_fault: Callable[[Path], str], max_bytes: int | None = None) -> None:
         """Fetch one file of the source, or check the one that is already there, and record its size and hashes.
 
-        `path` is relative to the source, `key` to the download folder.
+        `path` is relative to the source, `key` to the download folder. The rest is as in `fetch_file`.
         """
         known, name = self.ledger.entry(key), Path(key).name
         # What this folder received before is the stricter reference: the files of a mirror may change.
@@ -333,6 +282,7 @@ class _Download:
             target,
             find_fault=find_fault,
             sha256=expected,
+            max_bytes=max_bytes,
             stop=self.stop,
             on_bytes=self._count_bytes,
         )
@@ -348,7 +298,13 @@ class _Download:
         if folder not in self.sums:
             target = (self.to / key).with_name(SUMS_NAME)
             try:
-                fetch_file(self._address(f"{folder}/{SUMS_NAME}"), target, find_fault=cvdf.text_fault, stop=self.stop)
+                fetch_file(
+                    self._address(f"{folder}/{SUMS_NAME}"),
+                    target,
+                    find_fault=cvdf.text_fault,
+                    max_bytes=MAX_LIST_BYTES,
+                    stop=self.stop,
+                )
                 self.sums[folder] = cvdf.read_sums(target)
             except AbsentError:
                 self.sums[folder] = {}
@@ -367,9 +323,12 @@ class _Download:
         entries = [self.ledger.entry(archive.key) for archive in archives if archive.split == split]
         if not self.extract:
             return f"{split}: {len(entries)} archives, {sum(entry['size'] for entry in entries) / 1e9:.2f} GB"
-        clips, empty, other = (sum(entry[key] for entry in entries) for key in ("clips", "empty", "other"))
+        clips, empty, other = (sum(entry.get(key, 0) for entry in entries) for key in ("clips", "empty", "other"))
         text = f"{split}: {len(entries)} archives, {clips} videos, {empty} of them empty"
-        replaced, conflicts = self.ledger.replaced(split), [name for entry in entries for name in entry["conflicts"]]
+        replaced, conflicts = (
+            self.ledger.replaced(split),
+            [name for entry in entries for name in entry.get("conflicts", ())],
+        )
         text += f", {len(replaced)} replaced" if replaced is not None else ""
         text += f", {other} other files ignored" if other else ""
         return text + (

@@ -17,28 +17,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 import urllib3
+from pydantic import Field
 
+from data_prep.receive import BLOCK, StopError, TransientError, as_text, is_url, receive
 from video_swinv2.errors import UserError
-from video_swinv2.files import commit_file, partial_path, write_json
+from video_swinv2.escaping import for_terminal
+from video_swinv2.files import commit_file, partial_path, refuse_special_file, write_json
+from video_swinv2.records import Record, read_record
 
-CONNECT_SECONDS = 10.0
-READ_SECONDS = 30.0  # without receiving a byte; also the longest that Ctrl-C may have to wait
 MAX_ATTEMPTS = 8  # in a row without progress; the pauses between them add up to about two minutes
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 60.0
 PROGRESS_BYTES = 1 << 20  # an attempt that adds less than this made no progress
-BLOCK = 1 << 16  # bytes read at a time; at most this much is lost when a connection is reset
+RESERVE_BYTES = 1 << 30  # what a file of unknown size must leave free on the disk
+MAX_DIGITS = 19  # of a number in a header; no file has more bytes, and Python refuses to convert thousands
+# A header that can be stored, and sent back as it is: printable ASCII that does not begin with a space, or nothing.
+PLAIN_HEADER = "^([!-~][ -~]{0,254})?$"
 # Timeout, too early, too many requests, and the errors of an overloaded or restarting server.
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -49,18 +53,6 @@ class AbsentError(UserError):
 
 class DiskError(UserError):
     """The disk cannot be written, so every other file would fail as well."""
-
-
-class StopError(Exception):
-    """The caller has asked for the work to stop, by setting `stop`."""
-
-
-class _TransientError(Exception):
-    """A failure that may not happen again; `wait_seconds` is how long the server asks us to wait, 0 if it does not."""
-
-    def __init__(self, text: str, wait_seconds: float = 0.0) -> None:
-        super().__init__(text)
-        self.wait_seconds = wait_seconds
 
 
 @dataclass(frozen=True)
@@ -77,18 +69,17 @@ class FetchedFile:
     last_modified: str = ""
 
 
-@dataclass(frozen=True)
-class _RemoteFile:
+class _RemoteFile(Record):
     """What the server reports about the complete file; stored as a note beside the partial file.
 
     `size` is in bytes, None if the server did not announce it. The strings are '' if unknown.
     """
 
     address: str
-    size: int | None
-    etag: str
-    last_modified: str
-    md5: str
+    size: int | None = Field(ge=0)
+    etag: str = Field(pattern=PLAIN_HEADER)
+    last_modified: str = Field(pattern=PLAIN_HEADER)
+    md5: str = Field(pattern="^([0-9a-f]{32})?$")
 
     def validator(self) -> str:
         """The value for the header If-Range: the ETag if it is strong, otherwise the date of the last modification.
@@ -105,27 +96,29 @@ def fetch_file(
     *,
     find_fault: Callable[[Path], str],
     sha256: str = "",
+    max_bytes: int | None = None,
     stop: threading.Event | None = None,
     on_bytes: Callable[[int], None] = lambda size: None,
 ) -> FetchedFile:
     """Fetch the file at `address`, a URL or a path, to `target`. If the target exists, it is only checked.
 
     `find_fault` inspects the complete file before it is renamed to `target`, and returns what is wrong with it, or ''.
-    `sha256`, if given, must match. `on_bytes` is called with the size of every block received. Setting `stop` ends the
-    call with StopError, and the next call resumes a download.
+    `sha256`, if given, must match. `max_bytes`, if given, limits the size of what is downloaded; otherwise a file whose
+    size the server does not announce may fill the disk up to the last RESERVE_BYTES. `on_bytes` is called with the size
+    of every block received. Setting `stop` ends the call with StopError, and the next call resumes a download.
 
     Raises AbsentError if the source does not have the file; DiskError, naming the target, if it cannot be written;
     otherwise UserError, naming the address, or the target if that already exists but is wrong.
     """
     stop = stop or threading.Event()
-    partial, remote = partial_path(target), _RemoteFile(address, None, "", "", "")
+    partial, remote = partial_path(target), _unknown(address)
     with as_disk_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # An existing target takes the place of the partial file, so that it goes through the same checks below.
         if target.is_file():
             partial = target
         elif is_url(address):
-            remote = _download(address, partial, stop, on_bytes)
+            remote = _download(address, partial, max_bytes, stop, on_bytes)
         else:
             _copy(Path(address), partial, stop, on_bytes)
         # Hashed from the disk rather than while receiving: a resumed file has parts that this process never received.
@@ -143,11 +136,6 @@ def fetch_file(
             commit_file(partial, target)
             _note_path(partial).unlink(missing_ok=True)
         return FetchedFile(address, target.stat().st_size, hashes[0], remote.etag, remote.last_modified)
-
-
-def is_url(address: str) -> bool:
-    """Whether an address is an HTTP or HTTPS URL rather than a path."""
-    return address.startswith(("http://", "https://"))
 
 
 @contextlib.contextmanager
@@ -170,7 +158,9 @@ def require_free_space(folder: Path, size: int) -> None:
         raise DiskError(f"{folder}: {problem}; free disk space, then run again")
 
 
-def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
+def _download(
+    address: str, partial: Path, max_bytes: int | None, stop: threading.Event, on_bytes: Callable[[int], None]
+) -> _RemoteFile:
     """Repeat attempts, with growing pauses, until the partial file is complete.
 
     Raises UserError after MAX_ATTEMPTS in a row without progress, and StopError.
@@ -178,8 +168,8 @@ def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Call
     retries, most = _new_retries(), 0  # `most`: bytes on disk after the best attempt so far
     while True:
         try:
-            return _attempt(address, partial, stop, on_bytes)
-        except _TransientError as error:
+            return _attempt(address, partial, max_bytes, stop, on_bytes)
+        except TransientError as error:
             # Progress is measured against the best attempt, not the last one: a server that cannot resume sends the
             # same first bytes every time, which is no progress.
             size = _size(partial)
@@ -194,7 +184,7 @@ def _download(address: str, partial: Path, stop: threading.Event, on_bytes: Call
                     f"{address}: {error}; gave up after {MAX_ATTEMPTS} attempts without progress, run again to resume"
                 ) from error
             pause = max(retries.get_backoff_time(), min(error.wait_seconds, MAX_PAUSE_SECONDS))
-            print(f"{address}: {error}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+            print(for_terminal(f"{address}: {error}; trying again in {pause:.0f} s"), file=sys.stderr, flush=True)
             if stop.wait(pause):  # rather than Retry.sleep, which another thread cannot interrupt
                 raise StopError from error
 
@@ -213,10 +203,12 @@ def _new_retries() -> urllib3.Retry:
     )
 
 
-def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> _RemoteFile:
+def _attempt(
+    address: str, partial: Path, max_bytes: int | None, stop: threading.Event, on_bytes: Callable[[int], None]
+) -> _RemoteFile:
     """Request the bytes that the partial file still lacks, and append them. Returns what is known of the whole file.
 
-    Raises _TransientError if another attempt may succeed; AbsentError, DiskError, UserError, StopError.
+    Raises TransientError if another attempt may succeed; AbsentError, DiskError, UserError, StopError.
     """
     remote = _read_note(partial, address)
     # Without a validator there is no way to tell whether the bytes on disk belong to the server's current file.
@@ -228,30 +220,43 @@ def _attempt(address: str, partial: Path, stop: threading.Event, on_bytes: Calla
     headers = {"Accept-Encoding": "identity"}
     if remote and have:
         headers |= {"Range": f"bytes={have}-", "If-Range": remote.validator()}
-    with _request(address, headers) as response:
+    with receive(address, headers, stop) as (response, blocks):
         offset, remote = _interpret(response, address, remote, have, partial)
+        # What a server announces it must not exceed, nor a file of unknown size what was asked for at most.
+        limit = max_bytes if remote.size is None else remote.size
+        if max_bytes is not None and limit is not None and limit > max_bytes:
+            raise UserError(f"{address}: has {limit} bytes, above the limit of {max_bytes}; try another source")
         if remote.size is not None:
             require_free_space(partial.parent, remote.size - offset)
         if not offset:
             # The whole file is coming, so the old bytes and their note are deleted before the new note is written. In
             # this order, a run killed in between never leaves bytes beside a note that describes another file.
             _discard(partial)
-            write_json(_note_path(partial), asdict(remote))
+            write_json(_note_path(partial), remote.model_dump())
         with partial.open("ab" if offset else "wb") as file:
             written = offset
-            for block in _blocks(response):
-                if stop.is_set():
-                    raise StopError
+            for block in blocks:
                 written += len(block)
-                if remote.size is not None and written > remote.size:
+                if limit is not None and written > limit:
                     _discard(partial)
-                    raise UserError(f"{address}: sent more than the {remote.size} bytes announced; try another source")
+                    words = "announced" if limit == remote.size else "allowed"
+                    raise UserError(f"{address}: sent more than the {limit} bytes {words}; try another source")
+                if limit is None:
+                    _require_reserve(address, partial)
                 file.write(block)
                 on_bytes(len(block))
     # A connection that closes early looks like the regular end of the body, so the count has to be compared.
     if remote.size is not None and written < remote.size:
-        raise _TransientError(f"the connection ended after {written} of {remote.size} bytes")
+        raise TransientError(f"the connection ended after {written} of {remote.size} bytes")
     return remote
+
+
+def _require_reserve(address: str, partial: Path) -> None:
+    """Raise DiskError, and delete the partial file, if a file of unknown size has taken all but RESERVE_BYTES."""
+    if shutil.disk_usage(partial.parent).free < RESERVE_BYTES:
+        _discard(partial)
+        problem = f"{address}, whose size is not announced, has left less than {RESERVE_BYTES / 1e9:.1f} GB free"
+        raise DiskError(f"{partial.parent}: {problem}; free disk space or try another source")
 
 
 def _interpret(
@@ -259,7 +264,7 @@ def _interpret(
 ) -> tuple[int, _RemoteFile]:
     """The offset in the file at which the body begins (0 or `have`), and what is known of the whole file.
 
-    `known` is the note of the partial file, which has `have` usable bytes. Raises _TransientError, AbsentError.
+    `known` is the note of the partial file, which has `have` usable bytes. Raises TransientError, AbsentError.
     """
     status = response.status_code
     # 200: the body is the whole file. Either that was requested, or the file has changed, or the server cannot resume.
@@ -269,61 +274,43 @@ def _interpret(
     # our offset and neither the ETag nor the size shows a change. Content-Range is `bytes FIRST-LAST/SIZE`, with `*`
     # for an unknown size.
     if status == 206 and known is not None and have:
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        span = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", response.headers.get("Content-Range", ""))
         size = (_to_int(span[2]) if span else None) or known.size
-        same_file = response.headers.get("ETag", known.etag) == known.etag and known.size in (None, size)
-        if span and int(span[1]) == have and same_file:
-            return have, replace(known, size=size)
+        same_file = _plain(response.headers.get("ETag", known.etag)) == known.etag and known.size in (None, size)
+        if span and _to_int(span[1]) == have and same_file:
+            return have, known.model_copy(update={"size": size})
     if status in (206, 416):
         # The range is of another file or begins elsewhere, or (416) the file now ends before our offset: start over.
         _discard(partial)
-        raise _TransientError(f"the server's reply ({status}) does not fit the bytes fetched before")
-    reason = f"the server answered {status} {response.reason or ''}".strip()
+        raise TransientError(f"the server's reply ({status}) does not fit the bytes fetched before")
+    reason = f"the server answered {status} {as_text(response.reason or '')}".strip()
     # Retry-After may also be a date; it is then ignored, and the usual pause applies.
     if status in TRANSIENT_STATUS:
-        raise _TransientError(reason, _to_int(response.headers.get("Retry-After")) or 0)
+        raise TransientError(reason, _to_int(response.headers.get("Retry-After")) or 0)
     raise AbsentError(f"{address}: {reason}; check the source and the name")
 
 
 def _remote_file(response: requests.Response, address: str, size: int | None) -> _RemoteFile:
     """What the headers of a response with status 200 say of the file."""
     headers = response.headers
-    etag = headers.get("ETag", "")
+    etag = _plain(headers.get("ETag", ""))
     # On S3 the ETag is the MD5 of the content, with two exceptions: files uploaded in several parts (the ETag then
     # contains a dash, which the pattern does not match) and files encrypted with KMS. On other servers the ETag may be
     # anything, so the header x-amz-request-id has to show that this is S3.
     is_md5 = "x-amz-request-id" in headers and "kms" not in headers.get("x-amz-server-side-encryption", "")
     md5 = re.fullmatch(r'"([0-9a-f]{32})"', etag) if is_md5 else None
-    return _RemoteFile(address, size, etag, headers.get("Last-Modified", ""), md5[1] if md5 else "")
+    modified = _plain(headers.get("Last-Modified", ""))
+    return _RemoteFile(address=address, size=size, etag=etag, last_modified=modified, md5=md5[1] if md5 else "")
 
 
-@contextlib.contextmanager
-def _request(address: str, headers: dict[str, str]) -> Iterator[requests.Response]:
-    """Yield the response to a GET request, whose body has not been read yet. Raises _TransientError, UserError."""
-    try:
-        response = requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
-    except (requests.ConnectionError, requests.Timeout) as error:
-        raise _TransientError(_innermost_message(error)) from error
-    except requests.RequestException as error:
-        raise UserError(f"{address}: {_innermost_message(error)}; check the source") from error
-    with response:
-        yield response
+def _unknown(address: str) -> _RemoteFile:
+    """A file that is not downloaded, so that no server reports anything about it."""
+    return _RemoteFile(address=address, size=None, etag="", last_modified="", md5="")
 
 
-def _blocks(response: requests.Response) -> Iterator[bytes]:
-    """The body in blocks, exactly as sent. Raises _TransientError if the connection fails.
-
-    `response.iter_content` would decode a Content-Encoding. If S3 labels a .tar.gz as gzip-encoded, it would return the
-    uncompressed tar, with other offsets and another hash.
-    """
-    while True:
-        try:
-            block = response.raw.read(BLOCK, decode_content=False)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _TransientError(_innermost_message(error)) from error
-        if not block:
-            return
-        yield block
+def _plain(header: str) -> str:
+    """The value of a header if it is as in PLAIN_HEADER, otherwise ''."""
+    return header if re.fullmatch(PLAIN_HEADER, header) else ""
 
 
 def _copy(source: Path, partial: Path, stop: threading.Event, on_bytes: Callable[[int], None]) -> None:
@@ -343,6 +330,7 @@ def _copy(source: Path, partial: Path, stop: threading.Event, on_bytes: Callable
 def _blocks_of_file(source: Path, target_folder: Path) -> Iterator[bytes]:
     """The content of a file in blocks. Raises AbsentError; DiskError if it does not fit into `target_folder`."""
     # A function of its own, so that an OSError from reading is not taken for one from writing (see as_disk_error).
+    refuse_special_file(source)
     try:
         with source.open("rb") as file:
             require_free_space(target_folder, source.stat().st_size)
@@ -380,8 +368,8 @@ def _note_path(partial: Path) -> Path:
 def _read_note(partial: Path, address: str) -> _RemoteFile | None:
     """The note of a partial file; None if it is absent or unreadable, or if it is about another address."""
     try:
-        remote = _RemoteFile(**json.loads(_note_path(partial).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        remote = read_record(_note_path(partial), _RemoteFile)
+    except UserError:
         return None
     return remote if remote.address == address else None
 
@@ -397,17 +385,5 @@ def _size(path: Path) -> int:
 
 
 def _to_int(text: str | None) -> int | None:
-    """The value of a header as an integer; None if it is absent or is anything other than digits."""
-    return int(text) if text and text.isdecimal() else None
-
-
-def _innermost_message(error: BaseException) -> str:
-    """The innermost of a chain of library errors, on one line."""
-    # requests wraps the errors of urllib3, which wrap those of the socket, in `reason` or in `args`. The outer messages
-    # repeat the inner ones and contain the addresses of objects in memory.
-    inner: object = error
-    while isinstance(inner, BaseException):
-        text = f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__
-        deeper = getattr(inner, "reason", None) or next((a for a in inner.args if isinstance(a, BaseException)), None)
-        inner = deeper if deeper is not inner else None
-    return " ".join(text.split())
+    """The value of a header as an integer; None if it is absent or is anything other than a few digits."""
+    return int(text) if text and re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", text) else None
