@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from video_swinv2.command import Parser, Verbs, add_verb, run_verb
-from video_swinv2.errors import UsageError, UserError
+from video_swinv2.command import (
+    MAX_SEED,
+    MAX_SIZE,
+    WEEK_SECONDS,
+    Parser,
+    Verbs,
+    add_verb,
+    number,
+    run_verb,
+    whole_number,
+)
+from video_swinv2.errors import UserError
 from video_swinv2.escaping import for_terminal, terminal_lines
 from video_swinv2.files import json_text
 
@@ -56,11 +66,21 @@ def _add_synth(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     for split, count in (("train", 300), ("val", 20), ("test", 20)):
         verb.add_argument(
-            f"--{split}", type=int, default=count, metavar="N", help="clips per class, default %(default)s"
+            f"--{split}", type=whole_number(0), default=count, metavar="N", help="clips per class, default %(default)s"
         )
-    verb.add_argument("--size", type=int, default=64, metavar="PIXELS", help="height and width, default %(default)s")
-    verb.add_argument("--frames", type=int, default=16, metavar="N", help="frames per clip, default %(default)s")
-    verb.add_argument("--seed", type=int, default=0, help="seed of all random choices, default %(default)s")
+    verb.add_argument(
+        "--size",
+        type=whole_number(0, MAX_SIZE),
+        default=64,
+        metavar="PIXELS",
+        help="height and width, default %(default)s",
+    )
+    verb.add_argument(
+        "--frames", type=whole_number(0, MAX_SIZE), default=16, metavar="N", help="frames per clip, default %(default)s"
+    )
+    verb.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of all random choices, default %(default)s"
+    )
     _add_workers(verb)
 
 
@@ -85,7 +105,11 @@ def _add_download(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "a mirror of https://s3.amazonaws.com/kinetics with the same layout"
     verb.add_argument("--source", metavar="URL|FOLDER", help=text)
     verb.add_argument(
-        "--workers", type=_positive, default=4, metavar="N", help="archives downloaded at the same time, default 4"
+        "--workers",
+        type=whole_number(most=1000),
+        default=4,
+        metavar="N",
+        help="archives downloaded at the same time, default 4",
     )
     verb.add_argument("--delete-archives", action="store_true", help="delete each archive after extracting it")
     verb.add_argument("--no-extract", action="store_true", help="keep the archives and extract nothing")
@@ -111,20 +135,28 @@ def _add_prepare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "which of the three official splits of UCF101 or HMDB51, default %(default)s"
     verb.add_argument("--official-split", type=int, choices=(1, 2, 3), default=1, metavar="N", help=text)
     verb.add_argument(
-        "--short-side", type=int, default=320, metavar="PIXELS", help="maximum short side, default %(default)s"
+        "--short-side",
+        type=whole_number(0, MAX_SIZE),
+        default=320,
+        metavar="PIXELS",
+        help="maximum short side, default %(default)s",
     )
     verb.add_argument(
-        "--gop", type=int, default=16, metavar="FRAMES", help="maximum distance between key frames, default 16"
+        "--gop",
+        type=whole_number(0, MAX_SIZE),
+        default=16,
+        metavar="FRAMES",
+        help="maximum distance between key frames, default 16",
     )
     text = "convert to a constant frame rate; by default every frame keeps its own time"
-    verb.add_argument("--fps", type=float, metavar="RATE", help=text)
+    verb.add_argument("--fps", type=number(0, 1000), metavar="RATE", help=text)
     text = "copy sources that already have the prepared form (H.264, no sound, no metadata) instead of encoding"
     verb.add_argument("--copy", action="store_true", help=text)
     text = "videos shorter than this fail as too_short, default %(default)s"
-    verb.add_argument("--min-seconds", type=float, default=0.0, metavar="S", help=text)
+    verb.add_argument("--min-seconds", type=number(0, WEEK_SECONDS), default=0.0, metavar="S", help=text)
     verb.add_argument("--name", help="name of the data set, default that of SRC")
     text = "exit with code 1 if a larger share of the videos failed, default %(default)s"
-    verb.add_argument("--max-fail-rate", type=float, default=0.05, metavar="SHARE", help=text)
+    verb.add_argument("--max-fail-rate", type=number(0, 1), default=0.05, metavar="SHARE", help=text)
     text = "try failed videos again: all of them, or those that failed for the given reasons"
     verb.add_argument("--retry-failed", nargs="*", metavar="REASON", help=text)
     text = (
@@ -175,8 +207,10 @@ def _add_split(verbs: Verbs[argparse.ArgumentParser]) -> None:
     text = "move a share of each class from train to val, keeping segments of one video together; only the lists change"
     verb = add_verb(verbs, "split", _split, text, "python -m data_prep split data/mine --val 0.1")
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
-    verb.add_argument("--val", type=float, required=True, metavar="SHARE", help="share of each class, for instance 0.1")
-    verb.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    verb.add_argument(
+        "--val", type=number(0, 1), required=True, metavar="SHARE", help="share of each class, for instance 0.1"
+    )
+    verb.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="default %(default)s")
 
 
 def _add_workers(verb: argparse.ArgumentParser) -> None:
@@ -184,16 +218,12 @@ def _add_workers(verb: argparse.ArgumentParser) -> None:
     # sched_getaffinity.
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     verb.add_argument(
-        "--workers", type=_positive, default=count, metavar="N", help="worker processes, default one per core"
+        "--workers",
+        type=whole_number(most=1000),
+        default=count,
+        metavar="N",
+        help="worker processes, default one per core",
     )
-
-
-def _positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
 
 
 def _synth(options: argparse.Namespace) -> None:
@@ -235,8 +265,6 @@ def _prepare(options: argparse.Namespace) -> int:
     from data_prep.prepare import estimate_preparation, prepare
     from data_prep.shards import parse_shard
 
-    if not 0 <= options.max_fail_rate <= 1:
-        raise UsageError(f"--max-fail-rate {options.max_fail_rate}: must be a share from 0 to 1")
     settings = TranscodeSettings(options.short_side, options.gop, options.fps, options.copy, options.min_seconds)
     lists = {"annotations": options.annotations, "held_out": options.held_out}
     lists |= {"official_split": options.official_split}

@@ -6,11 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, shows_tracebacks
 from video_swinv2.escaping import for_terminal
 
+MAX_NUMBER = 10**6  # of an option, unless it says otherwise
+MAX_SIZE = 10**4  # in pixels, frames or tokens
+MAX_SEED = 2**32 - 1  # that NumPy's old generator takes
+WEEK_SECONDS = 7 * 24 * 3600.0
+Number = TypeVar("Number", int, float)
 Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
 
 
@@ -74,9 +79,46 @@ def add_verb(
     return verb
 
 
-def comma_separated_integers(text: str) -> tuple[int, ...]:
-    """Parse `8,7,7` to (8, 7, 7), for the `type` of an argparse argument."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: use whole numbers such as 8,7,7") from None
+def whole_number(least: int = 1, most: int = MAX_NUMBER) -> Callable[[str], int]:
+    """The `type` of an argparse argument that is a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:  # also more than 4,300 digits
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} is not a whole number") from None
+        return _within(number, least, most)
+
+    return parse
+
+
+def number(least: float, most: float = MAX_NUMBER) -> Callable[[str], float]:
+    """The `type` of an argparse argument that is a number from `least` to `most`; NaN is none."""
+
+    def parse(text: str) -> float:
+        try:
+            return _within(float(text), least, most)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} is not a number") from None
+
+    return parse
+
+
+def whole_numbers(least: int = 1, most: int = MAX_SIZE) -> Callable[[str], tuple[int, ...]]:
+    """The `type` of an argparse argument such as `8,7,7`, which is parsed to (8, 7, 7)."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            message = f"invalid value {text[:50]!r}: use whole numbers such as 8,7,7"
+            raise argparse.ArgumentTypeError(message) from None
+        return tuple(_within(part, least, most) for part in numbers)
+
+    return parse
+
+
+def _within(value: Number, least: float, most: float) -> Number:
+    if not least <= value <= most:  # written so that NaN fails
+        raise argparse.ArgumentTypeError(f"must be from {least:,} to {most:,}")
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb, comma_separated_integers
+from video_swinv2.command import MAX_SIZE, Verbs, add_verb, whole_number, whole_numbers
 from video_swinv2.errors import UsageError
 from video_swinv2.files import json_text
 
@@ -39,16 +39,28 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="model name (default: swinv2_tiny; against timm and for train: swinv2_base); test: a model file",
     )
     verb.add_argument(
-        "--batch", type=int, metavar="N", help="batch size (default: 1 clip or 8 images; loader: 8 clips)"
+        "--batch", type=whole_number(), metavar="N", help="batch size (default: 1 clip or 8 images; loader: 8 clips)"
     )
     verb.add_argument(
-        "--frames", type=int, default=32, metavar="N", help="train, loader: frames per clip (default: %(default)s)"
+        "--frames",
+        type=whole_number(most=MAX_SIZE),
+        default=32,
+        metavar="N",
+        help="train, loader: frames per clip (default: %(default)s)",
     )
     verb.add_argument(
-        "--pixels", type=int, default=224, metavar="N", help="train, loader: height and width (default: %(default)s)"
+        "--pixels",
+        type=whole_number(most=MAX_SIZE),
+        default=224,
+        metavar="N",
+        help="train, loader: height and width (default: %(default)s)",
     )
     verb.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="train: number of devices (default: %(default)s)"
+        "--processes",
+        type=whole_number(most=1000),
+        default=1,
+        metavar="N",
+        help="train: number of devices (default: %(default)s)",
     )
     verb.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="train: precision (default: %(default)s)"
@@ -61,13 +73,17 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--workers",
-        type=comma_separated_integers,
+        type=whole_numbers(least=0, most=1000),
         default=(0, 1, 2, 4),
         metavar="0,1,2",
         help="loader: numbers of workers to compare",
     )
     verb.add_argument(
-        "--clips", type=int, default=64, metavar="N", help="loader, test: clips per round (default: %(default)s)"
+        "--clips",
+        type=whole_number(),
+        default=64,
+        metavar="N",
+        help="loader, test: clips per round (default: %(default)s)",
     )
     verb.add_argument("--split", default="test", help="test: split of the data (default: %(default)s)")
     verb.add_argument(
@@ -75,13 +91,17 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--rounds",
-        type=int,
+        type=whole_number(),
         default=5,
         metavar="N",
         help="rounds, in which all candidates alternate (default: %(default)s)",
     )
     verb.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads; 1, the default, gives the steadiest times"
+        "--threads",
+        type=whole_number(most=1000),
+        default=1,
+        metavar="N",
+        help="CPU threads; 1, the default, gives the steadiest times",
     )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: %(default)s)")
     verb.add_argument("--json", action="store_true", help="print JSON")

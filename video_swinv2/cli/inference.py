@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from video_swinv2.cli.weights import axis_sizes
-from video_swinv2.command import Verbs, add_verb
+from video_swinv2.command import MAX_SIZE, WEEK_SECONDS, Verbs, add_verb, number, whole_number
+from video_swinv2.escaping import for_terminal
 
 
 def add_inference_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -28,19 +29,19 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         metavar="FILE|DIR|URL|DEVICE|-",
         help="- reads standard input; a camera is a device such as /dev/video0",
     )
-    verb.add_argument("--top", type=int, default=5, help="classes to print per file (default: %(default)s)")
+    verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
     verb.add_argument(
         "--protocol", help="views of each file (default: videoswin-4x3; with --features or --gallery center-1x1)"
     )
     verb.add_argument(
         "--every",
-        type=float,
+        type=number(0, WEEK_SECONDS),
         metavar="SECONDS",
         help="predict over time: classify a clip every SECONDS; streams always are, by default clip after clip",
     )
     verb.add_argument(
         "--seconds",
-        type=float,
+        type=number(0, float("inf")),
         default=float("inf"),
         help="stop reading a stream after this long (default: at its end)",
     )
@@ -59,7 +60,7 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         metavar="FILE.npz",
         help="instead of classifying, find the nearest files in a --features file",
     )
-    verb.add_argument("--k", type=int, default=5, help="files to find with --gallery (default: %(default)s)")
+    verb.add_argument("--k", type=whole_number(), default=5, help="files to find with --gallery (default: %(default)s)")
     # --json and --csv share the value `form`. argparse takes its default from the first of them.
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="print JSON")
@@ -118,7 +119,7 @@ def _retrieve(options: argparse.Namespace) -> int:
         save_gallery(queries, options.features)
         read = len(queries.reasons) - sum(map(bool, queries.reasons))
         # On standard error, because the search results go to standard output.
-        print(f"wrote {options.features}: {read} of {len(queries.names)} files", file=sys.stderr)
+        print(for_terminal(f"wrote {options.features}: {read} of {len(queries.names)} files"), file=sys.stderr)
     if gallery is not None:
         print(format_search_results(search(gallery, queries, options.k), options.form))
     return 1 if any(queries.reasons) else 0
@@ -129,14 +130,20 @@ def _add_serve(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb = add_verb(verbs, "serve", _serve, text, "video-swinv2 serve runs/a/model.safetensors")
     verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
     verb.add_argument(
-        "--port", type=int, default=8000, help="port to listen on, 0 for any free one (default: %(default)s)"
+        "--port",
+        type=whole_number(0, 65535),
+        default=8000,
+        help="port to listen on, 0 for any free one (default: %(default)s)",
     )
-    verb.add_argument("--top", type=int, default=5, help="classes to show per clip (default: %(default)s)")
+    verb.add_argument("--top", type=whole_number(), default=5, help="classes to show per clip (default: %(default)s)")
     verb.add_argument(
-        "--most-megabytes", type=float, default=200.0, help="largest clip accepted (default: %(default)g)"
+        "--most-megabytes", type=number(0.001), default=200.0, help="largest clip accepted (default: %(default)g)"
     )
     verb.add_argument(
-        "--most-seconds", type=float, default=60.0, help="longest time spent on a clip (default: %(default)g)"
+        "--most-seconds",
+        type=number(0.1, WEEK_SECONDS),
+        default=60.0,
+        help="longest time spent on a clip (default: %(default)g)",
     )
 
 
@@ -154,11 +161,15 @@ def _add_export(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb = add_verb(verbs, "export", _export, text, example)
     verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
     verb.add_argument("out", type=Path, metavar="OUT", help="file name ending in .onnx or .pt2")
-    verb.add_argument("--frames", type=int, metavar="N", help="frames per clip (default: as trained)")
+    verb.add_argument(
+        "--frames", type=whole_number(most=MAX_SIZE), metavar="N", help="frames per clip (default: as trained)"
+    )
     verb.add_argument("--image-size", type=axis_sizes, metavar="H,W", help="pixels (default: as trained)")
     verb.add_argument("--window", type=axis_sizes, metavar="T,H,W", help="tokens (default: as trained)")
     verb.add_argument(
-        "--opset", type=int, help="ONNX opset (default: 23, the first with an operator for scaled dot products)"
+        "--opset",
+        type=whole_number(),
+        help="ONNX opset (default: 23, the first with an operator for scaled dot products)",
     )
     verb.add_argument(
         "--check",
@@ -183,6 +194,7 @@ def _export(options: argparse.Namespace) -> None:
         check=options.check,
     )
     print(
-        f"wrote {options.out}; the logits differ from the model's by at most {comparison.difference:.1e}, and "
+        for_terminal(f"wrote {options.out}")
+        + f"; the logits differ from the model's by at most {comparison.difference:.1e}, and "
         f"{comparison.same_top} of {comparison.samples} samples have the same top five classes"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb
+from video_swinv2.command import Verbs, add_verb, whole_number
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.files import json_text
 
@@ -83,8 +83,16 @@ def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
         metavar="NAME",
         help="split to test on (default: val); data without splits is divided per class, by the seed",
     )
-    verb.add_argument("--k", type=int, default=20, metavar="N", help="number of neighbours (default: %(default)s)")
-    verb.add_argument("--seeds", type=int, default=3, metavar="N", help="number of repetitions (default: %(default)s)")
+    verb.add_argument(
+        "--k", type=whole_number(), default=20, metavar="N", help="number of neighbours (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--seeds",
+        type=whole_number(most=1000),
+        default=3,
+        metavar="N",
+        help="number of repetitions (default: %(default)s)",
+    )
     verb.add_argument(
         "--random-weights", action="store_true", help="also probe the same architecture with random weights"
     )

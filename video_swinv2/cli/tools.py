@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb
+from video_swinv2.command import Verbs, add_verb, whole_number
 from video_swinv2.files import json_text
 
 
@@ -19,7 +19,10 @@ def add_tools_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=help_text)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="override values of the file")
     verb.add_argument(
-        "--processes", type=int, metavar="N", help="processes of the run on this machine (default: one per GPU)"
+        "--processes",
+        type=whole_number(),
+        metavar="N",
+        help="processes of the run on this machine (default: one per GPU)",
     )
     verb.add_argument("--folder", type=Path, help="folder that will hold the runs (default: the CONFIG's out, or runs)")
     verb.add_argument(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb
+from video_swinv2.command import Verbs, add_verb, number, whole_number
 from video_swinv2.files import json_text
 
 
@@ -52,10 +52,17 @@ def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
     example = "video-swinv2 plan CONFIG.yaml engine.zero_stage=3 --processes 8 --memory 80GB"
     verb = add_verb(verbs, "plan", _plan, text, example)
     _add_config(verb)
-    verb.add_argument("--processes", type=int, default=1, metavar="N", help="number of devices (default: %(default)s)")
+    verb.add_argument(
+        "--processes", type=whole_number(), default=1, metavar="N", help="number of devices (default: %(default)s)"
+    )
     verb.add_argument("--pretrain", action="store_true", help="plan `pretrain` instead of `train`")
-    verb.add_argument("--samples", type=int, metavar="N", help="training samples, if the data is not on this machine")
-    verb.add_argument("--classes", type=int, metavar="N", help="classes, if the data is not on this machine")
+    verb.add_argument(
+        "--samples",
+        type=whole_number(most=10**12),
+        metavar="N",
+        help="training samples, if the data is not on this machine",
+    )
+    verb.add_argument("--classes", type=whole_number(), metavar="N", help="classes, if the data is not on this machine")
     verb.add_argument(
         "--memory",
         type=_byte_count,
@@ -64,7 +71,7 @@ def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--tflops",
-        type=float,
+        type=number(1e-6),
         metavar="N",
         help="sustained training speed of one device; measure it with `bench train`",
     )
@@ -102,6 +109,6 @@ def _byte_count(text: str) -> int:
         if text.endswith(unit):
             try:
                 return int(float(text.removesuffix(unit)) * size)
-            except ValueError:
+            except (ValueError, OverflowError):  # also nan and inf
                 break
     raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GB or 80GiB")

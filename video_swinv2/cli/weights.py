@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb, comma_separated_integers
+from video_swinv2.command import MAX_SIZE, Verbs, add_verb, whole_number, whole_numbers
+from video_swinv2.escaping import for_terminal
 from video_swinv2.files import json_text
 
 
@@ -21,7 +22,10 @@ def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("out", type=Path, metavar="OUT", help="file name ending in .safetensors, or a folder")
     verb.add_argument("--model", metavar="NAME", help="model name (default: found from the shapes of the tensors)")
     verb.add_argument(
-        "--frames", type=int, metavar="N", help="frames per clip; makes a clip model of image weights by inflation"
+        "--frames",
+        type=whole_number(most=MAX_SIZE),
+        metavar="N",
+        help="frames per clip; makes a clip model of image weights by inflation",
     )
     verb.add_argument("--image-size", type=axis_sizes, metavar="H,W", help="pixels (default: as trained)")
     verb.add_argument(
@@ -32,7 +36,7 @@ def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--cpb-norm",
-        type=comma_separated_integers,
+        type=whole_numbers(),
         metavar="12,12,12,6",
         help="window the weights were trained with, per stage, for checkpoints that do not record it",
     )
@@ -45,7 +49,7 @@ def add_weights_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--frame-stride",
-        type=int,
+        type=whole_number(most=MAX_SIZE),
         metavar="N",
         help="video frames from one clip frame to the next (default: as trained, or 1)",
     )
@@ -66,10 +70,14 @@ def _convert(options: argparse.Namespace) -> None:
         class_map=options.class_map,
         frame_stride=options.frame_stride,
     )
-    print(json_text(dataclasses.asdict(account), indent=1) if options.json else f"{account}\nwrote {options.out}")
+    print(
+        json_text(dataclasses.asdict(account), indent=1)
+        if options.json
+        else f"{account}\n{for_terminal(f'wrote {options.out}')}"
+    )
 
 
 def axis_sizes(text: str) -> int | tuple[int, ...]:
     """Parse sizes per axis, such as `8,7,7`, or a single number for all axes, for argparse."""
-    numbers = comma_separated_integers(text)
+    numbers = whole_numbers()(text)
     return numbers[0] if len(numbers) == 1 else numbers
