@@ -33,7 +33,14 @@ from data_prep.sources import plan_preparation
 from data_prep.state import RESTORE, STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import commit_file, create_folder, partial_path, path_under, refuse_inside_source
+from video_swinv2.files import (
+    check_class_names,
+    commit_file,
+    create_folder,
+    partial_path,
+    path_under,
+    refuse_inside_source,
+)
 from video_swinv2.progress import track
 from video_swinv2.records import Record, parse_json, parse_record
 
@@ -188,6 +195,7 @@ def write_lists(state: PreparationState, out: Path) -> None:
     texts = {key: state.get_fact(key) for key in Facts.model_fields}
     values = {key: parse_json(text, f"{where}: {key}", RESTORE) for key, text in texts.items() if text is not None}
     facts = parse_record(values, Facts, where, RESTORE)
+    check_class_names(facts.classes, f"{where}: classes")
     write_dataset(
         out,
         name=state.get_fact("name") or out.name,

@@ -201,7 +201,9 @@ def _finite(content: object) -> object:
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a small JSON file atomically. Raises UserError if it cannot be written."""
     with atomic_write(path) as partial:
-        partial.write_text(json_text(content, indent=2, ascii_only=False) + "\n", encoding="utf-8")
+        # A lone surrogate stands for a byte of a name that is not UTF-8. It becomes the escape that JSON has for it.
+        text = json_text(content, indent=2, ascii_only=False) + "\n"
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sync_to_disk(path: Path) -> None:
