@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from video_swinv2.errors import UserError
-from video_swinv2.escaping import for_terminal
 from video_swinv2.files import name_unreadable
 
 MAX_BYTES = 64 * 2**20
@@ -52,8 +51,9 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES, fix: str = FIX) -> bytes:
 def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
     """The value of a JSON text. Raises UserError, beginning with `where` and ending with `fix`, for a faulty one.
 
-    Of equal keys in one object, the last counts. NaN, infinity, integers that do not fit into 64 bits and more than
-    MAX_DEPTH lists and objects within each other are faults.
+    Of equal keys in one object, the last counts. NaN and infinity, which older versions of this program wrote, are
+    null, as `json_text` writes them now. Integers that do not fit into 64 bits and more than MAX_DEPTH lists and
+    objects within each other are faults.
     """
     if len(text) > MAX_BYTES:
         raise UserError(f"{where}: JSON of {len(text):,} characters, more than the {MAX_BYTES:,} that are read; {fix}")
@@ -80,7 +80,7 @@ def parse_record(value: object, record_type: type[AnyRecord], where: str, fix: s
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         if not first["loc"]:
             raise UserError(f"{where}: not a JSON object; {fix}") from error
-        key = ".".join(map(for_terminal, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise UserError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; {fix}") from error
 
 
@@ -89,8 +89,8 @@ def read_record(path: Path, record_type: type[AnyRecord], fix: str = FIX) -> Any
     return parse_record(read_json(path, fix), record_type, str(path), fix)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+def _null(_: str) -> None:
+    return None
 
 
 def _integer(digits: str) -> int:
@@ -106,7 +106,7 @@ def _finite(digits: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=_null, parse_int=_integer, parse_float=_finite)
 
 
 def _check_depth(value: object) -> None:

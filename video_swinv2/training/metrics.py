@@ -91,6 +91,8 @@ def _parse_line(text: bytes, where: str) -> dict[str, float]:
     values = parse_json(text, where, fix)
     if not isinstance(values, dict) or "step" not in values:
         raise UserError(f"{where}: no measurement of a step; {fix}")
+    # Older versions wrote values that are not finite.
+    values = {key: value for key, value in values.items() if value is not None or key == "step"}
     wrong = next((key for key, value in values.items() if type(value) not in (int, float)), None)
     if wrong is not None:
         raise UserError(f"{where}: {wrong}: not a number; {fix}")
