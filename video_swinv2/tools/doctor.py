@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -128,7 +129,7 @@ def check_device(device_type: str, processes: int) -> list[Finding]:
 
 
 def check_decoders() -> list[Finding]:
-    """Whether each decoder returns the requested frames of a generated clip; only PyAV is required.
+    """Whether each installed decoder returns the requested frames of a generated clip; only PyAV is required.
 
     The grey in the middle of each frame encodes the frame's number (`bench/sample_clip.py`), so a decoder that is off
     by one frame is detected.
@@ -139,6 +140,8 @@ def check_decoders() -> list[Finding]:
         count = write_clip(path, size=(64, 96), seconds=1)
         for name, read in (("PyAV", _read_av), ("decord", _read_decord), ("torchcodec", _read_torchcodec)):
             fix = "pip install av" if name == "PyAV" else "none needed: PyAV is used instead"
+            if name != "PyAV" and importlib.util.find_spec(name) is None:
+                continue
             if_missing: State = "fault" if name == "PyAV" else "note"
             try:
                 greys = read(path)
