@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 import video_swinv2 as vs
 from tests.hostile.bounded import GIB, run_bounded
+from tests.hostile.tampering import faults_of
+from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.errors import UserError
 from video_swinv2.models.swinv2 import Block
 from video_swinv2.weights.store import CARD_KEY, read_tensors
@@ -247,3 +249,42 @@ def test_cards_without_weights(model_file: Path, tmp_path: Path, name: str) -> N
     for read in (vs.read_card, vs.load_model):
         with pytest.raises(UserError, match=reason):
             read(path)
+
+
+def test_universal_checkpoints_that_were_tampered_with(tmp_path: Path) -> None:
+    """The model states of DeepSpeed, a file of a parameter, and the file that names the newest folder."""
+    folder = tmp_path / "global_step3_universal"
+    (folder / "zero" / "w").mkdir(parents=True)
+    (tmp_path / "latest_universal").write_text(folder.name)
+    for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+        torch.save({"param": torch.ones(2)}, folder / "zero" / "w" / f"{kind}.pt")
+    states = {
+        "param_shapes": [{"w": torch.Size([2])}],
+        "buffer_names": ["b"],
+        "module": {"b": torch.zeros(1), "w": torch.ones(2)},
+        "global_steps": 3,
+        "skipped_steps": 1,
+    }
+
+    def read_states(value: Any) -> None:
+        torch.save(value, folder / "mp_rank_00_model_states.pt")
+        newest_checkpoint(tmp_path)
+
+    def read_parameter(value: Any) -> None:
+        torch.save(value, folder / "zero" / "w" / "fp32.pt")
+        newest_checkpoint(tmp_path)
+
+    read_states(states)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found[0], found[1].optimizer_step, sorted(found[1].weights)) == (3, 2, ["b", "w"])
+    faults, refused = faults_of(states, read_states, str(folder))
+    assert not faults, "\n".join(faults[:20])
+    assert refused > 20
+    read_states(states)
+    faults, _ = faults_of({"param": torch.ones(2)}, read_parameter, str(folder))
+    assert not faults, "\n".join(faults[:20])
+    for content in (bytes(range(256)), b"a" * 10_000):
+        (tmp_path / "latest_universal").write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{tmp_path / 'latest_universal'}: "):
+            newest_checkpoint(tmp_path)
