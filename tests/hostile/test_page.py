@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -26,7 +28,8 @@ from video_swinv2.inference import watching, web_app
 from video_swinv2.inference.clip_summary import Limits
 from video_swinv2.inference.serve import open_server
 from video_swinv2.inference.watching import UnexpectedFailureError, WatchRequest
-from video_swinv2.inference.web_app import CLASSIFYING, CONNECTIONS_AT_ONCE, UPLOADS_AT_ONCE
+from video_swinv2.inference.web_app import CLASSIFYING, UPLOADS_AT_ONCE
+from video_swinv2.inference.web_limits import CONNECTIONS_AT_ONCE
 
 GIVE_UP_SECONDS = 120.0
 MIB = 2**20
@@ -147,6 +150,19 @@ def test_a_thread_that_cannot_start_costs_one_answer(
     assert "thread" not in answer.get("error", "")
     for _ in range(UPLOADS_AT_ONCE + 1):
         assert page.post(clip)[0] == 200, "no place is lost"
+
+
+def test_a_clip_that_lies_about_its_length_buys_no_segments(page: Running, write_video: Callable[..., Path]) -> None:
+    """300 frames that claim to last a millisecond; one segment per frame would be 294 of them."""
+    pixels = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    with tempfile.TemporaryDirectory() as folder:
+        content = write_video(Path(folder) / "clip.mkv", pixels.numpy()).read_bytes()
+    # Matroska's element Duration (0x4489), a double in milliseconds, of 8 bytes (0x88).
+    lying, times = re.subn(rb"\x44\x89\x88.{8}", b"\x44\x89\x88" + struct.pack(">d", 1.0), content, flags=re.DOTALL)
+    assert times == 1
+    status, answer = page.post(lying)
+    assert (status, answer["pictures"]) == (200, 300)
+    assert len(answer["windows"]) <= Limits().segments + 1
 
 
 def test_a_full_disk_is_one_plain_answer(

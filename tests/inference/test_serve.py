@@ -30,7 +30,8 @@ from video_swinv2.inference import web_app
 from video_swinv2.inference.clip_summary import Limits
 from video_swinv2.inference.predictor import OverTime, predict
 from video_swinv2.inference.serve import open_server
-from video_swinv2.inference.web_app import CONNECTIONS_AT_ONCE, PageServer
+from video_swinv2.inference.web_app import PageServer
+from video_swinv2.inference.web_limits import CONNECTIONS_AT_ONCE
 
 MAX_BYTES = 5 * 10**6
 SILENCE_SECONDS = 2

@@ -4,9 +4,8 @@ The page is meant for the user of this machine. The threats are mistakes of othe
 open in the user's browser. Only this machine can connect, because the socket is bound to 127.0.0.1. A foreign site that
 resolves its own name to 127.0.0.1 (DNS rebinding) is recognised by the `Host` header, and one that posts here by the
 `Origin` header. Every connection carries a single request, so a second one cannot be smuggled in. No file is ever
-served, and no clip is kept: uploads go to a temporary file that has no name. A client can be silent, slow or gone at
-any moment: every step has a deadline, and beyond the limit on connections the oldest that waits for its client gives
-way to the newest, so that no client can shut the page for the others.
+served, and no clip is kept: uploads go to a temporary file that has no name. Limits on connections are in
+web_limits.py.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
-import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -34,7 +32,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from video_swinv2.data.media import HEAD_BYTES, IMAGE, media_type_of_bytes, media_type_of_content
 from video_swinv2.errors import UserError
@@ -42,13 +39,13 @@ from video_swinv2.escaping import for_terminal
 from video_swinv2.inference.classifier import Classifier
 from video_swinv2.inference.clip_summary import Limits, summarise_clip
 from video_swinv2.inference.watching import UnexpectedFailureError
+from video_swinv2.inference.web_limits import ACCEPTED_AT_ONCE, LimitedProtocol, LimitedServer
 from video_swinv2.pages import render
 
 ADDRESS = "127.0.0.1"
 HOSTS = frozenset({ADDRESS, "localhost"})
 PAGE, PREDICT = "/", "/predict"
 UPLOADS_AT_ONCE = 3  # one clip is being classified while the others arrive or wait
-CONNECTIONS_AT_ONCE = 32
 CLASSIFYING = "classify a clip"  # the name of the thread that does
 LINGER_SECONDS = 2.0  # how long the rest of a refused request is read
 # The port at the end of a Host header.
@@ -82,7 +79,7 @@ class PageServer:
         # uvicorn as plain HTTP/1.1: no WebSockets, no start-up hooks, no logs, and no trust in forwarding headers.
         config = uvicorn.Config(
             make_app(classifier, limits),
-            http=_LimitedProtocol,
+            http=LimitedProtocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -92,10 +89,11 @@ class PageServer:
             access_log=False,  # what users look at is not recorded
             log_config=None,
             log_level="critical",  # `_report_failure` prints its own line
+            backlog=ACCEPTED_AT_ONCE,
             timeout_keep_alive=limits.silence_seconds,
             timeout_graceful_shutdown=1,
         )
-        self._server = uvicorn.Server(config)
+        self._server = LimitedServer(config)
 
     def __enter__(self) -> PageServer:
         return self
@@ -134,74 +132,6 @@ def make_app(classifier: Classifier, limits: Limits) -> ASGIApp:
     # `/predict/` is refused rather than redirected to `/predict`.
     app.router.redirect_slashes = False
     return app
-
-
-class _LimitedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with limits on the number of connections, on late requests and on responses nobody reads.
-
-    Without these limits, a few idle connections could block the page forever. `timeout_keep_alive`, which uvicorn only
-    applies between requests, is used here as the limit on the time from the connection to the end of its headers, and
-    on the time for reading the response. Neither limit is extended by bytes that drip.
-
-    `cycle` is uvicorn's object for the current request and its response; it is None until the headers are complete.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room for the connection if there are too many, and give it a time limit for its request."""
-        super().connection_made(transport)
-        self.opened_at = self.loop.time()
-        self._make_room()
-        self.loop.call_later(self.config.timeout_keep_alive, self._close_without_request)
-
-    def handle_events(self) -> None:
-        """Process what has arrived. Whatever the parser raises because of it, the client is told that it is invalid."""
-        try:
-            super().handle_events()
-        except Exception:  # for example ValueError, if a version of h11 converts a number of thousands of digits
-            self.send_400_response("Invalid HTTP request received.")
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP. If it is part of the body of a request, that request ends here for the page, too."""
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:  # a response has begun, and is the only one
-            self.transport.close()
-
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """Handle a client that has closed its sending side but may still read.
-
-        Returning True keeps the connection open for the response. If the body is incomplete, the application sees it
-        end early and refuses it as too short.
-        """
-        if self.cycle is None:
-            return False
-        self.cycle.more_body = False
-        self.cycle.message_event.set()
-        return not self.cycle.response_complete
-
-    def on_response_complete(self) -> None:
-        """Give the client a time limit for reading the response, which is now in the send buffer."""
-        super().on_response_complete()
-        self.loop.call_later(self.config.timeout_keep_alive, self.transport.abort)
-
-    def _make_room(self) -> None:
-        """Close the oldest connection that waits for its client, if there are more than CONNECTIONS_AT_ONCE.
-
-        Those are all but the uploads that are being received or classified, of which there are UPLOADS_AT_ONCE: the
-        others have not sent a complete request, or have not read their response.
-        """
-        connections = cast("set[_LimitedProtocol]", self.connections)
-        there = [one for one in connections if not one.transport.is_closing()]
-        if len(there) > CONNECTIONS_AT_ONCE:
-            waiting = [one for one in there if one.cycle is None or one.cycle.response_started]
-            min(waiting, key=lambda one: one.opened_at).transport.abort()
-
-    def _close_without_request(self) -> None:
-        if self.cycle is None:  # the headers of the request have not arrived in full
-            self.transport.abort()
 
 
 class _LocalOnly:
