@@ -53,9 +53,10 @@ def assert_refused(files: dict[Path, str]) -> None:
 
 
 def zipped(path: Path, instructions: bytes) -> Path:
-    """A file in torch's zip format with this pickle."""
+    """A file in torch's zip format with this pickle, and in it an object that torch's own safe reader refuses."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", instructions)
+        archive.writestr("a/data.pkl", instructions[:2] + b"cyacs\nNode\n)R0" + instructions[2:])
+        archive.writestr("a/version", "3\n")
     return path
 
 
@@ -128,6 +129,7 @@ def referring(keys: list[tuple[str, int]]) -> bytes:
 def repeated(path: Path, names: int, declared: int | None = None) -> Path:
     """A zip file whose table of contents lists one entry of 4 MB under many names, or with another size."""
     with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/version", "3\n")
         archive.writestr("a/data.pkl", pickle.dumps({}, 2))
         archive.writestr("a/data/0", bytes(4 * 2**20))
         entry = archive.filelist[-1]
@@ -143,6 +145,7 @@ def repeated(path: Path, names: int, declared: int | None = None) -> Path:
 def deflated(path: Path) -> Path:
     """A checkpoint of 2 GB in a file of 9 MB."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a/version", "3\n")
         archive.writestr("a/data.pkl", referring([("0", 2**29)]))
         with archive.open("a/data/0", "w", force_zip64=True) as entry:
             for _ in range(2**7):
@@ -163,9 +166,9 @@ def test_zip_files(tmp_path: Path) -> None:
     """Compressed entries, entries that overlap or end beyond the file, and a table of contents without end."""
     assert_refused(
         {
-            deflated(tmp_path / "deflated.pth"): "'a/data.pkl' in it is compressed, which could hide any size",
-            repeated(tmp_path / "overlapping.pth", 1000): "its entries declare 4,194,304,006 bytes, but the file has",
-            repeated(tmp_path / "beyond.pth", 1, 2**33): "its entries declare 8,589,934,598 bytes",
+            deflated(tmp_path / "deflated.pth"): "'a/version' in it is compressed, which could hide any size",
+            repeated(tmp_path / "overlapping.pth", 1000): "its entries declare 4,194,304,008 bytes, but the file has",
+            repeated(tmp_path / "beyond.pth", 1, 2**33): "its entries declare 8,589,934,600 bytes",
             long_table(tmp_path / "table.pth"): "a table of contents of 23,500,000 bytes",
         }
     )

@@ -72,7 +72,7 @@ def open_model(
 
 
 def _refuse_larger_model(model: SwinV2, checkpoint: Checkpoint, *, own_head: bool) -> None:
-    """Raise ValueError if `model`, on the meta device, has more parameters than the checkpoint can fill.
+    """Raise UserError if `model`, on the meta device, has more parameters than the checkpoint can fill.
 
     own_head: whether the head, too, is the checkpoint's own.
     """
@@ -82,7 +82,10 @@ def _refuse_larger_model(model: SwinV2, checkpoint: Checkpoint, *, own_head: boo
     wanted = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in elsewhere)
     held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     if wanted > 2 * held:
-        raise ValueError(f"a model of {wanted:,} parameters for the {held:,} in the file")
+        raise UserError(
+            f"{checkpoint.source.path}: {held:,} parameters in the file and {wanted:,} in the model; choose the model "
+            "size of the file (model.name)"
+        )
 
 
 def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
