@@ -3,7 +3,7 @@
 An incomplete file NAME is stored as `.NAME.part`. The note `.NAME.part.json` beside it records what the server reported
 about the complete file (size, ETag, date). The two halves of a download must come from the same version of the file, so
 the request for the rest carries `If-Range`: if the file has changed since, the server sends all of it, and the download
-starts over.
+starts over. The bytes themselves come from receive.py.
 
 urllib3's Retry counts the attempts and computes the pauses, but the loop around it is our own. A Retry inside an
 HTTPAdapter cannot resume, for three reasons:

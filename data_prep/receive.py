@@ -29,6 +29,7 @@ HEADER_SECONDS = 60.0  # for the whole header, with all redirects
 # A server that sends less than this in this time is treated as a silent one.
 SLOW_BYTES, SLOW_SECONDS = 1 << 16, 120.0
 STOP_SECONDS = 0.2  # how often `stop` is looked at
+RECEIVING = "receive a file"  # the name of the threads that do
 MAX_REDIRECTS = 10
 MAX_TEXT = 200  # characters of a server's own words, in errors
 BLOCK = 1 << 16  # bytes received at a time, if they are there
@@ -78,7 +79,7 @@ class _Reception:
         self._response: requests.Response | None = None
         try:
             # A daemon, which does not keep the program from ending while it waits for a server.
-            threading.Thread(target=self._run, daemon=True).start()
+            threading.Thread(target=self._run, name=RECEIVING, daemon=True).start()
         except RuntimeError as error:  # too many threads on this machine
             raise TransientError(str(error)) from error
 

@@ -143,9 +143,14 @@ DRIPS = {
 DRIPS["nothing"] = lambda server, connection: (server.send(connection, b"H"), server.closed.wait())[0]
 
 
+def receivers() -> int:
+    """How many threads are receiving a file."""
+    return [thread.name for thread in threading.enumerate()].count(receiving.RECEIVING)
+
+
 @pytest.mark.parametrize("way", DRIPS)
 def test_a_server_that_drips_does_not_delay_a_stop(tmp_path: Path, way: str) -> None:
-    stop, ended = threading.Event(), []
+    stop, ended, before = threading.Event(), [], receivers()
 
     def work() -> None:
         with pytest.raises(StopError):
@@ -163,6 +168,11 @@ def test_a_server_that_drips_does_not_delay_a_stop(tmp_path: Path, way: str) -> 
         stop.set()
         thread.join(GIVE_UP_SECONDS / 2)
         assert ended == [True]
+        # A thread that waits for a header cannot be woken up, and ends with the program. Any other ends now.
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while way in ("body", "chunk length", "trailer") and receivers() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_ctrl_c_ends_the_program_while_a_header_drips(tmp_path: Path) -> None:
@@ -189,6 +199,23 @@ def test_a_server_that_drips_is_given_up(tmp_path: Path, way: str, monkeypatch: 
         fetch(server, tmp_path / "a")
     assert len(server.requests) == fetching.MAX_ATTEMPTS
     assert server.address in str(caught.value)
+
+
+def test_a_thread_that_cannot_start_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, failed = threading.Thread.start, []
+
+    def fail_once(thread: threading.Thread) -> None:
+        if thread.name == receiving.RECEIVING and not failed:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    with RawServer(whole()) as server:
+        assert fetch(server, tmp_path / "a") == CONTENT
+    assert f"{server.address}: can't start new thread; trying again" in capsys.readouterr().err
 
 
 def test_a_slow_but_steady_server_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,26 @@ def test_drops_do_not_extend_the_deadline_of_a_header(evil_model: Path) -> None:
         assert {ending_of(one) for one in drips.connections} == {b""}
 
 
+def test_an_upload_that_drips_loses_its_place_long_before_its_time_is_up(evil_model: Path) -> None:  # noqa: F811
+    limits = Limits(upload_seconds=600.0, silence_seconds=1)
+    with open_server(evil_model, port=0, device="cpu", limits=limits) as server, Running(server) as running:
+        with running.begin(MIB) as dripping:
+            dripping.settimeout(0.1)
+            dripping.sendall(MP4_HEAD)
+            answer, deadline = b"", time.monotonic() + GIVE_UP_SECONDS / 4
+            while not answer and time.monotonic() < deadline:
+                dripping.sendall(b"x")
+                with suppress(TimeoutError):
+                    answer = dripping.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        # A sender that is silent for longer at a time, but not slow.
+        with running.begin(MIB) as pausing:
+            pausing.sendall(MP4_HEAD + bytes(MIB // 2))
+            time.sleep(0.7)
+            pausing.sendall(bytes(MIB // 2 - len(MP4_HEAD)))
+            assert read_to_end(pausing).startswith(b"HTTP/1.1 422 ")
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_thread_that_cannot_start_costs_one_answer(
     page: Running, clip: bytes, number: int, monkeypatch: pytest.MonkeyPatch

@@ -185,9 +185,13 @@ class _Page:
 
     async def _receive(self, request: Request, file: BinaryIO, length: int) -> None:
         """Write the body to `file`. Raises HTTPException once it is known to be too slow, too short or no clip."""
-        deadline = time.monotonic() + self._limits.upload_seconds
+        started = time.monotonic()
         head, received, more = b"", 0, True
         while more:
+            # The pace at which an upload takes `upload_seconds`. One that drips is ended when it falls behind by more
+            # than twice the limit on silence, and not only at the end of its time, because it takes up a place.
+            pace_seconds = self._limits.upload_seconds * received / max(1, length)
+            deadline = started + min(self._limits.upload_seconds, pace_seconds + 2 * self._limits.silence_seconds)
             chunk, more = await _next_chunk(request, self._limits.silence_seconds, deadline)
             file.write(chunk)
             received += len(chunk)
@@ -240,8 +244,8 @@ def _check_upload(headers: Headers, limits: Limits) -> int:
 async def _next_chunk(request: Request, silence_seconds: float, deadline: float) -> tuple[bytes, bool]:
     """The next bytes of the body, and whether more will follow. Raises HTTPException if they do not arrive in time.
 
-    Both limits are needed. The limit on silence detects a stalled sender quickly, and the deadline detects a sender
-    that keeps sending a few bytes now and then.
+    Both limits are needed. The limit on silence detects a stalled sender, and the deadline detects a sender that keeps
+    sending a few bytes now and then.
     """
     left = deadline - time.monotonic()
     try:
