@@ -210,14 +210,17 @@ class SampleDataset(Dataset[Sample]):
                     return self._decode_video(origin, key)
                 if self.data.frames is not None:  # a list can name images among its videos
                     return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
-                return read_entry(entry)[None, None]  # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame
+                return read_entry(entry, self.data.max_pixels)[
+                    None, None
+                ]  # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame
         except DecodeError as error:
             return error
 
     def _decode_video(self, origin: SampleOrigin, key: Address) -> Tensor:
         frames, stride = self.data.frames or 1, self.data.frame_stride
         count = max(origin.count // self.repeats, 1)  # clips of this video in an epoch, each repeated
-        with VideoReader(origin.entry.path, time_limit_seconds=self.data.decode_seconds) as video:
+        limit_seconds, max_pixels = self.data.decode_seconds, self.data.max_pixels
+        with VideoReader(origin.entry.path, time_limit_seconds=limit_seconds, max_pixels=max_pixels) as video:
             clips = [centre_clip(len(video), frames, stride)] * count
             if self.random:
                 # Seeded with the file's first sample: the clips do not depend on which sample of it is read first.

@@ -439,22 +439,33 @@ def decode_packet(codec: VideoCodecContext, packet: Packet[VideoStream] | None, 
     holds a picture of more than `max_pixels` pixels, and MemoryError.
     """
     try:
-        return codec.decode(packet)
+        frames = codec.decode(packet)
     except MemoryError:  # one of FFmpeg's errors as well
         raise
     except (av.FFmpegError, ValueError):
-        # FFmpeg refuses large pictures itself (see `find_video_stream`). For some codecs it then tells their size.
+        # FFmpeg has refused to allocate a picture that is far too large (see `decoder_options`), or the packet is
+        # damaged. In the first case, most decoders tell the size.
         check_pixels(codec.height, codec.width, max_pixels)
         return []
+    for frame in frames:
+        check_pixels(frame.height, frame.width, max_pixels)
+    return frames
+
+
+def decoder_options(max_pixels: int) -> dict[str, str]:
+    """Options that make FFmpeg compare the size of each picture with a ceiling before it allocates memory for it."""
+    # Compared is the memory's size in pixels. Its sides are padded by less than 64 pixels each, which for sides of up
+    # to 100,000 pixels is less than 2^24 pixels in all.
+    return {"max_pixels": str(max_pixels + 2**24)}
 
 
 def open_container(
     target: str, max_pixels: int = MAX_PIXELS, *, format: str | None = None, timeout: float | None = None
 ) -> InputContainer:
     """Open a file or stream for FFmpeg to read. The arguments after `max_pixels` are those of `av.open`."""
-    # Metadata that is not UTF-8 is common in old files and must not make them unreadable, hence "replace". The option
-    # is for the decoders with which FFmpeg looks at the first pictures while it opens a file.
-    options = {"max_pixels": str(max_pixels)}
+    # Metadata that is not UTF-8 is common in old files and must not make them unreadable, hence "replace". The options
+    # are for the decoders with which FFmpeg looks at the first pictures while it opens a file.
+    options = decoder_options(max_pixels)
     return av.open(target, format=format, timeout=timeout, metadata_errors="replace", options=options)
 
 
@@ -479,9 +490,8 @@ def find_video_stream(container: InputContainer, name: str, max_pixels: int = MA
             "hdr",
         )
     check_pixels(stream.codec_context.height, stream.codec_context.width, max_pixels)
-    # The size may change within a stream, and what the container says may be wrong. FFmpeg compares the size of every
-    # picture with this option before it allocates any memory for it.
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    # The size may change within a stream, and what the container says may be wrong.
+    stream.codec_context.options = decoder_options(max_pixels)
     # Decoder threads deadlock in loader workers (PyAV#1849, #1962), so parallelism is over videos instead.
     stream.codec_context.thread_type = "NONE"
     stream.codec_context.thread_count = 1

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 import torch
@@ -149,9 +151,7 @@ def start_loader(
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=prefetch if workers else None,
-        # Torch's workers look every five seconds whether their parent is alive, but not while a decoder hangs. The
-        # kernel watches the thread that started them, and only the main thread is sure to live as long as the process.
-        worker_init_fn=_end_with_parent if in_main_thread else None,
+        worker_init_fn=partial(_begin_worker, in_main_thread),
         # A forked worker starts at once, any other takes seconds. Fork was the default on Linux before Python 3.14.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
@@ -180,8 +180,19 @@ def _with_large_pipe(batches: Iterator[Batch]) -> Iterator[Batch]:
     return batches
 
 
-def _end_with_parent(worker: int) -> None:
-    end_with_parent("fork")
+def _begin_worker(started_by_main_thread: bool, worker: int) -> None:
+    """The first thing that a worker does."""
+    if started_by_main_thread:
+        # Torch's workers look every five seconds whether their parent is alive, but not while a decoder hangs. The
+        # kernel watches the thread that started them, and only the main thread is sure to live as long as the process.
+        end_with_parent("fork")
+    # A thread of the worker sends its batches. One that it cannot send, for lack of memory or of /dev/shm, it drops
+    # with a traceback, and the loop would wait for it for ever. A death is noticed, and the batch is read again.
+    Queue._on_queue_feeder_error = staticmethod(_die)  # type: ignore[attr-defined]  # meant to be replaced
+
+
+def _die(error: Exception, batch: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_worker_death(error: Exception, in_hand: FilesInHand | None) -> bool:

@@ -73,6 +73,7 @@ class TestPlan:
             frame_order=self.overrides.frame_order,
             seed=self.overrides.seed,
             time_limit_seconds=self.overrides.time_limit_seconds,
+            max_pixels=self.overrides.max_pixels,
         )
 
     def columns(self) -> Iterator[tuple[Protocol, slice]]:
