@@ -92,7 +92,7 @@ def overwrite_run(data: bytearray, rng: np.random.Generator) -> bytes:
 
 
 def truncate(data: bytearray, rng: np.random.Generator) -> bytes:
-    return bytes(data[: int(rng.integers(1, len(data)))])
+    return bytes(data[: int(rng.integers(1, max(2, len(data))))])
 
 
 def remove(data: bytearray, rng: np.random.Generator) -> bytes:
