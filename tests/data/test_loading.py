@@ -29,7 +29,7 @@ from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.data.sources import unlabelled_mixture
-from video_swinv2.data.workers import is_worker_death, start_loader
+from video_swinv2.data.workers import WORKER_DEATH_MESSAGE, is_worker_death, start_loader
 from video_swinv2.errors import UsageError, UserError
 
 CLIPS = 8
@@ -372,3 +372,26 @@ def test_memory_is_flat_over_ten_thousand_clips(clips, repeats):
     print({clips: [round(size / 2**20, 1) for size in found] for clips, found in sizes.items()})
     for before, after in zip(sizes[2_000], sizes[10_000], strict=True):
         assert after - before < 8 * 2**20, "bytes leaked over 8,000 clips"
+
+
+def send_what_cannot_be_sent(numbers: list[int]) -> object:
+    """A batch that fails to be pickled, as one does for which there is no memory left in /dev/shm."""
+    return (lambda: numbers) if 1 in numbers else numbers
+
+
+def test_a_worker_that_cannot_send_a_batch_dies_instead_of_losing_it():
+    batches = start_loader(Counting(), [[0], [1]], send_what_cannot_be_sent, workers=1, prefetch=2)
+    assert next(batches) == [0]
+    # A lost batch would be waited for without end.
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("the batch was lost"))
+    signal.alarm(120)
+    try:
+        with pytest.raises(RuntimeError, match=WORKER_DEATH_MESSAGE):
+            next(batches)
+    finally:
+        signal.alarm(0)
+
+
+class Counting(Dataset):
+    def __getitem__(self, number: int) -> int:
+        return number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import struct
 import time
 from fractions import Fraction
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ from data_prep.verify import ExpectedFile, FileCheck, check_file
 from tests.hostile.bounded import Ended, run_bounded
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.workers import killing_alarm
+from video_swinv2.inference.watching import Watcher, WatchRequest
 from video_swinv2.killable import KillableProcess
 
 HOUR = 3600.0
@@ -145,3 +147,51 @@ def test_the_commands_get_over_files_that_lie_about_their_length(tmp_path: Path)
     verified = command("verify", out, "--level", "full", "--workers", "1")
     assert verified.code == 0, verified.out
     assert verified.cpu_seconds < 30
+
+
+def test_the_number_of_segments_does_not_follow_the_header(tmp_path: Path) -> None:
+    """A clip of 40 s whose header says a tenth of a second: the segments are spread over what is in the file."""
+    path = write_slow(tmp_path / "v.mkv", 1000, 0.04)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\x44\x89\x88") + 3  # Matroska's element Duration, a float64 in milliseconds
+    assert struct.unpack_from(">d", content, place) == (pytest.approx(40_000),)
+    struct.pack_into(">d", content, place, 100.0)
+    path.write_bytes(content)
+    starts = []
+    with path.open("rb") as file:
+        request = WatchRequest("The clip", 2, 1, (32, 32), max_segments=24)
+        with Watcher(request, descriptor=file.fileno()) as watcher:
+            for segment in watcher:
+                starts.append(segment.seconds[0])
+                watcher.answer([("a", 1.0)])
+            watcher.finish()
+    # 24 segments of 2 frames in 1,000 are 44 frames apart. The last one ends with the last frame.
+    np.testing.assert_allclose(starts, [*(1.76 * place for place in range(23)), 39.92], atol=2e-3)
+
+
+READ = """
+import sys, numpy
+from pathlib import Path
+from video_swinv2.data.decode import VideoReader
+with VideoReader(Path(sys.argv[1])) as reader:
+    print(len(reader), bool((numpy.diff(reader.times) > 0).all()), *reader.times[[1, -2, -1]], reader.fps)
+"""
+
+
+def test_very_many_equal_times_are_spread_in_linear_time(tmp_path: Path) -> None:
+    """200,000 frames at 0 s and one at a second: they share the second, in strictly ascending order."""
+    count = 200_000
+    path = write_flv(tmp_path / "v.flv", [0] * count + [1000])
+    ended = run_bounded("-c", READ, path, cpu_seconds=60)
+    frames, ascending, second, before_last, last, fps = ended.out.split()
+    assert (int(frames), ascending) == (count + 1, "True")
+    assert (float(second), float(last), float(fps)) == pytest.approx((1 / count, 1.0, count))
+    assert float(before_last) == pytest.approx(1 - 1 / count)
+    assert ended.cpu_seconds < 20
+
+
+def test_equal_times_at_the_end_are_a_frame_period_apart(tmp_path: Path) -> None:
+    with VideoReader(write_flv(tmp_path / "v.flv", [0, 40, 80, 80, 80, 100, 200, 200])) as reader:
+        period = 1 / float(reader._stream.average_rate or 25)
+        expected = [0, 0.04, 0.08, 0.08 + 0.02 / 3, 0.08 + 0.04 / 3, 0.1, 0.2, 0.2 + period]
+        np.testing.assert_allclose(reader.times, expected, atol=1e-9)
