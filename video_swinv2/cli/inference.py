@@ -41,7 +41,7 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument(
         "--seconds",
-        type=number(0, float("inf")),
+        type=number(0, 10**9),
         default=float("inf"),
         help="stop reading a stream after this long (default: at its end)",
     )

@@ -108,7 +108,8 @@ def _byte_count(text: str) -> int:
     for unit, size in (("GiB", 2**30), ("GB", 10**9)):
         if text.endswith(unit):
             try:
-                return int(float(text.removesuffix(unit)) * size)
+                if (memory := int(float(text.removesuffix(unit)) * size)) > 0:
+                    return memory
             except (ValueError, OverflowError):  # also nan and inf
                 break
-    raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 80GB or 80GiB")
+    raise argparse.ArgumentTypeError(f"{text[:50]!r} is not an amount of memory such as 80GB or 80GiB")

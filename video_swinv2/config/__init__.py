@@ -8,10 +8,10 @@ explains mistakes. Of this project, this package imports only `errors` and `file
 from video_swinv2.config.bounds import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers
 from video_swinv2.config.engine import EngineConfig
 from video_swinv2.config.loading import (
-    apply_override,
     invalid_value,
     known_keys,
     load_config,
+    parse_override,
     plain_values,
     to_yaml,
     validate_config,
@@ -42,10 +42,10 @@ __all__ = [
     "Size",
     "WeightedSource",
     "Workers",
-    "apply_override",
     "invalid_value",
     "known_keys",
     "load_config",
+    "parse_override",
     "plain_values",
     "to_yaml",
     "validate_config",

@@ -60,24 +60,30 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return validate_config(values, str(path))
 
 
+def parse_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `key.sub=value`, whose value is YAML. Raises UsageError if it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override}: write an override as key.sub=value")
+    try:
+        return key, parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{key}: the value is not valid YAML ({error})") from error
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in the nested dictionary `values`; raises UsageError if that is not possible.
 
     The key is not checked here. `validate_config` checks keys from files and overrides alike.
     """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"{override}: write an override as key.sub=value")
+    key, value = parse_override(override)
     # Descend to the dictionary that contains the last part, creating sections that the file does not have.
     *parents, last = key.split(".", maxsplit=MAX_PARTS)
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"{override}: {parent} is a value and has no keys below it")
-    try:
-        values[last] = parse_yaml(text)
-    except ValueError as error:
-        raise UsageError(f"{key}: the value is not valid YAML ({error})") from error
+    values[last] = value
 
 
 def validate_config(values: Mapping[str, Any], origin: str) -> Config:

@@ -215,6 +215,10 @@ class OptimConfig:
     """Decay per step of an exponential moving average of the weights. If enabled, validation and the saved models use
     the average; 0 disables it."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
+            raise UsageError("optim.class_weights: all are 0; give at least one class a weight")
+
 
 @dataclass(config=STRICT, frozen=True)
 class Config:

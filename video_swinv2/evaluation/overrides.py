@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from video_swinv2.config import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers, apply_override, invalid_value
+from video_swinv2.config import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers, invalid_value, parse_override
 from video_swinv2.data.display import MAX_PIXELS
 from video_swinv2.distributed.session import SILENCE_SECONDS, distributed_session
 from video_swinv2.distributed.world import MEETING_SECONDS, World
@@ -107,8 +107,7 @@ def parse_overrides(texts: Sequence[str]) -> TestOverrides:
             # cutoff=0.0 makes difflib return a suggestion however little it resembles the key.
             nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
             raise UsageError(f"unknown key {key}: did you mean {nearest}? (known: {', '.join(KEYS)})")
-        # "data.frames=8" -> "frames=8": the key becomes the field's name, the rest is passed on unparsed.
-        apply_override(values, KEYS[key] + text[len(key) :])
+        values[KEYS[key]] = parse_override(text)[1]
     try:
         return TypeAdapter(TestOverrides).validate_python(values)
     except ValidationError as error:
