@@ -335,7 +335,6 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
         ((tmp_path / "raw" / "out",), "is inside the source"),
         ((tmp_path / "out", "--short-side", 31), "--short-side 31"),
         ((tmp_path / "out", "--gop", 0), "--gop 0"),
-        ((tmp_path / "out", "--max-fail-rate", 5), "--max-fail-rate 5.0"),
         ((tmp_path / "out", "--fps", 0), "--fps 0"),
         ((tmp_path / "out", "--min-seconds", -1), "--min-seconds -1"),
         ((tmp_path / "out", "--retry-failed", "bored"), "--retry-failed bored: unknown reason; must be one of missing"),
@@ -345,6 +344,9 @@ def test_out_inside_the_source_and_bad_numbers_are_refused(
         assert run(tmp_path / "raw", *arguments) == 2
         assert words in capsys.readouterr().err
     assert run(tmp_path / "nowhere", tmp_path / "out") == 2
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "raw", tmp_path / "out", "--max-fail-rate", 5)
+    assert "--max-fail-rate: must be from 0 to 1" in capsys.readouterr().err
 
 
 def test_split_takes_a_share_of_each_class_and_prepare_keeps_the_choice(
@@ -366,7 +368,8 @@ def test_split_takes_a_share_of_each_class_and_prepare_keeps_the_choice(
     assert {entry.name for entry in read_manifest(out, "val").entries} == chosen
     assert main(["split", str(out), "--val", "0.2", "--seed", "4"]) == 0
     assert {entry.name for entry in read_manifest(out, "val").entries} != chosen
-    assert main(["split", str(out), "--val", "1.5"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["split", str(out), "--val", "1.5"])
     assert main(["split", str(tmp_path), "--val", "0.1"]) == 2
     assert "run `prepare SRC" in capsys.readouterr().err
 
