@@ -12,6 +12,7 @@ import pytest
 from data_prep.cli import main
 from video_swinv2.data.manifest import read_manifest
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.parts import FOLDER, PartFolder
 from video_swinv2.files import path_under
 
 OUTSIDE = ["/etc/passwd", "//etc", "..", "../x", "a/../../x", "a/..", "a/../b", "", ".", "a\0b"]
@@ -210,3 +211,11 @@ def test_a_list_edited_to_name_files_elsewhere_harms_none_of_them(
     assert "2 files checked (hash), 3 bad" in capsys.readouterr().out
     assert prepare(source, out) == 0
     assert main(["verify", str(out), "--workers", "1"]) == 0
+
+
+def test_the_parts_of_a_test_are_not_in_a_folder_elsewhere(outside: Path, tmp_path: Path) -> None:
+    """What other tests left beside them is deleted."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FOLDER).symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of .* symbolic link"):
+        PartFolder(tmp_path / "out", {"seed": 0}, 3).open()

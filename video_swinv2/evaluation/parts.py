@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.planning import TestPlan
 from video_swinv2.evaluation.reading import Group, VideoRecord
-from video_swinv2.files import create_folder, name_unwritable
+from video_swinv2.files import create_folder, name_unwritable, path_under
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistakes
 from video_swinv2.report.scores import (
@@ -99,7 +99,7 @@ class PartFolder:
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
         text = json.dumps(identity, sort_keys=True, allow_nan=False)
-        self._parent = out / FOLDER
+        self._parent = path_under(out, FOLDER, str(out))  # everything in it is deleted in the end
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups
         # Rounded up, so there are at most MAX_PARTS; up to MAX_PARTS groups, each is a part of its own.
