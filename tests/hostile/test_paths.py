@@ -217,5 +217,5 @@ def test_the_parts_of_a_test_are_not_in_a_folder_elsewhere(outside: Path, tmp_pa
     """What other tests left beside them is deleted."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / FOLDER).symlink_to(outside)
-    with pytest.raises(UserError, match="leads out of .* symbolic link"):
+    with pytest.raises(UserError, match=r"leads out of .* symbolic link"):
         PartFolder(tmp_path / "out", {"seed": 0}, 3).open()
