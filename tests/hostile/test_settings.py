@@ -106,6 +106,8 @@ OPTIONAL = {
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("augment.mixup=1e-320", "augment.mixup: invalid value 1e-320: is neither 0 nor at least 1e-12"),
+        ("val_epochs=1e-320", "val_epochs: invalid value 1e-320: input should be greater than or equal to 0.000001"),
         ("optim.epochs=.inf", "optim.epochs: invalid value inf: input should be a finite number"),
         ("seed=-1", "seed: invalid value -1"),
         ("seed=4294967296", "seed: invalid value 4294967296: input should be less than 4294967296"),

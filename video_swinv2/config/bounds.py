@@ -17,15 +17,24 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 MAX_COUNT = 10**6
 MAX_PIXELS = 10**4  # and frames
 MAX_FACTOR = 1000.0
+MIN_FACTOR = 1e-12  # smaller ones are 0 in float32, which torch.distributions refuses
 WEEK_SECONDS = 7 * 24 * 3600.0
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 """A share, or a decay, of less than all."""
-Factor = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
+
+
+def _refuse_tiny(value: float) -> float:
+    if 0 < value < MIN_FACTOR:
+        raise ValueError(f"is neither 0 nor at least {MIN_FACTOR:g}")
+    return value
+
+
+Factor = Annotated[float, Field(ge=0, le=MAX_FACTOR), AfterValidator(_refuse_tiny)]
 """A rate, a strength or a width of noise; 0 disables what it is of."""
-PositiveFactor = Annotated[float, Field(gt=0, le=MAX_FACTOR)]
-Epochs = Annotated[float, Field(gt=0, le=MAX_COUNT)]
+PositiveFactor = Annotated[float, Field(ge=MIN_FACTOR, le=MAX_FACTOR)]
+Epochs = Annotated[float, Field(ge=1e-6, le=MAX_COUNT)]
 Minutes = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS)]
 
