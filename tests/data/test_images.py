@@ -112,7 +112,7 @@ def test_unreadable_images_are_refused_in_one_line(tmp_path, monkeypatch, recwar
     words = {
         "cut.jpg": "not a readable image",
         "empty.jpg": r"is empty \(0 bytes\)",
-        "text.jpg": "not an image in a format",
+        "text.jpg": "not an image that is read",
         "folder.jpg": "not a readable image",
         "float.tif": "no agreed range",
         "absent.jpg": "no such file",
@@ -315,3 +315,12 @@ def test_real_photographs(outside_data):
     assert (len(train.classes), len(train.entries), len(val.entries)) == (102, 2550, 102)
     for entry in itertools.islice(val.entries, 0, None, 10):
         assert read_image(entry.path).shape[0] == 3
+
+
+def test_formats_that_start_other_programs_are_not_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DecodeError, match="is not an image that is read") as error:
+        read_image(tmp_path / "a.jpg")
+    assert error.value.reason == "not_image"

@@ -15,7 +15,7 @@ from video_swinv2.config import AugmentConfig, DataConfig
 from video_swinv2.data import shards
 from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.decode import DecodeError
-from video_swinv2.data.images import read_tar_member
+from video_swinv2.data.images import FORMATS, read_tar_member
 from video_swinv2.data.loading import plan_batch, training_loader
 from video_swinv2.data.shards import shard_collection
 from video_swinv2.data.sources import labelled_manifest, labelled_splits, unlabelled_mixture
@@ -214,7 +214,7 @@ def test_workers_read_shards_alike_and_keep_no_files_open(folder):
         assert torch.equal(a.pixels, b.pixels)
         assert a.broken == b.broken
     broken = {line for batch in batches[0] for line in batch.broken}
-    assert broken == {f"{folder}/set-train-000.tar: 3.png: is not an image in a format that Pillow reads"}
+    assert broken == {f"{folder}/set-train-000.tar: 3.png: is not an image that is read ({', '.join(FORMATS)})"}
 
 
 def test_a_shard_that_is_gone_is_a_broken_file(folder):

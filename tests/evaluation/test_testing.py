@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -106,9 +107,9 @@ def test_one_open_and_one_pass_for_each_video(
     frames: Counter[tuple[Path, int]] = Counter()
 
     class Counting(VideoReader):
-        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+        def __init__(self, path: Path, **options: Any) -> None:
             opened.append(path)
-            super().__init__(path, time_limit_seconds=time_limit_seconds)
+            super().__init__(path, **options)
 
         def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
             for index, frame in super()._decode(start):

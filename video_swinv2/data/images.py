@@ -34,6 +34,9 @@ from video_swinv2.data.media import IMAGE, IMAGE_SUFFIXES, VIDEO_SUFFIXES, media
 from video_swinv2.data.trees import TopLevel, explore, list_folder, split_folders, suffix_of
 from video_swinv2.errors import UsageError
 
+# What Pillow may read. It knows forty more formats, some of which start another program (EPS) or are hardly tested.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
 
 def is_image(entry: AnyEntry) -> bool:
     """Whether an entry is read as a still image: a member of a tar always is, a file if its content says so."""
@@ -73,14 +76,14 @@ def _decode(file: Path | BinaryIO, name: str, max_pixels: int) -> Tensor:
         # Pillow warns about unusual EXIF data, palettes and sizes, which with millions of files would flood the log.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 check_pixels(image.height, image.width, max_pixels)  # nothing is decoded before
                 return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
     except FileNotFoundError as error:
         raise DecodeError(f"{name}: no such file", "missing") from error
     except UnidentifiedImageError as error:
         empty = not (file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END))
-        what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
+        what = "is empty (0 bytes)" if empty else f"is not an image that is read ({', '.join(FORMATS)})"
         raise DecodeError(f"{name}: {what}", "empty" if empty else "not_image") from error
     except PictureSizeError as error:
         raise DecodeError(f"{name}: {error}") from error

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from video_swinv2.data.datasets import Batch
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.files import atomic_write
+from video_swinv2.files import atomic_write, json_text
 from video_swinv2.records import parse_json, read_bytes
 from video_swinv2.report.training_run import MAX_METRICS_BYTES
 
@@ -37,7 +37,7 @@ class MetricLog:
             # 0 also validates its initial weights again, so nothing is kept. If the process was killed while it wrote,
             # the last line lacks its closing brace and is dropped.
             kept = [line for line in read_metrics(folder) if step and line["step"] <= step]
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            self.path.write_text("".join(f"{json_text(line)}\n" for line in kept), encoding="utf-8")
         # TensorBoard hides the events that an interrupted run wrote for purge_step and later steps.
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._wandb: Any = open_wandb(wandb, folder) if wandb else None
