@@ -33,8 +33,9 @@ Result = TypeVar("Result")
 Allow = Callable[[float], None]
 """Passed to a job, which calls it with the seconds it may still take from now on, in place of its former time limit."""
 
-# Added to the time limit of every job, in case its process has to start and import its libraries on a busy machine.
-START_SECONDS = 60.0
+# A process has to start, and to import what its job needs, within this time. It does not count towards the time limit of
+# the job: on a busy machine, or with an environment on a slow network disk, starting takes minutes.
+START_SECONDS = 600.0
 # Jobs submitted beyond those running (and a quarter of those, see `each`), so that no process is idle while the parent
 # records the result of another.
 AHEAD = 2
@@ -52,8 +53,8 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class _Extension:
-    """Sent by a process when its job calls `allow`: the job may take `seconds` from now on."""
+class _Allowed:
+    """Sent by a process when it begins a job, and when its job calls `allow`: it may take `seconds` from now on."""
 
     seconds: float
 
@@ -181,13 +182,13 @@ class _Worker:
         process = self._running_process()
         if process is None:
             return Lost("crashed", "the pool was closed")
-        deadline = time.monotonic() + seconds + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         try:
-            process.send((work, job))
-            # Any number of extensions, then the result.
+            process.send((work, job, seconds))
+            # Any number of time limits, then the result.
             while True:
-                answer: Result | Lost | _Extension = process.receive(deadline - time.monotonic())
-                if isinstance(answer, _Extension):
+                answer: Result | Lost | _Allowed = process.receive(deadline - time.monotonic())
+                if isinstance(answer, _Allowed):
                     deadline = time.monotonic() + answer.seconds
                     continue
                 if isinstance(answer, Lost):  # an unexpected exception: the state of the process is unknown
@@ -230,11 +231,15 @@ class _Worker:
 
 def _serve(pipe: Connection) -> None:
     """The main loop of a worker process: run the jobs that arrive through the pipe until the pool closes it."""
+    def allow(seconds: float) -> None:
+        pipe.send(_Allowed(seconds))
+
     with contextlib.suppress(EOFError):
         while True:
-            work, job = pipe.recv()
+            work, job, seconds = pipe.recv()  # imports the module of `work`
+            allow(seconds)
             try:
-                result = work(job, lambda seconds: pipe.send(_Extension(seconds)))
+                result = work(job, allow)
             except Exception as fault:
                 result = Lost("crashed", one_line(fault))
             pipe.send(result)

@@ -86,7 +86,7 @@ def _nothing_is_left_over():
     wait_for(lambda: threading.active_count() <= before)
 
 
-def wait_for(happened, seconds=60.0):
+def wait_for(happened, seconds=600.0):
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "did not happen in time"

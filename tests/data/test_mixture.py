@@ -174,6 +174,6 @@ def test_workers_that_are_not_forked_get_the_entries(tmp_path, method):
     answers = context.Queue()
     process = context.Process(target=tell_last, args=(samples, answers))
     process.start()
-    assert answers.get(timeout=120) == "v49"
+    assert answers.get(timeout=600) == "v49"
     process.join()
     assert process.exitcode == 0

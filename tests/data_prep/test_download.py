@@ -191,7 +191,7 @@ def test_kills_and_interruptions_lose_next_to_nothing(server, tmp_path, capsys):
             assert run(server, tmp_path / "k400") == 1
             assert "another run is downloading here" in capsys.readouterr().err
         process.send_signal(interruption)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=600)[1]
         if interruption == signal.SIGINT:
             assert process.returncode == 1
             assert error.splitlines()[-1] == "error: interrupted; run the same command again to resume"
@@ -207,7 +207,7 @@ def test_a_disk_error_is_one_line_and_ends_the_run(server, tmp_path):
     server.files, _ = kinetics400(500_000)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731 - for preexec_fn alone
     process = started(server, tmp_path / "k400", preexec_fn=limit)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=600)[1]
     assert process.returncode == 1
     assert error.count("\n") == 1
     assert re.match(r"error: .*part_\d\.tar\.gz: cannot be written \(File too large\); free disk space", error)

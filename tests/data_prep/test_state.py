@@ -35,7 +35,7 @@ def by_name(state: PreparationState) -> dict[str, dict[str, object]]:
 
 def in_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
 def test_planned_videos_are_stored(tmp_path: Path) -> None:

@@ -233,6 +233,6 @@ def test_a_browser_reports_no_errors(window: str, tmp_path: Path) -> None:
     run(tmp_path, "--html", tmp_path / "page.html")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={window}", f"file://{tmp_path}/page.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert ":CONSOLE" not in done.stderr, done.stderr
     assert "Prepared videos by class" in done.stdout

@@ -183,7 +183,7 @@ module.verify(Path(sys.argv[1]), "full", workers=1)
 """
     flip_a_bit(video(out, 8))
     video(out, 0).write_bytes(b"")
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=REPOSITORY, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=REPOSITORY, capture_output=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with sqlite3.connect(out / "verify.sqlite") as db:
         known = [row[0] for row in db.execute("SELECT path FROM files WHERE level = 'full' ORDER BY rowid")]

@@ -30,7 +30,7 @@ def test_a_signal_becomes_a_flag_and_the_old_handlers_are_restored(number: signa
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.read() == f"{number.name}\nrestored\n"
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=600) == 0
     finally:
         process.kill()
 

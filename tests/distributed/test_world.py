@@ -59,7 +59,7 @@ def test_a_launcher_trains_three_steps_without_a_compiler(tmp_path: Path, launch
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
     results = [tmp_path / f"rank-{rank}.json" for rank in range(2)]
@@ -86,7 +86,7 @@ def test_two_srun_tasks_find_each_other_and_train(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     for task in tasks:
-        task.wait(timeout=300)
+        task.wait(timeout=600)
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [(result["rank"], result["size"]) for result in found] == [(0, 2), (1, 2)]
     assert found[0]["losses"] == found[1]["losses"]

@@ -188,7 +188,7 @@ def test_a_full_disk_is_reported_by_the_next_call_and_leaves_the_older_checkpoin
     _save(tmp_path, 1)
     done = subprocess.run(
         [sys.executable, str(WORKER), "full", str(tmp_path)], env=_environment(), capture_output=True, text=True,
-        timeout=300, check=True,
+        timeout=600, check=True,
     )  # fmt: skip
     assert done.stdout.startswith(f"{tmp_path}: the checkpoint of step 2 could not be written (")
     assert done.stdout.count("\n") == 1

@@ -26,7 +26,7 @@ def chromium(page: Path, profile: Path, *options: str) -> subprocess.CompletedPr
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += ["--disable-background-networking", "--virtual-time-budget=20000", f"--user-data-dir={profile}"]
     return subprocess.run(
-        [*command, *options, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
+        [*command, *options, f"file://{page}"], capture_output=True, text=True, timeout=600, check=True
     )
 
 

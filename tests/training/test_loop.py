@@ -116,7 +116,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_says_how_to_resume(recipe,
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=600)
     assert process.returncode == 75
     assert (tmp_path / "run" / "start-again").exists()
     last = [line for line in text.splitlines() if line.startswith("error:")]
@@ -132,7 +132,7 @@ def test_two_deepspeed_processes_equal_one_plain_one(recipe, tmp_path):
     config = recipe(out=str(tmp_path / "two"), engine={"engine": "deepspeed", "zero_stage": 1}, **same)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "video_swinv2", "train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, str(config)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, *launcher, str(config)], check=True, env=environment, timeout=600)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(plain), rtol=1e-4)
     for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(plain), strict=True):
         if "val/top1" in a:

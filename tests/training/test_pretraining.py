@@ -329,7 +329,7 @@ def test_partitioned_processes_validate_and_draw_what_one_does(recipe, tmp_path)
         "pretrain",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, str(config)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, *launcher, str(config)], check=True, env=environment, timeout=600)
     for ours, theirs in zip(read_metrics(tmp_path / "two"), read_metrics(plain), strict=True):
         for key in ours.keys() & {"val/loss", "val/mean_loss", "train/loss"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
