@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 Allow = Callable[[float], None]
 """Passed to a job, which calls it with the seconds it may still take from now on, in place of its former time limit."""
 
-# A process has to start, and to import what its job needs, within this time. It does not count towards the time limit of
-# the job: on a busy machine, or with an environment on a slow network disk, starting takes minutes.
+# A process has to start, and to import what its job needs, within this time. It does not count towards the time limit
+# of the job: on a busy machine, or with an environment on a slow network disk, starting takes minutes.
 START_SECONDS = 600.0
 # Jobs submitted beyond those running (and a quarter of those, see `each`), so that no process is idle while the parent
 # records the result of another.
@@ -231,6 +231,7 @@ class _Worker:
 
 def _serve(pipe: Connection) -> None:
     """The main loop of a worker process: run the jobs that arrive through the pipe until the pool closes it."""
+
     def allow(seconds: float) -> None:
         pipe.send(_Allowed(seconds))
 

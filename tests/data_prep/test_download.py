@@ -174,7 +174,7 @@ def started(server: Server, to: Path, **options: object) -> subprocess.Popen[str
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -13,7 +13,7 @@ from video_swinv2.distributed.signals import StopSignal
 before = signal.getsignal(signal.SIGTERM)
 with StopSignal() as stop:
     print("ready", flush=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.01)
     print(stop.name, flush=True)

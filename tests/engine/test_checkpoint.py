@@ -166,7 +166,7 @@ def test_a_kill_while_writing_leaves_the_older_checkpoint(tmp_path: Path) -> Non
     _save(tmp_path, 1)
     process = subprocess.Popen([sys.executable, str(WORKER), "hang", str(tmp_path)], env=_environment())
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (tmp_path / "step-000002.tmp" / "weights.safetensors").exists():
             assert time.monotonic() < deadline
             assert process.poll() is None

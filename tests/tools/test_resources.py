@@ -123,7 +123,7 @@ def test_a_loader_fills_as_much_shared_memory_as_is_planned(tmp_path: Path, writ
     batch = next(batches)
     assert batch.pixels.nbytes == batch_bytes
     # Labels and the table of files in hand are shared too, and take no more than a page each.
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while (seen := shared_bytes()) < planned_bytes and time.monotonic() < until:
         time.sleep(0.05)
     assert planned_bytes <= seen < planned_bytes + batch_bytes
