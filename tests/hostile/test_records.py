@@ -23,9 +23,8 @@ from video_swinv2.records import Record, read_bytes, read_json, read_record
 from video_swinv2.training.faults import Faults
 from video_swinv2.training.metrics import MetricLog, read_metrics
 from video_swinv2.training.start import ancestors_of, find_start
-from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.pretrained import RequestedSizes, open_model
+from video_swinv2.weights.pretrained import RequestedSizes, open_model, preprocessing_of
 from video_swinv2.weights.store import CARD_KEY, read_tensors
 
 BIG = "9" * 5000

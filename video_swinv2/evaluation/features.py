@@ -30,9 +30,8 @@ from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
 from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
-from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.pretrained import RequestedSizes, open_model
+from video_swinv2.weights.pretrained import RequestedSizes, open_model, preprocessing_of
 from video_swinv2.weights.store import Preprocessing
 
 
