@@ -39,7 +39,7 @@ from video_swinv2.evaluation.reading import Group, default_workers, deliver_grou
 from video_swinv2.evaluation.splits import ClassesBy
 from video_swinv2.progress import Progress
 from video_swinv2.records import read_json
-from video_swinv2.report.markdown import accuracy_line
+from video_swinv2.report.markdown import accuracy_lines
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import surest_mistakes
 from video_swinv2.report.page import write_report
@@ -133,8 +133,7 @@ def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
 
 def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
     videos = result["videos"]
-    keys = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
-    lines = [accuracy_line(result, key, words) for key, words in keys.items()]
+    lines = accuracy_lines(result)
     lines.append(
         f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['views']} view(s) each, "
         f"{result['seconds']:.1f} seconds"
@@ -157,6 +156,8 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     # different states, but all must work from the same list of missing parts.
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
     finished_before = parts.count - len(missing)
+    if world.rank == 0 and plan.manifest.notes:
+        print(terminal_lines(plan.manifest.notes), file=sys.stderr)
     if world.rank == 0 and finished_before:
         print(f"test: {finished_before} of {parts.count} parts are already done", file=sys.stderr)
     started = time.perf_counter()

@@ -19,7 +19,7 @@ from video_swinv2.files import create_folder, json_text
 from video_swinv2.pages import render
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.intervals import PairedDifference, compare_paired, holm_adjusted
-from video_swinv2.report.markdown import accuracy_line, comparison_text, span
+from video_swinv2.report.markdown import ACCURACIES, accuracy_line, comparison_text, span
 from video_swinv2.report.metrics import ClassAccuracy, sources_of_scored
 from video_swinv2.report.page import as_json_data, views_series, write_content, write_report
 from video_swinv2.report.plots import Plot, Series, plot
@@ -218,10 +218,8 @@ def _paired(first: ComparedTest, second: ComparedTest) -> PairedDifference:
                 f"{path}: is {classes[labels[0][i]]!r} in {first.folder} and {classes[labels[1][j]]!r} in "
                 f"{second.folder}; test both on the same list"
             )
-    # The bootstrap wants source numbers 0..S-1 without gaps, but the shared videos may lack some sources of the first
-    # test. The inverse indices of np.unique renumber those that are left.
-    sources = np.unique(sources_of_scored(first.analysis.scores)[a], return_inverse=True)[1]
-    return compare_paired(first.analysis.right[a], second.analysis.right[b], sources, first.record.get("seed", 0))
+    sources = sources_of_scored(first.analysis.scores)[a]
+    return compare_paired(first.analysis.right[a], second.analysis.right[b], sources)
 
 
 def _rows_by_path(test: ComparedTest) -> dict[str, int]:
@@ -237,6 +235,7 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
     return {
         "tests": tests,
         "pairs": pairs,
+        "accuracies": ACCURACIES,
         "one_data": len({test.record["data_fingerprint"] for test in tests}) == 1,
         "one_protocol": len({test.record["protocol"] for test in tests}) == 1,
         "unit": tests[0].record.get("unit", "videos"),

@@ -75,7 +75,6 @@ def results(analysis: Analysis, run: TrainingRun | None) -> dict[str, Any]:
     return {
         **metrics.figures(),
         "videos": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
-        "sources": metrics.sources,
         "other_average": {"average": average, "top1": top1, "top1_interval": list(interval)},
         "views_curve": [asdict(point) for point in analysis.views],
         "calibration": asdict(analysis.calibration),
