@@ -20,8 +20,8 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
-from video_swinv2.inference.media_types import find_media_files
-from video_swinv2.inference.predictor import _output_paths, predict, read_image_views
+from video_swinv2.inference.media_types import find_media_files, read_file_views
+from video_swinv2.inference.predictor import _output_paths, predict
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -117,12 +117,15 @@ def test_predictions_and_errors_keep_the_order_of_the_files(clip_model: Path, fi
     assert predictions[2] == predictions[4]
     read_back = json.loads(format_predictions(predictions, "json"))
     assert read_back[2]["answers"][0].keys() == {"name", "probability"}
+    assert read_back[2]["views"] == "center-1x1: 1 clip x 1 crop"
     rows = list(csv.DictReader(format_predictions(predictions, "csv").splitlines(), PREDICTION_COLUMNS))
     assert [row["error"] for row in rows[:2]] == [prediction.error for prediction in predictions[:2]]
     assert [row["class"] for row in rows[2:6]] == [answer.name for answer in predictions[2].answers]
+    assert [row["views"] for row in rows[:3]] == ["", "", "center-1x1: 1 clip x 1 crop"]
     assert float(rows[2]["probability"]) == pytest.approx(predictions[2].answers[0].probability, abs=1e-6)
     text = format_predictions(predictions)
     assert "gone.mp4: no such file" in text
+    assert "one.mp4  (center-1x1: 1 clip x 1 crop)\n" in text
     assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
 
 
@@ -145,8 +148,8 @@ def test_an_image_model_reads_images_as_they_are_shown(image_model: Path, files:
 
 def test_an_image_has_each_spatial_crop_once(files: Path) -> None:
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
-    assert read_image_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
-    assert read_image_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
+    assert read_file_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
+    assert read_file_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
 
 
 def test_media_types(files: Path) -> None:

@@ -31,13 +31,15 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
     verb.add_argument(
-        "--protocol", help="views of each file (default: videoswin-4x3; with --features or --gallery center-1x1)"
+        "--protocol",
+        help="views of each file, whose crops are also those of each window over time "
+        "(default: videoswin-4x3; with --features or --gallery center-1x1)",
     )
     verb.add_argument(
         "--every",
         type=number(0, WEEK_SECONDS),
         metavar="SECONDS",
-        help="predict over time: classify a clip every SECONDS; streams always are, by default clip after clip",
+        help="predict over time, too: classify a clip every SECONDS; streams always are, by default clip after clip",
     )
     verb.add_argument(
         "--seconds",
@@ -49,7 +51,7 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--video",
         type=Path,
         metavar="DIR",
-        help="predict over time, and write copies of the videos with the answers on them",
+        help="predict over time, too, and write copies of the videos with the answers below them",
     )
     verb.add_argument(
         "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
@@ -73,6 +75,7 @@ def _predict(options: argparse.Namespace) -> int:
         return _retrieve(options)
 
     from video_swinv2.evaluation.overrides import TestOverrides
+    from video_swinv2.inference.classifier import DEFAULT_PROTOCOL
     from video_swinv2.inference.formatting import csv_header, format_predictions, format_segment
     from video_swinv2.inference.predictor import OverTime, predict
 
@@ -90,7 +93,7 @@ def _predict(options: argparse.Namespace) -> int:
             options.model,
             options.sources,
             top=options.top,
-            protocol=options.protocol or "videoswin-4x3",
+            protocol=options.protocol or DEFAULT_PROTOCOL,
             over_time=OverTime(options.every, options.seconds, options.video),
             on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
             world=world,
@@ -137,6 +140,11 @@ def _add_serve(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--top", type=whole_number(), default=5, help="classes to show per clip (default: %(default)s)")
     verb.add_argument(
+        "--protocol",
+        default="videoswin-4x3",
+        help="views of each clip, whose crops are also those of each window over time (default: %(default)s)",
+    )
+    verb.add_argument(
         "--most-megabytes", type=number(0.001), default=200.0, help="largest clip accepted (default: %(default)g)"
     )
     verb.add_argument(
@@ -152,7 +160,7 @@ def _serve(options: argparse.Namespace) -> None:
     from video_swinv2.inference.serve import serve
 
     limits = Limits(upload_bytes=int(options.most_megabytes * 10**6), seconds=options.most_seconds)
-    serve(options.model, port=options.port, top=options.top, limits=limits)
+    serve(options.model, port=options.port, top=options.top, protocol=options.protocol, limits=limits)
 
 
 def _add_export(verbs: Verbs[argparse.ArgumentParser]) -> None:

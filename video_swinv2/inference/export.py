@@ -23,10 +23,9 @@ from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import read_views, view_shape
+from video_swinv2.evaluation.views import view_shape
 from video_swinv2.files import atomic_write, json_text
-from video_swinv2.inference.media_types import find_media_files
-from video_swinv2.inference.predictor import read_image_views
+from video_swinv2.inference.media_types import find_media_files, read_file_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card
 
@@ -143,11 +142,11 @@ def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> I
     protocol, missing = PROTOCOLS["videoswin-4x3"], [path for path in check if not path.exists()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file")
-    for path, media_type in find_media_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
-        if preprocessing.frames is None and media_type == IMAGE:
-            pixels = read_image_views(path, protocol, preprocessing)
-        else:
-            pixels, _ = read_views(path, protocol, preprocessing)
+    wanted = IMAGE if preprocessing.frames is None else VIDEO
+    for path, media_type in find_media_files(check, wanted):
+        if (media_type, wanted) == (IMAGE, VIDEO):
+            raise UsageError(f"{path}: an image, but this model takes videos; name videos with --check")
+        pixels = read_file_views(path, protocol, preprocessing)
         yield normalise(pixels[:SAMPLES], preprocessing.mean, preprocessing.std)
     if not check:
         noise = torch.randint(0, 256, (SAMPLES, *view_shape(preprocessing)), dtype=torch.uint8)
