@@ -42,6 +42,8 @@ def test_page_shows_the_figures(six: tuple[Path, Scores]) -> None:
     metrics = metrics_of(scores)
     text = page.text
     assert f"{100 * metrics.top1:.1f} % top-1" in text
+    assert page.texts[0] == f'<b>/model.safetensors on a "quoted" folder (test): {100 * metrics.top1:.1f} % top-1'
+    assert f"chance, {100 * metrics.chance:.1f} %. Always answering {metrics.majority[0]}" in text
     assert f"{100 * metrics.top1_interval[0]:.1f} to {100 * metrics.top1_interval[1]:.1f}" in text
     bounds = f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} %"
     assert f"top-1 over all listed videos: {bounds}" in text
@@ -59,6 +61,31 @@ def test_page_shows_the_figures(six: tuple[Path, Scores]) -> None:
     for mistake in surest_mistakes(scores, video_probabilities(scores)):
         assert f"{mistake.path} · view {mistake.view + 1} from frame {mistake.start}" in text
     assert text.count(f"reason {ATTACK}") == 2
+
+
+def test_two_classes_of_few_sources(tmp_path: Path) -> None:
+    """No top-5, the figures of two classes, and a warning: in the page and in the text."""
+    origins = [f"recording {i % 12}" for i in range(60)]
+    scores = make_folder(tmp_path, ("calm", "fight"), 60, failed=0, origins=origins, date="2026-01-02 03:04 UTC")
+    page = Page(write_page(tmp_path))
+    two = metrics_of(scores).two_classes
+    assert two is not None
+    said = (tmp_path / "report.md").read_text()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert page.texts[0].endswith("(test), 2026-01-02 03:04 UTC: " + f"{100 * result['top1']:.1f} % top-1")
+    assert "top-5" not in page.text + said
+    assert result["top5"] is None
+    assert f"ROC AUC {two.roc_auc:.3f}" in page.text
+    assert f"ROC AUC {two.roc_auc:.4f}" in said
+    for row in two.classes:
+        shown = f"{row.name} {100 * row.precision:.1f} % {100 * row.recall:.1f} % {100 * row.f1:.1f} % {row.pr_auc:.3f}"
+        assert shown in page.text
+        assert f"precision {100 * row.precision:.2f} %, recall {100 * row.recall:.2f} %" in said
+    for text in (page.text, said):
+        assert "arning: the videos come from only 12 independent sources" in text
+        assert "most frequent class" in text
+    make_folder(tmp_path, ("calm", "fight"), 60, failed=0)
+    assert "independent source" not in Page(write_page(tmp_path)).text.replace("independent sources unknown", "")
 
 
 def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> None:

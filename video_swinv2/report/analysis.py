@@ -34,12 +34,14 @@ OTHER_AVERAGE = {"prob": "logit", "logit": "prob"}
 class Analysis:
     """Every figure of a test.
 
-    right: (scored videos,) whether each was answered correctly. other_average: the way of averaging views that the
-    protocol does not use ("prob" or "logit"), and top-1 and its interval with views averaged that way.
+    answers, right: (scored videos,) the class that each was answered, and whether that is its label. other_average: the
+    way of averaging views that the protocol does not use ("prob" or "logit"), and top-1 and its interval with views
+    averaged that way.
     """
 
     scores: Scores
     metrics: Metrics
+    answers: NDArray[np.int64]
     right: NDArray[np.bool_]
     calibration: Calibration
     views: tuple[ViewPoint, ...]
@@ -65,6 +67,7 @@ def analyse(scores: Scores) -> Analysis:
     return Analysis(
         scores=scores,
         metrics=metrics,
+        answers=answers,
         right=answers == labels,
         calibration=measure_calibration(confidences, answers == labels),
         views=views_curve(scores.logits[scores.scored], labels, sources, view_counts, average=average, seed=seed),

@@ -148,7 +148,9 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         for pair in pairs
     ]
     columns = ("pair", "top-1 difference, points", "n", "only first / only second correct", "McNemar p", "Holm p")
-    return "\n\n".join([f"# {len(tests)} tests compared", table(head, figures), table(columns, differences)]) + "\n"
+    verdicts = "\n".join(f"* {for_markdown(pair['verdict'])}" for pair in pairs)
+    parts = [f"# {len(tests)} tests compared", verdicts, table(head, figures), table(columns, differences)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _headline(result: Mapping[str, Any]) -> str:
