@@ -141,5 +141,5 @@ def test_another_class_order_is_matched_by_name_or_refused() -> None:
         match=r"b: a test of other classes .* 'class 2 é' is not among its 3 classes \(the nearest is 'klass 2 é'",
     ):
         reorder_classes(scores, ("class 0 é", "class 1 é", "klass 2 é"), "b")
-    with pytest.raises(UserError, match="b: a test of other classes .*: it lacks 'more'"):
+    with pytest.raises(UserError, match=r"b: a test of other classes .*: it lacks 'more'"):
         reorder_classes(scores, (*scores.classes, "more"), "b")

@@ -25,14 +25,19 @@ import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
 from video_swinv2.evaluation.splits import ClassesBy, has_only_images, protocol_for_split, read_labelled_split
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
+from video_swinv2.report.scores import load_test
+from video_swinv2.report.training_run import flatten
 from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
+
+SETTINGS_WITHOUT_EFFECT = frozenset(("workers", "device", "meeting_seconds", "silence_seconds"))
+"""Settings that scores do not depend on. The device that "auto" or "cuda" stands for is in the record."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +176,53 @@ def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
     }
 
 
+def other_test_in(plan: TestPlan, record: dict[str, Any]) -> str:
+    """The fault, in one line, if a folder for results holds those of a different test; "" if none does.
+
+    The same test may have been run by another version or on another device: it is run again.
+    """
+    for protocol in plan.protocols:
+        path = plan.folder(protocol) / "scores.npz"
+        if not path.exists():
+            continue
+        try:
+            earlier = load_test(path)
+        except UserError as error:
+            return f"{path}: is in the way and cannot be read ({error}); choose another --out, or remove the file"
+        mine, theirs = _question(record | record_protocol(plan, protocol)), _question(earlier.metadata)
+        # Settings that only one of two versions knows cannot be compared. A test that scored nothing is no loss.
+        differing = dict.fromkeys(key.split(".")[0] for key in mine.keys() & theirs.keys() if mine[key] != theirs[key])
+        if differing and earlier.scored.any():
+            return (
+                f"{path}: holds the result of another test, of different {', '.join(sorted(differing))}; "
+                "choose another --out, or remove the folder if you no longer need that result"
+            )
+    return ""
+
+
+def _question(record: dict[str, Any]) -> dict[str, str]:
+    """What a test asks, by dotted key: which model, data, split, views and settings. The answer is its scores."""
+    asked = {
+        "model": record["model"].get("sha256"),
+        "data": record["data_fingerprint"],
+        "split": record["split"],
+        "protocol": record.get("protocol_numbers"),
+        "settings": {
+            key: value for key, value in record.get("overrides", {}).items() if key not in SETTINGS_WITHOUT_EFFECT
+        },
+    }
+    return dict(flatten(asked))
+
+
 def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
     """Everything that the scores depend on, to the bit: only a test with an equal identity reuses finished parts.
 
     The numbers of processes, threads and reading workers are not part of it, nor are the paths of model and data.
     """
-    # The device setting ("auto", "cuda") is replaced by the device that was chosen, which is in the record.
-    without_effect = {"workers", "device", "meeting_seconds", "silence_seconds"}
     kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
     return {key: record[key] for key in kept} | {
         "model": record["model"]["sha256"],
-        "overrides": {key: value for key, value in record["overrides"].items() if key not in without_effect},
+        "overrides": {key: value for key, value in record["overrides"].items() if key not in SETTINGS_WITHOUT_EFFECT},
         "protocols": [record_protocol(plan, protocol)["protocol_numbers"] for protocol in plan.protocols],
     }
 

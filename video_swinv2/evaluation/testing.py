@@ -29,11 +29,18 @@ from video_swinv2.distributed.agreement import exclusive_folder, require_agreeme
 from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.parts import PartBuilder, PartFolder
-from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
+from video_swinv2.evaluation.planning import (
+    TestPlan,
+    other_test_in,
+    plan_test,
+    record_protocol,
+    record_test,
+    scores_identity,
+)
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
@@ -88,8 +95,8 @@ def run_tests(
     affects the scores.
 
     Returns the content of each protocol's results.json, on every process. Raises UsageError before any work if the test
-    cannot succeed (an unknown label, a video without a label), and UserError if a video is missing from the scores or
-    no video could be scored.
+    cannot succeed (an unknown label, a video without a label) or if it would replace the results of another test, and
+    UserError if a video is missing from the scores or no video could be scored.
     """
     settings, out = overrides or TestOverrides(), Path(out)
     advice = f"start the same command again to continue with the parts that are missing in {out}"
@@ -154,6 +161,9 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     parts = PartFolder(plan.out, identity, len(plan.groups))
     # Only rank 0 looks at the disk, and the others receive what it found. On a network file system, processes may see
     # different states, but all must work from the same list of missing parts.
+    fault = all_gather_objects(world, other_test_in(plan, record) if world.rank == 0 else "")[0]
+    if fault:
+        raise UsageError(fault)
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
     finished_before = parts.count - len(missing)
     if world.rank == 0 and plan.manifest.notes:
@@ -168,8 +178,10 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     if world.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
-        # The key has kept its old name; *shards* are parts here.
-        _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
+        # The first key has kept its old name; *shards* are parts here.
+        course = {"shards_finished_before": finished_before, "seconds": seconds}
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        _write_all_results(plan, parts, record | course | {"date": date})
         for protocol in plan.protocols:
             results[protocol.name] = read_json(plan.folder(protocol) / "results.json")
     return gather_shares(world, results)[0]
