@@ -24,13 +24,22 @@ from pydantic import Field
 
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
 from data_prep.executors import start_crew
+from data_prep.groups import GroupRule
 from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, initial_limit_seconds, job_for_row, size_and_mtime
 from data_prep.outcomes import REASONS, VideoCounts, add_counts, count_lost, outcome_counts, split_order
 from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import PreflightReport, run_preflight, sample_size
 from data_prep.shards import WorkShard, lock_dataset, lock_datasets, merge_shard_states
 from data_prep.sources import plan_preparation
-from data_prep.state import RESTORE, STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
+from data_prep.state import (
+    GROUP_COLUMNS,
+    RESTORE,
+    STATE_NAME,
+    PlannedVideo,
+    PreparationState,
+    evenly_spaced,
+    group_of_row,
+)
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import (
@@ -78,6 +87,7 @@ def prepare(
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
     official_split: int = 1,
+    groups: GroupRule | None = None,
     name: str | None = None,
     workers: int = 1,
     executor: str = "local",
@@ -87,14 +97,14 @@ def prepare(
 ) -> PreparationReport:
     """Prepare every video that `source` lists and write the data set. With `shard`, only its videos and its state.
 
-    `annotations`, `held_out` and `official_split` are passed to `plan_preparation`. `retry_failed` gives the reasons of
-    failure for which videos are tried again: () for all reasons, None to retry nothing. `log` is called with lines of
-    progress to show. Raises UsageError for an invalid source, list or setting, and UserError if the machine, the disk,
-    the cluster or another run prevents the work.
+    `annotations`, `held_out`, `official_split` and `groups` are passed to `plan_preparation`. `retry_failed` gives the
+    reasons of failure for which videos are tried again: () for all reasons, None to retry nothing. `log` is called with
+    lines of progress to show. Raises UsageError for an invalid source, list or setting, and UserError if the machine,
+    the disk, the cluster or another run prevents the work.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, retry_failed)
-    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split, groups=groups)
     videos = [video for video in plan.videos if shard is None or shard.holds(video.name)]
     create_folder(out, "OUT")
     # A shard has a state of its own, so that machines need not share a database.
@@ -127,6 +137,7 @@ def estimate_preparation(
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
     official_split: int = 1,
+    groups: GroupRule | None = None,
     workers: int = 1,
     executor: str = "local",
 ) -> PreflightReport:
@@ -137,7 +148,7 @@ def estimate_preparation(
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, None)
-    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split, groups=groups)
     videos = [video for video in plan.videos if not video.excluded]
     jobs = [
         TranscodeJob(index, Path(video.source), out / video.target, settings, video.start, video.end)
@@ -183,8 +194,9 @@ def write_lists(state: PreparationState, out: Path) -> None:
     """Write dataset.json, the lists and failed.csv from the rows and facts of the state."""
     ok: dict[str, list[PreparedVideo]] = {}
     failed: dict[str, list[FailedVideo]] = {}
-    for row in state.rows("ok", ("target", "label", "sha256")):
-        ok.setdefault(row["split"], []).append(PreparedVideo(row["target"], row["label"], row["sha256"] or ""))
+    for row in state.rows("ok", ("target", "label", "sha256", *GROUP_COLUMNS)):
+        video = PreparedVideo(row["target"], row["label"], row["sha256"] or "", group_of_row(row))
+        ok.setdefault(row["split"], []).append(video)
     for row in state.rows("failed", ("name", "reason", "detail")):
         failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
@@ -231,7 +243,8 @@ def _hash_plan(videos: Sequence[PlannedVideo]) -> str:
     """
     digest = hashlib.sha256()
     for video in videos:
-        digest.update(f"{video.split}\0{video.position}\0{video.name}\0{video.label}\0{video.excluded}\n".encode())
+        facts = (video.split, str(video.position), video.name, video.label, video.group, video.excluded)
+        digest.update(("\0".join(facts) + "\n").encode())
     return digest.hexdigest()
 
 

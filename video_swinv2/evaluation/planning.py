@@ -9,9 +9,7 @@ of processes, before and after a kill, works on the same parts. Joining them che
 from __future__ import annotations
 
 import platform
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -228,17 +226,11 @@ def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_origins(manifest: Manifest) -> list[str]:
-    """The original recording that each video of the split was cut from, as recorded by `data_prep`; '' if unknown.
+    """The group of each video of the split, such as the recording it was cut from; '' if unknown.
 
-    Videos cut from one recording are not independent samples, so confidence intervals resample recordings.
+    Videos of one group are not independent samples, so confidence intervals resample groups.
     """
-    state, origins = manifest.root / "prep.sqlite", {}
-    if state.is_file():
-        # Opened read-only, so that a test never creates or changes the database. If it cannot be read, only the origins
-        # are lost; the videos can be tested without them.
-        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{state.as_uri()}?mode=ro", uri=True)) as base:
-            origins = dict(base.execute("SELECT target, origin FROM clips"))
-    return [origins.get(entry.name, "") for entry in manifest.entries]
+    return [entry.group for entry in manifest.entries]
 
 
 def _processor() -> str:
