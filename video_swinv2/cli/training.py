@@ -22,7 +22,13 @@ def _add_run(
     verbs: Verbs[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], None], text: str
 ) -> None:
     example = f"torchrun --nproc_per_node 8 -m video_swinv2 {name} CONFIG.yaml optim.lr=3e-4 out=runs/a"
-    _add_config(add_verb(verbs, name, run, text, example))
+    verb = add_verb(verbs, name, run, text, example)
+    _add_config(verb)
+    verb.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from the run's checkpoint with other settings, even if they affect what the model learns",
+    )
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
@@ -36,7 +42,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     from video_swinv2.training.loop import run
     from video_swinv2.training.tasks.simmim import Pretraining
 
-    run(load_config(options.config, options.overrides), Pretraining)
+    run(load_config(options.config, options.overrides), Pretraining, accept_changes=options.accept_changes)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -44,7 +50,7 @@ def _train(options: argparse.Namespace) -> None:
     from video_swinv2.training.loop import run
     from video_swinv2.training.tasks.classification import Classification
 
-    run(load_config(options.config, options.overrides), Classification)
+    run(load_config(options.config, options.overrides), Classification, accept_changes=options.accept_changes)
 
 
 def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:

@@ -270,6 +270,10 @@ class Config:
     checkpoint_minutes: Minutes = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
+    """Number of checkpoints that are kept, the latest ones."""
+    best_metric: Literal["val/top1", "val/top5", "val/loss"] | None = None
+    """Validation metric by which the weights for `model.safetensors` are chosen; of equal ones, the later are taken. By
+    default `train` uses val/top1, and `pretrain` val/loss. val/top5 exists with more than five classes."""
     early_stop_epochs: Epochs | None = None
     """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
     last step."""

@@ -17,6 +17,7 @@ from video_swinv2.data.loading import BatchPlan
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
+from video_swinv2.training.best import metric_text, metrics_text
 
 # Packages whose version can change a result.
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
@@ -104,6 +105,19 @@ def describe_learning_rate(optim: OptimConfig) -> str:
     return f"peak learning rate {optim.lr * linear_scaling(optim):g} = {scaled} (linear rule)"
 
 
+def finished_line(config: Config, step: int, steps: int) -> str:
+    """One line for a run that has nothing left to do: at which step it finished, and the setting with which it goes on.
+
+    step: the last one of the run, of `steps`. It is less if the run has ended early.
+    """
+    if step < steps:
+        fix = f"to go on, raise or omit early_stop_epochs, now {config.early_stop_epochs:g}"
+    else:
+        # The schedule of the learning rate spans the run, so it is another one in a longer run.
+        fix = f"to go on, raise optim.epochs, now {config.optim.epochs:g}, and add --accept-changes"
+    return f"{config.out}: finished at step {step} of {steps}; {fix}; for a new run, choose another out"
+
+
 def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> list[str]:
     """The outcome of a finished run as lines of text.
 
@@ -111,9 +125,10 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
     """
     speed = record["speed"]
     # Best and last validation, then costs, then faults, with the file to look into if there were any.
-    rows = [("last", ", ".join(f"{key} {value:.4f}" for key, value in last.items()) or "no validation split")]
+    rows = [("last", metrics_text(last))]
     if record["best"] is not None:
-        rows.insert(0, ("best", f"{record['best_metric']} {record['best']:.4f} at step {record['best_step']}"))
+        best = metric_text(record["best_metric"], record["best"])
+        rows.insert(0, ("best", f"{best} at step {record['best_step']}"))
     used = f" ({speed['utilisation']:.0%} of its peak)" if speed.get("utilisation") else ""
     rows += [
         ("time", f"{record['hours']:.2f} h, {record['device_hours']:.2f} device hours on {record['device']}"),
