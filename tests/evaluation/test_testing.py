@@ -106,9 +106,9 @@ def test_one_open_and_one_pass_for_each_video(
     frames: Counter[tuple[Path, int]] = Counter()
 
     class Counting(VideoReader):
-        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+        def __init__(self, path: Path, *, time_limit_seconds: float, max_pixels: int) -> None:
             opened.append(path)
-            super().__init__(path, time_limit_seconds=time_limit_seconds)
+            super().__init__(path, time_limit_seconds=time_limit_seconds, max_pixels=max_pixels)
 
         def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
             for index, frame in super()._decode(start):
