@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from video_swinv2.errors import UsageError
 from video_swinv2.report.intervals import wilson_interval
-
-ACCURACIES = ("val/top1", "val/top5")
+from video_swinv2.report.training_run import ACCURACIES, metric_text
 
 
 def choose_metric(wanted: str | None, higher_is_better: Mapping[str, bool]) -> str:
@@ -78,8 +77,3 @@ class Best:
 def metrics_text(metrics: Mapping[str, float]) -> str:
     """Validation metrics on one line: `val/top1 72.50 %, val/loss 0.8314`."""
     return ", ".join(metric_text(key, value) for key, value in metrics.items()) or "no validation split"
-
-
-def metric_text(key: str, value: float) -> str:
-    """A validation metric as text, accuracies in per cent: `val/top1 72.50 %`, `val/loss 0.8314`."""
-    return f"{key} {100 * value:.2f} %" if key in ACCURACIES else f"{key} {value:.4f}"

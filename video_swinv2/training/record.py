@@ -17,7 +17,9 @@ from video_swinv2.data.loading import BatchPlan
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
-from video_swinv2.training.best import metric_text, metrics_text
+from video_swinv2.progress import duration_text
+from video_swinv2.report.training_run import metric_text
+from video_swinv2.training.best import metrics_text
 
 # Packages whose version can change a result.
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
@@ -130,8 +132,9 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
         best = metric_text(record["best_metric"], record["best"])
         rows.insert(0, ("best", f"{best} at step {record['best_step']}"))
     used = f" ({speed['utilisation']:.0%} of its peak)" if speed.get("utilisation") else ""
+    alone, together = (duration_text(3600 * record[key]) for key in ("hours", "device_hours"))
     rows += [
-        ("time", f"{record['hours']:.2f} h, {record['device_hours']:.2f} device hours on {record['device']}"),
+        ("time", f"{alone}, {together} of device time on {record['device']}"),
         (
             "speed",
             f"{speed['samples_per_second']:.1f} samples/s, {speed['data_wait']:.0%} of the time waiting for data",
