@@ -35,6 +35,7 @@ from video_swinv2.inference.web_limits import CONNECTIONS_AT_ONCE
 
 MAX_BYTES = 5 * 10**6
 SILENCE_SECONDS = 2
+GIVE_UP_SECONDS = 600
 
 
 class Running:
@@ -121,6 +122,43 @@ def test_a_clip_gets_the_same_answer_as_from_predict(page: Running, evil_model: 
         assert ours["shares"] == [named[one["name"]] for one in answer["answers"]]
         assert ours["film"].startswith("data:image/jpeg;base64,")
     assert answer["pictures"] == 40
+
+
+def form(clip: bytes, boundary: str = "x-1", head: str = 'Content-Disposition: form-data; name="clip"\r\n') -> bytes:
+    """A clip as the only part of a form, as curl sends it."""
+    return f"--{boundary}\r\n{head}\r\n".encode() + clip + f"\r\n--{boundary}--\r\n".encode()
+
+
+def test_a_form_gets_the_answer_of_the_clip_in_it(page: Running, changing: Path) -> None:
+    """As sent by hand and, where it is installed, by `curl -F`, as the documentation says."""
+    clip, form_type = changing.read_bytes(), {"Content-Type": 'multipart/form-data; boundary="x-1"'}
+    status, expected = page.post(clip)
+    other = form(clip)[: -len("--x-1--\r\n")] + form(b"5", head='Content-Disposition: form-data; name="top"\r\n')
+    for body in (form(clip), form(clip, head=""), other):
+        status, answer = page.post(body, **form_type)
+        assert (status, answer["answers"], answer["pictures"]) == (200, expected["answers"], 40)
+    if shutil.which("curl"):
+        command = ["curl", "-s", "-F", f"clip=@{changing}", f"http://127.0.0.1:{page.port}/predict"]
+        sent = subprocess.run(command, capture_output=True, check=True, timeout=GIVE_UP_SECONDS)
+        assert json.loads(sent.stdout)["answers"] == expected["answers"]
+
+
+def test_forms_without_a_clip_are_refused(page: Running, changing: Path) -> None:
+    clip = changing.read_bytes()
+    form_type = "multipart/form-data; boundary=x-1"
+    for body, content_type, status, reason in (
+        (form(clip), "multipart/form-data", 400, "the form has no valid boundary"),
+        (form(clip), "multipart/form-data; boundary=" + 71 * "x", 400, "the form has no valid boundary"),
+        (form(clip, "y"), form_type, 400, "the form does not begin with a file"),
+        (clip, form_type, 400, "the form does not begin with a file"),
+        (form(clip, head="A: " + 9000 * "a" + "\r\n"), form_type, 400, "the form does not begin with a file"),
+        (form(clip)[:-20], form_type, 400, "the form is incomplete"),
+        (form(b"hello " * 100), form_type, 415, "this is neither a video nor an image"),
+        (form(b""), form_type, 415, "this is neither a video nor an image"),
+    ):
+        found, answer = page.post(body, **{"Content-Type": content_type})
+        assert (found, answer["error"].split(";")[0]) == (status, reason)
+    assert page.is_serving()
 
 
 def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
@@ -332,9 +370,9 @@ def test_ctrl_c_ends_it(evil_model: Path) -> None:
         uploading.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhello")
         time.sleep(0.5)
         serving.send_signal(signal.SIGINT)
-        _, errors = serving.communicate(timeout=20)
+        _, errors = serving.communicate(timeout=GIVE_UP_SECONDS)
     assert serving.returncode == 0
-    assert errors == ""
+    assert errors == f"serve: loading {evil_model}\n"
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")

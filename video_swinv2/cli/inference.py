@@ -54,6 +54,12 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="predict over time, too, and write copies of the videos with the answers below them",
     )
     verb.add_argument(
+        "--explain",
+        type=Path,
+        metavar="DIR",
+        help="write an image per file that shows where in its frames the evidence for the first answer lies (Grad-CAM)",
+    )
+    verb.add_argument(
         "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
     )
     verb.add_argument(
@@ -95,6 +101,7 @@ def _predict(options: argparse.Namespace) -> int:
             top=options.top,
             protocol=options.protocol or DEFAULT_PROTOCOL,
             over_time=OverTime(options.every, options.seconds, options.video),
+            explain=options.explain,
             on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
             world=world,
         )
@@ -200,6 +207,7 @@ def _export(options: argparse.Namespace) -> None:
         window=options.window,
         opset=options.opset,
         check=options.check,
+        report=lambda step: print(for_terminal(f"export: {step}"), file=sys.stderr, flush=True),
     )
     print(
         for_terminal(f"wrote {options.out}")

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from video_swinv2.distributed.devices import choose_device, report_missing_bf16, use_bf16
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.explanation import explain
 from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import Protocol, find_protocol
 from video_swinv2.evaluation.testing import forward_views
+from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.report.metrics import average_views, ranking
 from video_swinv2.weights.store import ModelCard, load_model, read_card
 
@@ -40,7 +42,7 @@ class Classifier:
     `batch_views` views are passed to the model at a time, under bfloat16 autocast if `bf16` is set.
     """
 
-    model: nn.Module
+    model: SwinV2
     card: ModelCard
     protocol: Protocol
     top: int
@@ -62,6 +64,15 @@ class Classifier:
         """
         units, crops = f"{unit}{'s' * (count != 1)}", f"crop{'s' * (self.protocol.crops != 1)}"
         return f"{self.protocol.name}: {count} {units} x {self.protocol.crops} {crops}"
+
+    def explain(self, views: Tensor, probabilities: NDArray[np.float64]) -> bytes:
+        """A JPEG file that shows where the evidence for the most likely class lies, as in `evaluation.explanation`.
+
+        views: all those of one file, uint8 (V, 3, [T,] H, W). probabilities: (K,).
+        """
+        (label,) = ranking(probabilities[None], 1)[0].tolist()
+        preprocessing = self.card.preprocessing
+        return explain(self.model, views, preprocessing, label, batch=self.batch_views, bf16=self.bf16).jpeg
 
     def top_classes(self, probabilities: NDArray[np.float64]) -> tuple[Answer, ...]:
         """Probabilities (K,) -> the `top` most likely classes, most likely first."""

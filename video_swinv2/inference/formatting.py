@@ -42,6 +42,8 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
         path = prediction.path
         lines.append(f"{path}: {prediction.error}" if prediction.error else f"{path}  ({prediction.views})")
         lines += _class_lines(prediction.answers)
+        if prediction.explanation:
+            lines.append(f"  explained in {prediction.explanation}")
         if prediction.skipped:
             lines.append(
                 f"  skipped {prediction.skipped} segments because the stream is faster than the model; raise --every, "
@@ -99,6 +101,7 @@ def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
         "error": prediction.error,
         "windows": [asdict(segment) for segment in prediction.segments],
         "skipped": prediction.skipped,
+        "explanation": prediction.explanation,
     }
 
 

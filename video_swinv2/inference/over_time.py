@@ -43,11 +43,15 @@ class SegmentPrediction:
 
 @dataclass(frozen=True)
 class WholeAnswer:
-    """The probabilities (K,) of a whole file or stream, what they are averaged over, and the totals of its frames."""
+    """The probabilities (K,) of a whole file or stream, what they are averaged over, and the totals of its frames.
+
+    pixels: the views of a file, uint8 (V, 3, [T,] H, W); None for a stream.
+    """
 
     probabilities: NDArray[np.float64]
     views: str
     summary: StreamSummary
+    pixels: Tensor | None = None
 
 
 OnSegment = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
@@ -96,7 +100,8 @@ def classify_over_time(classifier: Classifier, watcher: Watcher, batch: int, on_
     sum_of_probabilities, count = np.zeros(len(classifier.card.classes)), 0
     for segments in _batches(watcher, batch):
         pixels = np.stack([segment.pixels for segment in segments])  # (N, T, S, H, W, 3)
-        rows = _probabilities(classifier, torch.from_numpy(pixels).permute(0, 2, 5, 1, 3, 4))  # (N, S, 3, T, H, W)
+        views = torch.from_numpy(pixels).permute(0, 2, 5, 1, 3, 4)  # (N, S, 3, T, H, W)
+        rows = classifier.probabilities(_as_input(classifier, views))
         for segment, row in zip(segments, rows, strict=True):
             # The extremes and not the first and last frame, because a short stream is repeated from its start.
             start, end = min(segment.seconds), max(segment.seconds)
@@ -111,16 +116,15 @@ def classify_over_time(classifier: Classifier, watcher: Watcher, batch: int, on_
     watcher.finish()
     if watcher.file_views is None:
         return WholeAnswer(sum_of_probabilities / count, classifier.views_of("window", count), watcher.summary)
-    pixels = watcher.file_views.pixels  # (V, 3, T, H, W)
-    clips = len(pixels) // classifier.protocol.crops
-    (whole,) = _probabilities(classifier, torch.from_numpy(pixels)[None])
-    return WholeAnswer(whole, classifier.views_of("clip", clips), watcher.summary)
+    whole = _as_input(classifier, torch.from_numpy(watcher.file_views.pixels))
+    (probabilities,) = classifier.probabilities(whole[None])
+    clips = len(whole) // classifier.protocol.crops
+    return WholeAnswer(probabilities, classifier.views_of("clip", clips), watcher.summary, whole)
 
 
-def _probabilities(classifier: Classifier, views: Tensor) -> NDArray[np.float64]:
-    """uint8 (N, V, 3, T, H, W) -> (N, K). Views for an image model have a single frame: (N, V, 3, H, W)."""
-    is_image_model = classifier.card.preprocessing.frames is None
-    return classifier.probabilities(views.squeeze(3) if is_image_model else views)
+def _as_input(classifier: Classifier, views: Tensor) -> Tensor:
+    """(..., 3, T, H, W) as the model takes it: without T, which is 1, for an image model."""
+    return views.squeeze(-3) if classifier.card.preprocessing.frames is None else views
 
 
 @contextmanager
