@@ -201,6 +201,8 @@ def _add_verify(verbs: Verbs[argparse.ArgumentParser]) -> None:
     # The keys of verify.LEVELS.
     text = "header: the file opens and its index is right; full: every frame decodes; hash (default): header and sha256"
     verb.add_argument("--level", choices=("header", "full", "hash"), default="hash", help=text)
+    text = "prepare damaged videos again, from their sources and with the same settings, and write the lists again"
+    verb.add_argument("--repair", action="store_true", help=text)
     verb.add_argument("--json", action="store_true", help="print JSON")
     _add_workers(verb)
 
@@ -341,7 +343,7 @@ def _status(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from data_prep.verify import as_text, verify
 
-    result = verify(options.out, options.level, workers=options.workers)
+    result = verify(options.out, options.level, workers=options.workers, repair=options.repair)
     print(json_text(result.as_json(), indent=1) if options.json else as_text(result, options.out))
     return 1 if result.bad else 0
 

@@ -39,6 +39,7 @@ from data_prep.state import (
     PreparationState,
     evenly_spaced,
     group_of_row,
+    is_damaged,
 )
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
@@ -49,6 +50,7 @@ from video_swinv2.files import (
     partial_path,
     path_under,
     refuse_inside_source,
+    sha256,
 )
 from video_swinv2.progress import track
 from video_swinv2.records import Record, parse_json, parse_record
@@ -120,7 +122,7 @@ def prepare(
         state.set_fact("settings", json.dumps(settings.record(), allow_nan=False))
         state.set_fact("extra", json.dumps(plan.extra, allow_nan=False))
         state.set_fact("listing", _hash_plan(plan.videos))
-        if _transcode_pending(state, out, settings, executor, workers, log):
+        if transcode_pending(state, out, settings, executor, workers, log):
             _remove_partial_files(out, videos, shard)  # those of workers that were killed during this run
         if shard is None:
             write_lists(state, out)
@@ -218,6 +220,19 @@ def write_lists(state: PreparationState, out: Path) -> None:
     )
 
 
+def damaged_rows(state: PreparationState, out: Path) -> list[Row]:
+    """The rows of damaged files. Those whose file has been restored meanwhile become `ok` again and are left out."""
+    columns = ("target", "source", "status", "reason", "sha256", "settings_hash")
+    damaged = []
+    for row in filter(is_damaged, list(state.rows("failed", columns))):
+        path = path_under(out, row["target"], str(out))
+        if path.is_file() and sha256(path) == row["sha256"]:
+            state.mark_intact([row["target"]])
+        else:
+            damaged.append(row)
+    return damaged
+
+
 def _check_arguments(
     source: Path, out: Path, settings: TranscodeSettings, retry_failed: Collection[str] | None
 ) -> None:
@@ -271,6 +286,9 @@ def _bring_up_to_date(
         path_under(out, target, str(out)).unlink(missing_ok=True)
     if unplanned:
         log(f"removed {len(unplanned)} videos that are no longer listed")
+    lost = sum(is_gone(row["source"]) for row in damaged_rows(state, out))
+    if lost:
+        log(f"{lost} damaged videos are left out: their sources are gone; restore either, and run again")
     # Pending rows need no check. The ids are collected first, so that each cause is one transaction and one message.
     ids_by_cause: dict[str, list[int]] = {}
     columns = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
@@ -293,6 +311,11 @@ def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: Work
     return remove_partial_files(folder, lambda target: target.relative_to(out).as_posix() in ours)
 
 
+def is_gone(source: str) -> bool:
+    """Whether there is no file at the path of a source."""
+    return size_and_mtime(source) == (None, None)
+
+
 def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collection[str] | None) -> str | None:
     """Why a video with an outcome must be prepared again; None if its outcome is still valid."""
     if row["settings_hash"] != settings_hash:
@@ -300,9 +323,12 @@ def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collec
     ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
     now = size_and_mtime(row["source"])
     # Sources are compared by size and time only: hashing all of them again would take too long. A source that was
-    # deleted after its video was prepared is no reason, because the prepared video is still good.
-    if now != before and not (ok and now == (None, None)):
+    # deleted after its video was prepared is no reason: the prepared video is still good or, if it is damaged, might be
+    # restored.
+    if now != before and not ((ok or is_damaged(row)) and now == (None, None)):
         return "their sources have changed"
+    if is_damaged(row) and now == before:
+        return "verify found the prepared files damaged"
     if ok and not os.path.isfile(os.path.join(out, row["target"])):
         return "the prepared files are gone"
     if not ok and retry_failed is not None and (not retry_failed or row["reason"] in retry_failed):
@@ -310,7 +336,7 @@ def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collec
     return None
 
 
-def _transcode_pending(
+def transcode_pending(
     state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, log: Log
 ) -> int:
     """Prepare the pending videos; returns how many there were.

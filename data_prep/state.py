@@ -5,8 +5,9 @@ There is one row per listed video. Its status changes like this:
     (new row) --> pending --> ok          the prepared file is on disk and its sha256 is in the row
                      ^   `--> failed      `reason` and `detail` say why
                      |         |
-                     `---------'          mark_pending: the settings or the source changed, the prepared file is gone,
-                                          or --retry-failed asks for it
+                     `---------'          mark_pending: the settings or the source changed, the prepared file is gone
+                                          or damaged, or --retry-failed asks for it
+    ok <--> failed as `damaged`           `verify` found the prepared file damaged, or later intact again
     (new row) --> excluded                listed, but not to be prepared; may become pending if the lists change
 
 A run can be killed at any moment, because of the order in which things are written:
@@ -88,6 +89,7 @@ INDEXES = {
     "clips_account": "split, label, status, reason",  # has all columns of the query, so the table is not read
     "clips_finished": "finished_at, status",
 }
+DAMAGED = "damaged"  # a key of outcomes.REASONS
 GROUP_COLUMNS = ("origin", "given_group")
 PAGE_ROWS = 1000
 BUSY_SECONDS = 60.0  # how long to wait for a lock that another process holds, such as `status`
@@ -320,6 +322,21 @@ class PreparationState:
         with self._transaction():
             self._db.executemany(change, ((row_id,) for row_id in ids))
 
+    def mark_damaged(self, details: Mapping[str, str]) -> None:
+        """Record that prepared files are damaged. details: what is wrong, by target.
+
+        What is known about a file is kept, so that it can be recognised if it is restored.
+        """
+        change = "UPDATE clips SET status = 'failed', reason = ?, detail = ? WHERE target = ? AND status = 'ok'"
+        with self._transaction():
+            self._db.executemany(change, ((DAMAGED, detail, target) for target, detail in details.items()))
+
+    def mark_intact(self, targets: Iterable[str]) -> None:
+        """Record that files, given by target, are those that were prepared, in case they were recorded as damaged."""
+        change = "UPDATE clips SET status = 'ok', reason = NULL, detail = NULL WHERE target = ? AND reason = ?"
+        with self._transaction():
+            self._db.executemany(change, ((target, DAMAGED) for target in targets))
+
     def record_outcome(self, row_id: int, values: Mapping[str, Any]) -> None:
         """Record the outcome of an attempt, with the current time. `values` maps column names to values."""
         known = dict(values) | {"finished_at": time.time()}
@@ -443,6 +460,11 @@ INSERT_OR_UPDATE = """
     WHERE excluded.status = 'excluded' OR (clips.position, clips.label, clips.target, clips.origin)
         IS NOT (excluded.position, excluded.label, excluded.target, excluded.origin)
 """
+
+
+def is_damaged(row: sqlite3.Row) -> bool:
+    """Whether a video was prepared, but its file was found damaged later. The row needs the columns status, reason."""
+    return bool(row["status"] == "failed" and row["reason"] == DAMAGED)
 
 
 def group_of_row(row: sqlite3.Row) -> str:

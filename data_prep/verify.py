@@ -8,7 +8,8 @@ There are three levels:
     hash     header, then compares the sha256 of each file with the record, and the fingerprint of each split with
              dataset.json. Finds every changed byte. It does not decode, but relies on the check after preparing.
 
-Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed.
+Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed. At the end, damaged
+files are recorded in prep.sqlite, where their rows are no longer `ok`: the next `prepare` makes them again.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import av
 
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
-from data_prep.state import STATE_NAME, PreparationState
+from data_prep.repair import repair_damaged
+from data_prep.state import STATE_NAME, PreparationState, is_damaged
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line, open_container
+from video_swinv2.data.groups import group_of, notes_on_shared_groups
 from video_swinv2.data.manifest import DatasetRecord, content_fingerprint, read_dataset_record
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_csv, terminal_lines
@@ -114,7 +118,8 @@ class VerifyResult:
     """The result for a data set.
 
     `checked` is the number of files checked, `before` of them by an earlier, interrupted run. `bad` holds the findings
-    about bad lists and files, and `extra` the paths of files on disk that no list names.
+    about bad lists and files, and `extra` the paths of files on disk that no list names. `repaired` names the lists and
+    files that were bad and have been made again; they are not in `bad`. `notes` are remarks for the user.
     """
 
     level: str
@@ -122,6 +127,8 @@ class VerifyResult:
     before: int
     bad: tuple[Finding, ...]
     extra: tuple[str, ...]
+    repaired: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The result as JSON-compatible values; of each bad file the path, the reason and the detail."""
@@ -137,8 +144,19 @@ class MismatchError(UserError):
         self.reason, self.detail = reason, detail
 
 
-def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
-    """Check every file in the lists of the data set `out`, and write the bad ones to verify.csv.
+class ListedFile(NamedTuple):
+    """A line of a list: the path of a file relative to the data set, its split, class name and group ('' for none)."""
+
+    split: str
+    name: str
+    label: str
+    group: str
+
+
+def verify(out: Path, level: str, *, workers: int, repair: bool = False) -> VerifyResult:
+    """Check every file in the lists of the data set `out`, write the bad ones to verify.csv, and record them.
+
+    With `repair`, bad files whose sources are still there are prepared again, and the lists are written again.
 
     If the last run of the same level was interrupted, files that it checked are skipped as long as their size and
     modification time are unchanged. After a run that finished, everything is checked again. Raises UsageError if `out`
@@ -152,7 +170,7 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
     # A data set may have been copied without prep.sqlite. The size, frames and hash of each file are then unknown, but
     # form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
     expected = _expected(out)
-    checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
+    checks = [FileCheck(row.name, out / row.name, level, expected.get(row.name, ExpectedFile())) for row in rows]
     found: dict[str, Finding] = {}
     with VerifyLedger(path_under(out, VERIFY_STATE_NAME, str(out)), level) as ledger:
         known = ledger.begin()
@@ -173,12 +191,30 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
             found[check.name] = outcome
             ledger.write(outcome)
         ledger.end()
-    bad = [found[name] for _, name, _ in rows if found[name].reason]  # in list order, not in the order of completion
+    bad = [found[row.name] for row in rows if found[row.name].reason]  # in list order, not in the order of completion
     # The fingerprint is compared only if nothing else is wrong: any bad file or list changes it too, so that a second
     # finding would say nothing new.
     if level == "hash" and not bad and not bad_lists:
         bad_lists = _wrong_fingerprints(rows, found, record)
-    verified = VerifyResult(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
+    if expected:
+        _record_damage(out, found, intact=level == "hash")
+    repaired: list[str] = []
+    if repair:
+        left = repair_damaged(out, [item.name for item in bad], workers=workers, log=lambda _: None)
+        repaired = [item.name for item in (*bad_lists, *bad) if item.name not in left]
+        remaining = [(item, left[item.name]) for item in bad if item.name in left]
+        bad = [replace(item, detail="; ".join(filter(None, (item.detail, why)))) for item, why in remaining]
+        bad_lists = []
+    groups = {split: {row.group for row in rows if row.split == split} for split in record.splits}
+    verified = VerifyResult(
+        level,
+        len(checks),
+        before,
+        (*bad_lists, *bad),
+        tuple(_extra(out, found)),
+        tuple(repaired),
+        tuple(notes_on_shared_groups("train", groups)),
+    )
     _write_bad(out / "verify.csv", verified)
     return verified
 
@@ -186,14 +222,19 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
 def as_text(result: VerifyResult, out: Path) -> str:
     """The result as text: the number of files, the first ten bad ones, and what to do about them."""
     before = f", {result.before} of them by an earlier run" if result.before else ""
-    lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
+    found = f"{len(result.bad) + len(result.repaired)} bad"
+    if result.repaired:
+        found += f", {len(result.repaired)} of them repaired"
+    lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {found}"]
     for item in result.bad[:10]:
         lines.append(f"  {item.name}: {item.reason}: {item.detail or FAULTS[item.reason]}")
     if result.bad:
-        lines.append(f"{out / 'verify.csv'} lists all {len(result.bad)}; remove those files and run prepare again")
+        advice = "`prepare` with its earlier arguments, or `verify --repair`, makes them again from their sources"
+        lines.append(f"{out / 'verify.csv'} lists all {len(result.bad)}; {advice}")
     if result.extra:
         names = ", ".join(result.extra[:5]) + (" ..." if len(result.extra) > 5 else "")
         lines.append(f"{len(result.extra)} files on no list: {names}")
+    lines += result.notes
     return terminal_lines(lines)
 
 
@@ -355,12 +396,12 @@ def _is_finding(row: Finding) -> bool:
     return all(isinstance(text, str) for text in texts) and (row.reason == "" or row.reason in FAULTS)
 
 
-def _listed(out: Path, record: DatasetRecord) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """Read SPLIT.csv of every split. Returns (split, path, label) of every file, and a finding for each bad list.
+def _listed(out: Path, record: DatasetRecord) -> tuple[list[ListedFile], list[Finding]]:
+    """Read SPLIT.csv of every split. Returns every file, and a finding for each bad list.
 
     A list is bad if it was removed, cannot be read, or has changed since the preparation.
     """
-    rows: list[tuple[str, str, str]] = []
+    rows: list[ListedFile] = []
     bad = []
     for split, known in record.splits.items():
         path = out / f"{split}.csv"
@@ -368,10 +409,10 @@ def _listed(out: Path, record: DatasetRecord) -> tuple[list[tuple[str, str, str]
         try:
             data = path.read_bytes()
             lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
-            listed = [(split, line["path"], line["label"]) for line in lines]
-            if any(not name or "\0" in name or label is None for _, name, label in listed):
+            listed = [(line["path"], line["label"], line.get("group") or "") for line in lines]
+            if any(not name or "\0" in name or label is None for name, label, _ in listed):
                 raise ValueError("a line without a path or a label, or with a NUL")
-            rows += listed
+            rows += (ListedFile(split, name, label, group_of(name, label, group)) for name, label, group in listed)
         except (OSError, ValueError, KeyError, csv.Error) as error:
             bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
@@ -388,22 +429,30 @@ def _expected(out: Path) -> dict[str, ExpectedFile]:
     with PreparationState(out) as state:
         return {
             row["target"]: ExpectedFile(*(row[column] for column in COLUMNS))
-            for row in state.rows("ok", ("target", *COLUMNS))
+            for row in state.rows(columns=("target", "status", "reason", *COLUMNS))
+            if row["status"] == "ok" or is_damaged(row)
         }
 
 
-def _wrong_fingerprints(
-    rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: DatasetRecord
-) -> list[Finding]:
+def _record_damage(out: Path, found: Mapping[str, Finding], intact: bool) -> None:
+    """Record in prep.sqlite which files are damaged and, if the check proves it, which are `intact` (again)."""
+    details = {item.name: f"{item.reason}: {item.detail}".rstrip(": ") for item in found.values() if item.reason}
+    with PreparationState(out) as state:
+        known = {row["target"] for row in state.rows("failed", ("target", "status", "reason")) if is_damaged(row)}
+        if details.keys() - known:
+            state.mark_damaged(details)
+        if intact and (restored := known & found.keys() - details.keys()):
+            state.mark_intact(restored)
+
+
+def _wrong_fingerprints(rows: Sequence[ListedFile], found: dict[str, Finding], record: DatasetRecord) -> list[Finding]:
     """A finding for each split whose content does not match its fingerprint in dataset.json.
 
-    `rows` are (split, path, label). Without prep.sqlite, this is the only check of the bytes.
+    Without prep.sqlite, this is the only check of the bytes.
     """
     wrong = []
     for split, known in record.splits.items():
-        content = [
-            (name, label, found[name].sha256 or "") for listed_split, name, label in rows if listed_split == split
-        ]
+        content = [(row.name, row.label, found[row.name].sha256 or "") for row in rows if row.split == split]
         if known.fingerprint not in (None, content_fingerprint(content)):
             wrong.append(Finding(f"{split}.csv", "fingerprint", FAULTS["fingerprint"]))
     return wrong
