@@ -238,7 +238,15 @@ def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tm
     lists.mkdir()
     (lists / "test.txt").write_text(f"{data}/x.mp4 0\n")
     (lists / "classes.txt").write_text("rigth\n")
-    with pytest.raises(UsageError, match=r"rigth.*right"):
+    with pytest.raises(
+        UsageError, match=r"'rigth' is not one of the 3 classes; the nearest is 'right'; rename or add it"
+    ):
+        test(data=lists)
+    (lists / "classes.txt").write_text("playing chess\n")
+    other_classes = (
+        r"'playing chess' is not one of the 3 classes; add it, or use data of these classes \(such as 'left'\)$"
+    )
+    with pytest.raises(UsageError, match=other_classes):
         test(data=lists)
     (lists / "classes.txt").write_text("right\n")
     (lists / "test.txt").write_text(f"{data}/x.mp4 0\n{data}/y.mp4 -1\n")

@@ -172,12 +172,21 @@ def test_matrix_puts_confused_classes_side_by_side() -> None:
 
 def test_the_training_run_is_shown_if_found(tmp_path: Path) -> None:
     make_run(tmp_path / "run", note=ATTACK)
+    runs = [{"name": f"seed-{i}", "best": best, "best_step": 9, "last": best} for i, best in enumerate((0.6, 0.7))]
+    (tmp_path / "series.json").write_text(json.dumps({"metric": "val/top1", "runs": runs}))
     scores = make_folder(
         tmp_path / "test", ("a", "b", "c"), 40, model={"path": str(tmp_path / "run" / "m.safetensors")}
     )
     raw = write_page(tmp_path / "test")
     page = Page(raw)
-    for words in ("Loss", "Validation accuracy", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
+    for words in (
+        "Loss",
+        "Validation accuracy",
+        "Learning rate",
+        "30 min 0 s, 4 h 0 min of device time",
+        "8 x cuda",
+        "28 M",
+    ):
         assert words in page.text
     assert ATTACK not in raw
     assert ATTACK in page.texts

@@ -246,10 +246,14 @@ def label_indices(
                 )
             name = own[number]
         if name not in index:
-            # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.
-            nearest = difflib.get_close_matches(str(name), index, n=1, cutoff=0.0)
-            hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
-            raise UsageError(f"{where}: label {name!r} is not one of the {len(index)} classes; {hint}rename or add it")
+            nearest = difflib.get_close_matches(str(name), index, n=1)
+            # Without a similar name it is less likely a typing error than a data set of other classes.
+            fix = (
+                f"the nearest is {nearest[0]!r}; rename or add it"
+                if nearest
+                else "add it, or use data of these classes" + (f" (such as {next(iter(index))!r})" if index else "")
+            )
+            raise UsageError(f"{where}: label {name!r} is not one of the {len(index)} classes; {fix}")
         indices[label] = index[str(name)]
     return indices
 
