@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from PIL import Image
 
 import video_swinv2 as vs
 from tests.data.test_media import write_disguised
+from video_swinv2.data.images import read_entry
+from video_swinv2.data.manifest import Entry
 from video_swinv2.data.media import IMAGE, VIDEO, media_type_of, media_type_of_bytes
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation import reading
 from video_swinv2.evaluation.explanation import explain
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
@@ -146,6 +151,24 @@ def test_an_image_model_reads_images_as_they_are_shown(image_model: Path, files:
         assert a.probability == pytest.approx(b.probability, abs=0.02)
     (video,) = predict(image_model, [files / "one.mp4"], device="cpu")
     assert len(video.answers) == 4
+
+
+def test_an_image_that_kills_its_reader_costs_only_itself(
+    image_model: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are read in processes of their own, as videos are. No known file crashes Pillow, so the test does."""
+
+    def crash(entry: Entry, max_pixels: int) -> torch.Tensor:
+        if entry.path.name == "bad.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_entry(entry, max_pixels)
+
+    for name in ("bad.png", "good.png"):
+        (tmp_path / name).write_bytes((files / "still.png").read_bytes())
+    monkeypatch.setattr(reading, "read_entry", crash)
+    bad, good = predict(image_model, [tmp_path], device="cpu", workers=1)
+    assert bad.error == "the decoder crashed (SIGKILL)"
+    assert len(good.answers) == 4
 
 
 def test_an_image_has_each_spatial_crop_once(files: Path) -> None:

@@ -375,6 +375,12 @@ def test_ctrl_c_ends_it(evil_model: Path) -> None:
     assert errors == f"serve: loading {evil_model}\n"
 
 
+def top_of_scale(browser: Browser) -> float:
+    """The largest percentage beside the grid lines of the chart."""
+    labels = browser.evaluate("[...document.querySelectorAll('#chart text')].map((one) => one.textContent)")
+    return max(float(label.removesuffix(" %")) for label in labels if label.endswith(" %"))
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
     """Hostile names of a clip and of a class are shown as text; none of it runs, and nothing leaves the page."""
@@ -399,7 +405,15 @@ def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
             assert browser.evaluate("document.querySelectorAll('#films img').length") == 12
             assert browser.evaluate("[...document.querySelectorAll('#films img')].every((i) => i.naturalWidth > 100)")
             assert browser.evaluate("document.querySelectorAll('#chart polyline').length") == 6
+            assert "videoswin-4x3: 4 clips x 3 crops" in browser.evaluate("document.getElementById('what').innerText")
             assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no horizontal scrolling"
+            most = browser.evaluate("Math.max(...result.windows.flatMap((one) => one.shares))")
+            assert top_of_scale(browser) == next(100 * top for top in (0.2, 0.5, 1.0) if most <= top)
+            # As of a model of 400 classes that is certain of none.
+            browser.evaluate(
+                "result.windows.forEach((one) => { one.shares = one.shares.map((p) => p / 50); }); chart()"
+            )
+            assert top_of_scale(browser) == next(100 * top for top in (0.01, 0.02) if most / 50 <= top)
             browser.evaluate("document.querySelectorAll('#films button')[3].click()")
             assert browser.evaluate("document.getElementById('moment').innerText").startswith("0.4 s to 0.6 s: ")
             browser.drop(text, 150, 100)
