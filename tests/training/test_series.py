@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.report.report_pages import Page, make_folder, write_page
 from tests.training.resume_worker import Ranks
 from tests.training.runs import write_noise_clips, write_recipe
 from video_swinv2.cli import main
@@ -70,6 +71,9 @@ def test_seeds_run_one_after_the_other_and_what_has_finished_is_kept(
     assert f"{tmp_path / 'out'}: val/top1, mean of 2 runs: best {100 * mean:.2f} % (standard deviation " in said
     # The report of a model's test shows what is in the record of its training run.
     assert read_training_run(folder).record["series"] in said
+    values = {"path": str(folder / "model.safetensors")}
+    make_folder(tmp_path / "test", ("a", "b"), 20, model=values)
+    assert read_training_run(folder).record["series"] in Page(write_page(tmp_path / "test")).text
 
 
 def test_folds_are_trained_on_their_lists(

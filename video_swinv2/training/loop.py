@@ -60,6 +60,7 @@ from video_swinv2.training.record import (
     end_table,
     finished_line,
     package_versions,
+    run_title,
     write_record,
 )
 from video_swinv2.training.start import continue_history, find_start
@@ -221,13 +222,14 @@ class TrainingRun:
         batch, rank = self.plan.batch, self.world.rank
         total, done = self.steps * batch, self.step * batch  # in samples of all processes
         first_step = self.step + 1
-        with Progress(self.folder.name, total, unit="samples", shown=rank == 0, done=done) as progress:
+        with Progress(run_title(self.folder), total, unit="samples", shown=rank == 0, done=done) as progress:
             while self.step < self.steps:
                 outcome = self._take_step(batches, interval)
                 # The step is finished: everything that is logged or saved below describes the state after it.
                 self.step += 1
                 stopping, saving = self._decide_together(outcome, interval)
-                progress.advance(batch, waits.seconds, f"loss {interval.last_loss:.4f}")
+                epoch = f"epoch {self.step * batch / self.samples:.1f} of {self.config.optim.epochs:g}"
+                progress.advance(batch, waits.seconds, f"{epoch}, loss {interval.last_loss:.4f}")
                 if self.step % self.config.log_every == 0 or self.step == self.steps:
                     self._log(log, interval, waits.seconds)
                     interval = LogInterval(waits.seconds)

@@ -21,6 +21,7 @@ from video_swinv2.progress import duration_text
 from video_swinv2.report.training_run import metric_text
 from video_swinv2.training.best import metrics_text
 
+MAX_TITLE = 24  # characters, to leave room for figures on a line of 80
 # Packages whose version can change a result.
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
 
@@ -107,6 +108,12 @@ def describe_learning_rate(optim: OptimConfig) -> str:
     return f"peak learning rate {optim.lr * linear_scaling(optim):g} = {scaled} (linear rule)"
 
 
+def run_title(folder: Path) -> str:
+    """What tells a run apart from others on one line: the end of its folder's path, such as `kinetics400/tiny`."""
+    title = "/".join(folder.parts[-2:])
+    return title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
+
+
 def finished_line(config: Config, step: int, steps: int) -> str:
     """One line for a run that has nothing left to do: at which step it finished, and the setting with which it goes on.
 
@@ -131,14 +138,12 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
     if record["best"] is not None:
         best = metric_text(record["best_metric"], record["best"])
         rows.insert(0, ("best", f"{best} at step {record['best_step']}"))
-    used = f" ({speed['utilisation']:.0%} of its peak)" if speed.get("utilisation") else ""
+    waiting = f"{100 * speed['data_wait']:.0f}"
+    used = f" ({100 * speed['utilisation']:.0f} % of its peak)" if speed.get("utilisation") else ""
     alone, together = (duration_text(3600 * record[key]) for key in ("hours", "device_hours"))
     rows += [
         ("time", f"{alone}, {together} of device time on {record['device']}"),
-        (
-            "speed",
-            f"{speed['samples_per_second']:.1f} samples/s, {speed['data_wait']:.0%} of the time waiting for data",
-        ),
+        ("speed", f"{speed['samples_per_second']:.1f} samples/s, {waiting} % of the time waiting for data"),
         ("work", f"{speed['tflops_per_device']:.3g} TFLOP/s per device{used}"),
         ("memory", f"{speed['memory_gb']:.2f} GB per process at the peak"),
         ("skipped steps", f"{record['skipped_steps']}" + (", see skipped.jsonl" if record["skipped_steps"] else "")),
