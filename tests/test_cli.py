@@ -17,7 +17,7 @@ parser = Parser()
 add_verb(parser.add_subparsers(), "many", lambda options: print("line\\n" * 10**5), "text", "example")
 raise SystemExit(run_verb(parser, ["many"]))
 """
-VERBS = "pretrain train plan test probe report predict serve export convert bench doctor demo".split()  # noqa: SIM905 - one line
+VERBS = "config pretrain train plan test probe report predict serve export convert bench doctor demo".split()  # noqa: SIM905 - one line
 
 
 @pytest.mark.parametrize("verb", VERBS)

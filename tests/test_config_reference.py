@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from video_swinv2.cli import main
 from video_swinv2.config import known_keys, validate_config
 from video_swinv2.config.reference import config_schema, settings, settings_text
 from video_swinv2.errors import UsageError
@@ -63,3 +66,28 @@ def test_a_misspelt_key_is_named_before_the_one_that_it_makes_missing() -> None:
     with pytest.raises(UsageError, match=r"unknown key optim.lrr; did you mean optim.lr\?"):
         validate_config(WHOLE | {"optim": {"epochs": 1, "batch": 8, "micro_batch": 8, "lrr": 1e-3}}, "a.yaml")
     assert validate_config(WHOLE, "a.yaml").optim.lr == 1e-3
+
+
+def test_config_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out == settings_text() + "\n"
+    assert main(["config", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == config_schema()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["train", "a.yaml", "--lr", "3e-4"], "--lr 3e-4; settings are given without dashes: optim.lr=3e-4"),
+        (["plan", "a.yaml", "--micro-batch=4"], "settings are given without dashes: optim.micro_batch=4"),
+        (["pretrain", "a.yaml", "--optim.lr=1"], "settings are given without dashes: optim.lr=1"),
+        (["test", "m", "d", "--out", "o", "--frames", "8"], "settings are given without dashes: data.frames=8"),
+        (["train", "a.yaml", "--nonsense"], "unrecognized arguments: --nonsense\n"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_answered_with_its_key(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert answer in capsys.readouterr().err

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from video_swinv2 import __version__
 from video_swinv2.cli.bench import add_bench_verbs
+from video_swinv2.cli.configuring import add_config_verbs
 from video_swinv2.cli.inference import add_inference_verbs
 from video_swinv2.cli.testing import add_testing_verbs
 from video_swinv2.cli.tools import add_tools_verbs
@@ -39,10 +40,29 @@ def make_parser() -> argparse.ArgumentParser:
     # the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_config_verbs(verbs)
     add_training_verbs(verbs)
     add_testing_verbs(verbs)
     add_inference_verbs(verbs)
     add_weights_verbs(verbs)
     add_bench_verbs(verbs)
     add_tools_verbs(verbs)
+    # For the answer to options such as --lr, which are settings.
+    keys_of = dict.fromkeys(("pretrain", "train", "plan", "doctor"), _config_keys) | dict.fromkeys(
+        ("test", "probe"), _test_keys
+    )
+    for name, keys in keys_of.items():
+        verbs.choices[name].set_defaults(setting_keys=keys)
     return parser
+
+
+def _config_keys() -> list[str]:
+    from video_swinv2.config import known_keys
+
+    return list(known_keys())
+
+
+def _test_keys() -> list[str]:
+    from video_swinv2.evaluation.overrides import KEYS
+
+    return list(KEYS)

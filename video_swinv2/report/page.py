@@ -12,6 +12,7 @@ import numpy as np
 
 from video_swinv2.files import atomic_write, json_text
 from video_swinv2.pages import render, tick_marks
+from video_swinv2.progress import duration_text
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.confusion import matrix_data
 from video_swinv2.report.diagnosis import ViewPoint
@@ -178,9 +179,8 @@ def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> lis
         rows.append(("tested on", f"{record.get('processes', 1)} x {record['device']}, {record.get('precision', '')}"))
     known = run.record if run else {}
     if "hours" in known:
-        rows.append(
-            ("training", f"{known['hours']:.3g} h, {known.get('device_hours', known['hours']):.3g} device hours")
-        )
+        alone, together = (3600 * hours for hours in (known["hours"], known.get("device_hours", known["hours"])))
+        rows.append(("training", f"{duration_text(alone)}, {duration_text(together)} of device time"))
     if "device" in known:
         rows.append(("trained on", f"{known.get('processes', 1)} x {known['device']}"))
     if "parameters" in known:
