@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
+from data_prep.findings import FAULTS
 from data_prep.prepare import write_lists
 from data_prep.state import PreparationState
-from data_prep.verify import FAULTS, LEVELS, VerifyResult, verify
+from data_prep.verify import LEVELS, VerifyResult, verify
 from tests.conftest import REPOSITORY
 from video_swinv2.errors import UsageError, UserError
 
@@ -244,8 +245,9 @@ def test_an_interrupted_run_resumes_and_the_next_checks_everything(out: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
+import data_prep.findings as findings
 import data_prep.verify as module
-module.SAVE_EVERY_SECONDS = 0.0
+findings.SAVE_EVERY_SECONDS = 0.0
 write, seen = module.VerifyLedger.write, []
 def cut_off(ledger, found):
     write(ledger, found)
