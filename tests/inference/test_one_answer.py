@@ -49,7 +49,7 @@ def test_fifty_clips_have_one_answer_each(evil_model: Path, clips: list[Path]) -
         assert (one.answers, one.views) == (other.answers, other.views)
         answers, views = page_answer(classifier, clip)
         assert (answers, views) == ([(answer.name, answer.probability) for answer in one.answers], one.views)
-        if len(other.segments) == 1:  # a clip no longer than one window is all of it
+        if len(other.segments) == 1:  # a clip no longer than one segment is all of it
             shares = [[answer.probability for answer in row] for row in (one.answers, other.segments[0].answers)]
             assert shares[0] == pytest.approx(shares[1], abs=1e-4)
 

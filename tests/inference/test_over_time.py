@@ -85,7 +85,7 @@ def test_segments_equal_the_models_and_the_whole_is_that_of_a_test(
     with torch.no_grad():
         expected = vs.load_model(evil_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
     shares = expected.softmax(-1).unflatten(0, (len(STARTS), 3)).mean(1)
-    assert {moment.views for moment in over_time.segments} == {"videoswin-4x3: 1 window x 3 crops"}
+    assert {moment.views for moment in over_time.segments} == {"videoswin-4x3: 1 segment x 3 crops"}
     assert shares.std(0).max() > 0.01, "equal segments would prove nothing"
     assert len(over_time.segments) == len(STARTS)
     for start, moment, row in zip(STARTS, over_time.segments, shares, strict=True):
@@ -117,7 +117,7 @@ def test_every_kind_of_source_gives_the_same(
         found = predict(evil_model, [f"{url}/moving.mkv", pipe], device="cpu", top=6, over_time=EVERY)
     for prediction in found:
         assert not prediction.error
-        assert prediction.views == "videoswin-4x3: 8 windows x 3 crops", "a stream is read only once"
+        assert prediction.views == "videoswin-4x3: 8 segments x 3 crops", "a stream is read only once"
         mean = {name: 0.0 for name in CLASSES}
         for moment in prediction.segments:
             for one in moment.answers:

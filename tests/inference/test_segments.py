@@ -126,7 +126,7 @@ def test_frames_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_crops_are_those_of_a_test(changing: Path, name: str) -> None:
-    """Every crop of a window equals that of the view of a test which begins with the same frame."""
+    """Every crop of a segment equals that of the view of a test which begins with the same frame."""
     protocol = PROTOCOLS[name]
     views = read_file_views(changing, protocol, Preprocessing(4, 2, (32, 32)))  # (V, 3, T, H, W)
     with VideoReader(changing) as reader, FrameStream(str(changing)) as source:

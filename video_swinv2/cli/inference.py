@@ -32,7 +32,7 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
     verb.add_argument(
         "--protocol",
-        help="views of each file, whose crops are also those of each window over time "
+        help="views of each file, whose crops are also those of each segment over time "
         "(default: videoswin-4x3; with --features or --gallery center-1x1)",
     )
     verb.add_argument(
@@ -149,7 +149,7 @@ def _add_serve(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb.add_argument(
         "--protocol",
         default="videoswin-4x3",
-        help="views of each clip, whose crops are also those of each window over time (default: %(default)s)",
+        help="views of each clip, whose crops are also those of each segment over time (default: %(default)s)",
     )
     verb.add_argument(
         "--most-megabytes", type=number(0.001), default=200.0, help="largest clip accepted (default: %(default)g)"

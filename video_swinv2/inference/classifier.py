@@ -1,6 +1,6 @@
 """The classifier: a loaded model and a protocol, which turn views into class probabilities and answers.
 
-Letters: N files or windows, V views of each, T frames, H W pixels, K classes.
+Letters: N files or segments, V views of each, T frames, H W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from video_swinv2.evaluation.protocols import Protocol, find_protocol
 from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.report.metrics import average_views, ranking
-from video_swinv2.weights.store import ModelCard, load_model, read_card
+from video_swinv2.weights.store import ModelCard, load_model, read_card, require_rgb
 
 DEFAULT_PROTOCOL = "videoswin-4x3"
 
@@ -38,7 +38,7 @@ class Answer:
 class Classifier:
     """A model on its device, with the card of its file. It answers with `top` classes.
 
-    A file is answered from all views of `protocol`, and a window of time from the protocol's crops of its one clip.
+    A file is answered from all views of `protocol`, and a segment from the protocol's crops of its one clip.
     `batch_views` views are passed to the model at a time, under bfloat16 autocast if `bf16` is set.
     """
 
@@ -50,7 +50,7 @@ class Classifier:
     bf16: bool
 
     def probabilities(self, views: Tensor) -> NDArray[np.float64]:
-        """Classify N files or windows: uint8 (N, V, 3, [T,] H, W) -> (N, K).
+        """Classify N files or segments: uint8 (N, V, 3, [T,] H, W) -> (N, K).
 
         Views are averaged as the protocol says. Raises UserError for non-finite logits.
         """
@@ -60,7 +60,7 @@ class Classifier:
     def views_of(self, unit: str, count: int) -> str:
         """What an answer was averaged over, to be shown beside it: "videoswin-4x3: 4 clips x 3 crops".
 
-        unit: "clip" for a file (an image is a single one), "window" for a stretch of time.
+        unit: "clip" for a file (an image is a single one), "segment" for a stretch of time.
         """
         units, crops = f"{unit}{'s' * (count != 1)}", f"crop{'s' * (self.protocol.crops != 1)}"
         return f"{self.protocol.name}: {count} {units} x {self.protocol.crops} {crops}"
@@ -106,6 +106,7 @@ def open_classifier(
         raise UsageError("top and batch_views must be at least 1")
     # The card is read first: it is small, so a model without class names fails before its weights are loaded.
     chosen_protocol, card, chosen_device = find_protocol(protocol), read_card(model_path), choose_device(device)
+    require_rgb(card.architecture, model_path)
     if not card.architecture["num_classes"]:
         raise UsageError(
             f"{model_path}: a pre-training file or backbone, which has no classifier; fine-tune it with `train` and "

@@ -105,7 +105,7 @@ def classify_over_time(classifier: Classifier, watcher: Watcher, batch: int, on_
         for segment, row in zip(segments, rows, strict=True):
             # The extremes and not the first and last frame, because a short stream is repeated from its start.
             start, end = min(segment.seconds), max(segment.seconds)
-            prediction = SegmentPrediction(start, end, classifier.top_classes(row), classifier.views_of("window", 1))
+            prediction = SegmentPrediction(start, end, classifier.top_classes(row), classifier.views_of("segment", 1))
             # The answer allows the decoding process to continue, which also writes it on the annotated video.
             watcher.answer([(answer.name, answer.probability) for answer in prediction.answers])
             on_segment(segment, row, prediction)
@@ -115,7 +115,7 @@ def classify_over_time(classifier: Classifier, watcher: Watcher, batch: int, on_
     # The annotated video gets its final name only now, after the last answer.
     watcher.finish()
     if watcher.file_views is None:
-        return WholeAnswer(sum_of_probabilities / count, classifier.views_of("window", count), watcher.summary)
+        return WholeAnswer(sum_of_probabilities / count, classifier.views_of("segment", count), watcher.summary)
     whole = _as_input(classifier, torch.from_numpy(watcher.file_views.pixels))
     (probabilities,) = classifier.probabilities(whole[None])
     clips = len(whole) // classifier.protocol.crops
