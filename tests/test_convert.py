@@ -134,11 +134,8 @@ def test_an_architecture_without_a_name_and_a_wrong_name(tmp_path, capsys):
     [
         (["--model", "swinv2_tny"], 2, "did you mean 'swinv2_tiny'"),
         (["--model", "swinv2_tiny"], 1, "in the file and"),
-        (["--frames", "0"], 2, "--frames 0"),
-        (["--frame-stride", "0"], 2, "--frame-stride 0"),
         (["--window", "4,4,4"], 2, "window"),
         (["--cpb-norm", "4,4"], 1, "its weights have 2 stages"),
-        (["--cpb-norm", "4,4,0,4"], 1, "positive"),
         (["--classes", "absent.txt"], 2, "absent.txt: cannot be read as UTF-8 text"),
         (["--patch-size", "8"], 1, "patch_embed.proj.weight"),
     ],
@@ -149,6 +146,14 @@ def test_refusals_are_one_line_and_write_nothing(microsoft, tmp_path, capsys, op
     assert words in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("options", [["--frames", "0"], ["--frame-stride", "0"], ["--cpb-norm", "4,4,0,4"]])
+def test_numbers_below_1_are_wrong_usage(microsoft, tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, microsoft[0], tmp_path / "out.safetensors", *options)
+    assert ended.value.code == 2
+    assert f"{options[0]}: must be from 1" in capsys.readouterr().err
 
 
 def test_outputs_that_cannot_be_written(microsoft, tmp_path, capsys):

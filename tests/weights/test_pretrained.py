@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from timm.optim import param_groups_layer_decay
 
 import video_swinv2 as vs
 from tests.closeness import assert_close, assert_same
 from tests.weights.released import hugging_face_config, microsoft_state, ours, randomise, timm_model
+from video_swinv2.cli import main
 from video_swinv2.engine.optimizer import decays, layer_id, parameter_groups
 from video_swinv2.errors import UsageError, UserError
 
@@ -114,6 +116,24 @@ def test_other_channels_as_timm_adapts_them(tmp_path, channels):
     again = vs.load_model(tmp_path / "other")
     assert (again.in_chans, len(again.preprocessing.mean), again.classes) == (channels, channels, tuple("abcdef"))
     assert_same(again.state_dict(), clip.state_dict())
+
+
+def test_commands_refuse_inputs_other_than_rgb_in_one_line(tmp_path, capsys):
+    names = list("abcdef")
+    model = ours(in_chans=2)
+    shown = vs.Preprocessing(None, 1, (64, 64), (0.5, 0.5), (0.2, 0.2))
+    vs.save_model(model, tmp_path / "m.safetensors", classes=names, preprocessing=shown)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "data" / split / "a" / "a.png")
+    data, out = str(tmp_path / "data"), str(tmp_path / "out")
+    for verb in (["predict"], ["test", "--out", out], ["probe", "--out", out]):
+        assert main([verb[0], str(tmp_path / "m.safetensors"), data, *verb[1:]]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {tmp_path / 'm.safetensors'}: takes inputs of 2 channels")
+    ours(num_classes=0, features_only=True).save_pretrained(tmp_path / "maps")
+    assert main(["probe", str(tmp_path / "maps"), data, "--out", out]) == 1
+    assert "a features_only model has no final norm" in capsys.readouterr().err
 
 
 def test_a_channel_that_is_grey_gives_what_rgb_gave(tmp_path):

@@ -32,7 +32,7 @@ from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
 from video_swinv2.report.scores import load_test
 from video_swinv2.report.training_run import flatten
-from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
+from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card, require_rgb
 
 SETTINGS_WITHOUT_EFFECT = frozenset(("workers", "device", "meeting_seconds", "silence_seconds"))
 """Settings that scores do not depend on. The device that "auto" or "cuda" stands for is in the record."""
@@ -107,6 +107,7 @@ def plan_test(
     """
     chosen = find_protocols(protocols)
     card = read_card(model_path)
+    require_rgb(card.architecture, model_path)
     if not card.classes:
         raise UsageError(
             f"{model_path}: contains no class names to check labels against; save the model with its classes"

@@ -199,6 +199,19 @@ def read_card(path: Path | str) -> ModelCard:
     return card
 
 
+def require_rgb(architecture: Mapping[str, object], path: Path | str) -> None:
+    """Raise UserError for a model with other inputs than RGB, as which videos and images are read.
+
+    path: the file of the model, for the message.
+    """
+    channels = architecture.get("in_chans", len(IMAGENET_MEAN))
+    if channels != len(IMAGENET_MEAN):
+        raise UserError(
+            f"{path}: takes inputs of {channels} channels, but videos and images are read as RGB; use the model in "
+            "your own code (docs/library.md)"
+        )
+
+
 def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
     """The card in the metadata of the safetensors file `path`; None if it has none. Raises UserError for a damaged one.
 
