@@ -185,7 +185,7 @@ def checkpoints(tmp_path: Path) -> tuple[Checkpoints, dict[str, Any]]:
     state = TrainingState(weights, first, second, 3, ema, (1024.0, 2))
     run = {
         "best": 0.5,
-        "best_metric": "val/top1",
+        "best_by": {"best_metric": "val/top1"},
         "best_step": 2,
         "improved_step": 2,
         "configs": [{"since_step": 0, "config": {"out": "x", "optim": {"lr": 1e-3}, "engine": {"deepspeed": {}}}}],
@@ -234,7 +234,7 @@ def test_run_states_that_were_tampered_with(
 
     def read(value: Any) -> None:
         path.write_text(json.dumps(record | {"state": value}))
-        start = find_start(task, config, found, {"samples": 10, "batch": 2}, "val/top1", 9, world)
+        start = find_start(task, config, found, {"samples": 10, "batch": 2}, {"best_metric": "val/top1"}, 9, world)
         for change in continue_history(start, config, accept_changes=True)[1]:
             assert for_terminal(change).startswith(change.key)
         Faults(config, world, samples).restore(start.faults)

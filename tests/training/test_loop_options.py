@@ -1,6 +1,7 @@
 """Options of the loop: frozen stages, rates, class weights, repeats, early stop; and what a run prints about them."""
 
 import json
+import re
 import sys
 import time
 
@@ -260,15 +261,21 @@ def test_a_run_that_continues_another_may_change_everything_and_keeps_its_histor
     assert [(kept["since_step"], kept["config"]["optim"]["lr"]) for kept in configs] == [(0, 1e-3), (2, 2e-3)]
 
 
-def test_the_metric_of_the_best_weights_can_be_chosen_and_changed(config, capsys):
+def test_the_metric_of_the_best_weights_can_be_chosen_and_changed(config, clips, capsys):
     folder = run(config("best_metric=val/loss", "optim.epochs=1"), Classification)
     record = json.loads((folder / "run.json").read_text())
     measured = {line["step"]: line["val/loss"] for line in read_metrics(folder) if "val/loss" in line}
     assert (record["best_metric"], record["best"], record["best_step"]) == ("val/loss", measured[2], 2)
     run(config("best_metric=val/top1"), Classification, accept_changes=True)
-    assert "best_metric was val/loss and is val/top1 now: the best weights are those to come" in capsys.readouterr().out
+    lost = "best_metric val/loss then, val/top1 now: the best weights are those to come"
+    assert lost in capsys.readouterr().out
     record = json.loads((folder / "run.json").read_text())
     assert (record["best_metric"], record["best_step"]) == ("val/top1", 4)
+    # The same holds for other validation samples.
+    (clips / "test.txt").write_text("0.mp4 0\n7.mp4 1\n")
+    run(config("optim.epochs=3", "data.val_split=test"), Classification, accept_changes=True)
+    assert re.search(r"val_fingerprint \w{64} then, \w{64} now: the best weights", capsys.readouterr().out)
+    assert json.loads((folder / "run.json").read_text())["best_step"] == 6
     with pytest.raises(UsageError, match="best_metric: val/top5 is not measured in this run; use val/top1 or val/loss"):
         run(config("best_metric=val/top5", f"out={folder.parent}/other"), Classification)
 

@@ -160,7 +160,8 @@ class TrainingRun:
         self.last_metrics: dict[str, float] = {}
 
         metric = choose_metric(config.best_metric, task.metrics)
-        start = find_start(task, config, self.checkpoints, self._identity(), metric, self.steps, world)
+        self.best_by = {"best_metric": metric, "val_fingerprint": task.data_facts.get("val_fingerprint")}
+        start = find_start(task, config, self.checkpoints, self._identity(), self.best_by, self.steps, world)
         self.step = start.step
         self.configs, self.changes = continue_history(start, config, accept_changes)
         self.best = Best(metric, task.metrics[metric], start.best, start.best_step, start.improved_step)
@@ -395,7 +396,7 @@ class TrainingRun:
         state: dict[str, Any] = {
             "step": self.step,
             "best": self.best.value,
-            "best_metric": self.best.metric,
+            "best_by": self.best_by,
             "best_step": self.best.step,
             "improved_step": self.best.improved_step,
             "configs": self._configs(),

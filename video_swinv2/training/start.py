@@ -61,7 +61,7 @@ class _RunState(Record, extra="ignore"):
 
     configs: list[Configuration] = Field(default_factory=list)
     best: float | None
-    best_metric: str | None = None
+    best_by: dict[str, Any] = Field(default_factory=dict)
     best_step: Counter | None = None
     improved_step: Counter | None = None
     seconds: Annotated[float, Field(ge=0)]
@@ -106,7 +106,7 @@ def find_start(
     config: Config,
     checkpoints: Checkpoints,
     identity: Mapping[str, object],
-    metric: str,
+    best_by: Mapping[str, object],
     steps: int,
     world: World,
 ) -> Start:
@@ -117,7 +117,8 @@ def find_start(
 
     identity: the values that must be the same in the checkpoint, or else the resumed run would not see the same
     samples at the same steps. A resumed run that computes with other rounding is told so.
-    metric: the one by which the best validation is chosen. One that was the best by another metric does not count.
+    best_by: what the best validation is chosen by, as JSON values by name: its metric and its samples. One that was the
+    best by something else does not count.
     steps: the length of the whole run, for the printed line.
 
     Rank 0 looks for the checkpoint, and all others read the one that it has found. Collective. Raises UserError if
@@ -146,7 +147,7 @@ def find_start(
             raise UserError(f"{folder}: checkpoint of step {step}: state: {error}; remove that checkpoint") from error
         best, best_step = kept.best, step if kept.best_step is None else kept.best_step
         improved_step = best_step if kept.improved_step is None else kept.improved_step
-        if best is not None and (lost := _lost_best(kept, metric, config.out, world)):
+        if best is not None and (lost := _lost_best(kept, best_by, config.out, world)):
             print_on_rank_zero(world, for_terminal(f"{lost}: the best weights are those to come"))
             best, best_step, improved_step = None, step, step
         start = Start(
@@ -197,7 +198,7 @@ def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World)
     return whose, found
 
 
-def _lost_best(kept: _RunState, metric: str, out: str, world: World) -> str:
+def _lost_best(kept: _RunState, best_by: Mapping[str, object], out: str, world: World) -> str:
     """Why the best validation of a checkpoint does not count in the run that goes on; "" if it counts. Collective.
 
     The best weights are not in the checkpoint but in the run folder, which lacks them if it continues another run, or
@@ -207,9 +208,8 @@ def _lost_best(kept: _RunState, metric: str, out: str, world: World) -> str:
     present = Path(out, "model.safetensors").is_file() if world.rank == 0 else None
     if not all_gather_objects(world, present)[0]:
         return f"the best weights so far, of step {kept.best_step}, are not in {out}"
-    if kept.best_metric not in (None, metric):
-        return f"best_metric was {kept.best_metric} and is {metric} now"
-    return ""
+    then = kept.best_by
+    return "; ".join(f"{key} {then[key]} then, {now} now" for key, now in best_by.items() if then.get(key, now) != now)
 
 
 def continue_history(start: Start, config: Config, accept_changes: bool) -> tuple[list[Configuration], list[Change]]:
