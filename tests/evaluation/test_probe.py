@@ -166,6 +166,18 @@ def test_top5_of_three_classes_is_left_out_and_chance_is_named(simmim: tuple[Pat
     assert "only 6 independent sources" in said
 
 
+def test_intervals_take_samples_of_one_group_together(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path
+) -> None:
+    """Ten test pictures of five groups, two of each."""
+    for split, numbers in (("train", range(5)), ("val", range(5, 10))):
+        rows = [f"{data}/{name}/{i:02d}.png,{name},group {i % 5}" for name in NAMES[:2] for i in numbers]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    row = probe(simmim[0], tmp_path, methods=("knn",), k=3, seeds=1)["rows"][0]
+    assert (row["test"]["scored"], row["sources"]) == (10, 5)
+    assert row["two_classes"]["roc_auc"] == 1.0
+
+
 def test_cached_features_are_reused_only_for_the_same_inputs(
     simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
