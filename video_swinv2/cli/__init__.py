@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
         "`python -m data_prep`.",
         epilog="exit codes: 0 success; 1 failure, or short of a requested limit; 2 wrong usage; 75 training was asked "
         "to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved a checkpoint: run the same command again to resume. torchrun "
-        "hides the 75; a file named start-again in the run folder means the same. 141: the reader of the output, such as "
-        "head, closed it.",
+        "hides the 75; a file named start-again in the run folder means the same. 141: the reader of the output, "
+        "such as head, closed it.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     # DeepSpeed's launcher passes --local_rank to every process, before the verb. It is accepted and ignored, because
