@@ -28,6 +28,7 @@ from video_swinv2.escaping import for_terminal, terminal_lines
 from video_swinv2.files import json_text
 
 if TYPE_CHECKING:
+    from data_prep.groups import GroupRule
     from data_prep.prepare import PreparationReport
 
 
@@ -128,10 +129,11 @@ def _add_prepare(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "source", type=Path, metavar="SRC", help="a folder of classes, a folder of lists, a list, or a CSV"
     )
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
-    text = "a list, or folder of lists, with paths relative to SRC; can be repeated"
+    text = "a list path,label[,split][,group], or folder of lists, with paths relative to SRC; can be repeated"
     verb.add_argument("--annotations", type=Path, action="append", default=[], metavar="CSV|TXT", help=text)
     text = "a Kinetics list of videos that must not be in train, by YouTube id; can be repeated"
     verb.add_argument("--held-out", type=Path, action="append", default=[], metavar="CSV", help=text)
+    _add_groups(verb)
     text = "which of the three official splits of UCF101 or HMDB51, default %(default)s"
     verb.add_argument("--official-split", type=int, choices=(1, 2, 3), default=1, metavar="N", help=text)
     verb.add_argument(
@@ -199,18 +201,37 @@ def _add_verify(verbs: Verbs[argparse.ArgumentParser]) -> None:
     # The keys of verify.LEVELS.
     text = "header: the file opens and its index is right; full: every frame decodes; hash (default): header and sha256"
     verb.add_argument("--level", choices=("header", "full", "hash"), default="hash", help=text)
+    text = "prepare damaged videos again, from their sources and with the same settings, and write the lists again"
+    verb.add_argument("--repair", action="store_true", help=text)
     verb.add_argument("--json", action="store_true", help="print JSON")
     _add_workers(verb)
 
 
 def _add_split(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    text = "move a share of each class from train to val, keeping segments of one video together; only the lists change"
-    verb = add_verb(verbs, "split", _split, text, "python -m data_prep split data/mine --val 0.1")
+    text = "move shares of train to val and test, or divide it into folds; keeps groups together and changes only lists"
+    verb = add_verb(verbs, "split", _split, text, "python -m data_prep split data/mine --val 0.1 --test 0.2")
     verb.add_argument("out", type=Path, metavar="OUT", help="folder of the data set")
-    verb.add_argument(
-        "--val", type=number(0, 1), required=True, metavar="SHARE", help="share of each class, for instance 0.1"
-    )
+    for split in ("val", "test"):
+        text = f"share of each class for {split}, for instance 0.1"
+        verb.add_argument(f"--{split}", type=number(0, 1), metavar="SHARE", help=text)
+    text = "write lists fold-0.csv, fold-1.csv, ... for cross-validation: in each, another fold is val, the rest train"
+    verb.add_argument("--folds", type=whole_number(2, 1000), metavar="K", help=text)
+    _add_groups(verb)
     verb.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="default %(default)s")
+
+
+def _add_groups(verb: argparse.ArgumentParser) -> None:
+    options = verb.add_mutually_exclusive_group()
+    text = "a list path,group of videos that must stay in one split, such as clips of one recording or person"
+    options.add_argument("--groups", type=Path, metavar="CSV", help=text)
+    text = "take as group what REGEX, or its first (...), finds in the path of a video, for instance '^[^_]+'"
+    options.add_argument("--group-regex", metavar="REGEX", help=text)
+
+
+def _group_rule(options: argparse.Namespace) -> GroupRule:
+    from data_prep.groups import GroupRule
+
+    return GroupRule(options.groups, options.group_regex)
 
 
 def _add_workers(verb: argparse.ArgumentParser) -> None:
@@ -267,7 +288,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
     settings = TranscodeSettings(options.short_side, options.gop, options.fps, options.copy, options.min_seconds)
     lists = {"annotations": options.annotations, "held_out": options.held_out}
-    lists |= {"official_split": options.official_split}
+    lists |= {"official_split": options.official_split, "groups": _group_rule(options)}
     resources = {"workers": options.workers, "executor": options.executor}
     if options.preflight:
         estimate = estimate_preparation(options.source, options.out, settings, **lists, **resources)
@@ -322,12 +343,13 @@ def _status(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from data_prep.verify import as_text, verify
 
-    result = verify(options.out, options.level, workers=options.workers)
+    result = verify(options.out, options.level, workers=options.workers, repair=options.repair)
     print(json_text(result.as_json(), indent=1) if options.json else as_text(result, options.out))
     return 1 if result.bad else 0
 
 
 def _split(options: argparse.Namespace) -> None:
-    from data_prep.split import split_validation
+    from data_prep.split import split_dataset
 
-    print(terminal_lines(split_validation(options.out, options.val, options.seed).lines()))
+    shares = {"val": options.val, "test": options.test, "folds": options.folds}
+    print(terminal_lines(split_dataset(options.out, **shares, groups=_group_rule(options), seed=options.seed).lines()))

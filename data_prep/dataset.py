@@ -1,6 +1,6 @@
 """Writing the files that make a folder of videos a data set: dataset.json, one list per split, and failed.csv.
 
-    SPLIT.csv      path,label of every prepared video of a split, in order
+    SPLIT.csv      path,label of every prepared video of a split, in order; path,label,group if groups are known
     failed.csv     path,reason,detail of every video that could not be prepared
     extra.csv      the videos of the source that no list names; absent if there are none
     dataset.json   the classes, counts, hashes, settings and versions
@@ -34,11 +34,12 @@ from video_swinv2.files import atomic_write, path_under, write_json
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """A prepared video: its path relative to the data set, its class name ('' for none), and the sha256 of the file."""
+    """A prepared video: its path relative to the data set, its class name, its sha256, and its group; '' for none."""
 
     path: str
     label: str
     sha256: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def write_dataset(
         for content in splits.values()
         for item in content.failed
     ]
-    write_text(out / "failed.csv", _csv_text(("path", "reason", "detail"), failed))
+    write_text(out / "failed.csv", csv_text(("path", "reason", "detail"), failed))
     if extra:
-        write_text(out / "extra.csv", _csv_text(("path",), [(for_csv(path),) for path in extra]))
+        write_text(out / "extra.csv", csv_text(("path",), [(for_csv(path),) for path in extra]))
     else:  # there may be one of an earlier run
         (out / "extra.csv").unlink(missing_ok=True)
     # The fingerprint depends on paths, labels and hashes only, not on settings or versions: the same videos have the
@@ -99,7 +100,9 @@ def write_dataset(
 def _write_list(path: Path, content: SplitContent) -> dict[str, Any]:
     """Write the list of a split. Returns its entry in dataset.json."""
     # The text is built in memory, since its hash is needed as well.
-    text = _csv_text(("path", "label"), [(item.path, item.label) for item in content.ok])
+    columns = 3 if any(item.group for item in content.ok) else 2
+    rows = [(item.path, item.label, item.group)[:columns] for item in content.ok]
+    text = csv_text(("path", "label", "group")[:columns], rows)
     write_text(path, text)
     reasons = dict(Counter(item.reason for item in content.failed))
     ok, failed, excluded = len(content.ok), len(content.failed), content.excluded
@@ -139,7 +142,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
-def _csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The text of a CSV file with `\\n` line ends, in place of the csv module's default `\\r\\n`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -16,6 +16,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Strict
 
+from video_swinv2.data.groups import KINETICS_NAME, group_of, origin_of
 from video_swinv2.data.lists import ListedVideo, choose_copy, read_kinetics_lines, videos_below, videos_by_stem
 from video_swinv2.errors import UsageError
 from video_swinv2.files import read_text_lines
@@ -26,23 +27,17 @@ LIST_FOLDERS = ("", "annotations", "labels", "splits", "ucfTrainTestlist", "test
 OFFICIAL_FILE = re.compile(
     r"classInd\.txt|(train|test)list0\d\.txt|.+_test_split\d\.txt|(something-something-v2-)?(labels|train|validation|test)\.json"
 )
-# ID_START_END with times in whole seconds. An id may contain underscores itself, so it ends before the two times.
-KINETICS_NAME = re.compile(r"(?P<origin>.+)_(?P<start>\d{6})_(?P<end>\d{6})")
 FIX = "unpack it again"
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-# v_CLASS_gGG_cCC. The videos of a group gGG are cut from the same longer video.
-UCF101_NAME = re.compile(r"v_(?P<origin>.+_g\d{2})_c\d{2}")
-# FILM_CLASS, followed by HMDB51's tags: visible body part, camera motion, people, viewpoint, quality, number.
-HMDB51_NAME = re.compile(r"(?P<origin>.+)_[hufl]_(?:cm|nm)_np\d_(?:fr|ri|le|ba)_(?:goo|med|bad)_\d+")
 
 
 class SourceVideo(NamedTuple):
     """One video of a source, as a list names it.
 
     `name` is the path relative to the root of the source; if the file is absent, the path it should have. `path` is the
-    absolute path. `label` is as in `ListedVideo`. `where` gives the list and the line for error messages. `origin`
-    identifies the longer video that this one was cut from, for example by a YouTube id; '' if unknown. `start` and
-    `end`, in seconds, bound the segment that is to be cut out; None means the whole file.
+    absolute path. `label` is as in `ListedVideo`. `where` gives the list and the line for error messages. `group` is
+    what the list says or else, for example, the YouTube id of the longer video that this one was cut from; '' if
+    unknown. `start` and `end`, in seconds, bound the segment that is to be cut out; None means the whole file.
     """
 
     split: str
@@ -50,7 +45,7 @@ class SourceVideo(NamedTuple):
     path: str
     label: str | None
     where: str
-    origin: str = ""
+    group: str = ""
     youtube_id: str = ""
     start: float | None = None
     end: float | None = None
@@ -90,7 +85,8 @@ class SourceListing:
     """The content of all lists of a source.
 
     `classes` are in label order. `tree` is None if the source has no lists, so that its folders define the videos.
-    `unused` holds the names of videos that the lists mention without assigning them to a split.
+    `unused` holds the names of videos that the lists mention without assigning them to a split. `notes` are remarks for
+    the user.
     """
 
     root: Path
@@ -98,6 +94,7 @@ class SourceListing:
     videos: list[SourceVideo]
     tree: VideoTree | None
     unused: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 class SomethingLabels(Record):
@@ -149,8 +146,8 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
     reason `missing`. Raises UsageError naming the line.
     """
     for clip in read_kinetics_lines(path, split):
-        # label, where, origin, youtube_id: the fields of SourceVideo that are the same in both cases below.
-        fields = (clip.label or None, clip.where, clip.youtube_id, clip.youtube_id)
+        # label, where, group, youtube_id: the fields of SourceVideo that are the same in both cases below.
+        fields = (clip.label or None, clip.where, clip.group, clip.youtube_id)
         stem = clip.stem
         # A trimmed file wins over a whole video, because nothing has to be cut.
         trimmed = tree.find(stem, split)
@@ -166,30 +163,16 @@ def read_kinetics_list(path: Path, split: str, tree: VideoTree) -> Iterator[Sour
 
 
 def video_from_row(row: ListedVideo, split: str) -> SourceVideo:
-    """The video of a line of any other list, or of a file in a folder. Its origin is guessed from the file name."""
-    origin = origin_of(_stem(row.name), row.label)
-    youtube_id = origin if _kinetics_name(_stem(row.name)) else ""
-    return SourceVideo(split, row.name, row.path, row.label, row.where, origin, youtube_id)
+    """The video of a line of any other list, or of a file in a folder."""
+    match = _kinetics_name(_stem(row.name))
+    group = group_of(row.name, row.label, row.group)
+    return SourceVideo(split, row.name, row.path, row.label, row.where, group, match["origin"] if match else "")
 
 
 def seconds_in_name(stem: str) -> float:
     """How long a trimmed video of Kinetics, ID_START_END, should be by its name; 0 for any other name."""
     match = _kinetics_name(stem)
     return float(match["end"]) - float(match["start"]) if match else 0.0
-
-
-def origin_of(stem: str, label: str | None = None) -> str:
-    """The longer video a file was cut from, by the naming rules of Kinetics, UCF101 and HMDB51; '' for other names.
-
-    `label` is the class name, which HMDB51 includes in its file names.
-    """
-    for form in (KINETICS_NAME, UCF101_NAME):
-        if match := form.fullmatch(stem):
-            return match["origin"]
-    match = HMDB51_NAME.fullmatch(stem)
-    # Remove the class from FILM_CLASS, since one film has scenes of several classes. Some file names abbreviate the
-    # class; the abbreviation then stays part of the origin.
-    return match["origin"].removesuffix(f"_{label}") if match else ""
 
 
 def _ucf101(source: Path, folder: Path, number: int) -> SourceListing:
@@ -234,8 +217,8 @@ def _hmdb51(source: Path, folder: Path, number: int) -> SourceListing:
             if use == "0":
                 unused.add(name)
                 continue
-            split, origin = "train" if use == "1" else "test", origin_of(_stem(name), label)
-            videos.append(SourceVideo(split, name, _absolute(tree, name), label, where, origin))
+            split, group = "train" if use == "1" else "test", origin_of(_stem(name), label)
+            videos.append(SourceVideo(split, name, _absolute(tree, name), label, where, group))
     return SourceListing(source, classes, videos, tree, unused)
 
 

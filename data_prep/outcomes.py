@@ -26,6 +26,7 @@ REASONS = {
     "crashed": "the worker process died or ran out of memory",
     "encode_error": "the encoder rejected it",
     "check_failed": "the written file did not read back as intended",
+    "damaged": "the prepared file has changed since, as `verify` found; the next run prepares it again",
 }
 # Why a listed video is not prepared at all. The keys are stored in prep.sqlite.
 EXCLUDED = {"duplicate": "the same video is in another list or split"}

@@ -24,13 +24,23 @@ from pydantic import Field
 
 from data_prep.dataset import FailedVideo, PreparedVideo, SplitContent, versions, write_dataset
 from data_prep.executors import start_crew
+from data_prep.groups import GroupRule
 from data_prep.jobs import Outcome, TranscodeJob, TranscodeSettings, initial_limit_seconds, job_for_row, size_and_mtime
 from data_prep.outcomes import REASONS, VideoCounts, add_counts, count_lost, outcome_counts, split_order
 from data_prep.pool import Crew, Lost, each
 from data_prep.preflight import PreflightReport, run_preflight, sample_size
 from data_prep.shards import WorkShard, lock_dataset, lock_datasets, merge_shard_states
 from data_prep.sources import plan_preparation
-from data_prep.state import RESTORE, STATE_NAME, PlannedVideo, PreparationState, evenly_spaced
+from data_prep.state import (
+    GROUP_COLUMNS,
+    RESTORE,
+    STATE_NAME,
+    PlannedVideo,
+    PreparationState,
+    evenly_spaced,
+    group_of_row,
+    is_damaged,
+)
 from data_prep.transcode import remove_partial_files, transcode_video
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import (
@@ -40,6 +50,7 @@ from video_swinv2.files import (
     partial_path,
     path_under,
     refuse_inside_source,
+    sha256,
 )
 from video_swinv2.progress import track
 from video_swinv2.records import Record, parse_json, parse_record
@@ -78,6 +89,7 @@ def prepare(
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
     official_split: int = 1,
+    groups: GroupRule | None = None,
     name: str | None = None,
     workers: int = 1,
     executor: str = "local",
@@ -87,14 +99,14 @@ def prepare(
 ) -> PreparationReport:
     """Prepare every video that `source` lists and write the data set. With `shard`, only its videos and its state.
 
-    `annotations`, `held_out` and `official_split` are passed to `plan_preparation`. `retry_failed` gives the reasons of
-    failure for which videos are tried again: () for all reasons, None to retry nothing. `log` is called with lines of
-    progress to show. Raises UsageError for an invalid source, list or setting, and UserError if the machine, the disk,
-    the cluster or another run prevents the work.
+    `annotations`, `held_out`, `official_split` and `groups` are passed to `plan_preparation`. `retry_failed` gives the
+    reasons of failure for which videos are tried again: () for all reasons, None to retry nothing. `log` is called with
+    lines of progress to show. Raises UsageError for an invalid source, list or setting, and UserError if the machine,
+    the disk, the cluster or another run prevents the work.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, retry_failed)
-    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split, groups=groups)
     videos = [video for video in plan.videos if shard is None or shard.holds(video.name)]
     create_folder(out, "OUT")
     # A shard has a state of its own, so that machines need not share a database.
@@ -110,7 +122,7 @@ def prepare(
         state.set_fact("settings", json.dumps(settings.record(), allow_nan=False))
         state.set_fact("extra", json.dumps(plan.extra, allow_nan=False))
         state.set_fact("listing", _hash_plan(plan.videos))
-        if _transcode_pending(state, out, settings, executor, workers, log):
+        if transcode_pending(state, out, settings, executor, workers, log):
             _remove_partial_files(out, videos, shard)  # those of workers that were killed during this run
         if shard is None:
             write_lists(state, out)
@@ -127,6 +139,7 @@ def estimate_preparation(
     annotations: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
     official_split: int = 1,
+    groups: GroupRule | None = None,
     workers: int = 1,
     executor: str = "local",
 ) -> PreflightReport:
@@ -137,7 +150,7 @@ def estimate_preparation(
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     _check_arguments(source, out, settings, None)
-    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split)
+    plan = plan_preparation(source, annotations, held_out=held_out, official_split=official_split, groups=groups)
     videos = [video for video in plan.videos if not video.excluded]
     jobs = [
         TranscodeJob(index, Path(video.source), out / video.target, settings, video.start, video.end)
@@ -183,8 +196,9 @@ def write_lists(state: PreparationState, out: Path) -> None:
     """Write dataset.json, the lists and failed.csv from the rows and facts of the state."""
     ok: dict[str, list[PreparedVideo]] = {}
     failed: dict[str, list[FailedVideo]] = {}
-    for row in state.rows("ok", ("target", "label", "sha256")):
-        ok.setdefault(row["split"], []).append(PreparedVideo(row["target"], row["label"], row["sha256"] or ""))
+    for row in state.rows("ok", ("target", "label", "sha256", *GROUP_COLUMNS)):
+        video = PreparedVideo(row["target"], row["label"], row["sha256"] or "", group_of_row(row))
+        ok.setdefault(row["split"], []).append(video)
     for row in state.rows("failed", ("name", "reason", "detail")):
         failed.setdefault(row["split"], []).append(FailedVideo(row["name"], row["reason"], row["detail"] or ""))
     content = {
@@ -204,6 +218,19 @@ def write_lists(state: PreparationState, out: Path) -> None:
         settings=facts.settings,
         extra=facts.extra,
     )
+
+
+def damaged_rows(state: PreparationState, out: Path) -> list[Row]:
+    """The rows of damaged files. Those whose file has been restored meanwhile become `ok` again and are left out."""
+    columns = ("target", "source", "status", "reason", "sha256", "settings_hash")
+    damaged = []
+    for row in filter(is_damaged, list(state.rows("failed", columns))):
+        path = path_under(out, row["target"], str(out))
+        if path.is_file() and sha256(path) == row["sha256"]:
+            state.mark_intact([row["target"]])
+        else:
+            damaged.append(row)
+    return damaged
 
 
 def _check_arguments(
@@ -231,7 +258,8 @@ def _hash_plan(videos: Sequence[PlannedVideo]) -> str:
     """
     digest = hashlib.sha256()
     for video in videos:
-        digest.update(f"{video.split}\0{video.position}\0{video.name}\0{video.label}\0{video.excluded}\n".encode())
+        facts = (video.split, str(video.position), video.name, video.label, video.group, video.excluded)
+        digest.update(("\0".join(facts) + "\n").encode())
     return digest.hexdigest()
 
 
@@ -258,6 +286,9 @@ def _bring_up_to_date(
         path_under(out, target, str(out)).unlink(missing_ok=True)
     if unplanned:
         log(f"removed {len(unplanned)} videos that are no longer listed")
+    lost = sum(is_gone(row["source"]) for row in damaged_rows(state, out))
+    if lost:
+        log(f"{lost} damaged videos are left out: their sources are gone; restore either, and run again")
     # Pending rows need no check. The ids are collected first, so that each cause is one transaction and one message.
     ids_by_cause: dict[str, list[int]] = {}
     columns = ("status", "reason", "source", "source_size", "source_mtime_ns", "target", "settings_hash")
@@ -280,6 +311,11 @@ def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: Work
     return remove_partial_files(folder, lambda target: target.relative_to(out).as_posix() in ours)
 
 
+def is_gone(source: str) -> bool:
+    """Whether there is no file at the path of a source."""
+    return size_and_mtime(source) == (None, None)
+
+
 def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collection[str] | None) -> str | None:
     """Why a video with an outcome must be prepared again; None if its outcome is still valid."""
     if row["settings_hash"] != settings_hash:
@@ -287,9 +323,12 @@ def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collec
     ok, before = row["status"] == "ok", (row["source_size"], row["source_mtime_ns"])
     now = size_and_mtime(row["source"])
     # Sources are compared by size and time only: hashing all of them again would take too long. A source that was
-    # deleted after its video was prepared is no reason, because the prepared video is still good.
-    if now != before and not (ok and now == (None, None)):
+    # deleted after its video was prepared is no reason: the prepared video is still good or, if it is damaged, might be
+    # restored.
+    if now != before and not ((ok or is_damaged(row)) and now == (None, None)):
         return "their sources have changed"
+    if is_damaged(row) and now == before:
+        return "verify found the prepared files damaged"
     if ok and not os.path.isfile(os.path.join(out, row["target"])):
         return "the prepared files are gone"
     if not ok and retry_failed is not None and (not retry_failed or row["reason"] in retry_failed):
@@ -297,7 +336,7 @@ def _cause_to_redo(row: Row, out: Path, settings_hash: str, retry_failed: Collec
     return None
 
 
-def _transcode_pending(
+def transcode_pending(
     state: PreparationState, out: Path, settings: TranscodeSettings, executor: str, workers: int, log: Log
 ) -> int:
     """Prepare the pending videos; returns how many there were.

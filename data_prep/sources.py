@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.groups import GroupRule
 from data_prep.layouts import (
     SourceListing,
     SourceVideo,
@@ -39,6 +40,7 @@ from video_swinv2.data.lists import (
     split_sources,
 )
 from video_swinv2.data.manifest import classes_of_source, label_indices, notes_on_classes
+from video_swinv2.data.rows import read_header
 from video_swinv2.errors import UsageError
 
 # File systems allow 255 bytes. The rest leaves room for the hash, the suffix, and the affixes of a partial file.
@@ -62,13 +64,19 @@ class PreparationPlan:
 
 
 def plan_preparation(
-    source: Path, annotations: Sequence[Path] = (), *, held_out: Sequence[Path] = (), official_split: int = 1
+    source: Path,
+    annotations: Sequence[Path] = (),
+    *,
+    held_out: Sequence[Path] = (),
+    official_split: int = 1,
+    groups: GroupRule | None = None,
 ) -> PreparationPlan:
     """Plan the preparation of the videos in `source`, as listed by `annotations` (lists, or folders of lists) if given.
 
     All layouts of `read_manifest` are supported. In addition, Kinetics lists may refer to whole videos, from which
     segments will be cut, and UCF101, HMDB51 (both with `official_split` 1, 2 or 3) and Something-Something V2 are
     recognised by their official lists. If there are several lists, the plan contains the videos and classes of all.
+    Groups that `groups` gives to videos take precedence over those of the lists and of file names.
 
     Two kinds of videos are listed but excluded: those that an earlier list already has in the same split, and training
     videos whose YouTube id occurs in another split of any list, or in one of the lists `held_out`.
@@ -80,7 +88,12 @@ def plan_preparation(
     listing = read_official_lists(source, annotations, official_split) or _read_lists(source, annotations)
     if not listing.videos:
         raise UsageError(f"{source}: no videos found; give a folder of videos, a folder of lists, or a CSV")
-    videos, notes = _merge_repeated(listing.videos)
+    given, group_notes = (groups or GroupRule()).apply([(video.name, video.path) for video in listing.videos])
+    grouped = [
+        video._replace(group=group) if group else video for video, group in zip(listing.videos, given, strict=True)
+    ]
+    videos, notes = _merge_repeated(grouped)
+    notes = [*listing.notes, *group_notes, *notes]
     # Segments of one YouTube video look alike, so a model would be tested on what it has seen in training if they were
     # on both sides.
     held_out_ids, more = _held_out_ids(videos, listing.tree is not None, held_out)
@@ -103,15 +116,19 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
     # A folder of class folders needs no tree: its files are the list. Walking a large data set takes a while.
     tree = VideoTree(root) if any(path.is_file() for paths in sources.values() for path in paths) else None
     videos: list[SourceVideo] = []
+    ignored: dict[Path, tuple[str, ...]] = {}
     for split, paths in sources.items():
         for path in paths:
             # read_listed_videos can read Kinetics lists too, but only finds trimmed videos, not whole ones.
             if tree and path.is_file() and is_kinetics_list(path):
                 videos += read_kinetics_list(path, split, tree)
-            else:
-                videos += (video_from_row(row, split) for row in read_listed_videos(root, path, split))
+                continue
+            videos += (video_from_row(row, split) for row in read_listed_videos(root, path, split))
+            if path.is_file() and (header := read_header(path)) and header.ignored:
+                ignored[path] = header.ignored
+    notes = [f"{path}: columns that are not used: {', '.join(columns)}" for path, columns in ignored.items()]
     classes = classes_of_source(root, annotations, first_uses((video.label, video.where) for video in videos))
-    return SourceListing(root, classes, videos, tree)
+    return SourceListing(root, classes, videos, tree, notes=notes)
 
 
 def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVideo, str]], list[str]]:
@@ -139,9 +156,11 @@ def _merge_repeated(videos: Sequence[SourceVideo]) -> tuple[list[tuple[SourceVid
         # with another label. The later line keeps a row of its own, which will be excluded, so that the counts of
         # every list still add up. Lists without YouTube ids must not contradict each other.
         same_list = _list_of(video) == _list_of(earlier)
-        same = all(getattr(video, field) == getattr(earlier, field) for field in ("label", "path", "start", "end"))
+        same = all(
+            getattr(video, field) == getattr(earlier, field) for field in ("label", "group", "path", "start", "end")
+        )
         if not same and (same_list or not video.youtube_id):
-            where = f"is also listed in {earlier.where}, with another label or segment"
+            where = f"is also listed in {earlier.where}, with another label, group or segment"
             raise UsageError(f"{video.where}: {video.name!r} {where}; remove one")
         if same_list:
             repeated[_list_of(video)] += 1
@@ -253,7 +272,7 @@ def _assign_targets(
                 label=classes[label] if label >= 0 else "",
                 source=video.path,
                 target=f"{home}{file}.mp4",
-                origin=video.origin,
+                group=video.group,
                 start=video.start,
                 end=video.end,
                 excluded="duplicate" if is_excluded else "",

@@ -1,226 +1,239 @@
-"""Set aside a share of the training videos for validation. Files stay where they are; only the lists change.
+"""Set aside shares of the training videos for validation and test, or divide them into folds. Only lists change.
 
-Videos cut from the same longer video form a *group*, which must not be divided: otherwise the model would be validated
-on scenes that it has seen in training. Whole groups are therefore chosen, such that the share of every class in val is
-as close as possible to the requested one.
-
-A group may contain several classes, so choosing them is a hard combinatorial problem (a variant of bin packing). The
-solution here is a local search: it starts from a fold of scikit-learn and improves it group by group.
+Videos that are not independent form a *group* (video_swinv2/data/groups.py), which must not be divided: otherwise the
+model would be validated on scenes that it has seen in training. Whole groups are therefore chosen (choice.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import warnings
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.choice import NOTICEABLE_VIDEOS, GroupedVideo, choose_folds, choose_groups
+from data_prep.dataset import csv_text, write_text
+from data_prep.groups import GroupRule
+from data_prep.outcomes import split_order
 from data_prep.prepare import write_lists
 from data_prep.shards import lock_dataset
-from data_prep.state import PreparationState
+from data_prep.state import GROUP_COLUMNS, PreparationState, group_of_row
 from video_swinv2.errors import UsageError
+from video_swinv2.files import path_under
 
-# Only whole videos can be moved, so a class that misses its share by less than one video counts as exact.
-NOTICEABLE_VIDEOS = 1.0
-MAX_PASSES = 4  # of the local search over all groups; it ends earlier if a pass changes nothing
-ROUNDING = 1e-6  # in videos: tolerance for sums of shares, which are floating-point numbers
 MAX_CLASSES_SHOWN = 10
-
-
-class GroupedVideo(NamedTuple):
-    """What decides the split of a video: its class, and its `group`, all of which goes to the same split."""
-
-    label: str
-    group: str
+FOLD_LIST = re.compile(r"fold-[0-9]+\.csv")
+GIVE_GROUPS = "give --groups FILE with the columns path,group, or --group-regex"
 
 
 @dataclass(frozen=True)
 class SplitResult:
-    """The number of videos in train and in val, and (number in val, number requested) for each class."""
+    """The number of videos in each split; (number found, number requested) for each split and class; the fold lists.
 
-    train: int
-    val: int
-    classes: dict[str, tuple[int, float]]
+    `notes` are remarks for the user.
+    """
+
+    counts: dict[str, int]
+    shares: dict[tuple[str, str], tuple[int, float]]
+    folds: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report for the user: the counts, then the classes that missed their share noticeably, worst first."""
-        missed_by = {label: abs(found - requested) for label, (found, requested) in self.classes.items()}
+        missed_by = {key: abs(found - requested) for key, (found, requested) in self.shares.items()}
         worst = sorted(
-            (label for label in missed_by if missed_by[label] >= NOTICEABLE_VIDEOS), key=lambda label: -missed_by[label]
+            (key for key in missed_by if missed_by[key] >= NOTICEABLE_VIDEOS), key=lambda key: -missed_by[key]
         )
-        lines = [
-            f"{self.train} videos in train, {self.val} in val;"
-            f" every class is within {max(missed_by.values()):.1f} videos of its share"
-        ]
-        for label in worst[:MAX_CLASSES_SHOWN]:
-            found, requested = self.classes[label]
-            lines.append(f"  {label or 'without a class'}: {found} in val, {requested:.1f} requested")
+        (first, count), *others = self.counts.items()
+        summary = ", ".join([f"{count} videos in {first}", *(f"{count} in {split}" for split, count in others)])
+        if missed_by:
+            summary += f"; every class is within {max(missed_by.values()):.1f} videos of its share"
+        lines = [*self.notes, summary]
+        for split, label in worst[:MAX_CLASSES_SHOWN]:
+            found, requested = self.shares[split, label]
+            lines.append(f"  {label or 'without a class'}: {found} in {split}, {requested:.1f} requested")
         if len(worst) > MAX_CLASSES_SHOWN:
             largest = missed_by[worst[MAX_CLASSES_SHOWN]]
             lines.append(f"  and {len(worst) - MAX_CLASSES_SHOWN} more classes, each off by {largest:.1f} or less")
+        if self.folds:
+            lines.append(
+                f"{len(self.folds)} folds, each a list with train and val: {self.folds[0]} to {self.folds[-1].name}"
+            )
         return lines
 
 
-class _Selection:
-    """The groups selected for validation so far, and how far each class is from its share.
+class _Row(NamedTuple):
+    """A row of the state: its id, the split of its list, whether it was prepared, the file, its class and its group."""
 
-    Selecting a group changes the excess of only the few classes it contains, so evaluating a change is cheap.
+    id: int
+    listed_split: str
+    ok: bool
+    target: str
+    video: GroupedVideo
+    known_group: str
+
+
+def split_dataset(
+    out: Path,
+    *,
+    val: float | None = None,
+    test: float | None = None,
+    folds: int | None = None,
+    groups: GroupRule | None = None,
+    seed: int = 0,
+) -> SplitResult:
+    """Move shares of each class from train to val and to test, or divide train into folds. Groups stay together.
+
+    Of `folds`, fold K is written to fold-K.csv: a list in which the fold is val and the others are train. What `groups`
+    says is stored, and takes precedence over the lists of the source. Running it again replaces the earlier choice,
+    since it starts from the splits that the source lists. Raises UsageError if the source has such a split of its own
+    or the shares are impossible, UserError while another run is preparing the data set.
     """
-
-    def __init__(self, videos: Sequence[GroupedVideo], share: float) -> None:
-        self.selected: set[str] = set()
-        self.groups: dict[str, Counter[str]] = {}  # videos per class in each group
-        for video in videos:
-            self.groups.setdefault(video.group, Counter())[video.label] += 1
-        total = Counter(video.label for video in videos)
-        # For each class: the number of videos selected minus the number requested, and the largest value of this that
-        # leaves one video in train. Of `count` videos, share * count are requested and count - 1 may be selected.
-        self.excess = {label: -share * count for label, count in total.items()}
-        self.max_excess = {label: (1 - share) * count - 1 for label, count in total.items()}
-
-    def gain(self, *groups: str) -> float:
-        """By how many videos the classes, taken together, would come closer to their shares by these changes of side.
-
-        Negative if they would be further away; -inf if train would be left without any video of a class.
-        """
-        change: dict[str, int] = {}  # by class: videos that would move to validation, negative if back to train
-        for group in groups:
-            sign = -1 if group in self.selected else 1
-            for label, count in self.groups[group].items():
-                change[label] = change.get(label, 0) + sign * count
-        after = {label: self.excess[label] + count for label, count in change.items()}
-        # count > 0: a change that takes no video of a class out of train is never to blame.
-        if any(count > 0 and after[label] > self.max_excess[label] + ROUNDING for label, count in change.items()):
-            return -math.inf
-        return sum(abs(self.excess[label]) - abs(value) for label, value in after.items())
-
-    def change_sides(self, *groups: str) -> None:
-        """Select each of these groups, or deselect it if it is selected."""
-        for group in groups:
-            sign = -1 if group in self.selected else 1
-            self.selected.symmetric_difference_update({group})
-            for label, count in self.groups[group].items():
-                self.excess[label] += sign * count
-
-
-def choose_validation_groups(videos: Sequence[GroupedVideo], share: float, seed: int) -> set[str]:
-    """Choose the groups to set aside: about `share` of every class, but never all videos of a class.
-
-    1. Start from one fold of scikit-learn's StratifiedGroupKFold, whose folds are similar in size and in classes. This
-       step considers only groups of several videos.
-    2. Move single groups to the other side, or exchange two groups, as long as that brings their classes closer to the
-       share. This step includes groups of one video. It corrects what the fold leaves uneven, and reaches shares that
-       are not 1/n.
-
-    Groups of one video are left out of step 1 because the folds would take minutes, and a matrix of videos by classes,
-    for a result that is no better. The choice depends on the names and the seed only, not on the order of `videos`.
-    """
-    selection = _Selection(videos, share)
-    # A random order that is the same on every machine, and that one more video does not change for the others.
-    order = sorted(selection.groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
-    several = [group for group in order if selection.groups[group].total() > 1]
-    proposed = _first_fold([video for video in videos if selection.groups[video.group].total() > 1], share, seed)
-    # A fold may contain all videos of a class. Here the group with the last training video of a class stays in train.
-    for group in several:
-        if group in proposed and selection.gain(group) > -math.inf:
-            selection.change_sides(group)
-    # Every accepted change reduces the sum of all deviations, so the search cannot cycle.
-    for _ in range(MAX_PASSES):
-        changed = False
-        for group in order:
-            if selection.gain(group) > ROUNDING:
-                selection.change_sides(group)
-                changed = True
-        # Exchanges find improvements that single moves cannot: moving one large group out first makes things worse.
-        if not (_exchange(selection, several) or changed):
-            break
-    return selection.selected
-
-
-def _exchange(selection: _Selection, groups: Sequence[str]) -> bool:
-    """Exchange selected groups for unselected ones that share a class and fit better.
-
-    Each selected group with a class that noticeably misses its share is exchanged for the best candidate, if that is
-    an improvement.
-    Returns whether any group was exchanged.
-    """
-    by_label: dict[str, list[str]] = {}
-    for group in groups:
-        for label in selection.groups[group]:
-            by_label.setdefault(label, []).append(group)
-    exchanged = False
-    for group in groups:
-        labels = selection.groups[group]
-        if group not in selection.selected or all(abs(selection.excess[label]) < NOTICEABLE_VIDEOS for label in labels):
-            continue
-        # A dict in place of a set, because its order is reproducible: max takes the first of equally good candidates.
-        others = {other: None for label in labels for other in by_label[label] if other not in selection.selected}
-        best = max(others, key=lambda other: selection.gain(group, other), default=None)
-        if best is not None and selection.gain(group, best) > ROUNDING:
-            selection.change_sides(group, best)
-            exchanged = True
-    return exchanged
-
-
-def _first_fold(videos: Sequence[GroupedVideo], share: float, seed: int) -> set[str]:
-    """The groups of the first of about 1/share folds; empty if there are too few videos or groups for that."""
-    folds = max(2, round(1 / share))
-    largest = max(Counter(video.label for video in videos).values(), default=0)
-    if min(largest, len({video.group for video in videos})) < folds:
-        return set()
-    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
-
-    videos = sorted(videos)  # the folds depend on the order of their input, but the choice must not
-    labels, groups = [video.label for video in videos], [video.group for video in videos]
-    with warnings.catch_warnings():
-        # Warns of a class with fewer videos than folds, which is then absent from some folds. Step 2 corrects that.
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
-        # Each item is (training indices, test indices); the test indices are the fold.
-        return {groups[index] for index in next(splits)[1]}
-
-
-def split_validation(out: Path, share: float, seed: int) -> SplitResult:
-    """Move `share` of each class from train to val, keeping videos cut from the same longer video together.
-
-    Running it again replaces the earlier choice, since it starts from the splits that the source lists. Raises
-    UsageError if the source has a val split of its own or the share is impossible, UserError while another run is
-    preparing the data set.
-    """
-    if not 0 < share < 1:
-        raise UsageError(f"--val {share}: must be between 0 and 1, for instance 0.1")
+    _check_numbers(val, test, folds)
     with PreparationState(out) as state, lock_dataset(out):
-        train: dict[int, tuple[str, GroupedVideo]] = {}  # (status, video) by row id
-        for row in state.rows(columns=("listed_split", "status", "label", "name", "origin")):
-            if row["listed_split"] == "val":
-                raise UsageError(f"{out}: the source has a val split of its own; use that one")
-            if row["listed_split"] == "train":
-                # A video of unknown origin is a group by itself. Without the prefixes, an origin that equals the name
-                # of another video would join the two.
-                group = f"origin {row['origin']}" if row["origin"] else f"video {row['name']}"
-                train[row["id"]] = (row["status"], GroupedVideo(row["label"], group))
+        notes = _store_groups(state, groups or GroupRule())
+        rows = _read_rows(state)
+        _refuse_own_splits(out, rows, {"val": bool(val or folds), "test": bool(test), "train": False})
+        train = [row for row in rows if row.listed_split == "train"]
         if not train:
             raise UsageError(f"{out}: has no train split to take videos from")
-        usable = [video for status, video in train.values() if status == "ok"]
-        selected = choose_validation_groups(usable, share, seed)
-        if not selected:
-            raise UsageError(
-                f"{out}: {share:g} of the largest class is less than one video or group; use a larger --val"
-            )
+        notes += _notes_on_groups(train)
+        usable = [row.video for row in train if row.ok]
+        # Test first: val then gets its share of all videos from those that are left.
+        side: dict[str, str] = dict.fromkeys((row.video.group for row in train), "train")
+        for split, share, left in (("test", test, 1.0), ("val", val, 1 - (test or 0))):
+            if share is not None:
+                remaining = [video for video in usable if side[video.group] == "train"]
+                chosen = choose_groups(remaining, share / left, seed)
+                if not chosen:
+                    largest = f"{share:g} of the largest class is less than one video or group"
+                    raise UsageError(f"{out}: {largest}; use a larger --{split}")
+                side |= dict.fromkeys(chosen, split)
+        fold_of = {}
+        if folds:
+            remaining = [video for video in usable if side[video.group] == "train"]
+            fold_of = _divide(out, remaining, folds, seed)
+            notes += _notes_on_folds(remaining, fold_of)
         # Failed videos do not count towards the shares, but they move with their group: if one of them succeeds later,
         # it must not end up on the other side.
-        state.move_to_splits({row: "val" if video.group in selected else "train" for row, (_, video) in train.items()})
+        state.move_to_splits({row.id: side[row.video.group] for row in train})
         write_lists(state, out)
-    return _split_result(usable, selected, share)
+    placed = [
+        (side[row.video.group] if row.listed_split == "train" else row.listed_split, row) for row in rows if row.ok
+    ]
+    lists = _write_folds(out, placed, fold_of, folds or 0)
+    counts = Counter(split for split, _ in placed)
+    ordered = {split: counts[split] for split in sorted(counts, key=split_order)}
+    return SplitResult(ordered, _shares(usable, side, {"val": val, "test": test}), lists, tuple(notes))
 
 
-def _split_result(videos: Sequence[GroupedVideo], selected: set[str], share: float) -> SplitResult:
-    """Count the usable videos on both sides."""
+def _check_numbers(val: float | None, test: float | None, folds: int | None) -> None:
+    """Raises UsageError unless the numbers asked for can be had together."""
+    if val is None and test is None and folds is None:
+        raise UsageError("split: nothing to do; give --val SHARE, --test SHARE or --folds K")
+    for option, share in (("--val", val), ("--test", test)):
+        if share is not None and not 0 < share < 1:
+            raise UsageError(f"{option} {share}: must be between 0 and 1, for instance 0.1")
+    if (val or 0) + (test or 0) >= 1:
+        raise UsageError(f"--val {val} and --test {test}: leave nothing for train; use smaller shares")
+    if folds is not None and val is not None:
+        raise UsageError("--folds makes a val split of each fold; omit --val")
+
+
+def _store_groups(state: PreparationState, rule: GroupRule) -> list[str]:
+    """Store the groups that the rule gives to the rows. Returns its remarks."""
+    rows = list(state.rows(columns=("name", "target", "source")))
+    groups, notes = rule.apply([(row["name"], row["target"], row["source"]) for row in rows])
+    state.give_groups({row["id"]: group for row, group in zip(rows, groups, strict=True) if group})
+    return notes
+
+
+def _read_rows(state: PreparationState) -> list[_Row]:
+    """All rows that are to be in the data set, in list order."""
+    rows = []
+    for row in state.rows(columns=("listed_split", "status", "label", "name", "target", *GROUP_COLUMNS)):
+        if row["status"] != "excluded":
+            known = group_of_row(row)
+            # A video of unknown group is a group by itself. Without the prefixes, a group that equals the name of
+            # another video would join the two.
+            group = f"group {known}" if known else f"video {row['name']}"
+            video = GroupedVideo(row["label"], group)
+            rows.append(_Row(row["id"], row["listed_split"], row["status"] == "ok", row["target"], video, known))
+    return rows
+
+
+def _refuse_own_splits(out: Path, rows: Sequence[_Row], wanted: Mapping[str, bool]) -> None:
+    """Raises UsageError if the lists of the source have one of the splits that are to be made."""
+    for split in sorted({row.listed_split for row in rows}):
+        if wanted.get(split):
+            raise UsageError(f"{out}: the source has a {split} split of its own; use that one")
+        if FOLD_LIST.fullmatch(f"{split}.csv"):
+            raise UsageError(f"{out}: the source has a split {split!r}, which is the name of a fold; rename it")
+
+
+def _notes_on_groups(rows: Sequence[_Row]) -> list[str]:
+    """A remark on videos of which no group is known."""
+    alone = sum(not row.known_group for row in rows)
+    if alone == len(rows):
+        return [
+            f"no groups are known: clips of one recording may be in several splits; if there are such, {GIVE_GROUPS}"
+        ]
+    return [f"{alone} of {len(rows)} videos have no group, and count as independent; {GIVE_GROUPS}"] if alone else []
+
+
+def _divide(out: Path, videos: Sequence[GroupedVideo], folds: int, seed: int) -> dict[str, int]:
+    """The fold of each group. Raises UsageError if there are too few groups, or videos of each class, for the folds."""
+    found = len({video.group for video in videos})
+    largest = max(Counter(video.label for video in videos).values(), default=0)
+    if found < folds or largest < folds:
+        raise UsageError(
+            f"{out}: {found} groups, and at most {largest} videos of a class, are too few for {folds} folds; use a "
+            "smaller --folds"
+        )
+    return choose_folds(videos, folds, seed)
+
+
+def _notes_on_folds(videos: Sequence[GroupedVideo], fold_of: Mapping[str, int]) -> list[str]:
+    """A remark on the classes that are not in val of every fold."""
+    found: dict[str, set[int]] = {}
+    for video in videos:
+        found.setdefault(video.label, set()).add(fold_of[video.group])
+    folds = max(fold_of.values()) + 1
+    few = sorted(label for label, inside in found.items() if len(inside) < folds)
+    shown = ", ".join(map(repr, few[:MAX_CLASSES_SHOWN])) + (", ..." if len(few) > MAX_CLASSES_SHOWN else "")
+    return [f"{len(few)} classes are not in every fold, since they have few groups: {shown}"] if few else []
+
+
+def _write_folds(
+    out: Path, placed: Sequence[tuple[str, _Row]], fold_of: Mapping[str, int], folds: int
+) -> tuple[Path, ...]:
+    """Write fold-K.csv of every fold, and remove those of an earlier choice. placed: prepared rows with their split."""
+    for path in out.iterdir():
+        if FOLD_LIST.fullmatch(path.name):
+            path.unlink()
+    paths = []
+    for fold in range(folds):
+        lines = []
+        for split, row in placed:
+            if split == "train":
+                split = "val" if fold_of[row.video.group] == fold else "train"
+            lines.append((row.target, row.video.label, split, row.known_group))
+        paths.append(path_under(out, f"fold-{fold}.csv", str(out)))
+        write_text(paths[-1], csv_text(("path", "label", "split", "group"), lines))
+    return tuple(paths)
+
+
+def _shares(
+    videos: Sequence[GroupedVideo], side: Mapping[str, str], wanted: Mapping[str, float | None]
+) -> dict[tuple[str, str], tuple[int, float]]:
+    """(number of usable videos found, number requested) by split and class."""
     total = Counter(video.label for video in videos)
-    val = Counter(video.label for video in videos if video.group in selected)
-    classes = {label: (val[label], share * total[label]) for label in sorted(total)}
-    return SplitResult(len(videos) - val.total(), val.total(), classes)
+    found = Counter((side[video.group], video.label) for video in videos)
+    return {
+        (split, label): (found[split, label], share * total[label])
+        for split, share in wanted.items()
+        if share is not None
+        for label in sorted(total)
+    }

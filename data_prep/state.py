@@ -5,8 +5,9 @@ There is one row per listed video. Its status changes like this:
     (new row) --> pending --> ok          the prepared file is on disk and its sha256 is in the row
                      ^   `--> failed      `reason` and `detail` say why
                      |         |
-                     `---------'          mark_pending: the settings or the source changed, the prepared file is gone,
-                                          or --retry-failed asks for it
+                     `---------'          mark_pending: the settings or the source changed, the prepared file is gone
+                                          or damaged, or --retry-failed asks for it
+    ok <--> failed as `damaged`           `verify` found the prepared file damaged, or later intact again
     (new row) --> excluded                listed, but not to be prepared; may become pending if the lists change
 
 A run can be killed at any moment, because of the order in which things are written:
@@ -45,15 +46,17 @@ STATE_NAME = "prep.sqlite"
 # To be incremented whenever the columns or indexes below change. It is stored in the file as SQLite's user_version, and
 # older files are migrated when they are opened (_migrate). For that, a new column must be nullable or have a default,
 # since SQLite cannot add any other to a table, and its definition must not contain a comma, at which COLUMNS is split.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # `split` is where a video belongs now, `listed_split` is the split of its list, which differs after move_to_splits.
-# `position` is its place in the list. The columns from source_size to duration_seconds, and `seconds`, are fields of
-# jobs.Outcome; `settings_hash` and `versions` say with what the outcome was produced. `finished_at` is in seconds since
-# the epoch.
+# `position` is its place in the list. `origin` is its group by its list or its name, and `given_group`, which takes
+# precedence, the one that `split` was given; '' for none (group_of_row). The columns from source_size to
+# duration_seconds, and `seconds`, are fields of jobs.Outcome; `settings_hash` and `versions` say with what the outcome
+# was produced. `finished_at` is in seconds since the epoch.
 COLUMNS = """
     split TEXT NOT NULL, listed_split TEXT NOT NULL, position INTEGER NOT NULL, name TEXT NOT NULL, label TEXT NOT NULL,
     source TEXT NOT NULL, target TEXT NOT NULL UNIQUE, origin TEXT NOT NULL DEFAULT '',
-    start_seconds REAL, end_seconds REAL, status TEXT NOT NULL DEFAULT 'pending', reason TEXT, detail TEXT,
+    given_group TEXT NOT NULL DEFAULT '', start_seconds REAL, end_seconds REAL,
+    status TEXT NOT NULL DEFAULT 'pending', reason TEXT, detail TEXT,
     source_size INTEGER, source_mtime_ns INTEGER, source_sha256 TEXT, sha256 TEXT, frames INTEGER, fps REAL,
     height INTEGER, width INTEGER, codec TEXT, duration_seconds REAL, settings_hash TEXT, versions TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, seconds REAL, finished_at REAL
@@ -86,6 +89,8 @@ INDEXES = {
     "clips_account": "split, label, status, reason",  # has all columns of the query, so the table is not read
     "clips_finished": "finished_at, status",
 }
+DAMAGED = "damaged"  # a key of outcomes.REASONS
+GROUP_COLUMNS = ("origin", "given_group")
 PAGE_ROWS = 1000
 BUSY_SECONDS = 60.0  # how long to wait for a lock that another process holds, such as `status`
 CACHE_KIB = 32 * 1024  # with SQLite's default of 2 MiB, syncing a Kinetics-sized list takes 1.5 times as long
@@ -96,7 +101,7 @@ class PlannedVideo:
     """A video that the lists name, and where its prepared file belongs.
 
     `source` is an absolute path, `target` is relative to the data set. `position` is its place in the list of `split`.
-    `origin` names the video it was cut from, such as a YouTube id or a UCF101 group; '' if unknown. `start` and `end`,
+    `group` is what its list says or the video it was cut from, such as a YouTube id; '' if unknown. `start` and `end`,
     in seconds, bound the segment of the source to cut out; None for the whole source. `excluded` is the reason why the
     video is listed but not to be prepared; '' if it is to be prepared.
     """
@@ -107,7 +112,7 @@ class PlannedVideo:
     label: str
     source: str
     target: str
-    origin: str = ""
+    group: str = ""
     start: float | None = None
     end: float | None = None
     excluded: str = ""
@@ -274,7 +279,7 @@ class PreparationState:
             self._db.executemany(
                 f"INSERT INTO listing VALUES ({', '.join('?' * 10)})",
                 (
-                    (v.split, v.position, v.name, v.label, v.source, v.target, v.origin, v.start, v.end, v.excluded)
+                    (v.split, v.position, v.name, v.label, v.source, v.target, v.group, v.start, v.end, v.excluded)
                     for v in planned
                 ),
             )
@@ -317,6 +322,21 @@ class PreparationState:
         with self._transaction():
             self._db.executemany(change, ((row_id,) for row_id in ids))
 
+    def mark_damaged(self, details: Mapping[str, str]) -> None:
+        """Record that prepared files are damaged. details: what is wrong, by target.
+
+        What is known about a file is kept, so that it can be recognised if it is restored.
+        """
+        change = "UPDATE clips SET status = 'failed', reason = ?, detail = ? WHERE target = ? AND status = 'ok'"
+        with self._transaction():
+            self._db.executemany(change, ((DAMAGED, detail, target) for target, detail in details.items()))
+
+    def mark_intact(self, targets: Iterable[str]) -> None:
+        """Record that files, given by target, are those that were prepared, in case they were recorded as damaged."""
+        change = "UPDATE clips SET status = 'ok', reason = NULL, detail = NULL WHERE target = ? AND reason = ?"
+        with self._transaction():
+            self._db.executemany(change, ((target, DAMAGED) for target in targets))
+
     def record_outcome(self, row_id: int, values: Mapping[str, Any]) -> None:
         """Record the outcome of an attempt, with the current time. `values` maps column names to values."""
         known = dict(values) | {"finished_at": time.time()}
@@ -335,6 +355,12 @@ class PreparationState:
                 known = {key: row[key] for key in row.keys() if key != "id"}  # noqa: SIM118 - a Row iterates its values
                 values = ", ".join("?" * len(known))
                 self._db.execute(f"INSERT INTO clips ({', '.join(known)}) VALUES ({values})", tuple(known.values()))
+
+    def give_groups(self, group_of: Mapping[int, str]) -> None:
+        """Give rows, by their id, groups that take precedence over those of the lists."""
+        with self._transaction():
+            change = "UPDATE clips SET given_group = ? WHERE id = ?"
+            self._db.executemany(change, ((group, row) for row, group in group_of.items()))
 
     def move_to_splits(self, split_of: Mapping[int, str]) -> None:
         """Move rows to other splits, given by row id: all of them, or none if that fails. Their files stay in place."""
@@ -434,6 +460,16 @@ INSERT_OR_UPDATE = """
     WHERE excluded.status = 'excluded' OR (clips.position, clips.label, clips.target, clips.origin)
         IS NOT (excluded.position, excluded.label, excluded.target, excluded.origin)
 """
+
+
+def is_damaged(row: sqlite3.Row) -> bool:
+    """Whether a video was prepared, but its file was found damaged later. The row needs the columns status, reason."""
+    return bool(row["status"] == "failed" and row["reason"] == DAMAGED)
+
+
+def group_of_row(row: sqlite3.Row) -> str:
+    """The group of a video; '' if unknown. The row needs the columns GROUP_COLUMNS."""
+    return str(row["given_group"] or row["origin"])
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:

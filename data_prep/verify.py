@@ -8,7 +8,8 @@ There are three levels:
     hash     header, then compares the sha256 of each file with the record, and the fingerprint of each split with
              dataset.json. Finds every changed byte. It does not decode, but relies on the check after preparing.
 
-Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed.
+Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed. At the end, damaged
+files are recorded in prep.sqlite, where their rows are no longer `ok`: the next `prepare` makes them again.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ import csv
 import hashlib
 import io
 import os
-import sqlite3
 import stat
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 import av
 
+from data_prep.findings import FAULTS, Finding, VerifyLedger
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
-from data_prep.state import STATE_NAME, PreparationState
+from data_prep.repair import repair_damaged
+from data_prep.state import STATE_NAME, PreparationState, is_damaged
 from video_swinv2.data.decode import DecodeError, VideoReader, named_errors, one_line, open_container
+from video_swinv2.data.groups import group_of, notes_on_shared_groups
 from video_swinv2.data.manifest import DatasetRecord, content_fingerprint, read_dataset_record
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_csv, terminal_lines
@@ -43,30 +45,10 @@ LEVELS = {
     "full": "header, and every frame decodes, as many and as long as written",
     "hash": "header, and the sha256 is that of the file written: the only level that finds a flipped bit",
 }
-# What can be wrong with a file or, for the last two, with a list. The words are written to verify.csv; the texts are
-# shown beside them.
-FAULTS = {
-    "missing": "listed, but there is no file",
-    "empty": "has 0 bytes",
-    "not_video": "FFmpeg cannot open it",
-    "form": "not a single H.264 stream with 4:2:0 pictures",
-    "size": "height or width differ from those written",
-    "frames": "the number of frames differs from that written",
-    "cut_short": "the file ends before its last frame",
-    "no_frames": "no frame decodes",
-    "decode_error": "not every frame decodes",
-    "duration": "the duration differs from that written",
-    "hash": "the bytes differ from those written",
-    "timeout": "not read within a time limit far beyond its duration",
-    "crashed": "the process reading it died",
-    "list": "a list was removed or changed since the preparation",
-    "fingerprint": "some file of the split has changed since the preparation",
-}
 # Columns of prep.sqlite, in the order of the fields of ExpectedFile.
 COLUMNS = ("frames", "height", "width", "duration_seconds", "sha256")
 VERIFY_STATE_NAME = "verify.sqlite"
 WORKER_MEMORY_GIB = 8.0
-SAVE_EVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,27 +76,12 @@ class FileCheck:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """The result for one file, and a row of verify.sqlite.
-
-    `reason` is '' if nothing is wrong, otherwise a key of FAULTS. `size` (in bytes) and `mtime_ns` identify the version
-    of the file that was checked; both are None if there is no file. `sha256` is set at level hash only.
-    """
-
-    name: str
-    reason: str = ""
-    detail: str = ""
-    size: int | None = None
-    mtime_ns: int | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
 class VerifyResult:
     """The result for a data set.
 
     `checked` is the number of files checked, `before` of them by an earlier, interrupted run. `bad` holds the findings
-    about bad lists and files, and `extra` the paths of files on disk that no list names.
+    about bad lists and files, and `extra` the paths of files on disk that no list names. `repaired` names the lists and
+    files that were bad and have been made again; they are not in `bad`. `notes` are remarks for the user.
     """
 
     level: str
@@ -122,6 +89,8 @@ class VerifyResult:
     before: int
     bad: tuple[Finding, ...]
     extra: tuple[str, ...]
+    repaired: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The result as JSON-compatible values; of each bad file the path, the reason and the detail."""
@@ -137,8 +106,19 @@ class MismatchError(UserError):
         self.reason, self.detail = reason, detail
 
 
-def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
-    """Check every file in the lists of the data set `out`, and write the bad ones to verify.csv.
+class ListedFile(NamedTuple):
+    """A line of a list: the path of a file relative to the data set, its split, class name and group ('' for none)."""
+
+    split: str
+    name: str
+    label: str
+    group: str
+
+
+def verify(out: Path, level: str, *, workers: int, repair: bool = False) -> VerifyResult:
+    """Check every file in the lists of the data set `out`, write the bad ones to verify.csv, and record them.
+
+    With `repair`, bad files whose sources are still there are prepared again, and the lists are written again.
 
     If the last run of the same level was interrupted, files that it checked are skipped as long as their size and
     modification time are unchanged. After a run that finished, everything is checked again. Raises UsageError if `out`
@@ -152,7 +132,7 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
     # A data set may have been copied without prep.sqlite. The size, frames and hash of each file are then unknown, but
     # form, truncation and decoding are still checked, and at level hash the fingerprint of each split.
     expected = _expected(out)
-    checks = [FileCheck(name, out / name, level, expected.get(name, ExpectedFile())) for _, name, _ in rows]
+    checks = [FileCheck(row.name, out / row.name, level, expected.get(row.name, ExpectedFile())) for row in rows]
     found: dict[str, Finding] = {}
     with VerifyLedger(path_under(out, VERIFY_STATE_NAME, str(out)), level) as ledger:
         known = ledger.begin()
@@ -173,12 +153,30 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
             found[check.name] = outcome
             ledger.write(outcome)
         ledger.end()
-    bad = [found[name] for _, name, _ in rows if found[name].reason]  # in list order, not in the order of completion
+    bad = [found[row.name] for row in rows if found[row.name].reason]  # in list order, not in the order of completion
     # The fingerprint is compared only if nothing else is wrong: any bad file or list changes it too, so that a second
     # finding would say nothing new.
     if level == "hash" and not bad and not bad_lists:
         bad_lists = _wrong_fingerprints(rows, found, record)
-    verified = VerifyResult(level, len(checks), before, (*bad_lists, *bad), tuple(_extra(out, found)))
+    if expected:
+        _record_damage(out, found, intact=level == "hash")
+    repaired: list[str] = []
+    if repair:
+        left = repair_damaged(out, [item.name for item in bad], workers=workers, log=lambda _: None)
+        repaired = [item.name for item in (*bad_lists, *bad) if item.name not in left]
+        remaining = [(item, left[item.name]) for item in bad if item.name in left]
+        bad = [replace(item, detail="; ".join(filter(None, (item.detail, why)))) for item, why in remaining]
+        bad_lists = []
+    groups = {split: {row.group for row in rows if row.split == split} for split in record.splits}
+    verified = VerifyResult(
+        level,
+        len(checks),
+        before,
+        (*bad_lists, *bad),
+        tuple(_extra(out, found)),
+        tuple(repaired),
+        tuple(notes_on_shared_groups("train", groups)),
+    )
     _write_bad(out / "verify.csv", verified)
     return verified
 
@@ -186,14 +184,19 @@ def verify(out: Path, level: str, *, workers: int) -> VerifyResult:
 def as_text(result: VerifyResult, out: Path) -> str:
     """The result as text: the number of files, the first ten bad ones, and what to do about them."""
     before = f", {result.before} of them by an earlier run" if result.before else ""
-    lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {len(result.bad)} bad"]
+    found = f"{len(result.bad) + len(result.repaired)} bad"
+    if result.repaired:
+        found += f", {len(result.repaired)} of them repaired"
+    lines = [f"{out}: {result.checked} files checked ({result.level}){before}, {found}"]
     for item in result.bad[:10]:
         lines.append(f"  {item.name}: {item.reason}: {item.detail or FAULTS[item.reason]}")
     if result.bad:
-        lines.append(f"{out / 'verify.csv'} lists all {len(result.bad)}; remove those files and run prepare again")
+        advice = "`prepare` with its earlier arguments, or `verify --repair`, makes them again from their sources"
+        lines.append(f"{out / 'verify.csv'} lists all {len(result.bad)}; {advice}")
     if result.extra:
         names = ", ".join(result.extra[:5]) + (" ..." if len(result.extra) > 5 else "")
         lines.append(f"{len(result.extra)} files on no list: {names}")
+    lines += result.notes
     return terminal_lines(lines)
 
 
@@ -274,93 +277,12 @@ def _check_frames(path: Path, expected: ExpectedFile, allow: Allow) -> None:
             raise MismatchError("duration", f"{duration:.3f} s, {expected.duration_seconds:.3f} s written")
 
 
-class VerifyLedger:
-    """verify.sqlite: the findings so far, by file and level, from which an interrupted run can be resumed.
-
-    A context manager for one run at one level. Findings are committed about once per second and at the end, also after
-    Ctrl-C. Those that a crash loses are checked again. The table `ended` holds the levels whose last run finished:
-
-        begin, level not in `ended`   the last run was interrupted: its findings are kept
-        begin, level in `ended`       its findings are deleted, and so is the entry in `ended`
-        end                           the level is added to `ended`, in the same transaction as the last findings
-    """
-
-    def __init__(self, path: Path, level: str) -> None:
-        self._path, self._level = path, level
-        self._saved = time.monotonic()
-
-    def __enter__(self) -> VerifyLedger:
-        try:
-            # isolation_level=None: BEGIN and COMMIT are executed explicitly below.
-            self._db = sqlite3.connect(self._path, isolation_level=None)
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS files (path TEXT, level TEXT, reason TEXT, detail TEXT, size INTEGER,"
-                " mtime_ns INTEGER, sha256 TEXT, PRIMARY KEY (path, level))"
-            )
-            self._db.execute("CREATE TABLE IF NOT EXISTS ended (level TEXT PRIMARY KEY)")
-        except sqlite3.Error as error:
-            raise self._error(error) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Commit even after an error or Ctrl-C: every finding in the open transaction is complete.
-        try:
-            if self._db.in_transaction:
-                self._db.execute("COMMIT")
-        except sqlite3.Error as commit_error:
-            raise self._error(commit_error) from error
-        finally:
-            self._db.close()
-        if isinstance(error, sqlite3.Error):
-            raise self._error(error) from error
-
-    def _error(self, error: Exception) -> UserError:
-        """The error for the user in place of one of SQLite."""
-        return UserError(f"{self._path}: {error}; make its folder writable, or remove the file if it is damaged")
-
-    def begin(self) -> dict[str, Finding]:
-        """Start a run. Returns the findings of an interrupted run by name; those of a finished run are deleted."""
-        self._db.execute("BEGIN IMMEDIATE")
-        if self._db.execute("SELECT 1 FROM ended WHERE level = ?", (self._level,)).fetchone():
-            self._db.execute("DELETE FROM files WHERE level = ?", (self._level,))
-            self._db.execute("DELETE FROM ended WHERE level = ?", (self._level,))
-        self._db.execute("COMMIT")
-        query = "SELECT path, reason, detail, size, mtime_ns, sha256 FROM files WHERE level = ?"
-        findings = (Finding(*row) for row in self._db.execute(query, (self._level,)))
-        # Whatever else the file may hold by accident or design: that file is checked again.
-        return {finding.name: finding for finding in findings if _is_finding(finding)}
-
-    def write(self, found: Finding) -> None:
-        """Record a finding. It is on disk after the next commit, about a second later."""
-        # One transaction spans the findings of a second: a commit for each file would take longer than checking its
-        # header.
-        if not self._db.in_transaction:
-            self._db.execute("BEGIN IMMEDIATE")
-        row = (found.name, self._level, found.reason, found.detail, found.size, found.mtime_ns, found.sha256)
-        self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-        if time.monotonic() > self._saved + SAVE_EVERY_SECONDS:
-            self._db.execute("COMMIT")
-            self._saved = time.monotonic()
-
-    def end(self) -> None:
-        """Mark the run as finished, so that the next one checks everything again."""
-        self._db.execute("INSERT OR REPLACE INTO ended VALUES (?)", (self._level,))
-
-
-def _is_finding(row: Finding) -> bool:
-    """Whether the values of a row of verify.sqlite are those of a finding. SQLite stores any type in any column."""
-    texts = (row.name, row.detail, row.sha256 or "")
-    return all(isinstance(text, str) for text in texts) and (row.reason == "" or row.reason in FAULTS)
-
-
-def _listed(out: Path, record: DatasetRecord) -> tuple[list[tuple[str, str, str]], list[Finding]]:
-    """Read SPLIT.csv of every split. Returns (split, path, label) of every file, and a finding for each bad list.
+def _listed(out: Path, record: DatasetRecord) -> tuple[list[ListedFile], list[Finding]]:
+    """Read SPLIT.csv of every split. Returns every file, and a finding for each bad list.
 
     A list is bad if it was removed, cannot be read, or has changed since the preparation.
     """
-    rows: list[tuple[str, str, str]] = []
+    rows: list[ListedFile] = []
     bad = []
     for split, known in record.splits.items():
         path = out / f"{split}.csv"
@@ -368,10 +290,10 @@ def _listed(out: Path, record: DatasetRecord) -> tuple[list[tuple[str, str, str]
         try:
             data = path.read_bytes()
             lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
-            listed = [(split, line["path"], line["label"]) for line in lines]
-            if any(not name or "\0" in name or label is None for _, name, label in listed):
+            listed = [(line["path"], line["label"], line.get("group") or "") for line in lines]
+            if any(not name or "\0" in name or label is None for name, label, _ in listed):
                 raise ValueError("a line without a path or a label, or with a NUL")
-            rows += listed
+            rows += (ListedFile(split, name, label, group_of(name, label, group)) for name, label, group in listed)
         except (OSError, ValueError, KeyError, csv.Error) as error:
             bad.append(Finding(path.name, "list", f"cannot be read ({type(error).__name__}: {error})"))
             continue
@@ -388,22 +310,30 @@ def _expected(out: Path) -> dict[str, ExpectedFile]:
     with PreparationState(out) as state:
         return {
             row["target"]: ExpectedFile(*(row[column] for column in COLUMNS))
-            for row in state.rows("ok", ("target", *COLUMNS))
+            for row in state.rows(columns=("target", "status", "reason", *COLUMNS))
+            if row["status"] == "ok" or is_damaged(row)
         }
 
 
-def _wrong_fingerprints(
-    rows: Sequence[tuple[str, str, str]], found: dict[str, Finding], record: DatasetRecord
-) -> list[Finding]:
+def _record_damage(out: Path, found: Mapping[str, Finding], intact: bool) -> None:
+    """Record in prep.sqlite which files are damaged and, if the check proves it, which are `intact` (again)."""
+    details = {item.name: f"{item.reason}: {item.detail}".rstrip(": ") for item in found.values() if item.reason}
+    with PreparationState(out) as state:
+        known = {row["target"] for row in state.rows("failed", ("target", "status", "reason")) if is_damaged(row)}
+        if details.keys() - known:
+            state.mark_damaged(details)
+        if intact and (restored := known & found.keys() - details.keys()):
+            state.mark_intact(restored)
+
+
+def _wrong_fingerprints(rows: Sequence[ListedFile], found: dict[str, Finding], record: DatasetRecord) -> list[Finding]:
     """A finding for each split whose content does not match its fingerprint in dataset.json.
 
-    `rows` are (split, path, label). Without prep.sqlite, this is the only check of the bytes.
+    Without prep.sqlite, this is the only check of the bytes.
     """
     wrong = []
     for split, known in record.splits.items():
-        content = [
-            (name, label, found[name].sha256 or "") for listed_split, name, label in rows if listed_split == split
-        ]
+        content = [(row.name, row.label, found[row.name].sha256 or "") for row in rows if row.split == split]
         if known.fingerprint not in (None, content_fingerprint(content)):
             wrong.append(Finding(f"{split}.csv", "fingerprint", FAULTS["fingerprint"]))
     return wrong

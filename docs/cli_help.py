@@ -38,5 +38,6 @@ def verbs_of(parser: argparse.ArgumentParser, prefix: str = "") -> list[tuple[st
         if isinstance(action, argparse._SubParsersAction):
             for name, verb in action.choices.items():
                 nested = verbs_of(verb, f"{prefix}{name} ")
-                found += nested or [(f"{prefix}{name}", verb)]
+                # `bench` is nothing without a verb below it, but `config` is a verb itself.
+                found += nested if nested and not verb.get_default("run") else [(f"{prefix}{name}", verb), *nested]
     return found

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one-line errors, and imports that do not slow it down."""
 
+import os
 import subprocess
 import sys
 
@@ -7,9 +8,16 @@ import pytest
 
 from video_swinv2 import __version__
 from video_swinv2.cli import main, make_parser
-from video_swinv2.command import parse_arguments
+from video_swinv2.command import Parser, add_verb, parse_arguments, run_verb
 
-VERBS = "pretrain train plan test probe report predict serve export convert bench doctor demo".split()  # noqa: SIM905 - one line
+# A verb that prints more than a pipe and a buffer hold.
+MANY = """
+from video_swinv2.command import Parser, add_verb, run_verb
+parser = Parser()
+add_verb(parser.add_subparsers(), "many", lambda options: print("line\\n" * 10**5), "text", "example")
+raise SystemExit(run_verb(parser, ["many"]))
+"""
+VERBS = "config pretrain train plan test probe report predict serve export convert bench doctor demo".split()  # noqa: SIM905 - one line
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -92,3 +100,31 @@ def test_help_imports_nothing_heavy():
     )
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["-m", "video_swinv2", "--help"], ["-m", "data_prep", "--help"], ["-c", MANY]])
+def test_output_that_nobody_reads_any_more_is_no_error(arguments):
+    """As with `| head`: the pipe's other end is closed before anything is written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error():
+    def fail(options):
+        raise BrokenPipeError
+
+    parser = Parser()
+    add_verb(parser.add_subparsers(), "fail", fail, "text", "example")
+    with pytest.raises(BrokenPipeError):
+        run_verb(parser, ["fail"])

@@ -1,6 +1,7 @@
 """The configuration: every recipe of this repository is valid, and every mistake is one line that names the key."""
 
 import ast
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -11,7 +12,15 @@ import pytest
 import torch
 import yaml
 
-from video_swinv2.config import known_keys, load_config, to_yaml, validate_config
+from video_swinv2.config import (
+    CHANGES_LEARNING,
+    changed_settings,
+    known_keys,
+    load_config,
+    plain_values,
+    to_yaml,
+    validate_config,
+)
 from video_swinv2.config.loading import SECTIONS
 from video_swinv2.config.schema import AttentionBackend
 from video_swinv2.errors import UsageError
@@ -92,7 +101,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, override, words):
 def test_required_keys_have_no_default(key):
     values = smallest()
     del values[key]
-    with pytest.raises(UsageError, match=f"{key} is missing"):
+    with pytest.raises(UsageError, match=rf"a.yaml: {key}\b.* (is|are) missing"):
         validate_config(values, "a.yaml")
 
 
@@ -176,9 +185,10 @@ def messages() -> Iterator[tuple[str, str]]:
 
 
 def unknown_keys(text: str) -> list[str]:
-    """What looks like `section.key` in a text and is no key; names of files and of parts of checkpoints are none."""
+    """What looks like `section.key` in a text and is no key; names of files, modules and attributes are none."""
     named = re.findall(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})\.[a-z]\w*", text)
-    others = {"model.safetensors", "model.onnx", "model.state_dict", "data.pkl"}
+    others = {"model.safetensors", "model.onnx", "model.state_dict", "model.preprocessing", "data.pkl"}
+    others |= {"data.transforms", "data.video_dataset"}
     return [key for key in named if key not in {*known_keys(), *TEST_KEYS, *others}]
 
 
@@ -187,3 +197,29 @@ def test_keys_that_messages_name_exist():
     found = [(place, text) for place, text in messages() if any(f"{section}." in text for section in SECTIONS)]
     assert len(found) > 50
     assert [(place, unknown_keys(text)) for place, text in found if unknown_keys(text)] == []
+
+
+def test_every_key_is_classified_by_what_its_change_means_for_a_run():
+    assert sorted(CHANGES_LEARNING) == sorted(known_keys())
+    page = (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    listed = re.search(r"<!-- shown only -->(.*?)<!-- end -->", page, re.DOTALL)
+    assert listed
+    assert sorted(re.findall(r"`([\w.]+)`", listed[1])) == sorted(
+        key for key, learning in CHANGES_LEARNING.items() if not learning
+    )
+
+
+def test_changes_of_settings_are_told_by_key_with_both_values():
+    old = plain_values(validate_config(smallest(), "a.yaml"))
+    values = smallest() | {"best_metric": "val/loss", "optim": {"epochs": 2, "lr": 1e-3, "batch": 8, "micro_batch": 4}}
+    new = validate_config(values, "b.yaml")
+    changes = changed_settings(json.loads(json.dumps(old)), new)
+    assert {str(change): change.changes_learning for change in changes} == {
+        "best_metric: null -> val/loss": True,
+        "optim.epochs: 1.0 -> 2.0": True,
+        "optim.micro_batch: 2 -> 4": False,
+    }
+    assert changed_settings(old, validate_config(smallest(), "a.yaml")) == []
+    # Of another version, or damaged: what only one of the two has is not compared.
+    assert changed_settings({"optim": 3, "model": {"name": "x", "colour": 1}}, new)[0].key == "model.name"
+    assert changed_settings({}, new) == []

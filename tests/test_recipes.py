@@ -154,7 +154,7 @@ def test_what_the_published_recipes_say() -> None:
 def test_a_recipe_can_be_planned(path: Path) -> None:
     """Every recipe, started as its header says, fits into the memory of 80 GB devices."""
     folder = path.parent.name
-    config = load_config(path)
+    config = load_config(path, ["engine.device=cuda"])
     number = devices(path.read_text(encoding="utf-8"))
     plan = make_plan(
         config,
@@ -171,7 +171,7 @@ def test_a_recipe_can_be_planned(path: Path) -> None:
 @pytest.mark.slow
 def test_giant_on_8_16_and_64_devices() -> None:
     """Under ZeRO-3 the states shrink as devices are added; the memory of a sample's activations does not."""
-    config = load_config(CONFIGS / "kinetics400" / "giant_2.yaml")
+    config = load_config(CONFIGS / "kinetics400" / "giant_2.yaml", ["engine.device=cuda"])
     plans = [make_plan(config, processes=number, samples=246_534, classes=400) for number in (8, 16, 64)]
     assert [plan.accumulation for plan in plans] == [8, 4, 1]
     kept = [plan.states.weights + plan.states.gradients + plan.states.optimizer for plan in plans]

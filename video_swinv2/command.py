@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, shows_tracebacks
 from video_swinv2.escaping import for_terminal
@@ -14,6 +16,7 @@ from video_swinv2.escaping import for_terminal
 MAX_NUMBER = 10**6  # of an option, unless it says otherwise
 MAX_SIZE = 10**4  # in pixels, frames or tokens
 MAX_SEED = 2**32 - 1  # that NumPy's old generator takes
+NO_READER = 128 + signal.SIGPIPE  # exit code
 WEEK_SECONDS = 7 * 24 * 3600.0
 Number = TypeVar("Number", int, float)
 Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
@@ -30,8 +33,32 @@ class Parser(argparse.ArgumentParser):
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Parse the arguments, run the verb and return the exit code.
 
-    0: done. 1: failed, or a required limit was not met. 2: wrong usage. An error may define another code.
+    0: done. 1: failed, or a required limit was not met. 2: wrong usage. An error may define another code. If whatever
+    reads the output has had enough, as `head` has, the program ends silently with the exit code that shells give a
+    process ended by SIGPIPE.
     """
+    try:
+        try:
+            return _run_verb(parser, arguments)
+        finally:
+            # Here, also after --help, because an error at the interpreter's exit could not be caught.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout):
+            raise  # it was another pipe
+        # The interpreter flushes what is still in the buffer, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are reported in any case
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     options = parse_arguments(parser, arguments)
     if options.debug:
         os.environ[DEBUG_VARIABLE] = "1"
@@ -56,10 +83,27 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_setting_hint(unknown, options)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _setting_hint(unknown: Sequence[str], options: argparse.Namespace) -> str:
+    """For an unknown option that is the name of a setting, such as --lr, how to give it; '' if there is none.
+
+    `options.setting_keys`, if the verb defines it, is a function that returns the keys of its settings.
+    """
+    keys: list[str] = options.setting_keys() if hasattr(options, "setting_keys") else []
+    for text, following in zip(unknown, [*unknown[1:], ""], strict=True):
+        name, equals, value = text.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        found = [key for key in keys if name in (key, key.rpartition(".")[2])]
+        if text.startswith("-") and found:
+            # `--lr=3e-4` or, as two arguments, `--lr 3e-4`.
+            value = value if equals or following.startswith("-") else following
+            return "; settings are given without dashes: " + " or ".join(f"{key}={value or '...'}" for key in found)
+    return ""
 
 
 def add_verb(

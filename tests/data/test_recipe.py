@@ -14,7 +14,7 @@ from video_swinv2.config import AugmentConfig
 from video_swinv2.data import transforms
 from video_swinv2.data.transforms import GREY, OPERATIONS, Erasing, RandAugment, denormalise, mix, normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 # Our name, timm's, the sign with which both do the same (both draw it), and the mean difference allowed, in steps of
 # 255: geometric operations are interpolated by different code, at the border with the fill colour.

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.layouts import origin_of
+from data_prep.groups import GroupRule
 from data_prep.sources import PreparationPlan, plan_preparation
 from data_prep.state import PlannedVideo, PreparationState
 from tests.conftest import REPOSITORY
+from video_swinv2.data.groups import origin_of
 from video_swinv2.errors import UsageError
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
@@ -65,7 +66,7 @@ def test_a_downloaded_folder_follows_its_official_lists(tmp_path: Path) -> None:
         label='quoted "hi", it\'s',
         source=str(tmp_path / "train" / f"{A}_000061_000071.mp4"),
         target=f'videos/train/quoted "hi", it\'s/{A}_000061_000071.mp4',
-        origin=A,
+        group=A,
     )
     assert not Path(rows[f"{C}_000000_000010.mp4"].source).exists()  # has a row, although the file is missing
     # The test split was not listed, so its files are not strays.
@@ -74,6 +75,26 @@ def test_a_downloaded_folder_follows_its_official_lists(tmp_path: Path) -> None:
         "1 videos in the source are on no list; extra.csv names them",
         "split train has no video of 1 of 3 classes: 'abseiling'",
     ]
+
+
+def test_groups_given_beside_the_lists_take_precedence(tmp_path: Path) -> None:
+    touch(*(tmp_path / "raw" / name for name in ("run/p1_a.mp4", "run/p2_a.mp4", "walk/v_Walk_g01_c01.mp4")))
+    plan = plan_preparation(tmp_path / "raw", groups=GroupRule(regex=r"/(p\d)"))
+    assert [video.group for video in plan.videos] == ["p1", "p2", "Walk_g01"]
+    assert plan.notes == [r"--group-regex /(p\d): gives 1 videos no group, such as 'walk/v_Walk_g01_c01.mp4'"]
+    listed = write(
+        tmp_path / "groups.csv", ["path,group", f"{tmp_path}/raw/run/p1_a.mp4,x", "walk/v_Walk_g01_c01.mp4,y"]
+    )
+    plan = plan_preparation(tmp_path / "raw", groups=GroupRule(listed))
+    assert [video.group for video in plan.videos] == ["x", "", "y"]
+
+
+def test_columns_that_are_not_used_are_told_and_two_groups_refused(tmp_path: Path) -> None:
+    listed = write(tmp_path / "list.csv", ["path,label,camera,fps", "a.mp4,run,7,25"])
+    assert plan_preparation(listed).notes == [f"{listed}: columns that are not used: camera, fps"]
+    write(listed, ["path,label,group", "a.mp4,run,g", "./a.mp4,run,h"])
+    with pytest.raises(UsageError, match=r"line 3: 'a\.mp4' is also listed in .* with another label, group or segment"):
+        plan_preparation(listed)
 
 
 def test_segments_are_cut_from_whole_videos_unless_trimmed_ones_exist(tmp_path: Path) -> None:
@@ -93,7 +114,7 @@ def test_segments_are_cut_from_whole_videos_unless_trimmed_ones_exist(tmp_path: 
         f"{A}_000020.500_000030.500.mp4": (f"{A}.mkv", 20.5, 30.5),
     }
     assert len({row.target for row in rows.values()}) == 6
-    assert {row.origin for row in rows.values()} == {A, B, C, D}
+    assert {row.group for row in rows.values()} == {A, B, C, D}
     assert plan_preparation(tmp_path / "raw", [table]).notes[0] == "4 videos are segments to be cut from longer videos"
     assert plan_preparation(tmp_path / "raw", [table]).extra == [f"{C}.mp4"]
 
@@ -187,7 +208,7 @@ def test_ucf101_with_its_official_splits(tmp_path: Path) -> None:
     touch(tmp_path / "UCF-101" / "HandstandPushups" / "v_HandstandPushups_g01_c01.avi")
     planned = plan_preparation(tmp_path, official_split=2)
     assert planned.classes == ["ApplyEyeMakeup", "HandstandPushups", "Biking"]  # by number, not by name
-    assert [(w.split, w.name, w.label, w.origin, Path(w.source).is_file()) for w in planned.videos] == [
+    assert [(w.split, w.name, w.label, w.group, Path(w.source).is_file()) for w in planned.videos] == [
         ("train", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "ApplyEyeMakeup", "ApplyEyeMakeup_g08", True),
         ("train", "Biking/v_Biking_g25_c07.avi", "Biking", "Biking_g25", False),
         (
@@ -219,7 +240,7 @@ def test_hmdb51_with_its_official_splits(tmp_path: Path) -> None:
     assert planned.classes == ["brush_hair", "wave"]
     assert names(planned, "train") == [film.format("brush_hair", 1), film.format("wave", 1)]
     assert names(planned, "test") == [film.format("brush_hair", 2), film.format("wave", 2)]
-    assert {w.origin for w in planned.videos} == {"American_#1_History(X)"}
+    assert {w.group for w in planned.videos} == {"American_#1_History(X)"}
     assert planned.extra == []  # number 0 is listed: it is in neither split
     for path in flat.iterdir():
         path.unlink()

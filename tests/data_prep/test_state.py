@@ -39,7 +39,7 @@ def in_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 def test_planned_videos_are_stored(tmp_path: Path) -> None:
-    cut = replace(listing(1)[0], start=1.5, end=11.5, origin="-_abc")
+    cut = replace(listing(1)[0], start=1.5, end=11.5, group="-_abc")
     with PreparationState(tmp_path, create=True) as state:
         assert state.sync_with_plan([cut, replace(listing(2)[1], excluded="duplicate")]) == []
         rows = by_name(state)
@@ -59,7 +59,7 @@ def test_planned_videos_are_stored(tmp_path: Path) -> None:
         ({}, True),
         ({"position": 9}, True),
         ({"label": "other"}, True),
-        ({"origin": "other"}, True),
+        ({"group": "other"}, True),
         ({"source": "/raw/b.mp4"}, False),
         ({"target": "videos/train/b.mp4"}, False),
         ({"start": 2.0}, False),
@@ -77,7 +77,7 @@ def test_a_row_whose_source_segment_or_target_changed_becomes_pending(
         row = by_name(state)["a/0.mp4"]
     assert gone == (["videos/train/0.mp4"] if "target" in change else [])
     assert (row["status"], row["sha256"], row["attempts"]) == (("ok", "ab", 1) if kept else ("pending", None, 1))
-    names = {"start": "start_seconds", "end": "end_seconds"}
+    names = {"start": "start_seconds", "end": "end_seconds", "group": "origin"}
     for key, value in change.items():
         assert row[names.get(key, key)] == value
 
@@ -317,6 +317,7 @@ def test_an_older_schema_is_migrated(tmp_path: Path) -> None:
         assert state.sync_with_plan(listing(1)) == []
         row = by_name(state)["a/0.mp4"]
     assert (row["status"], row["sha256"], row["origin"], row["start_seconds"]) == ("ok", "ab", "id0", None)
+    assert row["given_group"] == ""
     with (
         PreparationState(tmp_path, create=True, path=tmp_path / "new.sqlite") as fresh,
         PreparationState(tmp_path) as old,

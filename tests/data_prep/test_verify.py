@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -18,7 +19,10 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.verify import FAULTS, LEVELS, VerifyResult, verify
+from data_prep.findings import FAULTS
+from data_prep.prepare import write_lists
+from data_prep.state import PreparationState
+from data_prep.verify import LEVELS, VerifyResult, verify
 from tests.conftest import REPOSITORY
 from video_swinv2.errors import UsageError, UserError
 
@@ -112,6 +116,77 @@ def test_an_unknown_codec_is_reported(out: Path, level: str) -> None:
     assert (Path(item.name).name, item.reason, item.detail) == ("2.mp4", "form", "contains video unknown")
 
 
+def lists(out: Path) -> bytes:
+    return b"".join((out / name).read_bytes() for name in ("train.csv", "dataset.json", "failed.csv"))
+
+
+def test_prepare_makes_the_damaged_files_again_and_no_others(
+    prepared: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, flipped = lists(out), video(out, 2).read_bytes()
+    flip_a_bit(video(out, 2))
+    video(out, 3).unlink()
+    assert main(["verify", str(out), "--workers", "1"]) == 1
+    assert "`verify --repair`, makes them again" in capsys.readouterr().out
+    assert main(["verify", str(out), "--workers", "1"]) == 1  # damage stays known until it is repaired
+    made = {n: video(out, n).stat().st_mtime_ns for n in range(COUNT) if n not in (2, 3)}
+    command = ["prepare", str(prepared.parent / "raw"), str(out), "--short-side", "64", "--workers", "1"]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "2 videos are prepared again: verify found the prepared files damaged" in capsys.readouterr().out
+    assert verify(out, "hash", workers=1).bad == ()
+    assert {n: video(out, n).stat().st_mtime_ns for n in made} == made
+    assert (video(out, 2).read_bytes(), lists(out)) == (flipped, before)
+
+
+def test_repair_makes_damaged_files_and_lists_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = lists(out)
+    flip_a_bit(video(out, 0))
+    video(out, 5).write_bytes(b"")
+    (out / "train.csv").write_text(
+        "path,label\n" + "".join(f"videos/train/{'ab'[n % 2]}/{n}.mp4,a\n" for n in range(9))
+    )
+    assert main(["verify", str(out), "--repair", "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["bad"], found["repaired"]) == ([], ["train.csv", "videos/train/a/0.mp4", "videos/train/b/5.mp4"])
+    assert lists(out) == before
+    assert (out / "verify.csv").read_text() == "path,level,reason,detail\n"
+    assert verify(out, "hash", workers=1).bad == ()
+
+
+def test_what_cannot_be_repaired_is_named_and_a_restored_file_is_recognised(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, before = video(out, 0).read_bytes(), lists(out)
+    with contextlib.closing(sqlite3.connect(out / "prep.sqlite")) as base, base:
+        base.execute("UPDATE clips SET source = '/gone/0.mp4' WHERE name = 'a/0.mp4'")
+    flip_a_bit(video(out, 0))
+    flip_a_bit(video(out, 1))
+    assert main(["verify", str(out), "--repair", "--workers", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "9 files checked (hash), 2 bad, 1 of them repaired" in shown
+    assert "  videos/train/a/0.mp4: hash: sha256 is" in shown
+    assert "was written; its source /gone/0.mp4 is gone: restore either" in shown
+    assert "a/0.mp4" not in (out / "train.csv").read_text()
+    assert "damaged" in (out / "failed.csv").read_text()
+    video(out, 0).write_bytes(whole)
+    assert main(["verify", str(out), "--repair", "--workers", "1"]) == 0
+    assert lists(out) == before
+
+
+def test_groups_on_both_sides_are_told(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine videos of four groups are divided without regard to the groups."""
+    with contextlib.closing(sqlite3.connect(out / "prep.sqlite")) as base, base:
+        base.execute("UPDATE clips SET origin = 'g' || (position % 4), split = iif(position < 5, 'train', 'val')")
+    with PreparationState(out) as state:
+        write_lists(state, out)
+    capsys.readouterr()
+    assert main(["verify", str(out), "--level", "header", "--workers", "1"]) == 0
+    assert (
+        "4 groups are in both train and val, such as 'g0': accuracy on val is then too high" in capsys.readouterr().out
+    )
+
+
 def test_only_hash_finds_a_flipped_bit(out: Path) -> None:
     flip_a_bit(video(out, 0))
     assert verify(out, "header", workers=1).bad == ()
@@ -170,8 +245,9 @@ def test_an_interrupted_run_resumes_and_the_next_checks_everything(out: Path) ->
     code = """
 import os, signal, sys
 from pathlib import Path
+import data_prep.findings as findings
 import data_prep.verify as module
-module.SAVE_EVERY_SECONDS = 0.0
+findings.SAVE_EVERY_SECONDS = 0.0
 write, seen = module.VerifyLedger.write, []
 def cut_off(ledger, found):
     write(ledger, found)

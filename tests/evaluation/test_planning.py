@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.state import PlannedVideo, PreparationState
-from video_swinv2.data.manifest import Entry, Manifest
+from video_swinv2.data.manifest import read_manifest
 from video_swinv2.evaluation.parts import MAX_PARTS, PartFolder
 from video_swinv2.evaluation.planning import read_origins
 
 
-def test_origins_are_those_recorded_by_the_preparation(tmp_path: Path) -> None:
-    names = [f"videos/test/a/{name}.mp4" for name in ("one_1", "one_2", "other")]
-    manifest = Manifest(tmp_path, "test", ("a",), tuple(Entry(name, tmp_path / name, 0) for name in names), "f")
-    assert read_origins(manifest) == ["", "", ""]
-    with PreparationState(tmp_path, create=True) as state:
-        state.sync_with_plan(
-            PlannedVideo("test", place, name, "a", f"/from/{place}", target=name, origin=origin)
-            for place, (name, origin) in enumerate(zip(names, ("one", "one", ""), strict=True))
-        )
-    assert read_origins(manifest) == ["one", "one", ""]
-    (tmp_path / "prep.sqlite").write_bytes(b"no state" * 200)
-    assert read_origins(manifest) == ["", "", ""]
+def test_origins_are_the_groups_of_the_list_or_of_the_names(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("path,label,group\n1.mp4,a,one\n2.mp4,a,one\nv_a_g01_c02.avi,a,\n3.mp4,a,\n")
+    assert read_origins(read_manifest(tmp_path, "test")) == ["one", "one", "a_g01", ""]
 
 
 @pytest.mark.parametrize("groups", [1, 2, MAX_PARTS, MAX_PARTS + 1, 20_000])

@@ -23,7 +23,14 @@ from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation import features as features_room
 from video_swinv2.evaluation.features import extract_features, open_backbone, with_random_weights
-from video_swinv2.evaluation.probe import TEMPERATURE, ProbeData, knn_probabilities, linear_probabilities, run_probe
+from video_swinv2.evaluation.probe import (
+    TEMPERATURE,
+    ProbeData,
+    knn_probabilities,
+    linear_probabilities,
+    run_probe,
+    summarize_probe,
+)
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.splits import read_labelled_split
 from video_swinv2.evaluation.views import cut_image
@@ -149,14 +156,26 @@ def test_one_class_and_one_sample_of_each_class_are_no_reason_to_warn(
     assert probabilities.argmax(axis=1).tolist() == y.tolist()
 
 
-def test_a_class_without_votes_is_not_an_answer(simmim: tuple[Path, vs.SwinV2], tmp_path: Path) -> None:
-    """With k = 1 only one class has votes, so top-5 over three classes equals top-1 and is not 100 %."""
-    data = colours(tmp_path / "data", 6)
-    for i, file in enumerate(sorted(data.rglob("*.png"))):  # labels that the pictures do not show
-        file.write_bytes((data / NAMES[i % 3] / f"{i % 5:02d}.png").read_bytes())
-    result = probe(simmim[0], data, methods=("knn",), k=1)
-    assert all(row["top5"] == row["top1"] for row in result["rows"])
-    assert min(row["top1"] for row in result["rows"]) < 1
+def test_top5_of_three_classes_is_left_out_and_chance_is_named(simmim: tuple[Path, vs.SwinV2], data: Path) -> None:
+    result = probe(simmim[0], data)
+    assert all(row["top5"] is None and row["top5_interval"] is None for row in result["rows"])
+    assert result["rows"][0]["chance"] == pytest.approx(1 / 3)
+    said = summarize_probe(result)
+    assert "top-5" not in said
+    assert "by chance 33.33 %; always answering 'blue', the most frequent class, 33.33 %" in said
+    assert "only 6 independent sources" in said
+
+
+def test_intervals_take_samples_of_one_group_together(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path
+) -> None:
+    """Ten test pictures of five groups, two of each."""
+    for split, numbers in (("train", range(5)), ("val", range(5, 10))):
+        rows = [f"{data}/{name}/{i:02d}.png,{name},group {i % 5}" for name in NAMES[:2] for i in numbers]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    row = probe(simmim[0], tmp_path, methods=("knn",), k=3, seeds=1)["rows"][0]
+    assert (row["test"]["scored"], row["sources"]) == (10, 5)
+    assert row["two_classes"]["roc_auc"] == 1.0
 
 
 def test_cached_features_are_reused_only_for_the_same_inputs(

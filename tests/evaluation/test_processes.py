@@ -166,10 +166,10 @@ def test_a_decoder_that_kills_its_process_costs_one_video(
     here = os.getpid()
 
     class Deadly(VideoReader):
-        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+        def __init__(self, path: Path, *, time_limit_seconds: float, max_pixels: int) -> None:
             if 'clip" 4' in str(path) and os.getpid() != here:
                 os.kill(os.getpid(), signal.SIGKILL)
-            super().__init__(path, time_limit_seconds=time_limit_seconds)
+            super().__init__(path, time_limit_seconds=time_limit_seconds, max_pixels=max_pixels)
 
     monkeypatch.setattr(reading, "VideoReader", Deadly)
     overrides = quick(workers=2)
@@ -185,10 +185,10 @@ def test_a_decoder_that_hangs_costs_one_video(
     model_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Hanging(VideoReader):
-        def __init__(self, path: Path, *, time_limit_seconds: float) -> None:
+        def __init__(self, path: Path, *, time_limit_seconds: float, max_pixels: int) -> None:
             if 'clip" 2' in str(path):
                 signal.pause()
-            super().__init__(path, time_limit_seconds=time_limit_seconds)
+            super().__init__(path, time_limit_seconds=time_limit_seconds, max_pixels=max_pixels)
 
     monkeypatch.setattr(reading, "VideoReader", Hanging)
     monkeypatch.setattr(reading, "_GRACE_SECONDS", 0.0)

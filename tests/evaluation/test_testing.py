@@ -107,9 +107,9 @@ def test_one_open_and_one_pass_for_each_video(
     frames: Counter[tuple[Path, int]] = Counter()
 
     class Counting(VideoReader):
-        def __init__(self, path: Path, **options: Any) -> None:
+        def __init__(self, path: Path, *, time_limit_seconds: float, max_pixels: int) -> None:
             opened.append(path)
-            super().__init__(path, **options)
+            super().__init__(path, time_limit_seconds=time_limit_seconds, max_pixels=max_pixels)
 
         def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
             for index, frame in super()._decode(start):
@@ -173,13 +173,42 @@ def test_overrides_take_effect(model_path: Path, data: Path, tested: Path, tmp_p
     result = run_test(model_path, data, protocol="center-1x1", split="test", out=tmp_path, overrides=overrides)
     assert (result["frames"], result["frame_stride"], result["image_size"]) == (2, 3, [64, 64])
     assert load_scores(tmp_path / "scores.npz").views[0, 0, 3:].tolist() == [64, 64]
-    run_test(
-        model_path, data, protocol="videoswin-4x3", split="test", out=tmp_path, overrides=quick(frame_order="reversed")
-    )
-    plain, turned = load_scores(tested / "scores.npz"), load_scores(tmp_path / "scores.npz")
+    out = tmp_path / "reversed"
+    run_test(model_path, data, protocol="videoswin-4x3", split="test", out=out, overrides=quick(frame_order="reversed"))
+    plain, turned = load_scores(tested / "scores.npz"), load_scores(out / "scores.npz")
     assert turned.metadata["frame_order"] == "reversed"
     assert not np.array_equal(plain.logits, turned.logits)
-    assert "Frame order: reversed" in (tmp_path / "report.html").read_text()
+    assert "Frame order: reversed" in (out / "report.html").read_text()
+
+
+def test_the_result_of_another_test_is_never_replaced(model_path: Path, data: Path, tmp_path: Path) -> None:
+    def test(model: Path = model_path, protocol: str = "center-1x1", **settings: object) -> dict[str, object]:
+        return run_test(model, data, protocol=protocol, split="test", out=tmp_path, overrides=quick(**settings))
+
+    first = test()
+    scores = (tmp_path / "scores.npz").read_bytes()
+    other, card = tmp_path / "other.safetensors", vs.read_card(model_path)
+    changed = vs.load_model(model_path)
+    with torch.no_grad():
+        changed.head.bias.add_(1.0)
+    vs.save_model(changed, other, classes=card.classes, preprocessing=card.preprocessing, provenance={})
+    for arguments, what in (
+        ({"protocol": "center-full-1x1"}, "protocol"),
+        ({"model": other}, "model"),
+        ({"frame_order": "shuffled"}, "settings"),
+        ({"frame_stride": 1, "frame_order": "reversed"}, "protocol, settings"),
+    ):
+        with pytest.raises(UsageError, match=rf"scores\.npz: holds the result of another test, of different {what}; "):
+            test(**arguments)  # type: ignore[arg-type]  # the keys are its arguments
+    assert (tmp_path / "scores.npz").read_bytes() == scores
+    assert test(workers=1)["top1"] == first["top1"], "the same test is run again"
+    # Several protocols have folders of their own, and do not touch the result beside them.
+    run_tests(model_path, data, protocols="center-1x1,center-full-1x1", split="test", out=tmp_path, overrides=quick())
+    with pytest.raises(UsageError, match=r"center-full-1x1.scores\.npz: holds the result of another test"):
+        run_tests(other, data, protocols="center-full-1x1,videoswin-4x3", split="test", out=tmp_path, overrides=quick())
+    (tmp_path / "scores.npz").write_bytes(b"a file of somebody else")
+    with pytest.raises(UsageError, match=r"scores\.npz: is in the way and cannot be read"):
+        test()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +239,15 @@ def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tm
     lists.mkdir()
     (lists / "test.txt").write_text(f"{data}/x.mp4 0\n")
     (lists / "classes.txt").write_text("rigth\n")
-    with pytest.raises(UsageError, match=r"rigth.*right"):
+    with pytest.raises(
+        UsageError, match=r"'rigth' is not one of the 3 classes; the nearest is 'right'; rename or add it"
+    ):
+        test(data=lists)
+    (lists / "classes.txt").write_text("playing chess\n")
+    other_classes = (
+        r"'playing chess' is not one of the 3 classes; add it, or use data of these classes \(such as 'left'\)$"
+    )
+    with pytest.raises(UsageError, match=other_classes):
         test(data=lists)
     (lists / "classes.txt").write_text("right\n")
     (lists / "test.txt").write_text(f"{data}/x.mp4 0\n{data}/y.mp4 -1\n")
@@ -221,13 +258,16 @@ def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tm
         test()
 
 
-def test_it_fails_if_no_video_can_be_scored(model_path: Path, tmp_path: Path) -> None:
+def test_it_fails_if_no_video_can_be_scored(model_path: Path, data: Path, tmp_path: Path) -> None:
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "test.txt").write_text("a.mp4 0\nb.mp4 1\n")
     (lists / "classes.txt").write_text("left\nright\n")
     with pytest.raises(UserError, match=r"none of the 2 listed videos .*a\.mp4: no such file"):
         run_test(model_path, lists, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
+    # What scored nothing does not stand in the way once the list is corrected.
+    (lists / "test.txt").write_text(f"{data}/{read_manifest(data, 'test').entries[1].name} 0\n")
+    run_test(model_path, lists, protocol="center-1x1", split="test", out=tmp_path / "out", overrides=quick())
 
 
 def test_non_finite_scores_name_the_video(data: Path, model_path: Path, tmp_path: Path) -> None:

@@ -41,4 +41,4 @@ def test_the_plan_is_near_the_measured_peak(
     record_property("planned_bytes", plan.peak)
     record_property("measured_bytes", measured["peak_bytes"])
     # On a CPU the resident memory includes freed memory that malloc keeps; tests/plan measures there with more care.
-    assert plan.peak == pytest.approx(measured["peak_bytes"], rel=0.1 if device.type == "cuda" else 0.5)
+    assert plan.peak - plan.process == pytest.approx(measured["peak_bytes"], rel=0.1 if device.type == "cuda" else 0.5)

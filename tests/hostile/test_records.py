@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 
 import video_swinv2 as vs
 from tests.hostile.tampering import faults_of
+from tests.training.runs import small_config
 from video_swinv2.distributed.world import alone
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.errors import UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.records import Record, read_bytes, read_json, read_record
 from video_swinv2.training.faults import Faults
 from video_swinv2.training.metrics import MetricLog, read_metrics
-from video_swinv2.training.start import ancestors_of, find_start
-from video_swinv2.weights.convert import preprocessing_of
+from video_swinv2.training.start import ancestors_of, continue_history, find_start
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.pretrained import RequestedSizes, open_model
+from video_swinv2.weights.pretrained import RequestedSizes, open_model, preprocessing_of
 from video_swinv2.weights.store import CARD_KEY, read_tensors
 
 BIG = "9" * 5000
@@ -184,7 +185,10 @@ def checkpoints(tmp_path: Path) -> tuple[Checkpoints, dict[str, Any]]:
     state = TrainingState(weights, first, second, 3, ema, (1024.0, 2))
     run = {
         "best": 0.5,
+        "best_by": {"best_metric": "val/top1"},
         "best_step": 2,
+        "improved_step": 2,
+        "configs": [{"since_step": 0, "config": {"out": "x", "optim": {"lr": 1e-3}, "engine": {"deepspeed": {}}}}],
         "seconds": 9.0,
         "identity": {"samples": 10, "batch": 2},
         "provenance": {"init": "scratch"},
@@ -219,9 +223,9 @@ def test_run_states_that_were_tampered_with(
 ) -> None:
     """The run's own state in a checkpoint, through the search for a start and the count of faults."""
     world = alone("cpu")
-    # All that the search for a start reads of a task and of a configuration.
+    # All that the search for a start reads of a task.
     task: Any = SimpleNamespace(encoder=vs.load_model(model_file))
-    config: Any = SimpleNamespace(out=str(tmp_path), resume=None)
+    config = small_config(out=str(tmp_path))
     samples: Any = None  # which the count of faults does not look at before a step
     (tmp_path / "model.safetensors").touch()
     found, run = checkpoints
@@ -230,7 +234,9 @@ def test_run_states_that_were_tampered_with(
 
     def read(value: Any) -> None:
         path.write_text(json.dumps(record | {"state": value}))
-        start = find_start(task, config, found, {"samples": 10, "batch": 2}, 9, world)
+        start = find_start(task, config, found, {"samples": 10, "batch": 2}, {"best_metric": "val/top1"}, 9, world)
+        for change in continue_history(start, config, accept_changes=True)[1]:
+            assert for_terminal(change).startswith(change.key)
         Faults(config, world, samples).restore(start.faults)
 
     assert_no_faults(run, read, str(tmp_path), 100)

@@ -30,9 +30,11 @@ from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.protocols import PROTOCOLS
+from video_swinv2.inference.annotated_video import _FILL, draw_caption, format_timecode, keep_places
 from video_swinv2.inference.over_time import SegmentPrediction
 from video_swinv2.inference.predictor import OverTime, Prediction, predict
-from video_swinv2.inference.streams import centre_crop
+from video_swinv2.inference.streams import frame_crops
 from video_swinv2.inference.watching import Watcher, WatchRequest
 
 EVERY = OverTime(every_seconds=0.2)  # every 5 frames at 25 frames per second
@@ -72,15 +74,18 @@ def over_time(evil_model: Path, changing: Path) -> Prediction:
     return prediction
 
 
-def test_segments_and_their_mean_equal_the_models(over_time: Prediction, evil_model: Path, changing: Path) -> None:
+def test_segments_equal_the_models_and_the_whole_is_that_of_a_test(
+    over_time: Prediction, evil_model: Path, changing: Path
+) -> None:
     card = vs.read_card(evil_model)
     with VideoReader(changing) as reader:
-        side, (rows, columns) = centre_crop(reader.size, (32, 32))
+        side, boxes = frame_crops(PROTOCOLS["videoswin-4x3"], reader.size, (32, 32))
         clips = [reader.frames([start + 2 * i for i in range(4)], short_side=side) for start in STARTS]
-    pixels = torch.stack([clip[:, :, rows, columns].transpose(0, 1) for clip in clips])
+    pixels = torch.stack([clip[:, :, y : y + h, x : x + w].transpose(0, 1) for clip in clips for y, x, h, w in boxes])
     with torch.no_grad():
         expected = vs.load_model(evil_model)(normalise(pixels, card.preprocessing.mean, card.preprocessing.std))
-    shares = expected.softmax(-1)
+    shares = expected.softmax(-1).unflatten(0, (len(STARTS), 3)).mean(1)
+    assert {moment.views for moment in over_time.segments} == {"videoswin-4x3: 1 segment x 3 crops"}
     assert shares.std(0).max() > 0.01, "equal segments would prove nothing"
     assert len(over_time.segments) == len(STARTS)
     for start, moment, row in zip(STARTS, over_time.segments, shares, strict=True):
@@ -89,10 +94,9 @@ def test_segments_and_their_mean_equal_the_models(over_time: Prediction, evil_mo
         assert [one.probability for one in moment.answers] == pytest.approx(
             row.sort(descending=True)[0].tolist(), abs=1e-5
         )
-    mean = shares.mean(0)
-    assert [one.probability for one in over_time.answers] == pytest.approx(
-        mean.sort(descending=True)[0].tolist(), abs=1e-5
-    )
+    (whole,) = predict(evil_model, [changing], device="cpu", top=6)
+    assert whole.views == over_time.views == "videoswin-4x3: 4 clips x 3 crops"
+    assert over_time.answers == whole.answers, "to the bit"
 
 
 def test_every_kind_of_source_gives_the_same(
@@ -113,6 +117,12 @@ def test_every_kind_of_source_gives_the_same(
         found = predict(evil_model, [f"{url}/moving.mkv", pipe], device="cpu", top=6, over_time=EVERY)
     for prediction in found:
         assert not prediction.error
+        assert prediction.views == "videoswin-4x3: 8 segments x 3 crops", "a stream is read only once"
+        mean = {name: 0.0 for name in CLASSES}
+        for moment in prediction.segments:
+            for one in moment.answers:
+                mean[one.name] += one.probability / len(STARTS)
+        assert {one.name: one.probability for one in prediction.answers} == pytest.approx(mean, abs=1e-9)
         assert len(prediction.segments) == len(over_time.segments)
         for ours, theirs in zip(prediction.segments, over_time.segments, strict=True):
             assert ours.start_seconds == pytest.approx(theirs.start_seconds, abs=0.002)  # Matroska counts milliseconds
@@ -223,7 +233,10 @@ def test_unreadable_sources_are_reported_in_one_line(evil_model: Path, tmp_path:
     (tmp_path / "page.mp4").write_text("<html>not found</html>")
     names = [str(tmp_path / "page.mp4"), "http://127.0.0.1:1/x.mp4", "/dev/null"]
     found = predict(evil_model, names, device="cpu", over_time=EVERY)
-    assert [prediction.error.split(" (")[0] for prediction in found] == ["not a video that FFmpeg can open"] * 3
+    assert [prediction.error.split(" (")[0] for prediction in found] == [
+        "is not a video FFmpeg can open",
+        *["not a video that FFmpeg can open"] * 2,
+    ]
     assert all("\n" not in prediction.error for prediction in found)
     for names, words in (
         (["ftp://host/x.mp4"], "unsupported kind of URL"),
@@ -239,7 +252,7 @@ def test_unreadable_sources_are_reported_in_one_line(evil_model: Path, tmp_path:
 def test_an_annotated_video(
     evil_model: Path, changing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many frames as the source, at the same times, each with a panel at the bottom; the same answers."""
+    """As many frames as the source, at the same times, each unchanged and with a panel below it; the same answers."""
     out = tmp_path / "out"
     twice = [str(changing), str(changing)]
     assert main(["predict", str(evil_model), *twice, "--every", "0.2", "--video", str(out), "--json"]) == 0
@@ -248,12 +261,15 @@ def test_an_annotated_video(
     assert len(first["windows"]) == len(STARTS)
     assert sorted(path.name for path in out.iterdir()) == ["changing-2.mp4", "changing.mp4"]
     with VideoReader(changing) as before, VideoReader(out / "changing.mp4") as after:
-        assert after.size == before.size
+        height, width = before.size
+        assert after.size == draw_caption(np.zeros((height, width, 3), np.uint8), [], 0.0).shape[:2] > before.size
         np.testing.assert_allclose(after.times - after.times[0], before.times - before.times[0], atol=1e-3)
         for i in (0, 20, 39):
-            difference = (after.frames([i]).float() - before.frames([i]).float()).abs().mean((0, 1, 3))
-            assert difference[:8].mean() < 12, "the top is unchanged"
-            assert difference[-8:].mean() > 30, "the panel covers the bottom"
+            frame = after.frames([i]).float()
+            difference = (frame[:, :, :height] - before.frames([i]).float()).abs().mean((0, 1, 3))
+            assert difference.max() < 40, "no row of the picture is covered"
+            assert frame[:, :, height:].mean() < 80, "a dark panel"
+            assert frame[:, :, height:].max() > 160, "with text"
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 64), (64, 1)])
@@ -272,7 +288,35 @@ def test_an_annotated_video_of_pictures_one_pixel_wide(
     assert not prediction.error
     with VideoReader(tmp_path / "out" / "thin.mp4") as reader:
         assert len(reader) == 9
-        assert reader.size == (2 * height, 2 * width)
+        panel = draw_caption(np.zeros((2 * height, 2 * width, 3), np.uint8), [], 0.0).shape[0] - 2 * height
+        assert reader.size == (2 * height + panel, 2 * width)
+
+
+def test_a_caption_covers_no_pixel_and_its_bars_keep_their_places() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    first = keep_places([None] * 3, [("run", 0.5), ("walk", 0.3), ("clap", 0.2)])
+    assert first == [("run", 0.5), ("walk", 0.3), ("clap", 0.2)]
+    second = keep_places(first, [("walk", 0.6), ("jump", 0.3), ("run", 0.1), ("clap", 0.0)])
+    assert second == [("run", 0.1), ("walk", 0.6), ("jump", 0.3)]
+    assert keep_places(second, [("jump", 0.7), ("a", 0.3)]) == [("a", 0.3), None, ("jump", 0.7)]
+    panels = [draw_caption(image, rows, 0.0) for rows in (first, second, [None] * 3)]
+    for drawn in panels:
+        assert np.array_equal(drawn[:128], image)
+    # A font of 9 pixels has a margin of 4 and lines of 14; the first is the time.
+    # The bar of "walk", in the second row, grows from 0.3 to 0.6 of its width; that of "run" shrinks in place.
+    filled = [(panel[128:] == _FILL).all(-1) for panel in panels]
+    widths = [[int(rows.any(0).sum()) for rows in np.array_split(fill[4 + 14 : 4 + 4 * 14], 3)] for fill in filled]
+    assert widths[0][0] > widths[0][1] > widths[0][2]
+    assert widths[1][1] > 1.8 * widths[0][1]
+    assert widths[1][0] < widths[0][0] / 3
+    assert widths[2] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "00:00.0"), (0.3, "00:00.3"), (62.34, "01:02.3"), (3600.95, "1:00:00.9")]
+)
+def test_time_codes(seconds: float, text: str) -> None:
+    assert format_timecode(seconds) == text
 
 
 def test_segments_of_a_variable_frame_rate_start_by_time(tmp_path: Path) -> None:

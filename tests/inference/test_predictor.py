@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +16,19 @@ from PIL import Image
 
 import video_swinv2 as vs
 from tests.data.test_media import write_disguised
+from video_swinv2.data.images import read_entry
+from video_swinv2.data.manifest import Entry
 from video_swinv2.data.media import IMAGE, VIDEO, media_type_of, media_type_of_bytes
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation import reading
+from video_swinv2.evaluation.explanation import explain
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
-from video_swinv2.inference.media_types import find_media_files
-from video_swinv2.inference.predictor import _output_paths, predict, read_image_views
+from video_swinv2.inference.media_types import find_media_files, read_file_views
+from video_swinv2.inference.predictor import OverTime, _output_paths, predict
+from video_swinv2.models.simmim import SimMIM
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -117,12 +124,15 @@ def test_predictions_and_errors_keep_the_order_of_the_files(clip_model: Path, fi
     assert predictions[2] == predictions[4]
     read_back = json.loads(format_predictions(predictions, "json"))
     assert read_back[2]["answers"][0].keys() == {"name", "probability"}
+    assert read_back[2]["views"] == "center-1x1: 1 clip x 1 crop"
     rows = list(csv.DictReader(format_predictions(predictions, "csv").splitlines(), PREDICTION_COLUMNS))
     assert [row["error"] for row in rows[:2]] == [prediction.error for prediction in predictions[:2]]
     assert [row["class"] for row in rows[2:6]] == [answer.name for answer in predictions[2].answers]
+    assert [row["views"] for row in rows[:3]] == ["", "", "center-1x1: 1 clip x 1 crop"]
     assert float(rows[2]["probability"]) == pytest.approx(predictions[2].answers[0].probability, abs=1e-6)
     text = format_predictions(predictions)
     assert "gone.mp4: no such file" in text
+    assert "one.mp4  (center-1x1: 1 clip x 1 crop)\n" in text
     assert f"{100 * predictions[2].answers[0].probability:.1f} %  {predictions[2].answers[0].name}" in text
 
 
@@ -143,10 +153,65 @@ def test_an_image_model_reads_images_as_they_are_shown(image_model: Path, files:
     assert len(video.answers) == 4
 
 
+def test_an_image_that_kills_its_reader_costs_only_itself(
+    image_model: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are read in processes of their own, as videos are. No known file crashes Pillow, so the test does."""
+
+    def crash(entry: Entry, max_pixels: int) -> torch.Tensor:
+        if entry.path.name == "bad.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_entry(entry, max_pixels)
+
+    for name in ("bad.png", "good.png"):
+        (tmp_path / name).write_bytes((files / "still.png").read_bytes())
+    monkeypatch.setattr(reading, "read_entry", crash)
+    bad, good = predict(image_model, [tmp_path], device="cpu", workers=1)
+    assert bad.error == "the decoder crashed (SIGKILL)"
+    assert len(good.answers) == 4
+
+
 def test_an_image_has_each_spatial_crop_once(files: Path) -> None:
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(32, 32))
-    assert read_image_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
-    assert read_image_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
+    assert read_file_views(files / "still.png", PROTOCOLS["videoswin-4x3"], preprocessing).shape == (3, 3, 32, 32)
+    assert read_file_views(files / "still.png", PROTOCOLS["center-1x1"], preprocessing).shape == (1, 3, 32, 32)
+
+
+def test_an_answer_is_explained_by_an_image_per_file(
+    clip_model: Path, image_model: Path, files: Path, tmp_path: Path
+) -> None:
+    """Of the views that give the answer, whether or not the file is classified over time as well."""
+    sources = [files / "one.mp4", files / "notes.txt", files / "deep" / "two 'quoted'.mkv"]
+    whole = predict(clip_model, sources, device="cpu", explain=tmp_path / "a")
+    assert [path.name for path in sorted((tmp_path / "a").iterdir())] == ["one.jpg", "two _quoted_.jpg"]
+    assert [one.explanation for one in whole] == [
+        str(tmp_path / "a" / "one.jpg"),
+        "",
+        str(tmp_path / "a" / "two _quoted_.jpg"),
+    ]
+    assert f"  explained in {tmp_path / 'a' / 'one.jpg'}" in format_predictions(whole)
+    assert json.loads(format_predictions(whole, "json"))[0]["explanation"] == whole[0].explanation
+    card = vs.read_card(clip_model)
+    pixels, _ = read_views(files / "one.mp4", PROTOCOLS["videoswin-4x3"], card.preprocessing)
+    label = CLASSES.index(whole[0].answers[0].name)
+    expected = explain(vs.load_model(clip_model), pixels, card.preprocessing, label)
+    assert (tmp_path / "a" / "one.jpg").read_bytes() == expected.jpeg
+    every = OverTime(every_seconds=1.0)
+    (over_time,) = predict(clip_model, sources[:1], device="cpu", explain=tmp_path / "b", over_time=every)
+    assert over_time.answers == whole[0].answers
+    assert (tmp_path / "b" / "one.jpg").read_bytes() == expected.jpeg
+    (still,) = predict(image_model, [files / "still.png"], device="cpu", explain=tmp_path / "c")
+    assert Image.open(still.explanation).size == (36, 70)  # one frame above the same one
+    with pytest.raises(UsageError, match="is inside the source"):
+        predict(clip_model, [files], device="cpu", explain=files / "deep")
+
+
+def test_a_pretraining_file_is_called_one(tmp_path: Path) -> None:
+    encoder = vs.create_model("swinv2_nano", num_classes=0, frames=4, image_size=32, window=(2, 4, 4))
+    path = tmp_path / "pretrained.safetensors"
+    vs.save_model(SimMIM(encoder), path, classes=(), preprocessing=vs.Preprocessing(4, 2, (32, 32)))
+    with pytest.raises(UsageError, match=r"pretrained\.safetensors: a pre-training file or backbone, .* init="):
+        predict(path, [tmp_path], device="cpu")
 
 
 def test_media_types(files: Path) -> None:
@@ -188,5 +253,5 @@ def test_an_annotated_copy_replaces_no_source(tmp_path: Path) -> None:
     for folder in ("a", "out"):
         (tmp_path / folder).mkdir()
     names = [str(tmp_path / "a" / "clip.mp4"), str(tmp_path / "out" / "clip.mp4"), "http://host/clip.mp4"]
-    copies = _output_paths(tmp_path / "out", names)
+    copies = _output_paths(tmp_path / "out", names, ".mp4", "--video")
     assert [path and path.name for path in copies] == ["clip-2.mp4", "clip-3.mp4", "clip-4.mp4"]

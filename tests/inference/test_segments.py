@@ -12,14 +12,20 @@ import torch
 
 from tests.data.test_decode import numbered_frames, write_thin_video, write_timed
 from video_swinv2.data.decode import DecodeError, VideoReader, presentation_times
+from video_swinv2.data.display import size_for
+from video_swinv2.evaluation.protocols import PROTOCOLS, plan_views
+from video_swinv2.inference.media_types import read_file_views
 from video_swinv2.inference.segments import SegmentCutter
-from video_swinv2.inference.streams import Frame, FrameStream, centre_crop, is_live, is_stream
+from video_swinv2.inference.streams import Frame, FrameStream, frame_crops, is_live, is_stream, middle_crop
+from video_swinv2.weights.store import Preprocessing
+
+CENTRE = PROTOCOLS["center-1x1"]
 
 
 def segment_indices(times: list[float], frames: int, stride: int, every_seconds: float | None) -> list[tuple[int, ...]]:
     cutter = SegmentCutter(frames, stride, every_seconds)
-    image = np.zeros((1, 1, 3), np.uint8)
-    found = [cutter.add(Frame(i, seconds, image)) for i, seconds in enumerate(times)]
+    crops = np.zeros((1, 1, 1, 3), np.uint8)
+    found = [cutter.add(Frame(i, seconds, crops)) for i, seconds in enumerate(times)]
     return [segment.indices for segment in [*found, cutter.finish()] if segment is not None]
 
 
@@ -108,13 +114,33 @@ def test_frames_are_those_of_a_test(changing: Path, outside_data: Path) -> None:
             for i, (seconds, frame) in enumerate(source):
                 assert source.shown_size == reader.size
                 assert seconds == pytest.approx(reader.times[i] - reader.times[0], abs=1e-6)
-                side, (rows, columns) = centre_crop(source.shown_size, (32, 48))
+                side, ((top, left, height, width),) = frame_crops(CENTRE, source.shown_size, (32, 48))
+                rows, columns = slice(top, top + height), slice(left, left + width)
                 ours = torch.from_numpy(source.image(frame, side)[rows, columns].copy()).permute(2, 0, 1)
                 assert ours.shape == (3, 32, 48)
                 if i > 12:
                     continue
                 assert torch.equal(ours, reader.frames([i], short_side=side)[0][:, rows, columns])
             assert i + 1 == len(reader)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_crops_are_those_of_a_test(changing: Path, name: str) -> None:
+    """Every crop of a segment equals that of the view of a test which begins with the same frame."""
+    protocol = PROTOCOLS[name]
+    views = read_file_views(changing, protocol, Preprocessing(4, 2, (32, 32)))  # (V, 3, T, H, W)
+    with VideoReader(changing) as reader, FrameStream(str(changing)) as source:
+        side, boxes = frame_crops(protocol, reader.size, (32, 32))
+        plan = plan_views(protocol, len(reader), *size_for(reader.size, side), 4, 2, (32, 32), reader.fps)
+        pictures = [source.image(frame, side) for _, frame in source]
+    assert len(boxes) == protocol.crops
+    for number, view in enumerate(plan):
+        top, left, height, width = boxes[number % protocol.crops]
+        ours = pictures[view.start][top : top + height, left : left + width]
+        assert np.array_equal(ours.transpose(2, 0, 1), views[number, :, 0].numpy())
+    # The middle one has as much to its left as to its right, and lies in the middle of the list only in some protocols.
+    _, left, _, width = frame_crops(protocol, (48, 64), (32, 32))[1][middle_crop(protocol)]
+    assert abs(2 * left + width - size_for((48, 64), side)[1]) <= 2
 
 
 def test_what_a_damaged_file_makes_libraries_raise_names_it(changing: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from video_swinv2.inference.web_limits import CONNECTIONS_AT_ONCE
 
 MAX_BYTES = 5 * 10**6
 SILENCE_SECONDS = 2
+GIVE_UP_SECONDS = 600
 
 
 class Running:
@@ -107,10 +108,10 @@ def page(evil_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_a_clip_gets_the_same_answer_as_from_predict(page: Running, evil_model: Path, changing: Path) -> None:
     status, answer = page.post(changing.read_bytes())
     assert status == 200
-    assert (
-        len(answer["windows"]) == 18
-    )  # 33 frames after the first segment, shared by 23 more, are 1.4 each: a hop of 2
-    (expected,) = predict(evil_model, [changing], device="cpu", top=6, over_time=OverTime(every_seconds=0.08))
+    # 33 frames after the first segment, shared by 11 more, are 3 each.
+    assert len(answer["windows"]) == 12
+    (expected,) = predict(evil_model, [changing], device="cpu", top=6, over_time=OverTime(every_seconds=0.12))
+    assert answer["views"] == expected.views == "videoswin-4x3: 4 clips x 3 crops"
     assert [one["name"] for one in answer["answers"]] == [one.name for one in expected.answers]
     for ours, theirs in zip(answer["answers"], expected.answers, strict=True):
         assert ours["probability"] == pytest.approx(theirs.probability, abs=1e-6)
@@ -121,6 +122,43 @@ def test_a_clip_gets_the_same_answer_as_from_predict(page: Running, evil_model: 
         assert ours["shares"] == [named[one["name"]] for one in answer["answers"]]
         assert ours["film"].startswith("data:image/jpeg;base64,")
     assert answer["pictures"] == 40
+
+
+def form(clip: bytes, boundary: str = "x-1", head: str = 'Content-Disposition: form-data; name="clip"\r\n') -> bytes:
+    """A clip as the only part of a form, as curl sends it."""
+    return f"--{boundary}\r\n{head}\r\n".encode() + clip + f"\r\n--{boundary}--\r\n".encode()
+
+
+def test_a_form_gets_the_answer_of_the_clip_in_it(page: Running, changing: Path) -> None:
+    """As sent by hand and, where it is installed, by `curl -F`, as the documentation says."""
+    clip, form_type = changing.read_bytes(), {"Content-Type": 'multipart/form-data; boundary="x-1"'}
+    status, expected = page.post(clip)
+    other = form(clip)[: -len("--x-1--\r\n")] + form(b"5", head='Content-Disposition: form-data; name="top"\r\n')
+    for body in (form(clip), form(clip, head=""), other):
+        status, answer = page.post(body, **form_type)
+        assert (status, answer["answers"], answer["pictures"]) == (200, expected["answers"], 40)
+    if shutil.which("curl"):
+        command = ["curl", "-s", "-F", f"clip=@{changing}", f"http://127.0.0.1:{page.port}/predict"]
+        sent = subprocess.run(command, capture_output=True, check=True, timeout=GIVE_UP_SECONDS)
+        assert json.loads(sent.stdout)["answers"] == expected["answers"]
+
+
+def test_forms_without_a_clip_are_refused(page: Running, changing: Path) -> None:
+    clip = changing.read_bytes()
+    form_type = "multipart/form-data; boundary=x-1"
+    for body, content_type, status, reason in (
+        (form(clip), "multipart/form-data", 400, "the form has no valid boundary"),
+        (form(clip), "multipart/form-data; boundary=" + 71 * "x", 400, "the form has no valid boundary"),
+        (form(clip, "y"), form_type, 400, "the form does not begin with a file"),
+        (clip, form_type, 400, "the form does not begin with a file"),
+        (form(clip, head="A: " + 9000 * "a" + "\r\n"), form_type, 400, "the form does not begin with a file"),
+        (form(clip)[:-20], form_type, 400, "the form is incomplete"),
+        (form(b"hello " * 100), form_type, 415, "this is neither a video nor an image"),
+        (form(b""), form_type, 415, "this is neither a video nor an image"),
+    ):
+        found, answer = page.post(body, **{"Content-Type": content_type})
+        assert (found, answer["error"].split(";")[0]) == (status, reason)
+    assert page.is_serving()
 
 
 def test_ten_gigabytes_are_refused_before_they_are_sent(page: Running) -> None:
@@ -332,7 +370,13 @@ def test_ctrl_c_ends_it(evil_model: Path) -> None:
         serving.send_signal(signal.SIGINT)
         _, errors = serving.communicate(timeout=600)
     assert serving.returncode == 0
-    assert errors == ""
+    assert errors == f"serve: loading {evil_model}\n"
+
+
+def top_of_scale(browser: Browser) -> float:
+    """The largest percentage beside the grid lines of the chart."""
+    labels = browser.evaluate("[...document.querySelectorAll('#chart text')].map((one) => one.textContent)")
+    return max(float(label.removesuffix(" %")) for label in labels if label.endswith(" %"))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
@@ -356,12 +400,20 @@ def test_in_a_browser(page: Running, changing: Path, tmp_path: Path) -> None:
             assert EVIL in shown
             assert any(browser.evaluate("document.getElementById('first').innerText").startswith(c) for c in CLASSES)
             assert "onerror=" in browser.evaluate("document.getElementById('what').innerText")
-            assert browser.evaluate("document.querySelectorAll('#films img').length") == 18
+            assert browser.evaluate("document.querySelectorAll('#films img').length") == 12
             assert browser.evaluate("[...document.querySelectorAll('#films img')].every((i) => i.naturalWidth > 100)")
             assert browser.evaluate("document.querySelectorAll('#chart polyline').length") == 6
+            assert "videoswin-4x3: 4 clips x 3 crops" in browser.evaluate("document.getElementById('what').innerText")
             assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no horizontal scrolling"
+            most = browser.evaluate("Math.max(...result.windows.flatMap((one) => one.shares))")
+            assert top_of_scale(browser) == next(100 * top for top in (0.2, 0.5, 1.0) if most <= top)
+            # As of a model of 400 classes that is certain of none.
+            browser.evaluate(
+                "result.windows.forEach((one) => { one.shares = one.shares.map((p) => p / 50); }); chart()"
+            )
+            assert top_of_scale(browser) == next(100 * top for top in (0.01, 0.02) if most / 50 <= top)
             browser.evaluate("document.querySelectorAll('#films button')[3].click()")
-            assert browser.evaluate("document.getElementById('moment').innerText").startswith("0.2 s to 0.5 s: ")
+            assert browser.evaluate("document.getElementById('moment').innerText").startswith("0.4 s to 0.6 s: ")
             browser.drop(text, 150, 100)
             browser.until("!document.getElementById('fault').hidden")
             assert "neither a video nor an image" in browser.evaluate("document.getElementById('fault').innerText")

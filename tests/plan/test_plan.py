@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +120,8 @@ def test_recomputed_blocks_take_less_memory() -> None:
 def test_a_gpu_is_planned_with_the_fused_kernel() -> None:
     """`auto` on a GPU, recomputed blocks included, takes less than keeping the logits for the backward pass."""
     values: dict[str, Any] = {"data": {"frames": None}, "window": 4, "checkpoint_blocks": 1}
-    gpu = make_plan(config(engine={"device": "auto"}, **values))
-    eager = make_plan(config(engine={"device": "auto"}, attention="eager", **values))
+    gpu = make_plan(config(engine={"device": "cuda"}, **values))
+    eager = make_plan(config(engine={"device": "cuda"}, attention="eager", **values))
     assert gpu.device == "cuda"
     assert set(gpu.backends) == {"sdpa"}
     assert gpu.activations < eager.activations
@@ -144,7 +146,7 @@ def test_figures_of_a_run(plain: Plan) -> None:
     assert plan.steps == 12  # 2 epochs of 100 samples in batches of 16
     assert plan.steps_per_epoch == pytest.approx(6.25)
     # Eight micro-batches are accumulated, so all gradients exist while the next one passes.
-    assert plan.peak == states.weights + states.optimizer + states.gradients + plan.activations
+    assert plan.peak == states.weights + states.optimizer + states.gradients + plan.activations + plan.process
     assert plan.checkpoint == 3 * 4 * parameters
     assert plan.files == 3 * plan.checkpoint + 2 * 4 * parameters  # two are kept, one is being written, best and last
     text = plan_text(plan, memory=plan.peak)
@@ -156,7 +158,7 @@ def test_figures_of_a_run(plain: Plan) -> None:
 def states(engine: dict[str, Any], processes: int, *, ema: bool = False, accumulation: int = 1) -> StateMemory:
     """The states of 3.0 B parameters on a GPU, in two optimizer groups of 1 B and 2 B."""
     counts = count_parameters([[1_000_000_000], [2_000_000_000]], 3_000_000_000, processes, accumulation)
-    return state_memory(config(engine={"device": "auto", **engine}).engine, counts, ema=ema, device="cuda")
+    return state_memory(config(engine={"device": "cuda", **engine}).engine, counts, ema=ema, device="cuda")
 
 
 def test_zero_3_partitions_the_states_of_the_giant() -> None:
@@ -181,7 +183,7 @@ def test_offloaded_states_are_counted_on_the_host() -> None:
     counts = count_parameters([[3_000_000_000]], 3_000_000_000, 8, 1)
     peaks = {}
     for where in ("none", "cpu"):
-        engine = config(engine={"device": "auto", "zero_stage": 1, "offload_optimizer": where}).engine
+        engine = config(engine={"device": "cuda", "zero_stage": 1, "offload_optimizer": where}).engine
         found = state_memory(engine, counts, ema=False, device="cuda")
         peaks[where] = step_peaks(found, PassMemory(0, 0), engine, counts, "cuda")["passes"]
         # Weights, both moments and gradients of the partition in fp32: 16 bytes for each of its parameters.
@@ -272,6 +274,40 @@ def test_time_follows_from_the_speed_of_a_device(plain: Plan) -> None:
     assert 0.6 < pace.flops_per_sample / (3 * 2e9 * plan.giga_macs) <= 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_gpu_is_planned_as_it_is() -> None:
+    """With the memory that a run reports there, the resident size, and with the time that its CPU takes."""
+    plan = make_plan(config(engine={"device": "auto", "engine": "plain"}), samples=100, classes=7, measuring=True)
+    assert plan.device == "cpu"
+    assert plan.pace.hours is not None
+    assert plan.peak == max(plan.moments.values()) + plan.process
+    text = plan_text(plan)
+    assert "planned for the CPU; engine.device=cuda plans for GPUs" in text
+    assert re.search(r"^process +0\.\d+$", text, re.MULTILINE)
+    assert "training: " in text
+    gpu = make_plan(config(engine={"device": "cuda", "engine": "plain"}), samples=100, classes=7)
+    assert (gpu.device, gpu.process) == ("cuda", 0)
+    assert "planned for" not in plan_text(gpu)
+
+
+def test_a_step_that_holds_more_than_the_data_set_is_a_problem(plain: Plan) -> None:
+    settings = config(engine={"engine": "plain"}, attention="eager")
+    plan = make_plan(settings, samples=15, classes=7)
+    (line,) = shortfalls(plan, settings, None)
+    assert line.startswith("batch: a step of 16 samples holds more than the 15 of an epoch")
+    assert shortfalls(make_plan(settings, samples=16, classes=7), settings, None) == []
+
+
+def test_times_are_told_in_units_that_people_use() -> None:
+    plan = make_plan(config(engine={"engine": "plain"}, attention="eager"), samples=100, classes=7, tflops=0.001)
+    pace = dataclasses.replace(plan.pace, step_seconds=13.25, hours=0.0441)
+    text = plan_text(dataclasses.replace(plan, pace=pace))
+    assert "a step: 13.2 s at" in text
+    assert "training: 2 min 39 s; validation" in text
+    pair = plan_text(dataclasses.replace(plan, pace=pace, processes=2))
+    assert "training: 2 min 39 s, 5 min 18 s of device time; validation" in pair
+
+
 def test_what_does_not_fit_comes_with_a_fix(plain: Plan, tmp_path: Path) -> None:
     settings = config(engine={"engine": "plain"}, attention="eager")
     assert shortfalls(plain, settings, plain.peak) == []
@@ -286,7 +322,12 @@ def test_the_workers_needed_follow_from_measured_reading(write_video: Any, tmp_p
 
     write_video(tmp_path / "videos" / "a.mp4", np.zeros((30, 64, 64, 3), np.uint8))
     (tmp_path / "train.csv").write_text("path,label\nvideos/a.mp4,still\n")
-    settings = config(engine={"engine": "plain"}, data={"source": str(tmp_path), "workers": 1}, attention="eager")
+    settings = config(
+        engine={"engine": "plain"},
+        data={"source": str(tmp_path), "workers": 1},
+        optim={"batch": 1, "micro_batch": 1},
+        attention="eager",
+    )
     plan = make_plan(settings, tflops=100.0, measuring=True)
     assert plan.samples == 1
     assert plan.pace.read is not None
@@ -407,4 +448,4 @@ def test_the_plan_is_near_the_measured_peak(
     plan = make_plan(settings, processes=processes, samples=100, classes=400)
     work = Workload(name, 8, 112, (8, 7, 7), 2, processes, "cpu", "fp32", rounds=1, threads=1)
     measured = run_setup(work, TrainingSetup("measured", zero_stage=zero_stage))
-    assert plan.peak == pytest.approx(measured["peak_bytes"], rel=0.1)
+    assert plan.peak - plan.process == pytest.approx(measured["peak_bytes"], rel=0.1)

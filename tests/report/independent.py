@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats  # type: ignore[import-untyped]  # SciPy has no type hints
+from sklearn.metrics import auc, precision_recall_curve, roc_curve
 
-DRAWS = 2000
 Z = 1.959963984540054
 
 
@@ -31,26 +32,34 @@ def chances(logits: np.ndarray, average: str) -> np.ndarray:
     return (powers / powers.sum(axis=2)[:, :, None]).mean(axis=1)
 
 
-def resamples(origins: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(draws, sources) how often each source is drawn, and (sources, N) which videos belong to it."""
-    groups: dict[Any, list[int]] = {}
+def groups(origins: list[str]) -> list[list[int]]:
+    """The places of the videos of each source; an unknown origin is a source of its own."""
+    found: dict[Any, list[int]] = {}
     for place, origin in enumerate(origins):
-        groups.setdefault(origin or place, []).append(place)
-    members = np.zeros((len(groups), len(origins)))
-    for row, places in zip(members, groups.values(), strict=True):
-        row[places] = 1
-    drawn = np.random.default_rng(seed).integers(0, len(groups), size=(DRAWS, len(groups)))
-    return np.stack([(drawn == source).sum(axis=1) for source in range(len(groups))], axis=1), members
+        found.setdefault(origin or place, []).append(place)
+    return list(found.values())
 
 
-def ends(values: np.ndarray, sources: int) -> list[float]:
-    """The central 95 %, or Wilson's interval if all values are 0 or all are 1."""
-    if (values == 0).all() or (values == 1).all():
-        return wilson(values[0], sources)
-    return np.quantile(values, [0.025, 0.975]).tolist()
+def interval(values: np.ndarray, sources: list[list[int]], weights: np.ndarray, centres: np.ndarray) -> list[float]:
+    """Wilson's interval on Kish's effective number, over the design effect, times the ratio of t quantiles squared."""
+    n, m = len(values), len(sources)
+    size = sum(weights) ** 2 / sum(weights**2)
+    parts = [w * (v - c) for w, v, c in zip(weights, values, centres, strict=True)]
+    one_by_one = sum(part**2 for part in parts) * n / max(n - 1, 1)
+    share = float(sum(weights * values))
+    if m == 1 or one_by_one < 1e-20:
+        return wilson(share, size * m / n)
+    together = sum(sum(parts[place] for place in of) ** 2 for of in sources) * m / (m - 1)
+    widening = (scipy.stats.t.isf(0.025, m - 1) / scipy.stats.t.isf(0.025, n - 1)) ** 2
+    return wilson(share, size / max(1, together / one_by_one) / widening)
 
 
-def wilson(share: float, n: int) -> list[float]:
+def mean_interval(values: np.ndarray, sources: list[list[int]]) -> list[float]:
+    """That of a plain mean."""
+    return interval(values, sources, np.full(len(values), 1 / len(values)), np.full(len(values), values.mean()))
+
+
+def wilson(share: float, n: float) -> list[float]:
     """The two p at which `share` lies z standard errors away: roots of (share - p)^2 = z^2 p (1 - p) / n."""
     a, b, c = 1 + Z**2 / n, -(2 * share + Z**2 / n), share**2
     root = max(b**2 - 4 * a * c, 0) ** 0.5
@@ -68,9 +77,7 @@ def figures(path: Path) -> dict[str, Any]:
     order = [sorted(range(k), key=lambda c, row=row: (-row[c], c)) for row in p]
     right = np.array([o[0] == label for o, label in zip(order, labels, strict=True)], float)
     in_five = np.array([label in o[:5] for o, label in zip(order, labels, strict=True)], float)
-    times, members = resamples(origins, record["seed"])
-    size = times @ members.sum(axis=1)
-    recall_drawn = np.full((DRAWS, k), np.nan)
+    sources = groups(origins)
     table = np.zeros((k, k), int)
     for label, o in zip(labels, order, strict=True):
         table[label, o[0]] += 1
@@ -80,39 +87,62 @@ def figures(path: Path) -> dict[str, Any]:
         if not of.any():
             per_class.append({"name": file["classes"][c], "n": 0, "accuracy": None, "interval": None})
             continue
-        seen = times @ (members @ of)
-        hit = times @ (members @ (of * right))
-        recall_drawn[seen > 0, c] = hit[seen > 0] / seen[seen > 0]
-        sources = int((members @ of > 0).sum())
-        share = float(right[of].mean())
+        ends = mean_interval(right[of], groups([o for o, this in zip(origins, of, strict=True) if this]))
         per_class.append(
-            {"name": file["classes"][c], "n": int(of.sum()), "accuracy": share, "interval": wilson(share, sources)}
+            {"name": file["classes"][c], "n": int(of.sum()), "accuracy": right[of].mean(), "interval": ends}
         )
     listed = len(status) + record.get("lost_in_preparation", 0)
+    present = sum(1 for row in per_class if row["n"])
+    weights = np.array([1 / present / per_class[label]["n"] for label in labels])
+    recall = np.array([per_class[label]["accuracy"] for label in labels])
+    commonest = max(range(k), key=lambda c: (per_class[c]["n"], -c))
     other = "logit" if record["average"] == "prob" else "prob"
     right_other = (chances(logits, other).argmax(axis=1) == labels).astype(float)
     return {
         "top1": right.mean(),
-        "top5": in_five.mean(),
+        "top5": in_five.mean() if k > 5 else None,
         "mean_class_accuracy": np.mean([row["accuracy"] for row in per_class if row["n"]]),
-        "top1_interval": ends(times @ (members @ right) / size, len(members)),
-        "top5_interval": ends(times @ (members @ in_five) / size, len(members)),
-        "mean_class_accuracy_interval": ends(np.nanmean(recall_drawn, axis=1), len(members)),
+        "top1_interval": mean_interval(right, sources),
+        "top5_interval": mean_interval(in_five, sources) if k > 5 else None,
+        "mean_class_accuracy_interval": interval(right, sources, weights, recall),
+        "chance": 1 / k,
+        "majority": {"class": file["classes"][commonest], "share": per_class[commonest]["n"] / n},
+        "two_classes": two_classes(labels, p, table, file["classes"]) if k == 2 and present == 2 else None,
         "top1_bounds": [right.sum() / listed, (right.sum() + listed - n) / listed],
         "videos": {"listed": listed, "scored": n, "failed": listed - n},
-        "sources": len(members),
+        "sources": len(sources),
         "other_average": {
             "average": other,
             "top1": right_other.mean(),
-            "top1_interval": ends(times @ (members @ right_other) / size, len(members)),
+            "top1_interval": mean_interval(right_other, sources),
         },
         "per_class": per_class,
         "calibration": calibration(p.max(axis=1), right),
-        "views_curve": views_curve(logits, labels, record, times, members),
+        "views_curve": views_curve(logits, labels, record, sources),
         "most_confused": confused(table, file["classes"]),
         "confusion": table,
         "surest_mistakes": mistakes(file, p, status),
     }
+
+
+def two_classes(labels: np.ndarray, p: np.ndarray, table: np.ndarray, names: np.ndarray) -> dict[str, Any]:
+    """By the definitions; average precision is the sum of precision times the step of recall."""
+    rows = []
+    for c in (0, 1):
+        found, given, of = table[c, c], table[:, c].sum(), table[c].sum()
+        precision, recall, _ = precision_recall_curve(labels == c, p[:, c])
+        rows.append(
+            {
+                "name": names[c],
+                "n": of,
+                "precision": found / given if given else 0.0,
+                "recall": found / of,
+                "f1": 2 * found / (given + of),
+                "pr_auc": -np.sum(np.diff(recall) * precision[:-1]),
+            }
+        )
+    wrong, right, _ = roc_curve(labels == 1, p[:, 1])
+    return {"roc_auc": auc(wrong, right), "classes": rows}
 
 
 def calibration(sure: np.ndarray, right: np.ndarray) -> dict[str, Any]:
@@ -136,7 +166,7 @@ def calibration(sure: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 
 
 def views_curve(
-    logits: np.ndarray, labels: np.ndarray, record: dict[str, Any], times: np.ndarray, members: np.ndarray
+    logits: np.ndarray, labels: np.ndarray, record: dict[str, Any], sources: list[list[int]]
 ) -> list[dict[str, Any]]:
     """One subset of views at a time."""
     clips, crops = record["protocol_numbers"]["clips"], record["protocol_numbers"]["crops"]
@@ -155,8 +185,8 @@ def views_curve(
                 part = grid[:, of_clips][:, :, of_crops].reshape(len(grid), a * b, -1)
                 hits.append(chances(part, record["average"]).argmax(axis=1) == labels)
             share = np.mean(hits, axis=0)
-            interval = ends(times @ (members @ share) / (times @ members.sum(axis=1)), len(members))
-            points.append({"clips": a, "crops": b, "subsets": len(choices), "top1": share.mean(), "interval": interval})
+            ends = mean_interval(share, sources)
+            points.append({"clips": a, "crops": b, "subsets": len(choices), "top1": share.mean(), "interval": ends})
     return points
 
 

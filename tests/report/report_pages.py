@@ -63,7 +63,7 @@ def build_scores(
 
 def metrics_of(scores: Scores, average: str = "prob") -> Metrics:
     """The metrics of a report on these scores."""
-    return metrics_of_scores(scores, video_probabilities(scores, average), seed=0)
+    return metrics_of_scores(scores, video_probabilities(scores, average))
 
 
 class Page(HTMLParser):

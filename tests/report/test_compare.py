@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,43 @@ def test_pairs_are_compared_video_by_video(tmp_path: Path) -> None:
     assert said.count("videoswin-4x3") == 3
 
 
+def test_the_verdict_and_the_videos_that_only_one_got_right(tmp_path: Path) -> None:
+    """Of a pair far apart and a pair that chance explains, on the page, in the text and in the JSON."""
+    scores = [make(tmp_path / name, skill, i) for i, (name, skill) in enumerate([("x", 0.3), ("y", 0.4), ("z", 4)])]
+    hits = [right(one) for one in scores]
+    result = compare([tmp_path / name for name in "xyz"], tmp_path / "out")
+    near, far, _ = result["pairs"]
+    assert far["verdict"].startswith("C is better than A: +")
+    counts = f"{(hits[2] & ~hits[0]).sum()} are right in C only and {(hits[0] & ~hits[2]).sum()} in A only"
+    assert far["verdict"].endswith(f"of 60 videos, {counts}")
+    assert re.match(r"([AB]) is ahead of ([AB]), but not by more than chance explains: \+", near["verdict"])
+    assert [one["path"] for one in far["only_second"]] == [f"{i}.mp4" for i in np.flatnonzero(hits[2] & ~hits[0])]
+    answers = independent.chances(scores[0].logits, "prob").argmax(axis=1)
+    for one in far["only_second"]:
+        row = int(one["path"].removesuffix(".mp4"))
+        assert (one["label"], one["wrong_answer"]) == (CLASSES[scores[0].labels[row]], CLASSES[answers[row]])
+    assert len(far["only_first"]) == far["paired"]["only_first"]
+    page = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", (tmp_path / "out" / "comparison.html").read_text())))
+    for pair in result["pairs"]:
+        assert pair["verdict"] + "." in page
+        assert f"{len(pair['only_second'])} that only {pair['second']} got right, not {pair['first']}" in page
+    said = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"* {far['verdict']}" in said.replace("\\", "")
+
+
+def test_the_axis_of_top1_holds_what_is_drawn_and_little_more(tmp_path: Path) -> None:
+    """Two tests near 100 % are not squeezed into the end of a scale from 0: it begins at chance, a quarter."""
+    for i, name in enumerate("xy"):
+        make(tmp_path / name, 4, i)
+    compare([tmp_path / name for name in "xy"], tmp_path / "out")
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    axis = re.findall(
+        r"<span style=\"left:[\d.]+%\">([\d.]+) %</span>", page[page.index('class="axis"') :].split("</div>")[0]
+    )
+    assert (axis[0], axis[-1]) == ("20", "100")
+    assert 'class="chance" style="left:6.25%"' in page
+
+
 def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
     scores = make(tmp_path / "x", 1.5, 0)
     order = [2, 0, 3, 1]
@@ -90,7 +128,13 @@ def test_classes_in_another_order_are_the_same_classes(tmp_path: Path) -> None:
     assert all(row["apart"] == 0 for row in result["classes"])
     other = replace(scores, classes=("a", "b", "c", "d"))
     save_scores(other, tmp_path / "y" / "scores.npz")
-    with pytest.raises(UserError, match=r"y/scores\.npz: class 'b'"):
+    other_classes = r"y/scores\.npz: a test of other classes than the first: 'b' is not among its 4 classes; compare"
+    with pytest.raises(UserError, match=other_classes):  # no class is near enough to be offered
+        compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    save_scores(replace(scores, classes=("a", ATTACK + "s", "c", "d|e")), tmp_path / "y" / "scores.npz")
+    with pytest.raises(
+        UserError, match=r"scripts?>s' is not among its 4 classes \(the nearest is .*script>'\); compare"
+    ):
         compare([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
 
 
@@ -112,7 +156,10 @@ def test_only_shared_videos_count(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path) -> None:
     x = make(tmp_path / "x", 1, 0)
     make(tmp_path / "y", 1, 1, [f"other {i}.mp4" for i in range(60)])
-    with pytest.raises(UsageError, match=r"x and .*y: no video was scored in both"):
+    other_data = (
+        r"x and .*y: tests of different data, .* folder \(test, abababababab\) and .*: no video was scored in both"
+    )
+    with pytest.raises(UsageError, match=other_data):
         compare([tmp_path / "x", tmp_path / "y"], tmp_path)
     save_scores(replace(x, labels=(x.labels + 1) % 4), tmp_path / "y" / "scores.npz")
     with pytest.raises(UsageError, match=r"0\.mp4: is .* in .*x and .* in .*y"):

@@ -10,7 +10,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 from tests.report.report_pages import build_scores, metrics_of
 from video_swinv2.errors import UserError
-from video_swinv2.report.metrics import most_confused, video_probabilities
+from video_swinv2.report.metrics import credits, most_confused, video_probabilities
 from video_swinv2.report.scores import Scores
 
 
@@ -65,9 +65,11 @@ def test_every_figure(
     scored = n - failed
     assert (metrics.listed, metrics.scored, metrics.failed) == (n, scored, failed)
     assert metrics.top1 == pytest.approx(right / scored)
-    assert metrics.top5 == pytest.approx(
-        sum(label in order[:5] for order, label in zip(orders, labels, strict=True)) / scored
-    )
+    in_five = sum(label in order[:5] for order, label in zip(orders, labels, strict=True)) / scored
+    assert metrics.top5 == (pytest.approx(in_five) if classes > 5 else None)
+    counts = np.bincount(labels, minlength=classes)
+    assert metrics.chance == 1 / classes
+    assert metrics.majority == (f"c{counts.argmax()}", counts.max() / scored)
     assert metrics.top1_bounds == pytest.approx((right / n, (right + failed) / n))
 
     table = np.zeros((classes, classes), int)
@@ -105,10 +107,43 @@ def test_averages_differ_where_views_disagree() -> None:
 
 
 def test_equal_scores_are_answered_the_same_everywhere() -> None:
+    """The first of seven is the answer, and the six others share the four places left in the first five."""
     labels = np.array([0, 1, 2, 5, 6])
     metrics = metrics_of(build_scores(labels, np.zeros((5, 1, 7))))
-    assert (metrics.top1, metrics.top5) == (0.2, 0.6)
+    assert (metrics.top1, metrics.top5) == (0.2, pytest.approx((1 + 4 * 4 / 6) / 5))
     assert metrics.confusion[:, 0].tolist() == np.bincount(labels, minlength=7).tolist()
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6])
+def test_top5_is_left_out_where_it_is_certain(classes: int) -> None:
+    metrics = metrics_of(random_scores(0, 60, 2, classes, 0))
+    figures = metrics.figures()
+    assert (figures["top5"] is None, figures["top5_interval"] is None) == (classes <= 5, classes <= 5)
+
+
+def test_a_probability_of_zero_is_a_rank_like_any_other() -> None:
+    """Seven classes, two with votes: the five without share the three places left, whatever their order."""
+    probabilities = np.zeros((7, 7))
+    probabilities[:, 3], probabilities[:, 6] = 0.9, 0.1
+    found = credits(np.arange(7), probabilities, 5)
+    assert found.tolist() == pytest.approx([0.6, 0.6, 0.6, 1, 0.6, 0.6, 1])
+    assert found.sum() == pytest.approx(5), "five of the seven places"
+
+
+def test_two_classes_have_precision_recall_and_areas() -> None:
+    """Six videos by hand: three of four `fight` found, one of two `calm` mistaken for it."""
+    fight = np.array([0.9, 0.8, 0.7, 0.2, 0.6, 0.1])
+    logits = np.log(np.stack([1 - fight, fight], axis=1))[:, None]
+    metrics = metrics_of(build_scores(np.array([1, 1, 1, 1, 0, 0]), logits, classes=["calm", "fight"]))
+    two = metrics.two_classes
+    assert two is not None
+    assert two.roc_auc == pytest.approx(7 / 8), "of 8 pairs of one each, one is in the wrong order"
+    calm, found = two.classes
+    assert (found.precision, found.recall, found.f1) == pytest.approx((3 / 4, 3 / 4, 3 / 4))
+    assert (calm.precision, calm.recall, calm.f1, calm.n) == pytest.approx((1 / 2, 1 / 2, 1 / 2, 2))
+    assert found.pr_auc == pytest.approx((1 + 1 + 1 + 4 / 5) / 4)
+    assert (metrics.chance, metrics.majority) == (0.5, ("fight", pytest.approx(2 / 3)))
+    assert metrics_of(build_scores(np.array([1, 1]), logits[:2], classes=["calm", "fight"])).two_classes is None
 
 
 def test_a_failed_video_moves_the_bounds_and_nothing_else() -> None:

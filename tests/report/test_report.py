@@ -42,6 +42,8 @@ def test_page_shows_the_figures(six: tuple[Path, Scores]) -> None:
     metrics = metrics_of(scores)
     text = page.text
     assert f"{100 * metrics.top1:.1f} % top-1" in text
+    assert page.texts[0] == f'<b>/model.safetensors on a "quoted" folder (test): {100 * metrics.top1:.1f} % top-1'
+    assert f"chance, {100 * metrics.chance:.1f} %. Always answering {metrics.majority[0]}" in text
     assert f"{100 * metrics.top1_interval[0]:.1f} to {100 * metrics.top1_interval[1]:.1f}" in text
     bounds = f"{100 * metrics.top1_bounds[0]:.1f} to {100 * metrics.top1_bounds[1]:.1f} %"
     assert f"top-1 over all listed videos: {bounds}" in text
@@ -59,6 +61,31 @@ def test_page_shows_the_figures(six: tuple[Path, Scores]) -> None:
     for mistake in surest_mistakes(scores, video_probabilities(scores)):
         assert f"{mistake.path} · view {mistake.view + 1} from frame {mistake.start}" in text
     assert text.count(f"reason {ATTACK}") == 2
+
+
+def test_two_classes_of_few_sources(tmp_path: Path) -> None:
+    """No top-5, the figures of two classes, and a warning: in the page and in the text."""
+    origins = [f"recording {i % 12}" for i in range(60)]
+    scores = make_folder(tmp_path, ("calm", "fight"), 60, failed=0, origins=origins, date="2026-01-02 03:04 UTC")
+    page = Page(write_page(tmp_path))
+    two = metrics_of(scores).two_classes
+    assert two is not None
+    said = (tmp_path / "report.md").read_text()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert page.texts[0].endswith("(test), 2026-01-02 03:04 UTC: " + f"{100 * result['top1']:.1f} % top-1")
+    assert "top-5" not in page.text + said
+    assert result["top5"] is None
+    assert f"ROC AUC {two.roc_auc:.3f}" in page.text
+    assert f"ROC AUC {two.roc_auc:.4f}" in said
+    for row in two.classes:
+        shown = f"{row.name} {100 * row.precision:.1f} % {100 * row.recall:.1f} % {100 * row.f1:.1f} % {row.pr_auc:.3f}"
+        assert shown in page.text
+        assert f"precision {100 * row.precision:.2f} %, recall {100 * row.recall:.2f} %" in said
+    for text in (page.text, said):
+        assert "arning: the videos come from only 12 independent sources" in text
+        assert "most frequent class" in text
+    make_folder(tmp_path, ("calm", "fight"), 60, failed=0)
+    assert "independent source" not in Page(write_page(tmp_path)).text.replace("independent sources unknown", "")
 
 
 def test_nothing_in_a_name_can_run_or_break_out(six: tuple[Path, Scores]) -> None:
@@ -145,12 +172,21 @@ def test_matrix_puts_confused_classes_side_by_side() -> None:
 
 def test_the_training_run_is_shown_if_found(tmp_path: Path) -> None:
     make_run(tmp_path / "run", note=ATTACK)
+    runs = [{"name": f"seed-{i}", "best": best, "best_step": 9, "last": best} for i, best in enumerate((0.6, 0.7))]
+    (tmp_path / "series.json").write_text(json.dumps({"metric": "val/top1", "runs": runs}))
     scores = make_folder(
         tmp_path / "test", ("a", "b", "c"), 40, model={"path": str(tmp_path / "run" / "m.safetensors")}
     )
     raw = write_page(tmp_path / "test")
     page = Page(raw)
-    for words in ("Loss", "Validation accuracy", "Learning rate", "4 device hours", "8 x cuda", "28 M"):
+    for words in (
+        "Loss",
+        "Validation accuracy",
+        "Learning rate",
+        "30 min 0 s, 4 h 0 min of device time",
+        "8 x cuda",
+        "28 M",
+    ):
         assert words in page.text
     assert ATTACK not in raw
     assert ATTACK in page.texts

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.report.report_pages import Page, make_folder, make_six, metrics_of, write_page
+from video_swinv2.report.compare import compare
 from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores
 
@@ -105,6 +106,34 @@ def test_the_page_makes_no_request(six: tuple[Path, Scores], tmp_path: Path) -> 
     # Without its policy and with a remote image the same page does make one: the check above can fail.
     (out / "leak.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", raw) + '<img src="http://127.0.0.1:9/x.png">')
     assert requests_of_page(out / "leak.html", tmp_path)
+
+
+WIDTHS = """
+<script>
+addEventListener("load", () => {
+  const wide = [document.documentElement, ...document.querySelectorAll(".scrolling")];
+  const line = document.createElement("p");
+  line.id = "hidden";
+  line.textContent = `${wide.length} looked at, hidden: ${wide.map((one) => one.scrollWidth - one.clientWidth)}`;
+  document.body.append(line);
+});
+</script>
+"""
+
+
+def test_no_column_of_a_comparison_is_off_the_screen_of_a_phone(tmp_path: Path) -> None:
+    """500 px is the narrowest window that Chromium opens; it gets the layout of a phone."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        make_folder(folder, ("a class with a long name", "b", "c", "d", "e", "f"), 60, failed=0)
+    compare(folders, tmp_path / "out")
+    raw = re.sub(r"<meta http-equiv[^>]*>", "", (tmp_path / "out" / "comparison.html").read_text()) + WIDTHS
+    (tmp_path / "probe.html").write_text(raw)
+    dom = chromium(tmp_path / "probe.html", tmp_path / "profile", "--window-size=500,900", "--dump-dom").stdout
+    hidden = re.search(r"(\d+) looked at, hidden: ([-\d,]+)", dom[dom.rindex("<p id=") :])
+    assert hidden, dom[-300:]
+    assert int(hidden[1]) >= 3
+    assert set(hidden[2].split(",")) == {"0"}
 
 
 def requests_of_page(page: Path, folder: Path) -> list[str]:

@@ -40,4 +40,4 @@ def test_the_last_step_always_validates_and_draws() -> None:
 )
 def test_a_run_is_stale_after_its_patience(patience: float | None, best: float | None, step: int, stale: bool) -> None:
     found = cadence(12, {"epochs": 10, "batch": 4, "micro_batch": 4}, early_stop_epochs=patience)
-    assert found.is_stale(step, best, best_step=4) == stale
+    assert found.is_stale(step, best, improved_step=4) == stale

@@ -29,11 +29,12 @@ from video_swinv2.engine.gradients import poison_if_not_finite
 from video_swinv2.engine.optimizer import build_optimizer, parameter_groups
 from video_swinv2.engine.plain import PlainEngine
 from video_swinv2.evaluation.testing import forward_views
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from video_swinv2.training.tasks import simmim
 from video_swinv2.training.tasks.base import Construction, Task
 from video_swinv2.training.tasks.classification import Classification
 from video_swinv2.training.tasks.simmim import Pretraining
-from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from video_swinv2.weights.store import Preprocessing
 
 TaskClass = Callable[[Config, Construction], Task]
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

@@ -88,7 +88,8 @@ def test_broken_clips_are_counted_and_named_across_a_resumption(recipe, clips, t
         (copy / path.name).write_bytes(b"broken" if path.name == "3.mp4" else path.read_bytes())
     changes = {"data": {"source": str(copy), "max_broken": 0.5, "val_split": "none"}}
     for epochs in (1, 2):
-        folder = run(load_config(recipe(optim={"epochs": epochs}, **changes)), Classification)
+        config = load_config(recipe(optim={"epochs": epochs}, **changes))
+        folder = run(config, Classification, accept_changes=True)
     counted = [line["train/broken_samples"] for line in read_metrics(folder) if "train/broken_samples" in line]
     assert (counted[1], counted[-1]) == (1, 2)
     assert capsys.readouterr().out.count("broken: ") == 1, "reported once, not again after resuming"

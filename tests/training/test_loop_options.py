@@ -1,6 +1,7 @@
 """Options of the loop: frozen stages, rates, class weights, repeats, early stop; and what a run prints about them."""
 
 import json
+import re
 import sys
 import time
 
@@ -67,8 +68,9 @@ def test_frozen_stages_keep_their_weights_and_repeats_are_counted(config, capsys
     assert "batch: 4 = 1 processes x 2 clips x 2 repeats x 1 accumulated; 16 samples, 8 steps" in said
     assert "peak learning rate 0.0005 = optim.lr 0.001 x batch 4 / optim.lr_batch 8 (linear rule)" in said
     assert f"{folder}: done at step 8 of 8" in said
-    assert f"best          val/top1 {record['best']:.4f} at step {record['best_step']}" in said
+    assert f"best          val/top1 {100 * record['best']:.2f} % at step {record['best_step']}" in said
     assert said.splitlines()[-1].startswith(f"next: video-swinv2 test {folder}/model.safetensors ")
+    assert "top5" not in said, "of two classes, any answer is among the first five"
     speed = record["speed"]
     assert speed["samples_per_second"] > 0
     assert 0 <= speed["data_wait"] <= 1
@@ -88,7 +90,7 @@ def test_where_the_best_weights_are_missing_the_best_are_those_to_come(config, t
     other = run(config("optim.lr=1e-12", f"resume={first}", f"out={tmp_path / 'other'}"), Classification)
     (first / "model.safetensors").unlink()
     capsys.readouterr()
-    again = run(config("optim.lr=1e-12"), Classification)
+    again = run(config("optim.lr=1e-12"), Classification, accept_changes=True)
     for folder in (other, again):
         assert (folder / "model.safetensors").is_file()
         assert json.loads((folder / "run.json").read_text())["best_step"] == 4
@@ -205,10 +207,77 @@ def test_a_run_that_does_not_improve_stops_early(config, capsys):
     settings = config("optim.epochs=20", "optim.lr=1e-12", "early_stop_epochs=1.5")
     folder = run(settings, Classification)
     record = json.loads((folder / "run.json").read_text())
-    assert (record["step"], record["steps"], record["best_step"], record["stopped_early"]) == (6, 40, 2, True)
+    # Equal accuracies do not count as an improvement, but the later weights are kept.
+    assert (record["step"], record["steps"], record["best_step"], record["stopped_early"]) == (6, 40, 6, True)
     assert "done at step 6 of 40 (stopped early)" in capsys.readouterr().out
     run(settings, Classification)
-    assert "finished at step 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{folder}: finished at step 6 of 40; to go on, raise or omit early_stop_epochs, now 1.5; for a new" in said
+
+
+def test_changed_settings_do_not_rewrite_the_history_of_a_run(config, capsys):
+    """Four steps of two epochs; then two more epochs with another learning rate and without flips."""
+    folder = run(config(), Classification)
+    before = {name: (folder / name).read_bytes() for name in ("run.json", "config.yaml")}
+    first = json.loads(before["run.json"])["config"]
+    overrides = ("optim.epochs=4", "optim.lr=2e-3", "augment.flip=0", "log_every=2")
+    with pytest.raises(UsageError) as caught:
+        run(config(*overrides), Classification)
+    learned = "augment.flip: 0.5 -> 0.0, optim.epochs: 2.0 -> 4.0, optim.lr: 0.001 -> 0.002"
+    assert str(caught.value) == (
+        f"{folder}: has a checkpoint of step 4, and what has changed since affects what is learned: {learned}; "
+        "undo them, add --accept-changes, or choose another out"
+    )
+    assert {name: (folder / name).read_bytes() for name in before} == before, "a refused run writes nothing"
+
+    # A finished run says how to go on; a setting that changes nothing it has learned is no hindrance, nor recorded.
+    capsys.readouterr()
+    run(config("log_every=2"), Classification)
+    assert "finished at step 4 of 4; to go on, raise optim.epochs, now 2, and add --accept-changes; for a new run" in (
+        capsys.readouterr().out
+    )
+    assert (folder / "run.json").read_bytes() == before["run.json"]
+
+    run(config(*overrides), Classification, accept_changes=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "since step" in line] == [
+        f"{change} (since step 4)" for change in [*learned.split(", "), "log_every: 1 -> 2"]
+    ]
+    record = json.loads((folder / "run.json").read_text())
+    assert [kept["since_step"] for kept in record["configs"]] == [0, 4]
+    assert [kept["config"] for kept in record["configs"]] == [first, record["config"]]
+    assert record["config"]["optim"]["lr"] == 2e-3
+    assert load_config(folder / "config.yaml") == config(*overrides)
+    # Accepted once, the settings are those of the run.
+    run(config(*overrides), Classification)
+    assert "finished at step 8 of 8" in capsys.readouterr().out
+
+
+def test_a_run_that_continues_another_may_change_everything_and_keeps_its_history(config, tmp_path, capsys):
+    first = run(config("optim.epochs=1"), Classification)
+    other = run(config("optim.lr=2e-3", f"resume={first}", f"out={tmp_path / 'other'}"), Classification)
+    assert "optim.lr: 0.001 -> 0.002 (since step 2)" in capsys.readouterr().out
+    configs = json.loads((other / "run.json").read_text())["configs"]
+    assert [(kept["since_step"], kept["config"]["optim"]["lr"]) for kept in configs] == [(0, 1e-3), (2, 2e-3)]
+
+
+def test_the_metric_of_the_best_weights_can_be_chosen_and_changed(config, clips, capsys):
+    folder = run(config("best_metric=val/loss", "optim.epochs=1"), Classification)
+    record = json.loads((folder / "run.json").read_text())
+    measured = {line["step"]: line["val/loss"] for line in read_metrics(folder) if "val/loss" in line}
+    assert (record["best_metric"], record["best"], record["best_step"]) == ("val/loss", measured[2], 2)
+    run(config("best_metric=val/top1"), Classification, accept_changes=True)
+    lost = "best_metric val/loss then, val/top1 now: the best weights are those to come"
+    assert lost in capsys.readouterr().out
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["best_metric"], record["best_step"]) == ("val/top1", 4)
+    # The same holds for other validation samples.
+    (clips / "test.txt").write_text("0.mp4 0\n7.mp4 1\n")
+    run(config("optim.epochs=3", "data.val_split=test"), Classification, accept_changes=True)
+    assert re.search(r"val_fingerprint \w{64} then, \w{64} now: the best weights", capsys.readouterr().out)
+    assert json.loads((folder / "run.json").read_text())["best_step"] == 6
+    with pytest.raises(UsageError, match="best_metric: val/top5 is not measured in this run; use val/top1 or val/loss"):
+        run(config("best_metric=val/top5", f"out={folder.parent}/other"), Classification)
 
 
 def test_a_loader_that_starves_the_device_is_reported_with_the_slowest_file(config, monkeypatch, capsys):

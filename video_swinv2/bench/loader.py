@@ -37,7 +37,7 @@ from video_swinv2.data.sampling import random_clip, seeded
 from video_swinv2.data.sources import labelled_manifest
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 GENERATED_VIDEOS = 16  # copies of one generated clip, so that different files are opened, as in a real run
 TIMED_CLIPS = 8  # how many clips are timed step by step

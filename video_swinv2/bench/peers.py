@@ -132,6 +132,7 @@ class TimmEncoder(nn.Module):
         self.patch_size = self.model.patch_embed.patch_size
         self.depths = [len(stage.blocks) for stage in self.model.layers]
         self.embed_dim = self.model.embed_dim
+        self.in_chans = self.model.in_chans
         self.num_features = self.model.num_features
 
     def embed(self, x: Tensor) -> Tensor:

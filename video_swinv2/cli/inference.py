@@ -31,13 +31,15 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
     verb.add_argument(
-        "--protocol", help="views of each file (default: videoswin-4x3; with --features or --gallery center-1x1)"
+        "--protocol",
+        help="views of each file, whose crops are also those of each segment over time "
+        "(default: videoswin-4x3; with --features or --gallery center-1x1)",
     )
     verb.add_argument(
         "--every",
         type=number(0, WEEK_SECONDS),
         metavar="SECONDS",
-        help="predict over time: classify a clip every SECONDS; streams always are, by default clip after clip",
+        help="predict over time, too: classify a clip every SECONDS; streams always are, by default clip after clip",
     )
     verb.add_argument(
         "--seconds",
@@ -49,7 +51,13 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--video",
         type=Path,
         metavar="DIR",
-        help="predict over time, and write copies of the videos with the answers on them",
+        help="predict over time, too, and write copies of the videos with the answers below them",
+    )
+    verb.add_argument(
+        "--explain",
+        type=Path,
+        metavar="DIR",
+        help="write an image per file that shows where in its frames the evidence for the first answer lies (Grad-CAM)",
     )
     verb.add_argument(
         "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
@@ -73,6 +81,7 @@ def _predict(options: argparse.Namespace) -> int:
         return _retrieve(options)
 
     from video_swinv2.evaluation.overrides import TestOverrides
+    from video_swinv2.inference.classifier import DEFAULT_PROTOCOL
     from video_swinv2.inference.formatting import csv_header, format_predictions, format_segment
     from video_swinv2.inference.predictor import OverTime, predict
 
@@ -90,8 +99,9 @@ def _predict(options: argparse.Namespace) -> int:
             options.model,
             options.sources,
             top=options.top,
-            protocol=options.protocol or "videoswin-4x3",
+            protocol=options.protocol or DEFAULT_PROTOCOL,
             over_time=OverTime(options.every, options.seconds, options.video),
+            explain=options.explain,
             on_segment=lambda path, segment: print_now(format_segment(path, segment, options.form)),
             world=world,
         )
@@ -137,6 +147,11 @@ def _add_serve(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--top", type=whole_number(), default=5, help="classes to show per clip (default: %(default)s)")
     verb.add_argument(
+        "--protocol",
+        default="videoswin-4x3",
+        help="views of each clip, whose crops are also those of each segment over time (default: %(default)s)",
+    )
+    verb.add_argument(
         "--most-megabytes", type=number(0.001), default=200.0, help="largest clip accepted (default: %(default)g)"
     )
     verb.add_argument(
@@ -152,7 +167,7 @@ def _serve(options: argparse.Namespace) -> None:
     from video_swinv2.inference.serve import serve
 
     limits = Limits(upload_bytes=int(options.most_megabytes * 10**6), seconds=options.most_seconds)
-    serve(options.model, port=options.port, top=options.top, limits=limits)
+    serve(options.model, port=options.port, top=options.top, protocol=options.protocol, limits=limits)
 
 
 def _add_export(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -192,6 +207,7 @@ def _export(options: argparse.Namespace) -> None:
         window=options.window,
         opset=options.opset,
         check=options.check,
+        report=lambda step: print(for_terminal(f"export: {step}"), file=sys.stderr, flush=True),
     )
     print(
         for_terminal(f"wrote {options.out}")

@@ -39,7 +39,12 @@ def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="how to read class folders of images: `name` (default) is the class name, `index` its position in the "
         "model's class list, as in ImageNet-V2",
     )
-    verb.add_argument("--out", type=Path, required=True, help="folder for scores, results.json and report.html")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for scores, results.json and report.html; the result of another test in it is not replaced",
+    )
     verb.add_argument("--json", action="store_true", help="print the full result as JSON")
     verb.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to change, such as data.frame_stride=4"

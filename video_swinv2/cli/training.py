@@ -7,22 +7,43 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from video_swinv2.command import Verbs, add_verb, number, whole_number
+from video_swinv2.command import MAX_SEED, Verbs, add_verb, number, whole_number, whole_numbers
 from video_swinv2.files import json_text
 
 
 def add_training_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add `pretrain`, `train` and `plan`."""
     _add_run(verbs, "pretrain", _pretrain, "pre-train with SimMIM on images, video frames or clips")
-    _add_run(verbs, "train", _train, "train a classifier on labelled images or clips")
+    train = _add_run(verbs, "train", _train, "train a classifier on labelled images or clips")
+    series = train.add_mutually_exclusive_group()
+    series.add_argument(
+        "--seeds",
+        type=whole_numbers(0, MAX_SEED),
+        metavar="0,1,2",
+        help="one run after the other, with each of these seeds in out/seed-SEED; prints mean and spread",
+    )
+    series.add_argument(
+        "--folds",
+        type=whole_number(2),
+        metavar="K",
+        help="one run after the other, in out/fold-0 and so on, on each of the K folds that `python -m data_prep split "
+        "--folds K` has made of the data set; prints mean and spread",
+    )
     _add_plan(verbs)
 
 
 def _add_run(
     verbs: Verbs[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> None:
+) -> argparse.ArgumentParser:
     example = f"torchrun --nproc_per_node 8 -m video_swinv2 {name} CONFIG.yaml optim.lr=3e-4 out=runs/a"
-    _add_config(add_verb(verbs, name, run, text, example))
+    verb = add_verb(verbs, name, run, text, example)
+    _add_config(verb)
+    verb.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from the run's checkpoint with other settings, even if they affect what the model learns",
+    )
+    return verb
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
@@ -36,15 +57,21 @@ def _pretrain(options: argparse.Namespace) -> None:
     from video_swinv2.training.loop import run
     from video_swinv2.training.tasks.simmim import Pretraining
 
-    run(load_config(options.config, options.overrides), Pretraining)
+    run(load_config(options.config, options.overrides), Pretraining, accept_changes=options.accept_changes)
 
 
 def _train(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
     from video_swinv2.training.loop import run
+    from video_swinv2.training.series import run_series, with_folds, with_seeds
     from video_swinv2.training.tasks.classification import Classification
 
-    run(load_config(options.config, options.overrides), Classification)
+    config = load_config(options.config, options.overrides)
+    if options.seeds or options.folds:
+        configs = with_seeds(config, options.seeds) if options.seeds else with_folds(config, options.folds)
+        run_series(configs, Classification, accept_changes=options.accept_changes)
+    else:
+        run(config, Classification, accept_changes=options.accept_changes)
 
 
 def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:

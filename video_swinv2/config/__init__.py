@@ -2,10 +2,12 @@
 
 `schema` defines the sections, `engine` the one with the most rules, `deepspeed_keys` what `engine.deepspeed` may
 contain, and `bounds` the types of values. `loading` reads files, in the part of YAML that `plain_yaml` defines, and
-explains mistakes. Of this project, this package imports only `errors` and `files`.
+explains mistakes. `changes` compares the configurations of a run that was resumed. Of this project, this package
+imports only `errors` and `files`.
 """
 
 from video_swinv2.config.bounds import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers
+from video_swinv2.config.changes import CHANGES_LEARNING, Change, changed_settings
 from video_swinv2.config.engine import EngineConfig
 from video_swinv2.config.loading import (
     invalid_value,
@@ -27,8 +29,10 @@ from video_swinv2.config.schema import (
 )
 
 __all__ = [
+    "CHANGES_LEARNING",
     "STRICT",
     "AugmentConfig",
+    "Change",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "Size",
     "WeightedSource",
     "Workers",
+    "changed_settings",
     "invalid_value",
     "known_keys",
     "load_config",

@@ -11,8 +11,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-# An unknown key is an error, and so are infinity and NaN.
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# An unknown key is an error, and so are infinity and NaN. The texts below the keys become their descriptions, which
+# `video-swinv2 config` prints.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 MAX_COUNT = 10**6
 MAX_PIXELS = 10**4  # and frames

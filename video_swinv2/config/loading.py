@@ -95,10 +95,15 @@ def validate_config(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def _explain(error: ValidationError) -> str:
-    """One line for the first of pydantic's errors, in terms of the configuration's keys."""
-    first = error.errors()[0]
+    """One line in terms of the configuration's keys, for the first of pydantic's errors or for all missing keys.
+
+    An unknown key comes first, because a misspelt one makes the right one missing.
+    """
+    faults = error.errors()
+    unknown = (fault for fault in faults if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"))
+    first = next(unknown, faults[0])
     names = [str(part) for part in first["loc"] if part not in SOURCE_TAGS]
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first is not faults[0] or first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         # With cutoff=0.0 there always is a suggestion. Dotted keys are compared in full, including the section.
         known = sorted([*known_keys(), *SECTIONS])
         near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)
@@ -107,8 +112,30 @@ def _explain(error: ValidationError) -> str:
     # Remove both, because they are not keys that users know.
     shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
     if first["type"] == "missing":
-        return f"{shown} is missing; add it to the file or as {shown}=..."
+        return _missing([fault for fault in faults if fault["type"] == "missing"])
     return invalid_value(shown, first)
+
+
+def _missing(faults: Sequence[ErrorDetails]) -> str:
+    """One line for all keys that are missing, with those of sections that are missing as a whole."""
+    keys: list[str] = []
+    for fault in faults:
+        key = ".".join(str(part) for part in fault["loc"] if part not in SOURCE_TAGS)
+        keys += [f"{key}.{name}" for name in _required(SECTIONS[key])] if key in SECTIONS else [key]
+    if len(keys) == 1:
+        return f"{keys[0]} is missing; add it to the file or as {keys[0]}=..."
+    return (
+        f"{', '.join(keys)} are missing; add them to the file or as {keys[0]}=... (`video-swinv2 config` explains them)"
+    )
+
+
+def _required(section: type) -> list[str]:
+    """The keys of a section that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(section)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
 
 def invalid_value(key: str, fault: ErrorDetails) -> str:

@@ -77,14 +77,23 @@ class ModelConfig:
     """Arguments of `create_model`. Its frames and image_size come from `data`, and num_classes from the class list."""
 
     name: Text
+    """Size of the model: swinv2_nano, tiny, small, base, large, huge, giant or giant_1b, all beginning with swinv2_."""
     patch_size: Size | None = None
+    """Pixels (and frames) that one token covers: an int, [H, W] or [T, H, W]; by default 4 pixels and 2 frames."""
     window: Size | None = None
+    """Attention window in tokens, in the same form; by default 7 in height and width, and 8 in time."""
     cpb_norm: Normaliser | None = None
-    """Log-CPB normaliser of each stage: the window size by which offsets are divided."""
+    """Log-CPB normaliser of each stage, in tokens: the window size by which offsets are divided; by default that of the
+    weights, or of the window."""
     drop_path: Fraction = 0.0
+    """Rate of stochastic depth at the last block; it grows linearly from 0 at the first."""
     head_dropout: Fraction = 0.0
+    """Rate of dropout before the head."""
     attention: AttentionBackend = "auto"
+    """How attention is computed. All give the same results; `sequential` needs the least memory."""
     checkpoint_blocks: Count = 0
+    """Number of blocks, counted from the input, that recompute their activations in the backward pass to save
+    memory."""
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -102,7 +111,9 @@ class DataConfig:
     frame_stride: Pixels = 1
     """Distance between two frames of a clip, in frames of the video."""
     train_split: Text = "train"
+    """Split of the data set to train on."""
     val_split: Text = "val"
+    """Split of the data set to validate on."""
     frames_per_video: Pixels = 1
     """Number of samples that `pretrain` takes from each video per epoch, spread over the video and decoded together."""
     short_side: Pixels | None = None
@@ -177,6 +188,7 @@ class OptimConfig:
     """AdamW, the learning rate schedule, and the loss."""
 
     epochs: Epochs
+    """Passes over the training samples; need not be whole."""
     lr: PositiveFactor
     """Peak learning rate. If `lr_batch` is set, it is meant for that batch size and is scaled to `batch`."""
     batch: Positive
@@ -187,15 +199,18 @@ class OptimConfig:
     """Enables the linear scaling rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by
     batch / lr_batch."""
     warmup_epochs: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    """Epochs in which the learning rate rises linearly from warmup_lr to lr."""
     warmup_lr: Factor = 0.0
     """Learning rate of the first step of the warm-up. With 0, that step changes no weight."""
     min_lr: Factor = 0.0
     """Learning rate that a cosine schedule reaches after its last step, as in timm and torch (that of the last step
     itself is a little higher), and the lower bound of a multistep one."""
     schedule: Literal["cosine", "multistep"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     milestones: tuple[Epochs, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""
     weight_decay: Factor = 0.05
+    """AdamW's weight decay, which is decoupled from the gradient. Biases, norms and log-CPB networks have none."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer, counted from the output to the input; 1 disables it."""
     backbone_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -204,10 +219,13 @@ class OptimConfig:
     """Number of stages, counted from the input, that are frozen together with the patch embedding. Drop path is off in
     them."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay per step of the averages of gradients and of their squares."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """AdamW's constant beside the square root in the denominator."""
     clip_norm: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Maximum global L2 norm of the gradients; omit it to disable clipping."""
     label_smoothing: Fraction = 0.0
+    """Share of each label that is spread evenly over all classes."""
     class_weights: Literal["balanced"] | tuple[Factor, ...] | None = None
     """Weights of the classes in the training loss, in class order. `balanced` gives each class the weight
     samples / (classes x samples of the class)."""
@@ -242,6 +260,7 @@ class Config:
     resume: Text | None = None
     """Folder of another run to continue from, used only if `out` has no checkpoint of its own."""
     seed: Seed = 0
+    """Seed of fresh weights, of the order of samples and of everything random."""
     log_every: Positive = 10
     """Number of steps between two lines of metrics.jsonl."""
     val_epochs: Epochs = 1.0
@@ -251,6 +270,10 @@ class Config:
     checkpoint_minutes: Minutes = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
+    """Number of checkpoints that are kept, the latest ones."""
+    best_metric: Literal["val/top1", "val/top5", "val/loss"] | None = None
+    """Validation metric by which the weights for `model.safetensors` are chosen; of equal ones, the later are taken. By
+    default `train` uses val/top1, and `pretrain` val/loss. val/top5 exists with more than five classes."""
     early_stop_epochs: Epochs | None = None
     """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
     last step."""

@@ -334,13 +334,14 @@ def _load(path: Path) -> FileIndex | None:
 
 @dataclass(frozen=True)
 class TarMember:
-    """One image in a tar: `size` bytes at `offset` of the file `path`; `name` and `label` as in Entry."""
+    """One image in a tar: `size` bytes at `offset` of the file `path`; `name`, `label` and `group` as in Entry."""
 
     name: str
     path: Path
     label: int
     offset: int
     size: int
+    group: str = ""
 
 
 AnyEntry = Entry | TarMember

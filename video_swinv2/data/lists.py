@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from video_swinv2.data.groups import group_of
 from video_swinv2.data.rows import KINETICS_COLUMNS, parse_label, read_header, read_rows
 from video_swinv2.data.trees import (
     SPLIT_SYNONYMS,
@@ -26,23 +27,28 @@ class ListedVideo(NamedTuple):
     """One video of a list or folder.
 
     `name` is as listed, without detours such as `./`; `path` is absolute. `label` is as `parse_label` returns it.
-    `where` names the file and line, for messages.
+    `where` names the file and line, for messages. `group` is the one that the list gives the video; '' for none.
     """
 
     name: str
     path: str
     label: str | None
     where: str
+    group: str = ""
 
 
 class KineticsLine(NamedTuple):
-    """A line of a Kinetics list: a YouTube video from `start` to `end`, in seconds; `label` is '' if it has none."""
+    """A line of a Kinetics list: a YouTube video from `start` to `end`, in seconds; `label` is '' if it has none.
+
+    `group` is the YouTube id, unless the list has a column `group`.
+    """
 
     youtube_id: str
     start: float
     end: float
     label: str
     where: str
+    group: str
 
     @property
     def stem(self) -> str:
@@ -144,6 +150,13 @@ def labels_in(root: Path, source: Path) -> dict[str, str]:
     return first_uses(found)
 
 
+def groups_in(root: Path, source: Path, split: str) -> set[str]:
+    """The groups of the lines of one list that belong to `split`, or of the videos of a folder."""
+    if source.is_file() and is_kinetics_list(source):
+        return {clip.group for clip in read_kinetics_lines(source, split)}  # without searching for the files
+    return {group_of(row.name, row.label, row.group) for row in read_listed_videos(root, source, split)} - {""}
+
+
 def first_uses(labels: Iterable[tuple[Label | None, str]]) -> dict[Label, str]:
     """Each label other than None with where it is used first, which messages name. labels: (label, where) in order."""
     first: dict[Label, str] = {}
@@ -170,7 +183,7 @@ def _walk(root: Path, folder: Path) -> Iterator[ListedVideo]:
 
 
 def _path_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
-    for number, (listed, label, word) in read_rows(path, "path", "label", "split"):
+    for number, (listed, label, word, group) in read_rows(path, "path", "label", "split", "group"):
         if not _in_split(word, split):
             continue
         where = f"{path}, line {number}"
@@ -178,7 +191,7 @@ def _path_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
             raise UsageError(f"{where}: has no path; add it or remove the line")
         # `a.mp4` and `./a.mp4` are one video, which must not have two labels.
         name = os.path.normpath(listed)
-        yield ListedVideo(name, os.path.join(root, name), parse_label(label), where)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(label), where, group)
 
 
 def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
@@ -190,7 +203,7 @@ def _kinetics_rows(root: Path, path: Path, split: str) -> Iterator[ListedVideo]:
     files = videos_by_stem(videos_below(root))
     for clip in read_kinetics_lines(path, split):
         name = choose_copy(files.get(clip.stem, [f"{clip.stem}.mp4"]), split)
-        yield ListedVideo(name, os.path.join(root, name), parse_label(clip.label), clip.where)
+        yield ListedVideo(name, os.path.join(root, name), parse_label(clip.label), clip.where, clip.group)
 
 
 def is_kinetics_list(path: Path) -> bool:
@@ -201,8 +214,8 @@ def is_kinetics_list(path: Path) -> bool:
 
 def read_kinetics_lines(path: Path, split: str) -> Iterator[KineticsLine]:
     """The lines of a Kinetics list that belong to `split`. Raises UsageError, naming the line, for invalid times."""
-    for number, (youtube_id, first, last, label, word) in read_rows(
-        path, "youtube_id", "time_start", "time_end", "label", "split"
+    for number, (youtube_id, first, last, label, word, group) in read_rows(
+        path, "youtube_id", "time_start", "time_end", "label", "split", "group"
     ):
         if not _in_split(word, split):
             continue
@@ -213,7 +226,7 @@ def read_kinetics_lines(path: Path, split: str) -> Iterator[KineticsLine]:
             raise UsageError(f"{where}: time_start and time_end must be seconds ({fault})") from fault
         if not (0 <= start < end < float("inf") and youtube_id):
             raise UsageError(f"{where}: needs a youtube_id and 0 <= time_start < time_end, in seconds")
-        yield KineticsLine(youtube_id, start, end, label, where)
+        yield KineticsLine(youtube_id, start, end, label, where, group or youtube_id)
 
 
 def videos_by_stem(videos: Sequence[str]) -> dict[str, list[str]]:

@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
+from video_swinv2.data.groups import group_of, notes_on_shared_groups
 from video_swinv2.data.lists import (
     ListedVideo,
     first_uses,
+    groups_in,
     labels_in,
     read_listed_videos,
     root_folder,
@@ -38,12 +40,13 @@ class Entry:
     """One video or image file.
 
     `name` is as listed and unique within its split, `path` is absolute, and `label` is an index into the classes, or -1
-    for none.
+    for none. Videos of the same `group` are not independent, such as clips cut from one recording; '' is unknown.
     """
 
     name: str
     path: Path
     label: int
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Manifest:
     `fingerprint` identifies the split in results: it changes with the files, their order and their labels, and, for a
     prepared data set, with the bytes of the files (otherwise only with their sizes, and for images not with them).
     `failed_in_preparation` counts the videos of the split that could not be prepared and so are not in `entries`.
-    `notes` are remarks on the classes for whoever trains on the split.
+    `notes` are remarks for whoever trains or tests on the split.
     """
 
     root: Path
@@ -108,7 +111,7 @@ def read_manifest(
 
     - a prepared folder (with dataset.json);
     - a folder with lists train, val and test as .txt or .csv, at its top or in its folder `annotations`;
-    - a list file: lines `path label`, or a CSV with the header `path,label` or Kinetics'
+    - a list file: lines `path label`, or a CSV with the header `path,label[,split][,group]` or Kinetics'
       `label,youtube_id,time_start,time_end,split` (rows.py has all forms);
     - class folders, inside split folders or without them (then everything is train);
     - a flat folder of videos (unlabelled).
@@ -141,10 +144,16 @@ def read_manifest(
     wanted = tuple(classes) if classes is not None else own
     used: dict[str | int, str] = first_uses((row.label, row.where) for row in rows)
     indices = label_indices(used, own, wanted)
-    entries = tuple(Entry(row.name, Path(row.path), indices[row.label]) for row in rows)
+    # -1, for no label, selects the None at the end.
+    names = (*wanted, None)
+    entries = tuple(
+        Entry(row.name, Path(row.path), label, group_of(row.name, names[label], row.group))
+        for row in rows
+        for label in (indices[row.label],)
+    )
     _refuse_duplicates(rows)
     # For a prepared split, take the fingerprint over the bytes of the files, which was computed during preparation.
-    recorded = SplitRecord() if annotations else _recorded_split(root, split)
+    recorded = _recorded_split(root, split) if chosen == [root / f"{split}.csv"] else SplitRecord()
     fingerprint = recorded.fingerprint or _fingerprint(entries, wanted)
     notes = (
         notes_on_classes(wanted, {wanted[entry.label] for entry in entries if entry.label >= 0}, split)
@@ -237,10 +246,14 @@ def label_indices(
                 )
             name = own[number]
         if name not in index:
-            # A cutoff of 0 always finds a name: a typing error or another spelling is then obvious from the message.
-            nearest = difflib.get_close_matches(str(name), index, n=1, cutoff=0.0)
-            hint = f"the nearest is {nearest[0]!r}; " if nearest else ""
-            raise UsageError(f"{where}: label {name!r} is not one of the {len(index)} classes; {hint}rename or add it")
+            nearest = difflib.get_close_matches(str(name), index, n=1)
+            # Without a similar name it is less likely a typing error than a data set of other classes.
+            fix = (
+                f"the nearest is {nearest[0]!r}; rename or add it"
+                if nearest
+                else "add it, or use data of these classes" + (f" (such as {next(iter(index))!r})" if index else "")
+            )
+            raise UsageError(f"{where}: label {name!r} is not one of the {len(index)} classes; {fix}")
         indices[label] = index[str(name)]
     return indices
 
@@ -256,6 +269,22 @@ def notes_on_classes(classes: Sequence[str], present: Set[str], split: str) -> t
     if tuple(classes) == tuple(map(str, range(len(classes)))) and missing[0] == "0":
         notes.append("ids of classes count from 0, and class 0 has no video; if yours count from 1, subtract 1")
     return tuple(notes)
+
+
+def notes_on_leaks(source: Path, manifest: Manifest, train: str = "train") -> tuple[str, ...]:
+    """Remarks on the groups that train shares with the split of a manifest, or with every other split if it is train.
+
+    `source` is what the manifest was read from.
+    """
+    groups = {manifest.split: {entry.group for entry in manifest.entries}}
+    # A single list without splits serves as every split, and so shares all of its groups with itself.
+    if not any(groups[manifest.split]) or (source.is_file() and not split_column(source)):
+        return ()
+    root = root_folder(Path(source).absolute())
+    for split, paths in split_sources(source).items():
+        if split not in groups and train in (split, manifest.split):
+            groups[split] = set().union(*(groups_in(root, path, split) for path in paths))
+    return tuple(notes_on_shared_groups(train, groups))
 
 
 def _refuse_duplicates(rows: Sequence[ListedVideo]) -> None:

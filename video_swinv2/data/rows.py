@@ -29,11 +29,13 @@ COLUMN_NAMES = {
     "path": ("path", "video path", "file path", "filepath", "video", "file", "filename", "file name", "video name"),
     "label": ("label", "label name", "class", "class name", "action", "category", "target", "label id", "class id"),
     "split": ("split", "subset"),
+    "group": ("group", "group id", "group name", "recording", "source video"),
     "youtube_id": ("youtube id",),  # with the two times: a list of Kinetics
     "time_start": ("time start",),
     "time_end": ("time end",),
 }
 KINETICS_COLUMNS = frozenset({"youtube_id", "time_start", "time_end"})
+WANTED_HEADER = "path,label[,split][,group]"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "blanks"}
 NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]*)?")
 _SUFFIXES = "|".join(re.escape(suffix) for suffix in sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
@@ -63,19 +65,26 @@ class Numeral(str):
 
 @dataclass(frozen=True)
 class Header:
-    """The first line of a list with named columns: the place of each column, and the character between fields."""
+    """The first line of a list with named columns.
+
+    `places` says where each column is, `separator` is the character between fields, and `ignored` holds the names of
+    columns that are not read.
+    """
 
     places: dict[str, int]
     width: int
     separator: str
+    ignored: tuple[str, ...] = ()
 
 
 def read_header(path: Path) -> Header | None:
     """The header of a list; None if its first line is a video.
 
-    Raises UsageError if the list cannot be read, or if it has columns of which none is known to hold the labels.
+    Raises UsageError if the list cannot be read, if its first line is neither a video nor a header that is understood,
+    and if it has columns of which none is known to hold the labels.
     """
-    first = next((line for line in _lines(path) if line.strip()), "")
+    numbered = ((number, line) for number, line in enumerate(_lines(path), start=1) if line.strip())
+    (place, first), (_, second) = next(numbered, (1, "")), next(numbered, (1, ""))
     for separator in SEPARATORS:
         fields = [_plain_name(field) for field in next(csv.reader([first], delimiter=separator), [])]
         # The first line of a list without a header may well contain the word "video".
@@ -92,10 +101,15 @@ def read_header(path: Path) -> Header | None:
         unknown = [field for place, field in enumerate(fields) if field and place not in places.values()]
         if unknown and "label" not in places and not kinetics:
             raise UsageError(
-                f"{path}: no column is called label, class or category (found: {', '.join(fields)}); rename the column "
-                "of labels to `label`, or remove all but the path if there are none"
+                f"{path}: no column is called label, class or category (found: {', '.join(fields)}; wanted: "
+                f"{WANTED_HEADER}); rename the column of labels to `label`, or remove unknown columns if there is none"
             )
-        return Header(places, len(fields), separator)
+        return Header(places, len(fields), separator, tuple(unknown))
+    if _is_unknown_header(first, second):
+        raise UsageError(
+            f"{path}, line {place}: {first.strip()[:500]!r} is neither a video nor a header that is understood; wanted "
+            f"is the header {WANTED_HEADER}"
+        )
     return None
 
 
@@ -147,6 +161,26 @@ def _without_comments(file: TextIO, path: Path) -> Iterator[str]:
 def _plain_name(column: str) -> str:
     """The name of a column in small letters with single blanks, as in COLUMN_NAMES."""
     return re.sub(r"[\s_-]+", " ", column.strip(' \t\r\n"')).casefold()
+
+
+def _is_unknown_header(first: str, second: str) -> bool:
+    """Whether the first of two lines names columns, of which none holds paths.
+
+    Without a suffix and a number, a line can still be a video, such as `"clip" walk`. It is taken for a header if one
+    of its fields is the name of a column, or if the next line is a video with a suffix and it is not.
+    """
+    if _is_video(first):
+        return False
+    fields = {_plain_name(field) for separator in SEPARATORS for field in first.split(separator)}
+    known = {name for names in COLUMN_NAMES.values() for name in names}
+    return bool(fields & known) or bool(_PATH_WITH_SUFFIX.fullmatch(re.sub("[\"']", "", second.strip())))
+
+
+def _is_video(line: str) -> bool:
+    """Whether a line has the suffix of a video or image, or ends in a number, which is then a label."""
+    text = re.sub("[\"']", "", line.strip())
+    last = re.split(r"[ \t,;]", text)[-1]
+    return not text or bool(_PATH_WITH_SUFFIX.fullmatch(text) or NUMBER.fullmatch(last))
 
 
 def _rows_below(header: Header, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:

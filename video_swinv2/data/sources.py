@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from video_swinv2.config import DataConfig, WeightedSource
 from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
 from video_swinv2.data.images import image_tree
 from video_swinv2.data.index import AnyEntry, compact_entries
-from video_swinv2.data.manifest import Entry, Manifest, find_splits, read_manifest
+from video_swinv2.data.manifest import Entry, Manifest, find_splits, notes_on_leaks, read_manifest
 from video_swinv2.data.mixture import Mixture, MixtureSource
 from video_swinv2.data.shards import shard_collection
 from video_swinv2.errors import UsageError, UserError
@@ -24,7 +25,7 @@ def labelled_manifest(data: DataConfig, split: str, classes: Sequence[str] | Non
     """The data set of a supervised run. Raises UsageError for several sources, or for a sample without a label.
 
     Images in folders or tar shards always have a split `all`, and a split `val` even if the source has only train: one
-    image in twenty of each class is then held out.
+    image in twenty of each class is then held out. Notes on the training split say if another split shares its groups.
     """
     source = _single_source(data)
     if images := image_collection(source):
@@ -34,7 +35,9 @@ def labelled_manifest(data: DataConfig, split: str, classes: Sequence[str] | Non
     if unlabelled:
         raise UsageError(f"{unlabelled.path}: has no label in split {split}; add one, or remove the file from the list")
     check_files_exist(manifest.entries)
-    return manifest
+    if split != data.train_split:
+        return manifest
+    return replace(manifest, notes=(*manifest.notes, *notes_on_leaks(Path(source), manifest, split)))
 
 
 def labelled_splits(data: DataConfig) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ from torchvision.transforms.v2 import functional as F
 from video_swinv2.config import AugmentConfig
 from video_swinv2.errors import UsageError
 
+__all__ = ["Erasing", "RandAugment", "denormalise", "mix", "normalise", "training_transform", "validation_transform"]
+
 Size = tuple[int, int]
 GREY = (124, 116, 104)  # ImageNet's mean, for pixels from 0 to 255; normalisation turns it into about 0
 DEVIATION = (58, 57, 57)  # ImageNet's standard deviation, likewise

@@ -30,10 +30,9 @@ from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
 from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
-from video_swinv2.weights.convert import preprocessing_of
 from video_swinv2.weights.formats import read_checkpoint
-from video_swinv2.weights.pretrained import RequestedSizes, open_model
-from video_swinv2.weights.store import Preprocessing
+from video_swinv2.weights.pretrained import RequestedSizes, open_model, preprocessing_of
+from video_swinv2.weights.store import Preprocessing, require_rgb
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def open_backbone(path: Path, overrides: TestOverrides) -> Backbone:
     """
     checkpoint = read_checkpoint(path)
     model, _ = open_model(checkpoint, RequestedSizes(overrides.frames, overrides.image_size, None, overrides.window))
+    require_rgb(model.architecture(), path)
+    if model.features_only:
+        raise UserError(f"{path}: a features_only model has no final norm; save the model without features_only")
     # Without a head the model returns the mean over all tokens after the final norm.
     model.reset_classifier(0)
     for block in model.blocks():

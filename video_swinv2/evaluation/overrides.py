@@ -51,7 +51,7 @@ class TestOverrides:
     workers: Workers | None = None
     """Reading processes per test process; the default is one per core, at most 8."""
     seed: Seed = 0
-    """Of the shuffled frame order and of the report's bootstrap. A probe counts its own seeds."""
+    """Of the shuffled frame order, and of the views drawn for the report's curve. A probe counts its own seeds."""
     device: Device = "auto"
     precision: Precision = "auto"
     """auto is bf16 on a GPU that computes in it, else fp32. A GPU that only emulates bf16 gets fp32 in either case."""

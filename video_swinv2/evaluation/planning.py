@@ -9,9 +9,7 @@ of processes, before and after a kill, works on the same parts. Joining them che
 from __future__ import annotations
 
 import platform
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +23,19 @@ import video_swinv2
 from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
 from video_swinv2.evaluation.splits import ClassesBy, has_only_images, protocol_for_split, read_labelled_split
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.files import sha256
-from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card
+from video_swinv2.report.scores import load_test
+from video_swinv2.report.training_run import flatten
+from video_swinv2.weights.store import ModelCard, Preprocessing, model_file, read_card, require_rgb
+
+SETTINGS_WITHOUT_EFFECT = frozenset(("workers", "device", "meeting_seconds", "silence_seconds"))
+"""Settings that scores do not depend on. The device that "auto" or "cuda" stands for is in the record."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def plan_test(
     """
     chosen = find_protocols(protocols)
     card = read_card(model_path)
+    require_rgb(card.architecture, model_path)
     if not card.classes:
         raise UsageError(
             f"{model_path}: contains no class names to check labels against; save the model with its classes"
@@ -171,33 +175,63 @@ def record_protocol(plan: TestPlan, protocol: Protocol) -> dict[str, Any]:
     }
 
 
+def other_test_in(plan: TestPlan, record: dict[str, Any]) -> str:
+    """The fault, in one line, if a folder for results holds those of a different test; "" if none does.
+
+    The same test may have been run by another version or on another device: it is run again.
+    """
+    for protocol in plan.protocols:
+        path = plan.folder(protocol) / "scores.npz"
+        if not path.exists():
+            continue
+        try:
+            earlier = load_test(path)
+        except UserError as error:
+            return f"{path}: is in the way and cannot be read ({error}); choose another --out, or remove the file"
+        mine, theirs = _question(record | record_protocol(plan, protocol)), _question(earlier.metadata)
+        # Settings that only one of two versions knows cannot be compared. A test that scored nothing is no loss.
+        differing = dict.fromkeys(key.split(".")[0] for key in mine.keys() & theirs.keys() if mine[key] != theirs[key])
+        if differing and earlier.scored.any():
+            return (
+                f"{path}: holds the result of another test, of different {', '.join(sorted(differing))}; "
+                "choose another --out, or remove the folder if you no longer need that result"
+            )
+    return ""
+
+
+def _question(record: dict[str, Any]) -> dict[str, str]:
+    """What a test asks, by dotted key: which model, data, split, views and settings. The answer is its scores."""
+    asked = {
+        "model": record["model"].get("sha256"),
+        "data": record["data_fingerprint"],
+        "split": record["split"],
+        "protocol": record.get("protocol_numbers"),
+        "settings": {
+            key: value for key, value in record.get("overrides", {}).items() if key not in SETTINGS_WITHOUT_EFFECT
+        },
+    }
+    return dict(flatten(asked))
+
+
 def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
     """Everything that the scores depend on, to the bit: only a test with an equal identity reuses finished parts.
 
     The numbers of processes, threads and reading workers are not part of it, nor are the paths of model and data.
     """
-    # The device setting ("auto", "cuda") is replaced by the device that was chosen, which is in the record.
-    without_effect = {"workers", "device", "meeting_seconds", "silence_seconds"}
     kept = ("precision", "decoder", "versions", "device", "data_fingerprint", "classes_sha256", "split")
     return {key: record[key] for key in kept} | {
         "model": record["model"]["sha256"],
-        "overrides": {key: value for key, value in record["overrides"].items() if key not in without_effect},
+        "overrides": {key: value for key, value in record["overrides"].items() if key not in SETTINGS_WITHOUT_EFFECT},
         "protocols": [record_protocol(plan, protocol)["protocol_numbers"] for protocol in plan.protocols],
     }
 
 
 def read_origins(manifest: Manifest) -> list[str]:
-    """The original recording that each video of the split was cut from, as recorded by `data_prep`; '' if unknown.
+    """The group of each video of the split, such as the recording it was cut from; '' if unknown.
 
-    Videos cut from one recording are not independent samples, so confidence intervals resample recordings.
+    Videos of one group are not independent samples, so confidence intervals resample groups.
     """
-    state, origins = manifest.root / "prep.sqlite", {}
-    if state.is_file():
-        # Opened read-only, so that a test never creates or changes the database. If it cannot be read, only the origins
-        # are lost; the videos can be tested without them.
-        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{state.as_uri()}?mode=ro", uri=True)) as base:
-            origins = dict(base.execute("SELECT target, origin FROM clips"))
-    return [origins.get(entry.name, "") for entry in manifest.entries]
+    return [entry.group for entry in manifest.entries]
 
 
 def _processor() -> str:

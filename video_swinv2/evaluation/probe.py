@@ -29,10 +29,13 @@ from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
 from video_swinv2.evaluation.overrides import TestOverrides
+from video_swinv2.evaluation.planning import read_origins
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
 from video_swinv2.files import create_folder, write_json
-from video_swinv2.report.metrics import Metrics, metrics_of_ranking, ranking
+from video_swinv2.report.intervals import number_sources
+from video_swinv2.report.markdown import baseline_line, few_sources_warning
+from video_swinv2.report.metrics import Metrics, metrics_of_probabilities
 
 Method = Literal["knn", "linear"]
 PROTOCOL = "center-1x1"
@@ -172,6 +175,9 @@ def summarize_probe(result: dict[str, Any]) -> str:
         for method in dict.fromkeys(row["method"] for row in rows):
             same = [row for row in rows if (row["weights"], row["method"]) == (weights, method)]
             lines.append(_summary_line(weights, method, same))
+    lines.append(f"  {baseline_line(rows[0])}")
+    if warning := few_sources_warning(rows[0]["sources"], "test samples"):
+        lines.append(warning)
     if result["broken"]:
         failed = [100 * bound for bound in rows[0]["top1_bounds"]]
         lines.append(
@@ -185,14 +191,14 @@ def summarize_probe(result: dict[str, Any]) -> str:
 
 
 def _summary_line(weights: str, method: str, rows: Sequence[dict[str, Any]]) -> str:
-    top1, top5 = ([100 * row[key] for row in rows] for key in ("top1", "top5"))
+    top1 = [100 * row["top1"] for row in rows]
+    # None of the rows has a top-5 if there are too few classes for one.
+    top5 = [row["top5"] for row in rows if row["top5"] is not None]
+    first_five = f", top-5 {100 * statistics.mean(top5):.1f} %" if top5 else ""
     spread = f" ({min(top1):.1f} to {max(top1):.1f})" if len(rows) > 1 else ""
     intervals = ", ".join("{:.1f} to {:.1f}".format(*(100 * bound for bound in row["top1_interval"])) for row in rows)
     name = f"{weights} weights, {'k-NN' if method == 'knn' else method}"
-    return (
-        f"  {name:24s} top-1 {statistics.mean(top1):5.1f} %{spread}, top-5 {statistics.mean(top5):5.1f} %; "
-        f"95 % intervals by seed: {intervals}"
-    )
+    return f"  {name:24s} top-1 {statistics.mean(top1):5.1f} %{spread}{first_five}; 95 % intervals by seed: {intervals}"
 
 
 def _read_probe_data(data: Path, train_split: str | None, test_split: str | None) -> ProbeData:
@@ -244,6 +250,8 @@ def _probe_rows(
             "fix the data set"
         )
     x, y = features.vectors[train], features.labels[train]
+    all_origins = [origin for manifest in source.manifests for origin in read_origins(manifest)]
+    origins = [all_origins[row] for row in test]
     for method in methods:
         chosen: dict[str, Any] = {}
         if method == "knn":
@@ -252,7 +260,9 @@ def _probe_rows(
             probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
         # Test files that could not be read, now or in preparation, still count for the bounds of top-1.
         listed = len(indices.test) + indices.failed_in_preparation
-        metrics = metrics_of_ranking(features.labels[test], _ranked(probabilities), classes, listed=listed, seed=seed)
+        metrics = metrics_of_probabilities(
+            features.labels[test], probabilities, classes, listed=listed, sources=number_sources(origins)
+        )
         yield {"weights": weights, "method": method, "seed": seed, "train": len(train)} | _figures(metrics) | chosen
 
 
@@ -262,16 +272,6 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
         **metrics.figures(),
         "test": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
     }
-
-
-def _ranked(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(M, K) -> (M, min(K, 5)) classes, most probable first, with -1 in place of a class of probability zero.
-
-    k-NN gives zero to every class without a vote. Without the -1, such classes would fill up the top 5 in the order of
-    their index, and some would count as correct by chance.
-    """
-    ranked = ranking(probabilities, 5)
-    return np.where(np.take_along_axis(probabilities, ranked, axis=1) > 0, ranked, -1)
 
 
 def knn_probabilities(

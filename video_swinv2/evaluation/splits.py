@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from video_swinv2.data.collection import ALL_IMAGES, ImageCollection
 from video_swinv2.data.images import is_image
 from video_swinv2.data.index import IndexedEntries
-from video_swinv2.data.manifest import Manifest, find_splits, read_manifest
+from video_swinv2.data.manifest import Manifest, find_splits, notes_on_leaks, read_manifest
 from video_swinv2.data.sources import image_collection
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
@@ -44,7 +45,8 @@ def read_labelled_split(
     """Read a split whose samples all have labels; labels index `classes`, by default the data set's own.
 
     With by="index", class folders of images are named by indices into `classes`, as the folders 0 to 999 of ImageNet-V2
-    are. Raises UsageError for a split that cannot be read, a class missing from `classes`, and a missing label.
+    are. Notes say if the training split of the data set shares groups with this one. Raises UsageError for a split that
+    cannot be read, a class missing from `classes`, and a missing label.
     """
     images = image_collection(str(data))
     if images is not None:
@@ -60,7 +62,7 @@ def read_labelled_split(
             f"{data}: {len(unlabelled)} of {len(manifest.entries)} videos of split {split!r} have no label "
             f"(first: {unlabelled[0]}); add the labels, or use `video-swinv2 predict`, which needs none"
         )
-    return manifest
+    return replace(manifest, notes=(*manifest.notes, *notes_on_leaks(data, manifest)))
 
 
 def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:

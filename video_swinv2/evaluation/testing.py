@@ -29,17 +29,24 @@ from video_swinv2.distributed.agreement import exclusive_folder, require_agreeme
 from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.parts import PartBuilder, PartFolder
-from video_swinv2.evaluation.planning import TestPlan, plan_test, record_protocol, record_test, scores_identity
+from video_swinv2.evaluation.planning import (
+    TestPlan,
+    other_test_in,
+    plan_test,
+    record_protocol,
+    record_test,
+    scores_identity,
+)
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
 from video_swinv2.progress import Progress
 from video_swinv2.records import read_json
-from video_swinv2.report.markdown import accuracy_line
+from video_swinv2.report.markdown import accuracy_lines
 from video_swinv2.report.metrics import video_probabilities
 from video_swinv2.report.mistakes import surest_mistakes
 from video_swinv2.report.page import write_report
@@ -88,8 +95,8 @@ def run_tests(
     affects the scores.
 
     Returns the content of each protocol's results.json, on every process. Raises UsageError before any work if the test
-    cannot succeed (an unknown label, a video without a label), and UserError if a video is missing from the scores or
-    no video could be scored.
+    cannot succeed (an unknown label, a video without a label) or if it would replace the results of another test, and
+    UserError if a video is missing from the scores or no video could be scored.
     """
     settings, out = overrides or TestOverrides(), Path(out)
     advice = f"start the same command again to continue with the parts that are missing in {out}"
@@ -133,8 +140,7 @@ def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
 
 def _summary_lines(result: dict[str, Any], out: Path) -> list[str]:
     videos = result["videos"]
-    keys = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
-    lines = [accuracy_line(result, key, words) for key, words in keys.items()]
+    lines = accuracy_lines(result)
     lines.append(
         f"{videos['scored']} of {videos['listed']} {result['unit']} scored, {result['views']} view(s) each, "
         f"{result['seconds']:.1f} seconds"
@@ -155,8 +161,13 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     parts = PartFolder(plan.out, identity, len(plan.groups))
     # Only rank 0 looks at the disk, and the others receive what it found. On a network file system, processes may see
     # different states, but all must work from the same list of missing parts.
+    fault = all_gather_objects(world, other_test_in(plan, record) if world.rank == 0 else "")[0]
+    if fault:
+        raise UsageError(fault)
     missing = all_gather_objects(world, parts.open() if world.rank == 0 else [])[0]
     finished_before = parts.count - len(missing)
+    if world.rank == 0 and plan.manifest.notes:
+        print(terminal_lines(plan.manifest.notes), file=sys.stderr)
     if world.rank == 0 and finished_before:
         print(f"test: {finished_before} of {parts.count} parts are already done", file=sys.stderr)
     started = time.perf_counter()
@@ -167,8 +178,10 @@ def _run(plan: TestPlan, world: World) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     if world.rank == 0:
         seconds = round(time.perf_counter() - started, 3)
-        # The key has kept its old name; *shards* are parts here.
-        _write_all_results(plan, parts, record | {"shards_finished_before": finished_before, "seconds": seconds})
+        # The first key has kept its old name; *shards* are parts here.
+        course = {"shards_finished_before": finished_before, "seconds": seconds}
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        _write_all_results(plan, parts, record | course | {"date": date})
         for protocol in plan.protocols:
             results[protocol.name] = read_json(plan.folder(protocol) / "results.json")
     return gather_shares(world, results)[0]

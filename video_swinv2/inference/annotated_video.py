@@ -1,10 +1,11 @@
-"""Writes a copy of a video with the model's answers drawn on its frames.
+"""Writes a copy of a video with the time and the model's answers in a panel below its frames.
 
 Letters: H W pixels of the frame as shown.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,42 +17,81 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from video_swinv2.escaping import for_terminal
+
 MAX_SHORT_SIDE = 480  # pixels; frames are kept small because they wait in memory for their captions
 # The number of frames that may wait, about 370 MB at 854 x 480 pixels. If segments are so far apart that more would
 # wait, the oldest frame is written with the previous caption instead of its own.
 MAX_WAITING_FRAMES = 300
 _CLOCK_HZ = 90_000  # time stamp units per second, as in MPEG; fine enough for any frame rate
 _MAX_LINES = 3
-# Colours in RGBA, 0 to 255: the panel, the empty part of a bar, its filled part, and the text.
-_PANEL, _TRACK, _FILL, _INK = (16, 20, 24, 176), (255, 255, 255, 48), (95, 179, 207, 255), (255, 255, 255, 255)
+_MIN_FONT, _FONTS_PER_SIDE = 9, 22  # pixels; a larger frame has a larger font
+# Colours in RGB, 0 to 255: the panel, the empty part of a bar, its filled part, and the text of the most likely class
+# and of the others.
+_PANEL, _TRACK, _FILL, _FIRST, _INK = (16, 20, 24), (58, 64, 70), (95, 179, 207), (255, 255, 255), (176, 184, 190)
 
 Caption = Sequence[tuple[str, float]]
 """Class names and their probabilities, most likely first."""
 
 
-def draw_caption(image: NDArray[np.uint8], caption: Caption) -> NDArray[np.uint8]:
-    """Draw the first classes, with probability bars, on a dark panel at the bottom of the image.
+def draw_caption(
+    image: NDArray[np.uint8], rows: Sequence[tuple[str, float] | None], seconds: float
+) -> NDArray[np.uint8]:
+    """Add a panel below the image, with the time and, for each class in `rows`, its probability as a bar.
 
-    Takes uint8 (H, W, 3) and returns a copy of the same shape and dtype.
+    Takes uint8 (H, W, 3) with an even H and returns (H + panel, W, 3), whose height is even, too, and depends on
+    nothing but H and W. The image itself stays as it is. A row without a class (None) stays empty.
     """
-    picture = Image.fromarray(image)
     height, width = image.shape[:2]
-    font_size = max(9, min(height, width) // 22)
-    font, line_height = ImageFont.load_default(font_size), round(1.5 * font_size)
-    # The panel covers about a third of the frame at most, but always has room for one class.
-    lines = caption[: min(_MAX_LINES, max(1, height // 3 // line_height))]
-    # In RGBA mode, translucent colours are blended with the RGB picture below.
-    draw = ImageDraw.Draw(picture, "RGBA")
-    top = height - line_height * len(lines) - font_size // 2
-    draw.rectangle((0, top - font_size // 2, width, height), fill=_PANEL)
-    left, right = font_size // 2, width - font_size // 2
-    bar_width = max(1, (right - left) // 3)
-    for number, (name, probability) in enumerate(lines):
-        y = top + number * line_height
-        draw.rectangle((left, y + font_size // 3, left + bar_width, y + font_size), fill=_TRACK)
-        draw.rectangle((left, y + font_size // 3, left + round(bar_width * probability), y + font_size), fill=_FILL)
-        draw.text((left + bar_width + font_size // 2, y), f"{100 * probability:.0f} %  {name}", font=font, fill=_INK)
+    font_size = max(_MIN_FONT, min(height, width) // _FONTS_PER_SIDE)
+    font, line_height, margin = ImageFont.load_default(font_size), round(1.5 * font_size), font_size // 2
+    panel_height = (line_height * (_MAX_LINES + 1) + 2 * margin + 1) // 2 * 2
+    picture = Image.new("RGB", (width, height + panel_height), _PANEL)
+    picture.paste(Image.fromarray(image))
+    draw = ImageDraw.Draw(picture)
+    draw.text((margin, height + margin), format_timecode(seconds), font=font, fill=_INK)
+    bar_width = max(1, (width - 2 * margin) // 3)
+    text_left = 2 * margin + bar_width
+    best = max((row[1] for row in rows if row is not None), default=0.0)
+    for number, row in enumerate(rows, start=1):
+        if row is None:
+            continue
+        name, probability = row
+        y = height + margin + number * line_height
+        for share, colour in ((1.0, _TRACK), (probability, _FILL)):
+            draw.rectangle((margin, y + font_size // 3, margin + round(bar_width * share), y + font_size), fill=colour)
+        text = _shorten(f"{100 * probability:.0f} %  {for_terminal(name)}", width - margin - text_left, font)
+        draw.text((text_left, y), text, font=font, fill=_FIRST if probability == best else _INK)
     return np.asarray(picture)
+
+
+def format_timecode(seconds: float) -> str:
+    """Minutes, seconds and tenths, such as 01:02.3; hours as well from one hour on."""
+    tenths = math.floor(10 * seconds + 1e-6)  # of 0.3 seconds, as a float, 10 are 2.9999999999999996
+    minutes, tenths = divmod(tenths, 600)
+    clock = f"{minutes % 60:02d}:{tenths // 10:02d}.{tenths % 10}"
+    return f"{minutes // 60}:{clock}" if minutes >= 60 else clock
+
+
+def keep_places(rows: Sequence[tuple[str, float] | None], caption: Caption) -> list[tuple[str, float] | None]:
+    """The rows for the next caption: a class that was shown before keeps its row, and new ones take what is free.
+
+    Otherwise, two classes of nearly equal probability would swap places again and again.
+    """
+    shares = dict(caption[:_MAX_LINES])
+    shown = [row[0] for row in rows if row is not None and row[0] in shares]
+    newcomers = iter([name for name in shares if name not in shown])
+    names = [row[0] if row is not None and row[0] in shares else next(newcomers, None) for row in rows]
+    return [None if name is None else (name, shares[name]) for name in names]
+
+
+def _shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """The text, cut and ended with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
 
 
 class AnnotatedVideoWriter:
@@ -72,7 +112,7 @@ class AnnotatedVideoWriter:
         self._stream.codec_context.time_base = Fraction(1, _CLOCK_HZ)
         # Frames without a caption yet: index in the stream, seconds, uint8 (H, W, 3).
         self._waiting: deque[tuple[int, float, NDArray[np.uint8]]] = deque()
-        self._caption: Caption = ()
+        self._rows: list[tuple[str, float] | None] = [None] * _MAX_LINES  # of the current caption
         self._last_pts = -1
 
     def add(self, index: int, seconds: float, image: NDArray[np.uint8]) -> None:
@@ -83,7 +123,7 @@ class AnnotatedVideoWriter:
 
     def caption_until(self, last_index: int, caption: Caption) -> None:
         """Write the waiting frames up to `last_index`, the last frame of a segment, with the caption of the segment."""
-        self._caption = caption
+        self._rows = keep_places(self._rows, caption)
         while self._waiting and self._waiting[0][0] <= last_index:
             self._write(*self._waiting.popleft())
 
@@ -97,10 +137,11 @@ class AnnotatedVideoWriter:
         self._container.close()
 
     def _write(self, index: int, seconds: float, image: NDArray[np.uint8]) -> None:
+        picture = draw_caption(image, self._rows, seconds)
         # The size is known only now. The first frame that is encoded opens the encoder and fixes it.
         if self._last_pts < 0:
-            self._stream.height, self._stream.width = image.shape[:2]
-        frame = av.VideoFrame.from_ndarray(draw_caption(image, self._caption) if self._caption else image, "rgb24")
+            self._stream.height, self._stream.width = picture.shape[:2]
+        frame = av.VideoFrame.from_ndarray(picture, "rgb24")
         # The muxer rejects time stamps that do not increase, and two frames may round to the same one.
         self._last_pts = frame.pts = max(self._last_pts + 1, round(seconds * _CLOCK_HZ))
         frame.time_base = Fraction(1, _CLOCK_HZ)

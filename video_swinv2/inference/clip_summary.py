@@ -1,6 +1,6 @@
 """The summary of a clip for the page of `serve`: its classes, how they change over time, and the frames used.
 
-Letters: T frames, H W pixels, K classes.
+Letters: T frames, S crops, H W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from video_swinv2.inference.classifier import Classifier
-from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, request_for
+from video_swinv2.inference.over_time import SegmentPrediction, classify_over_time, request_for, segments_per_batch
 from video_swinv2.inference.segments import Segment
+from video_swinv2.inference.streams import middle_crop
 from video_swinv2.inference.watching import Watcher
 from video_swinv2.report.metrics import ranking
 
@@ -43,7 +44,7 @@ class Limits:
     """Time for decoding and classifying the clip."""
     memory_bytes: int = 2 * 2**30
     """Memory of the process that decodes the clip."""
-    segments: int = 24
+    segments: int = 12
     """Approximate number of segments; they lie further apart in a longer clip."""
     silence_seconds: int = 15
     """How long the client may stall, neither sending nor reading."""
@@ -52,13 +53,16 @@ class Limits:
 def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> dict[str, Any]:
     """Classify the video in the open file `descriptor`. Returns plain JSON; raises UserError beyond the limits.
 
-    `answers` are the most likely classes by the mean over all segments, which are listed as `windows`. Each of them has
-    its own answers, the times of its first and last frame, its probabilities for the classes of the overall `answers`
-    (`shares`, in the same order), and a contact sheet of its frames (`film`).
+    `answers` are those of `predict` for the same file, and `views` says what they are averaged over. `windows` are
+    segments of the clip. Each of them has its own answers and views, the times of its first and last frame, its
+    probabilities for the classes of the overall `answers` (`shares`, in the same order), and a contact sheet of its
+    frames (`film`), of which it shows the middle crop.
     """
     started = time.monotonic()
+    batch = segments_per_batch(classifier)
     request = replace(
-        request_for(classifier.card, SOURCE_NAME, ahead=2 * classifier.batch_views),
+        request_for(classifier, SOURCE_NAME, ahead=2 * batch),
+        whole_file=True,
         max_segments=limits.segments,
         memory_bytes=limits.memory_bytes,
         wait_seconds=limits.seconds,
@@ -67,15 +71,18 @@ def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> d
 
     def note(segment: Segment, row: NDArray[np.float64], prediction: SegmentPrediction) -> None:
         # Only small copies of the frames are kept, because all segments at full size could fill the memory.
-        classified.append((replace(segment, pixels=_make_tiles(segment.pixels)), row, prediction))
+        # (T, S, H, W, 3) -> (T, H, W, 3)
+        tiles = _make_tiles(segment.pixels[:, middle_crop(classifier.protocol)])
+        classified.append((replace(segment, pixels=tiles), row, prediction))
 
     with Watcher(request, descriptor=descriptor, limit_seconds=limits.seconds) as watcher:
-        mean, summary = classify_segments(classifier, watcher, classifier.batch_views, note)
-    answers = classifier.top_classes(mean)
+        whole = classify_over_time(classifier, watcher, batch, note)
+    answers = classifier.top_classes(whole.probabilities)
     # The same ranking as in `top_classes`, as indices into the probabilities (K,) of each segment.
-    top_indices = ranking(mean[None], len(answers))[0]
+    top_indices = ranking(whole.probabilities[None], len(answers))[0]
     return {
         "answers": [asdict(answer) for answer in answers],
+        "views": whole.views,
         "windows": [
             asdict(prediction)
             | {
@@ -85,8 +92,8 @@ def summarise_clip(classifier: Classifier, descriptor: int, limits: Limits) -> d
             }
             for segment, row, prediction in classified
         ],
-        "pictures": summary.pictures,
-        "seconds": summary.seconds,
+        "pictures": whole.summary.pictures,
+        "seconds": whole.summary.seconds,
         "took_seconds": round(time.monotonic() - started, 2),
     }
 

@@ -23,10 +23,9 @@ from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
-from video_swinv2.evaluation.views import read_views, view_shape
+from video_swinv2.evaluation.views import view_shape
 from video_swinv2.files import atomic_write, json_text
-from video_swinv2.inference.media_types import find_media_files
-from video_swinv2.inference.predictor import read_image_views
+from video_swinv2.inference.media_types import find_media_files, read_file_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card
 
@@ -63,12 +62,14 @@ def export(
     window: IntOrPerAxis | None = None,
     opset: int | None = None,
     check: Sequence[Path | str] = (),
+    report: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Export a model file to `out`, `*.pt2` or `*.onnx`, and compare the outputs of both.
 
     frames, image_size, window: sizes to export at, by default those of the file. check: videos to compare on, as files
-    or folders; for an image model, images or single video files. By default the comparison uses random noise. Raises
-    UsageError for a wrong name or option, and UserError for a model that cannot be exported or whose exported program
+    or folders; for an image model, images or single video files. By default the comparison uses random noise. report:
+    called with each step as it begins. Raises UsageError for a wrong name or option, and UserError for a model that
+    cannot be exported or whose exported program
     differs from it by more than MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
     """
     model_path, out = Path(model_path), Path(out)
@@ -85,13 +86,16 @@ def export(
     with atomic_write(out) as part:
         with torch.no_grad(), _without_exporter_notes():
             # Only the batch axis is dynamic. The grid decides windows and masks, which become constants of the program.
+            report(f"tracing the model, {size / 1e6:.0f} MB of weights")
             exported = torch.export.export(model, (inputs,), dynamic_shapes=({0: Dim.DYNAMIC},))
+            report(f"writing {out.name}")
             description = json_text(_description(card))
             if out.suffix == ".onnx":
                 program = _write_onnx(exported, part, description, opset or OPSET)
             else:
                 program = _write_pt2(exported, part, description)
         # Compared on one sample first, then on several, which shows that the export has not fixed the batch size.
+        report("comparing the program with the model")
         comparison = _compare(model, program, chain([inputs[:1], inputs], samples))
         # On an error, `atomic_write` deletes the partial file, and an earlier file of this name stays.
         if not comparison.difference <= MAX_LOGIT_DIFFERENCE:
@@ -143,11 +147,11 @@ def _comparison_inputs(preprocessing: Preprocessing, check: Sequence[Path]) -> I
     protocol, missing = PROTOCOLS["videoswin-4x3"], [path for path in check if not path.exists()]
     if missing:
         raise UsageError(f"{missing[0]}: no such file")
-    for path, media_type in find_media_files(check, VIDEO if preprocessing.frames is not None else IMAGE):
-        if preprocessing.frames is None and media_type == IMAGE:
-            pixels = read_image_views(path, protocol, preprocessing)
-        else:
-            pixels, _ = read_views(path, protocol, preprocessing)
+    wanted = IMAGE if preprocessing.frames is None else VIDEO
+    for path, media_type in find_media_files(check, wanted):
+        if (media_type, wanted) == (IMAGE, VIDEO):
+            raise UsageError(f"{path}: an image, but this model takes videos; name videos with --check")
+        pixels = read_file_views(path, protocol, preprocessing)
         yield normalise(pixels[:SAMPLES], preprocessing.mean, preprocessing.std)
     if not check:
         noise = torch.randint(0, 256, (SAMPLES, *view_shape(preprocessing)), dtype=torch.uint8)
@@ -167,9 +171,16 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
     """Write the program to `part` and open it with ONNX Runtime on the CPU. Requires the packages of `_PACKAGES`."""
     import onnxruntime
 
-    # `dynamo=True` converts the exported program; the older exporter would trace the model.
+    # `dynamo=True` converts the exported program; the older exporter would trace the model. The shapes of the program
+    # are fixed by now, and dynamic_shapes only gives its free axis a name.
     program = torch.onnx.export(
-        exported, dynamo=True, opset_version=opset, input_names=["pixels"], output_names=["logits"], verbose=False
+        exported,
+        dynamo=True,
+        opset_version=opset,
+        input_names=["pixels"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
     )
     if program is None:
         raise UserError(f"{part}: torch.onnx.export returned no program; use .pt2")

@@ -16,15 +16,16 @@ from video_swinv2.inference.predictor import Prediction
 from video_swinv2.inference.retrieval import SearchResult
 
 Form = Literal["text", "json", "csv"]
-PREDICTION_COLUMNS = ("path", "start_seconds", "end_seconds", "rank", "class", "probability", "error")
+PREDICTION_COLUMNS = ("path", "start_seconds", "end_seconds", "rank", "class", "probability", "error", "views")
 SEARCH_COLUMNS = ("path", "rank", "neighbour", "label", "likeness", "error")
 
 
 def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -> str:
     """Format all predictions as text, as a JSON list, or as rows of CSV without the header (see `csv_header`).
 
-    Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`. Names in text
-    and CSV are escaped (see `escaping`); JSON has exact values.
+    Each row of CSV is one class of one file, without times. Rows of segments come from `format_segment`. Every answer
+    comes with what it is averaged over (`views`). Names in text and CSV are escaped (see `escaping`); JSON has exact
+    values.
     """
     if form == "json":
         return json_text([_prediction_as_json(prediction) for prediction in predictions], indent=1)
@@ -33,16 +34,20 @@ def format_predictions(predictions: Sequence[Prediction], form: Form = "text") -
         rows: list[Sequence[object]] = []
         for prediction in predictions:
             if prediction.error:
-                rows.append((for_csv(prediction.path), "", "", "", "", "", for_csv(prediction.error)))
-            rows += _class_rows(prediction.path, "", "", prediction.answers)
+                rows.append((for_csv(prediction.path), "", "", "", "", "", for_csv(prediction.error), ""))
+            rows += _class_rows(prediction.path, "", "", prediction.answers, prediction.views)
         return _to_csv(rows)
     lines = []
     for prediction in predictions:
-        lines.append(f"{prediction.path}: {prediction.error}" if prediction.error else prediction.path)
+        path = prediction.path
+        lines.append(f"{path}: {prediction.error}" if prediction.error else f"{path}  ({prediction.views})")
         lines += _class_lines(prediction.answers)
+        if prediction.explanation:
+            lines.append(f"  explained in {prediction.explanation}")
         if prediction.skipped:
             lines.append(
-                f"  skipped {prediction.skipped} segments because the stream is faster than the model; raise --every"
+                f"  skipped {prediction.skipped} segments because the stream is faster than the model; raise --every, "
+                "or choose a --protocol with fewer crops"
             )
     return terminal_lines(lines)
 
@@ -59,11 +64,11 @@ def format_segment(path: str, segment: SegmentPrediction, form: Form) -> str:
     """
     start, end = f"{segment.start_seconds:.2f}", f"{segment.end_seconds:.2f}"
     if form == "csv":
-        return _to_csv(_class_rows(path, start, end, segment.answers))
+        return _to_csv(_class_rows(path, start, end, segment.answers, segment.views))
     if form == "json":
         return ""
     best = ", ".join(f"{answer.name} {100 * answer.probability:.0f} %" for answer in segment.answers[:3])
-    return for_terminal(f"{path}  {start:>7s} to {end:>7s} s  {best}")
+    return for_terminal(f"{path}  {start:>7s} to {end:>7s} s  {best}  ({segment.views})")
 
 
 def format_search_results(results: Sequence[SearchResult], form: Form) -> str:
@@ -92,9 +97,11 @@ def _prediction_as_json(prediction: Prediction) -> dict[str, Any]:
     return {
         "path": prediction.path,
         "answers": [asdict(answer) for answer in prediction.answers],
+        "views": prediction.views,
         "error": prediction.error,
         "windows": [asdict(segment) for segment in prediction.segments],
         "skipped": prediction.skipped,
+        "explanation": prediction.explanation,
     }
 
 
@@ -114,9 +121,9 @@ def _class_lines(answers: Sequence[Answer]) -> list[str]:
     return [f"  {100 * answer.probability:5.1f} %  {answer.name}" for answer in answers]
 
 
-def _class_rows(path: str, start: str, end: str, answers: Sequence[Answer]) -> list[Sequence[object]]:
+def _class_rows(path: str, start: str, end: str, answers: Sequence[Answer], views: str) -> list[Sequence[object]]:
     return [
-        (for_csv(path), start, end, rank, for_csv(answer.name), f"{answer.probability:.6f}", "")
+        (for_csv(path), start, end, rank, for_csv(answer.name), f"{answer.probability:.6f}", "", views)
         for rank, answer in enumerate(answers, start=1)
     ]
 

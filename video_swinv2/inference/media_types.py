@@ -1,13 +1,22 @@
-"""Finds the videos or images in folders."""
+"""Finds the videos or images in folders, and reads the views of either.
+
+Letters: V views, T frames, H W pixels of the crop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from video_swinv2.data.media import media_type_of
+from torch import Tensor
+
+from video_swinv2.data.images import read_image
+from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.data.trees import files_below
 from video_swinv2.errors import UsageError
+from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
+from video_swinv2.evaluation.views import cut_image, read_views
+from video_swinv2.weights.store import Preprocessing
 
 
 def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str | None]]:
@@ -26,3 +35,17 @@ def find_media_files(paths: Sequence[Path], wanted: str) -> list[tuple[Path, str
             raise UsageError(f"{path}: no {wanted} in this folder; this model takes {wanted}s")
         found += [(file, wanted) for file in inside]
     return found
+
+
+def read_file_views(
+    path: Path, protocol: Protocol, preprocessing: Preprocessing, *, time_limit_seconds: float = 60.0
+) -> Tensor:
+    """All views of a video, or the crops of an image: uint8 (V, 3, [T,] H, W), the same pixels as a test reads.
+
+    An image has the axis T only if it is read for clips of one frame. Raises DecodeError for a file that cannot be
+    read.
+    """
+    if media_type_of(path) != IMAGE:
+        return read_views(path, protocol, preprocessing, time_limit_seconds=time_limit_seconds)[0]
+    crops, _ = cut_image(read_image(path), protocol_for_images(protocol), preprocessing)
+    return crops if preprocessing.frames is None else crops.unsqueeze(2)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from video_swinv2.data.images import read_image
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.distributed.agreement import require_agreement
@@ -19,16 +20,20 @@ from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.overrides import Device, Precision
-from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
+from video_swinv2.evaluation.protocols import protocol_for_images
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.views import cut_image
-from video_swinv2.files import create_folder, refuse_inside_source
-from video_swinv2.inference.classifier import Answer, Classifier, open_classifier
+from video_swinv2.files import atomic_write, create_folder, refuse_inside_source
+from video_swinv2.inference.classifier import DEFAULT_PROTOCOL, Answer, Classifier, open_classifier
 from video_swinv2.inference.media_types import find_media_files
-from video_swinv2.inference.over_time import SegmentPrediction, classify_segments, request_for, stop_at_interrupt
+from video_swinv2.inference.over_time import (
+    SegmentPrediction,
+    classify_over_time,
+    request_for,
+    segments_per_batch,
+    stop_at_interrupt,
+)
 from video_swinv2.inference.streams import STANDARD_INPUT, is_live, is_stream
 from video_swinv2.inference.watching import Watcher, start_forkserver
-from video_swinv2.weights.store import Preprocessing
 
 STREAM = "stream"
 OnSegment = Callable[[str, SegmentPrediction], None]
@@ -38,16 +43,19 @@ OnSegment = Callable[[str, SegmentPrediction], None]
 class Prediction:
     """The most likely classes of a file or stream, most likely first.
 
-    If it cannot be read, `answers` is empty and `error` gives the reason. For predictions over time, `answers` come
-    from the mean over all `segments`, and `skipped` counts the segments of a live stream that were not classified
-    because the model was still busy.
+    If it cannot be read, `answers` is empty and `error` gives the reason. `views` says what `answers` are averaged
+    over: for a file the views of the protocol, whether or not it is classified over time, too, and for a stream all
+    `segments`. `skipped` counts the segments of a live stream that were not classified because the model was still
+    busy. `explanation` is the path of the image that explains the first answer, if one was asked for.
     """
 
     path: str
     answers: tuple[Answer, ...]
     error: str = ""
+    views: str = ""
     segments: tuple[SegmentPrediction, ...] = ()
     skipped: int = 0
+    explanation: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class OverTime:
 
     @property
     def includes_files(self) -> bool:
-        """Whether files, too, are classified over time instead of in the views of a protocol."""
+        """Whether files, too, are classified over time, in addition to the views of the protocol."""
         return self.every_seconds is not None or self.video is not None
 
 
@@ -74,8 +82,9 @@ def predict(
     sources: Sequence[Path | str],
     *,
     top: int = 5,
-    protocol: str = "videoswin-4x3",
+    protocol: str = DEFAULT_PROTOCOL,
     over_time: OverTime | None = None,
+    explain: Path | None = None,
     device: Device = "auto",
     precision: Precision = "auto",
     batch_views: int = 12,
@@ -86,18 +95,23 @@ def predict(
 ) -> list[Prediction]:
     """Classify files, the videos (for an image model: images) in folders, and streams. Returns them in this order.
 
-    A file is classified in the views of `protocol`, or over time if `over_time` asks for it. A stream (a URL, a camera,
-    or `-` for standard input) is always classified over time, until it ends or is interrupted with Ctrl-C. on_segment:
-    called with the prediction of each segment as soon as it is known. workers: number of reading processes, by default
-    one per core and at most 8. world: processes that share the files and all return every prediction; predictions over
-    time are for a single one. Raises UsageError for a model without class names, an unknown protocol, a folder without
-    a suitable file, and copies to be written into a folder of sources.
+    A file is classified in the views of `protocol` and, if `over_time` asks for it, over time as well. A stream (a URL,
+    a camera, or `-` for standard input) is classified over time only, until it ends or is interrupted with Ctrl-C. In
+    predictions over time, each segment is classified in the crops of `protocol`. explain: a folder for an image per
+    file, not for streams, that shows where the evidence for its first answer lies (`evaluation.explanation`).
+    on_segment: called with the prediction of each segment as soon as it is known. workers: number of reading processes,
+    by default one per core and at most 8. world: processes that share the files and all return every prediction;
+    predictions over time are for a single one. Raises UsageError for a model without class names, an unknown protocol,
+    a folder without a suitable file, and copies or images to be written into a folder of sources.
     """
     world = world or alone(device)
-    timing, chosen_protocol = over_time or OverTime(), find_protocol(protocol)
-    if timing.video is not None:
-        refuse_inside_source(timing.video, sources)
-    classifier = open_classifier(model_path, top=top, device=device, precision=precision, batch_views=batch_views)
+    timing = over_time or OverTime()
+    for folder in (timing.video, explain):
+        if folder is not None:
+            refuse_inside_source(folder, sources)
+    classifier = open_classifier(
+        model_path, top=top, protocol=protocol, device=device, precision=precision, batch_views=batch_views
+    )
     wanted = IMAGE if classifier.card.preprocessing.frames is None else VIDEO
     found = find_sources([str(source) for source in sources], wanted)
     # The media types that are classified over time.
@@ -108,22 +122,32 @@ def predict(
             raise UsageError(f"predictions over time run in one process, and there are {world.size}; start only one")
         # This request is not used. Making it checks the times before anything is read. The server that decoding
         # processes are forked from starts now, because it takes a second or two.
-        request_for(classifier.card, "", ahead=1, every_seconds=timing.every_seconds, seconds=timing.seconds)
+        request_for(classifier, "", ahead=1, every_seconds=timing.every_seconds, seconds=timing.seconds)
         start_forkserver()
-    # Videos in the views of a protocol are read ahead by several processes, so all of them are classified first.
-    videos = [i for i, (_, media_type) in enumerate(found) if media_type == VIDEO and media_type not in watched]
-    videos = videos[world.rank :: world.size]
-    by_protocol = _predict_videos(
-        classifier, [found[i][0] for i in videos], chosen_protocol, workers, time_limit_seconds
-    )
-    results = dict(zip(videos, by_protocol, strict=True))
-    # Everything else follows in the given order, one source at a time.
-    outputs = _output_paths(timing.video, [name for name, media_type in found if media_type in watched])
+    results: dict[int, Prediction] = {}
+    readable: dict[str, list[int]] = {VIDEO: [], IMAGE: []}  # the positions of the files to read
+    for i, (name, media_type) in enumerate(found):
+        if media_type not in watched:
+            reason = unreadable_reason(Path(name), media_type, wanted)
+            if reason or media_type is None:
+                results[i] = Prediction(name, (), reason)
+            else:
+                readable[media_type].append(i)
+    explanations = _output_paths(explain, [name for name, _ in found], ".jpg", "--explain")
+    # Files that are not watched are read ahead by several processes, so all of them are classified first.
+    for media_type, positions in readable.items():
+        share = positions[world.rank :: world.size]
+        files = [(found[i][0], explanations[i]) for i in share]
+        predictions = _predict_files(classifier, files, media_type, workers, time_limit_seconds)
+        results |= dict(zip(share, predictions, strict=True))
+    # What is watched follows in the given order, one source at a time.
+    watched_names = [name for name, media_type in found if media_type in watched]
+    copies = _output_paths(timing.video, watched_names, ".mp4", "--video")
     for i, (name, media_type) in enumerate(found):
         if media_type in watched:
-            results[i] = _predict_over_time(classifier, name, timing, outputs.pop(0), time_limit_seconds, on_segment)
-        elif media_type != VIDEO and i % world.size == world.rank:
-            results[i] = _predict_image(classifier, Path(name), media_type, chosen_protocol)
+            results[i] = _predict_over_time(
+                classifier, name, timing, copies.pop(0), explanations[i], time_limit_seconds, on_segment
+            )
     for theirs in gather_shares(world, results):
         results |= theirs
     return [results[i] for i in range(len(found))]
@@ -148,19 +172,23 @@ def find_sources(sources: Sequence[str], wanted: str) -> list[tuple[str, str | N
     return found
 
 
-def read_image_views(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Tensor:
-    """The views of an image, oriented by its EXIF tag: uint8 (V, 3, H, W). Raises UserError if it cannot be read."""
-    return cut_image(read_image(path), protocol_for_images(protocol), preprocessing)[0]
-
-
-def _predict_videos(
-    classifier: Classifier, names: Sequence[str], protocol: Protocol, workers: int | None, time_limit_seconds: float
+def _predict_files(
+    classifier: Classifier,
+    files: Sequence[tuple[str, Path | None]],
+    media_type: str,
+    workers: int | None,
+    time_limit_seconds: float,
 ) -> list[Prediction]:
-    """Classify videos in the views of a protocol, with the crash-tolerant reader that tests use."""
+    """Classify files of one media type in the views of the protocol, with the crash-tolerant reader that tests use.
+
+    files: pairs (name, where to write the explanation, if anywhere).
+    """
     results: dict[int, Prediction] = {}
-    # Groups of one video, so that each video is delivered, or reported as failed, on its own. The label -1 is unused.
+    protocol = protocol_for_images(classifier.protocol) if media_type == IMAGE else classifier.protocol
+    views = classifier.views_of("clip", protocol.clips)
+    # Groups of one file, so that each file is delivered, or reported as failed, on its own. The label -1 is unused.
     groups = VideoGroups(
-        [Entry(name, Path(name).absolute(), -1) for name in names],
+        [Entry(name, Path(name).absolute(), -1) for name, _ in files],
         protocol,
         classifier.card.preprocessing,
         group_videos=1,
@@ -171,14 +199,18 @@ def _predict_videos(
 
     def deliver(group: Group, waited_seconds: float) -> None:
         (record,) = group.videos
-        # A video that cannot be read arrives with the reason and no usable pixels.
-        answers: tuple[Answer, ...] = ()
-        if not record.reason:
-            answers = classifier.top_classes(classifier.average_probabilities(group.pixels, protocol.average))
-        results[record.position] = Prediction(names[record.position], answers, record.reason)
+        name, explanation = files[record.position]
+        # A file that cannot be read arrives with the reason and no usable pixels.
+        if record.reason:
+            results[record.position] = Prediction(name, (), record.reason)
+        else:
+            (probabilities,) = classifier.probabilities(group.pixels[None])
+            answers = classifier.top_classes(probabilities)
+            image = _write_explanation(classifier, group.pixels, probabilities, explanation)
+            results[record.position] = Prediction(name, answers, views=views, explanation=image)
 
     deliver_groups(groups, range(len(groups)), default_workers() if workers is None else workers, deliver)
-    return [results[i] for i in range(len(names))]
+    return [results[i] for i in range(len(files))]
 
 
 def _predict_over_time(
@@ -186,6 +218,7 @@ def _predict_over_time(
     name: str,
     timing: OverTime,
     output: Path | None,
+    explanation: Path | None,
     time_limit_seconds: float,
     on_segment: OnSegment,
 ) -> Prediction:
@@ -194,15 +227,15 @@ def _predict_over_time(
     # Streams and annotated videos are not batched: a person waits for the answers about a stream, and the frames of an
     # annotated video wait in memory for their captions. A live stream may have one unanswered segment at a time, so
     # that the next one is cut from the latest frames. Other sources are read further ahead.
-    batch = 1 if stream or output is not None else classifier.batch_views
+    batch = 1 if stream or output is not None else segments_per_batch(classifier)
     request = request_for(
-        classifier.card,
+        classifier,
         name,
         ahead=1 if live else 2 * batch,
         every_seconds=timing.every_seconds,
         seconds=timing.seconds if stream else math.inf,
     )
-    request = replace(request, live=live, video=output, wait_seconds=time_limit_seconds)
+    request = replace(request, whole_file=not stream, live=live, video=output, wait_seconds=time_limit_seconds)
     predictions: list[SegmentPrediction] = []
 
     # Only the answers are kept; segments with their pixels would fill the memory on an endless stream.
@@ -215,24 +248,26 @@ def _predict_over_time(
             Watcher(request, descriptor=0 if name == STANDARD_INPUT else None) as watcher,
             stop_at_interrupt(watcher),
         ):
-            mean, summary = classify_segments(classifier, watcher, batch, note)
+            whole = classify_over_time(classifier, watcher, batch, note)
     except UserError as error:
         # The segments until then are kept. The message begins with the name, which the prediction has anyway.
-        return Prediction(name, (), str(error).removeprefix(f"{name}: "), tuple(predictions))
-    return Prediction(name, classifier.top_classes(mean), "", tuple(predictions), summary.skipped)
+        return Prediction(name, (), str(error).removeprefix(f"{name}: "), segments=tuple(predictions))
+    answers = classifier.top_classes(whole.probabilities)
+    image = ""
+    if whole.pixels is not None:
+        image = _write_explanation(classifier, whole.pixels, whole.probabilities, explanation)
+    return Prediction(name, answers, "", whole.views, tuple(predictions), whole.summary.skipped, image)
 
 
-def _predict_image(classifier: Classifier, path: Path, media_type: str | None, protocol: Protocol) -> Prediction:
-    """Classify an image with an image model. Anything else gives a prediction with an error."""
-    preprocessing = classifier.card.preprocessing
-    error = unreadable_reason(path, media_type, VIDEO if preprocessing.frames is not None else IMAGE)
-    if error:
-        return Prediction(str(path), (), error)
-    try:
-        views = read_image_views(path, protocol, preprocessing)
-    except UserError as fault:
-        return Prediction(str(path), (), str(fault).removeprefix(f"{path}: "))
-    return Prediction(str(path), classifier.top_classes(classifier.average_probabilities(views, protocol.average)))
+def _write_explanation(
+    classifier: Classifier, views: Tensor, probabilities: NDArray[np.float64], path: Path | None
+) -> str:
+    """Write the image that explains the answer for one file. Returns its path, or "" if there is none to be written."""
+    if path is None:
+        return ""
+    with atomic_write(path) as part:
+        part.write_bytes(classifier.explain(views, probabilities))
+    return str(path)
 
 
 def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
@@ -247,17 +282,18 @@ def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
     return "an image, but this model takes videos" if (media_type, wanted) == (IMAGE, VIDEO) else ""
 
 
-def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None]:
-    """The path in `folder` for the annotated copy of each source, or None for each if there is no folder.
+def _output_paths(folder: Path | None, names: Sequence[str], suffix: str, option: str) -> list[Path | None]:
+    """The path in `folder` for what is written about each source, or None for each if there is no folder.
 
-    A copy is named after the file, the last part of a URL's path, or its host. All paths differ from each other and
-    from all sources: a copy must not replace a file that is still to be read. Raises UserError if the folder cannot be
-    created.
+    It is named after the file, the last part of a URL's path, or its host. All paths differ from each other and
+    from all sources: nothing may replace a file that is still to be read. Raises UserError if the folder, which
+    `option` names, cannot be created.
     """
     if folder is None:
         return [None] * len(names)
-    create_folder(folder, "--video")
-    taken: list[Path | None] = []
+    create_folder(folder, option)
+    paths: list[Path | None] = []
+    taken: set[Path] = set()
     sources = {Path(name).absolute() for name in names}
     for name in names:
         # `stem` is reduced to characters that are safe in file names everywhere.
@@ -265,8 +301,9 @@ def _output_paths(folder: Path | None, names: Sequence[str]) -> list[Path | None
         title = "input" if name == STANDARD_INPUT else Path(url.path).stem or url.netloc if url else Path(name).stem
         stem = re.sub(r"[^\w. -]", "_", title)
         # name.mp4, name-2.mp4, name-3.mp4, ...
-        path, count = folder / f"{stem}.mp4", 2
+        path, count = folder / f"{stem}{suffix}", 2
         while path in taken or path.absolute() in sources:
-            path, count = folder / f"{stem}-{count}.mp4", count + 1
-        taken.append(path)
-    return taken
+            path, count = folder / f"{stem}-{count}{suffix}", count + 1
+        taken.add(path)
+        paths.append(path)
+    return paths

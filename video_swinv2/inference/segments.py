@@ -1,6 +1,6 @@
 """Segments of a stream: the clips that a model is given, cut while the frames arrive.
 
-Letters: T frames of a segment, H W pixels.
+Letters: T frames of a segment, S crops of each, H W pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _TOLERANCE_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class Segment:
-    """One clip: the indices of its frames in the stream, their times in seconds, and `pixels`, uint8 (T, H, W, 3)."""
+    """One clip: the indices of its frames in the stream, their times in seconds, and `pixels` of their crops.
+
+    Pixels are uint8 (T, S, H, W, 3).
+    """
 
     indices: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -89,5 +92,5 @@ class SegmentCutter:
         return Segment(
             tuple(frame.index for frame in chosen),
             tuple(frame.seconds for frame in chosen),
-            np.stack([frame.image for frame in chosen]),
+            np.stack([frame.crops for frame in chosen]),
         )

@@ -7,13 +7,15 @@ The page itself, and the checks of who may send what, are in web_app.py. That mo
 from __future__ import annotations
 
 import importlib.util
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.evaluation.overrides import Device, Precision
-from video_swinv2.inference.classifier import open_classifier
+from video_swinv2.inference.classifier import DEFAULT_PROTOCOL, open_classifier
 from video_swinv2.inference.clip_summary import Limits
 from video_swinv2.inference.watching import start_forkserver
 
@@ -28,6 +30,7 @@ def serve(
     *,
     port: int = 8000,
     top: int = 5,
+    protocol: str = DEFAULT_PROTOCOL,
     limits: Limits | None = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -36,7 +39,10 @@ def serve(
 
     Raises the errors of `open_server`.
     """
-    with open_server(model_path, port=port, top=top, limits=limits, device=device, precision=precision) as server:
+    print(for_terminal(f"serve: loading {model_path}"), file=sys.stderr, flush=True)
+    with open_server(
+        model_path, port=port, top=top, protocol=protocol, limits=limits, device=device, precision=precision
+    ) as server:
         print(f"serving on http://{server.address}:{server.port}/; stop with Ctrl-C", flush=True)
         with suppress(KeyboardInterrupt):
             server.run()
@@ -47,13 +53,15 @@ def open_server(
     *,
     port: int,
     top: int = 5,
+    protocol: str = DEFAULT_PROTOCOL,
     limits: Limits | None = None,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> PageServer:
     """Load a model and listen for connections; `run` of the returned server then answers them.
 
-    Raises UsageError for invalid limits and port numbers, and UserError for a port in use and for missing packages.
+    protocol: the views that a clip is classified in. Raises UsageError as `open_classifier` does, and for invalid
+    limits and port numbers, and UserError for a port in use and for missing packages.
     """
     limits = limits or Limits()
     if not 0 <= port < 2**16:
@@ -65,7 +73,7 @@ def open_server(
         raise UserError(f"serve: {', '.join(missing)} not installed; pip install 'video-swinv2[serve]'")
     from video_swinv2.inference.web_app import PageServer  # only now, because it imports these packages
 
-    classifier = open_classifier(model_path, top=top, device=device, precision=precision)
+    classifier = open_classifier(model_path, top=top, protocol=protocol, device=device, precision=precision)
     # Started before the first request needs it, which would otherwise wait a second or two.
     start_forkserver()
     try:

@@ -2,7 +2,7 @@
 
 Everything is read forwards once and nothing is kept, so the stream may be endless.
 
-Letters: H W pixels of the frame as shown, after rotation and with square pixels.
+Letters: S crops, H W pixels of the frame as shown, after rotation and with square pixels, or of a crop.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from video_swinv2.data.decode import (
     presentation_times,
 )
 from video_swinv2.data.display import MAX_PIXELS, Display, size_for
-from video_swinv2.evaluation.placement import resized_short_side
-from video_swinv2.evaluation.protocols import find_protocol, plan_views
+from video_swinv2.evaluation.placement import CROP_RULES, Box, crop_boxes, resized_short_side
+from video_swinv2.evaluation.protocols import Protocol
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -50,14 +50,14 @@ CREDIBLE_FPS = (0.1, 1000.0)
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame for the model: its index in the stream, its time, and the `image`, uint8 (H, W, 3).
+    """One frame for the model: its index in the stream, its time, and its `crops`, uint8 (S, H, W, 3).
 
-    The image is already oriented, resized and cropped to the input size of the model.
+    They are oriented, resized and cut to the input size of the model, and are the crops of a protocol, in its order.
     """
 
     index: int
     seconds: float
-    image: NDArray[np.uint8]
+    crops: NDArray[np.uint8]
 
 
 def is_stream(source: str) -> bool:
@@ -196,16 +196,20 @@ class FrameStream:
             return  # a truncated file or a silent sender; the video ends with what was decoded so far
 
 
-def centre_crop(shown_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[slice, slice]]:
-    """How to resize and crop a frame of `shown_size` (H, W) to `size` (H, W), exactly as in the protocol center-1x1.
+def frame_crops(protocol: Protocol, shown_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[Box, ...]]:
+    """How a test with `protocol` resizes and crops a frame of `shown_size` (H, W) for a model of input `size` (H, W).
 
-    Returns the short side to resize to, and the (rows, columns) to keep afterwards.
+    Returns the short side to resize to, and the boxes of the S crops to cut afterwards.
     """
-    protocol = find_protocol("center-1x1")
     side = resized_short_side(*shown_size, size, protocol.resize)
-    # A video of one frame and clips of one frame: only the box of the only view matters here.
-    top, left, height, width = plan_views(protocol, 1, *size_for(shown_size, side), 1, 1, size)[0].box
-    return side, (slice(top, top + height), slice(left, left + width))
+    return side, crop_boxes(protocol.boxes, *size_for(shown_size, side), size, protocol.crops)
+
+
+def middle_crop(protocol: Protocol) -> int:
+    """Which of a protocol's crops lies nearest to the middle of the frame; crops are not always in spatial order."""
+    spare = 1000  # pixels; any even number will do
+    offsets = CROP_RULES[protocol.boxes](spare, protocol.crops)
+    return min(range(protocol.crops), key=lambda i: abs(offsets[i] - spare // 2))
 
 
 def _scheme(source: str) -> str:

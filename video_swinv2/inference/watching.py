@@ -6,6 +6,7 @@ the captions that the process draws on the annotated video.
 
     this process                             the process of the stream
     ------------                             -------------------------
+                       <-- FileViews         the views of the whole file, first of all, if they were asked for
                        <-- None              a sign of life, about once a second while frames arrive
                        <-- Segment           one clip of frames, to be answered
     caption or None    -->                   the answer; None: stop as if the stream had ended here
@@ -34,15 +35,21 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from video_swinv2.data.decode import one_line
+from video_swinv2.data.decode import DecodeError, named_errors, one_line
+from video_swinv2.data.workers import patience_seconds
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol
 from video_swinv2.files import commit_file, partial_path
 from video_swinv2.inference.annotated_video import MAX_SHORT_SIDE, AnnotatedVideoWriter, Caption
+from video_swinv2.inference.media_types import read_file_views
 from video_swinv2.inference.segments import Segment, SegmentCutter
-from video_swinv2.inference.streams import Frame, FrameStream, centre_crop
+from video_swinv2.inference.streams import Frame, FrameStream, frame_crops
 from video_swinv2.killable import KillableProcess, NoAnswerError, ProcessDiedError, prepare_forkserver
 from video_swinv2.memory import READING_BYTES
+from video_swinv2.weights.store import Preprocessing
 
 START_SECONDS = 60.0  # extra time for the first message: importing the libraries can be slow on a busy machine
 _ALIVE_SECONDS = 1.0  # the longest silence between two messages while frames arrive
@@ -52,6 +59,8 @@ _ALIVE_SECONDS = 1.0  # the longest silence between two messages while frames ar
 class WatchRequest:
     """A stream to watch, and the segments to cut from it: `frames` frames, `stride` apart, of `size` (H, W) pixels.
 
+    protocol: gives the crops of each frame. whole_file: for a file, which can be read twice, read the views of the
+    protocol as well, and first.
     every_seconds: the time from the start of one segment to the start of the next. max_segments: if given instead, for
     a file that can be read twice, segments are spaced such that there are about this many, and never more than one
     above. With neither, segments follow each other without overlap.
@@ -64,6 +73,8 @@ class WatchRequest:
     frames: int
     stride: int
     size: tuple[int, int]
+    protocol: Protocol = PROTOCOLS["center-1x1"]
+    whole_file: bool = False
     every_seconds: float | None = None
     max_segments: int | None = None
     seconds: float = math.inf
@@ -72,6 +83,13 @@ class WatchRequest:
     video: Path | None = None
     memory_bytes: int = READING_BYTES
     wait_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class FileViews:
+    """The views of the whole file: uint8 (V, 3, T, H, W)."""
+
+    pixels: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class _Done:
     """All segments are answered, and the video, if one was asked for, is written."""
 
 
-_Message = Segment | StreamSummary | _Failed | _Done | None  # None: a sign of life
+_Message = FileViews | Segment | StreamSummary | _Failed | _Done | None  # None: a sign of life
 
 
 class UnexpectedFailureError(UserError):
@@ -112,8 +130,9 @@ class UnexpectedFailureError(UserError):
 class Watcher:
     """Iterates over the segments of a stream. It is a context manager that kills the decoding process on exit.
 
-    Every segment must be answered with `answer`, in order. After the last segment, `summary` is set, and `finish` waits
-    for the video once all answers are given. Raises UserError, with a message that begins with the name of the source,
+    Every segment must be answered with `answer`, in order. Before the first segment, `file_views` is set if the request
+    asks for the whole file. After the last segment, `summary` is set, and `finish` waits for the video once all answers
+    are given. Raises UserError, with a message that begins with the name of the source,
     if the source cannot be read, if no frame arrives for `wait_seconds`, or after `limit_seconds` in total.
     """
 
@@ -124,6 +143,7 @@ class Watcher:
         self._request = request
         self._deadline = time.monotonic() + limit_seconds
         self._limit_seconds = limit_seconds
+        self.file_views: FileViews | None = None
         self.summary: StreamSummary | None = None
         self._finished = False
         start_forkserver()
@@ -143,10 +163,14 @@ class Watcher:
 
     def __iter__(self) -> Iterator[Segment]:
         # The first message takes longer, since the process has to start.
-        patience = self._request.wait_seconds + START_SECONDS
+        wait_seconds = self._request.wait_seconds
+        self._receive(wait_seconds + START_SECONDS)
+        if self._request.whole_file:
+            # Reading them gives no sign of life. The reader has limits of its own, which should be met first.
+            views = self._receive(patience_seconds(wait_seconds, START_SECONDS))
+            self.file_views = views if isinstance(views, FileViews) else None
         while True:
-            message = self._receive(patience)
-            patience = self._request.wait_seconds
+            message = self._receive(wait_seconds)
             if isinstance(message, Segment):
                 yield message
             elif isinstance(message, StreamSummary):
@@ -231,6 +255,7 @@ def _watch(pipe: Connection, request: WatchRequest, descriptor: int | None) -> N
     try:
         # The first sign of life: from now on the parent waits without START_SECONDS.
         pipe.send(None)
+        torch.set_num_threads(1)  # the process shares the machine with the model, and its memory is limited
         _Watch(pipe, request).run(descriptor)
     except (BrokenPipeError, EOFError):
         return  # the parent no longer listens
@@ -262,6 +287,8 @@ class _Watch:
     def run(self, descriptor: int | None) -> None:
         """Decode the stream to its end, send its segments and write its video."""
         request = self._request
+        if request.whole_file:
+            self._pipe.send(self._read_file_views(descriptor))
         count, seconds = 0, 0.0
         every = request.every_seconds
         if request.max_segments is not None:
@@ -275,16 +302,17 @@ class _Watch:
                 # `_stopped` is set by a None from the parent.
                 if self._stopped or seconds >= request.seconds:
                     break
-                # For the model: resized, then cropped to (H, W, 3) at its input size.
-                side, crop = centre_crop(stream.shown_size, request.size)
-                image = np.ascontiguousarray(stream.image(frame, side)[crop])
+                # For the model: resized, then cropped to (S, H, W, 3) at its input size.
+                side, boxes = frame_crops(request.protocol, stream.shown_size, request.size)
+                image = stream.image(frame, side)
+                crops = np.stack([image[top : top + h, left : left + w] for top, left, h, w in boxes])
                 if self._writer is not None:
                     height, width = stream.shown_size
                     # For the annotated video: resized only. Both sides must be even, because the colours of the
                     # encoder's yuv420p format have half the resolution; a side of one pixel is doubled.
                     shown = stream.image(frame, max(2, min(height, width, MAX_SHORT_SIDE) // 2 * 2))
                     self._writer.add(count, seconds, shown[: shown.shape[0] // 2 * 2, : shown.shape[1] // 2 * 2])
-                self._offer(cutter.add(Frame(count, seconds, image)), may_skip=True)
+                self._offer(cutter.add(Frame(count, seconds, crops)), may_skip=True)
                 count += 1
                 self._take_waiting_answers()
             stream.shown_size  # noqa: B018 - raises DecodeError if there was no frame at all
@@ -298,6 +326,19 @@ class _Watch:
         if self._writer is not None:
             self._writer.close()
         self._pipe.send(_Done())
+
+    def _read_file_views(self, descriptor: int | None) -> FileViews:
+        """The views of the protocol, read as a test reads them. Errors name the source and not the descriptor."""
+        request = self._request
+        path = Path(request.source if descriptor is None else f"/dev/fd/{descriptor}")
+        preprocessing = Preprocessing(request.frames, request.stride, request.size)
+        try:
+            with named_errors(path):
+                views = read_file_views(path, request.protocol, preprocessing, time_limit_seconds=request.wait_seconds)
+        except DecodeError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise DecodeError(f"{request.source}: {reason}", error.reason) from error.__cause__
+        return FileViews(views.numpy())
 
     def _open(self, descriptor: int | None) -> FrameStream:
         return FrameStream(self._request.source, descriptor=descriptor, wait_seconds=self._request.wait_seconds)

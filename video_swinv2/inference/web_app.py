@@ -39,6 +39,7 @@ from video_swinv2.escaping import for_terminal
 from video_swinv2.inference.classifier import Classifier
 from video_swinv2.inference.clip_summary import Limits, summarise_clip
 from video_swinv2.inference.watching import UnexpectedFailureError
+from video_swinv2.inference.web_forms import form_boundary, keep_first_part
 from video_swinv2.inference.web_limits import ACCEPTED_AT_ONCE, LimitedProtocol, LimitedServer
 from video_swinv2.pages import render
 
@@ -167,7 +168,10 @@ class _Page:
         return Response(self._html, media_type="text/html", headers=_HEADERS)
 
     async def predict(self, request: Request) -> Response:
-        """Classify the clip in the body of the request. Returns the result of `summarise_clip` as JSON."""
+        """Classify the clip in the request. Returns the result of `summarise_clip` as JSON.
+
+        The clip is the body of the request or, if that is a form, the first file in it.
+        """
         started = time.monotonic()
         length = _check_upload(request.headers, self._limits)
         if self._uploads.locked():
@@ -186,6 +190,7 @@ class _Page:
     async def _receive(self, request: Request, file: BinaryIO, length: int) -> None:
         """Write the body to `file`. Raises HTTPException once it is known to be too slow, too short or no clip."""
         started = time.monotonic()
+        boundary = _form_boundary(request.headers)
         head, received, more = b"", 0, True
         while more:
             # The pace at which an upload takes `upload_seconds`. One that drips is ended when it falls behind by more
@@ -195,7 +200,7 @@ class _Page:
             chunk, more = await _next_chunk(request, self._limits.silence_seconds, deadline)
             file.write(chunk)
             received += len(chunk)
-            if len(head) < HEAD_BYTES:
+            if boundary is None and len(head) < HEAD_BYTES:
                 head = (head + chunk)[:HEAD_BYTES]
                 # The type is checked once, as soon as the head is complete or the whole of a tiny file is here.
                 if len(head) == HEAD_BYTES or (head and received == length):
@@ -204,6 +209,8 @@ class _Page:
         if received < length or not length:
             raise HTTPException(400, "the upload is incomplete" if length else "the file is empty")
         file.flush()
+        if boundary is not None:
+            await _in_thread(lambda: _unwrap(file, boundary))
         # Only the whole file tells an animated GIF, which is a video, from a still one.
         if self._wants_video and media_type_of_content(file) == IMAGE:
             raise HTTPException(415, "this is an image, but the model takes videos")
@@ -216,6 +223,24 @@ def _check_is_media(head: bytes) -> None:
     """
     if media_type_of_bytes(head) is None:
         raise HTTPException(415, "this is neither a video nor an image")
+
+
+def _form_boundary(headers: Headers) -> str | None:
+    """The boundary of a form, or None for a clip that is sent as it is. Raises HTTPException for a form without one."""
+    try:
+        return form_boundary(headers.get("content-type", ""))
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def _unwrap(file: BinaryIO, boundary: str) -> None:
+    """Replace the form in `file` by the clip in it. Raises HTTPException if there is none."""
+    try:
+        keep_first_part(file, boundary)
+    except ValueError as error:
+        raise HTTPException(400, f"{error}; send one file, as `curl -F clip=@FILE` does") from error
+    file.seek(0)
+    _check_is_media(file.read(HEAD_BYTES))
 
 
 def _check_upload(headers: Headers, limits: Limits) -> int:

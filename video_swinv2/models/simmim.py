@@ -43,9 +43,11 @@ class SimMIM(nn.Module):
         # The mask token is registered on the encoder, because its official name is `encoder.mask_token`.
         encoder.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, encoder.embed_dim), std=0.02))
         self.encoder = encoder
-        # A 1 x 1 convolution is a Linear on every token. Its outputs are ordered (RGB, *stride) for `pixel_shuffle`.
+        # A 1 x 1 convolution is a Linear on every token. Its outputs are (channel, *stride) for `pixel_shuffle`.
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(patch)]
-        self.decoder = nn.Sequential(convolution(encoder.num_features, 3 * math.prod(self.stride), kernel_size=1))
+        self.decoder = nn.Sequential(
+            convolution(encoder.num_features, encoder.in_chans * math.prod(self.stride), kernel_size=1)
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Pixels (B, 3, *P) and mask (B, *U) bool, True where hidden -> predicted pixels (B, 3, *P)."""

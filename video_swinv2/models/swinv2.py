@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.parameters import decays, layer_id, stage_id
+from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.windows import (
     PerAxis,
     WindowLayout,
@@ -190,21 +192,50 @@ class PatchEmbed(nn.Module):
     patches of two frames therefore accepts a single frame, which becomes a still clip of two.
     """
 
-    def __init__(self, dim: int, patch_size: PerAxis) -> None:
+    def __init__(self, dim: int, patch_size: PerAxis, in_chans: int = 3) -> None:
         super().__init__()
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
-        self.proj: nn.Module = convolution(3, dim, kernel_size=patch_size, stride=patch_size)  # type: ignore[arg-type]  # mypy sees the union of both classes
+        self.proj: nn.Module = convolution(in_chans, dim, kernel_size=patch_size, stride=patch_size)  # type: ignore[arg-type]  # mypy sees the union of both classes
         self.norm = nn.LayerNorm(dim)
         self.patch_size = patch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, *P) -> (B, *S, C)."""
+        """(B, in_chans, *P) -> (B, *S, C)."""
         missing = [-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
         # F.pad takes (before, after) for each axis, starting with the last one.
         if any(missing):
             x = F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
         # (B, C, *S) -> (B, *S, C): from here on channels are last, as LayerNorm and Linear need them.
         return self.norm(self.proj(x).movedim(1, -1))
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """What the feature maps of `forward_pyramid` are, stage by stage. Names and keys are timm's.
+
+    Indexing gives the dictionary of a stage: `num_chs` channels, `reduction` (pixels per token in height and width) and
+    `module` (the name of the stage).
+    """
+
+    stages: tuple[dict[str, Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.stages[index]
+
+    def channels(self) -> list[int]:
+        """The number of channels of every map."""
+        return [stage["num_chs"] for stage in self.stages]
+
+    def reduction(self) -> list[int]:
+        """The number of pixels, in height and in width, that one token of every map covers."""
+        return [stage["reduction"] for stage in self.stages]
+
+    def module_name(self) -> list[str]:
+        """The name of the module that each map comes from."""
+        return [stage["module"] for stage in self.stages]
 
 
 class SwinV2(nn.Module):
@@ -239,11 +270,17 @@ class SwinV2(nn.Module):
         attention: Backend = "auto",
         checkpoint_blocks: int = 0,
         extra_norm_every: int = 0,
+        in_chans: int = 3,
+        features_only: bool = False,
         name: str = "swinv2_custom",
     ) -> None:
         super().__init__()
         if attention not in BACKENDS:
             raise ValueError(f"attention: {attention!r} is not one of {', '.join(BACKENDS)}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans: invalid value {in_chans}; give the number of channels of the input")
+        if features_only and num_classes:
+            raise ValueError(f"num_classes: {num_classes}, but a features_only model has no head; omit num_classes")
         if len(depths) != len(num_heads):
             raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} differ in length")
         # The number of axes is the only difference between an image and a clip model.
@@ -261,12 +298,18 @@ class SwinV2(nn.Module):
         self.attention: Backend = attention
         self.checkpoint_blocks = checkpoint_blocks
         self.extra_norm_every = extra_norm_every
+        self.in_chans = in_chans
+        self.features_only = features_only
+        self.classes: tuple[str, ...] = ()
+        """The names of the head's rows, in order; () if unknown. Model files keep them."""
+        self.preprocessing: Preprocessing | None = None
+        """How frames become the input that the weights were trained with; None if unknown. Model files keep it."""
         # The log-CPB normaliser is a property of the weights. Fresh weights belong to the window they are created with.
         norms = self._native_windows() if cpb_norm is None else cpb_norm
         if len(norms) != len(self.depths):
             raise ValueError(f"cpb_norm: {len(norms)} normalisers for {len(self.depths)} stages")
 
-        self.patch_embed = PatchEmbed(embed_dim, self.patch_size)
+        self.patch_embed = PatchEmbed(embed_dim, self.patch_size, self.in_chans)
         # The drop path rate grows linearly from 0 at the first block to `drop_path` at the last. It is computed on the
         # CPU even inside `with torch.device("meta")`, where `tolist` would fail.
         rates = torch.linspace(0, drop_path, sum(self.depths), device="cpu").tolist()
@@ -290,7 +333,8 @@ class SwinV2(nn.Module):
             stages.append(Stage(blocks, dim, self.window, norm, merging=i < len(self.depths) - 1))
         self.layers = nn.ModuleList(stages)
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
-        self.norm = nn.LayerNorm(self.num_features)
+        # A parameter that `forward` did not use would have no gradient, which data-parallel training refuses.
+        self.norm: nn.Module = nn.Identity() if features_only else nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(head_dropout)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
@@ -304,6 +348,16 @@ class SwinV2(nn.Module):
     def cpb_norm(self, norms: Sequence[Sequence[int]]) -> None:
         for stage, norm in zip(self.stages(), norms, strict=True):
             stage.norm_window = per_axis("cpb_norm", norm, len(self.window))
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels and reduction of the maps that `forward_pyramid` returns."""
+        return FeatureInfo(
+            tuple(
+                {"num_chs": self.embed_dim * 2**i, "reduction": self.patch_size[-1] * 2**i, "module": f"layers.{i}"}
+                for i in range(len(self.depths))
+            )
+        )
 
     def blocks(self) -> list[Block]:
         """All blocks in the order of the forward pass."""
@@ -333,20 +387,29 @@ class SwinV2(nn.Module):
             "attention": self.attention,
             "checkpoint_blocks": self.checkpoint_blocks,
             "extra_norm_every": self.extra_norm_every,
+            "in_chans": self.in_chans,
+            "features_only": self.features_only,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) or clips (B, 3, T, H, W), normalised -> class logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Images (B, 3, H, W) or clips (B, 3, T, H, W), normalised -> class logits (B, num_classes).
+
+        A `features_only` model returns the maps of `forward_pyramid` instead.
+        """
+        return self.forward_pyramid(x) if self.features_only else self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, *P) -> the last stage's tokens after the final norm (B, *S, C)."""
         return self.encode(self.embed(x))
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """(B, *S, C) -> mean over all tokens -> (B, num_classes), or the mean (B, C) of a model without a head."""
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, *S, C) -> mean over all tokens -> (B, num_classes).
+
+        Without a head, and with `pre_logits`, it returns the mean (B, C).
+        """
         # (B, *S, C) -> (B, tokens, C) -> (B, C)
-        return self.head(self.head_drop(features.flatten(1, -2).mean(dim=1)))
+        pooled = self.head_drop(features.flatten(1, -2).mean(dim=1))
+        return pooled if pre_logits else self.head(pooled)
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(B, 3, *P) -> the output of each stage i before merging, (B, C_i, *S_i), without the final norm."""
@@ -357,14 +420,14 @@ class SwinV2(nn.Module):
 
         Raises ValueError for other shapes, and TypeError for integers, such as the uint8 pixels of a decoder.
         """
-        if x.ndim != 2 + len(self.window) or x.shape[1] != 3:
-            wanted = "(B, 3, H, W)" if len(self.window) == 2 else "(B, 3, T, H, W)"
+        if x.ndim != 2 + len(self.window) or x.shape[1] != self.in_chans:
+            wanted = f"(B, {self.in_chans}, {'H, W' if len(self.window) == 2 else 'T, H, W'})"
             raise ValueError(f"{self.name} takes {wanted}, not {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(
                 f"{self.name} takes normalised floating-point pixels, not {x.dtype}; divide pixels of 0 to 255 by 255, "
-                "then subtract the mean and divide by the standard deviation of each channel (read_card(file)"
-                ".preprocessing has both)"
+                "then subtract the mean and divide by the standard deviation of each channel (model.preprocessing of "
+                "a loaded model has both)"
             )
         return self.patch_embed(x)
 
@@ -393,15 +456,23 @@ class SwinV2(nn.Module):
             grid = (*grid[:-2], math.ceil(grid[-2] / 2), math.ceil(grid[-1] / 2))
         return windows
 
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or an Identity if the model has none. The name is timm's."""
+        return self.head
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head with a freshly initialised one for `num_classes` classes; 0 removes it.
 
-        The new head has the device and the dtype of the model.
+        The new head has the device and the dtype of the model, and no class names. Raises ValueError for a
+        `features_only` model.
         """
+        if self.features_only:
+            raise ValueError("a features_only model takes no head; build the model without features_only")
         self.num_classes = num_classes
+        self.classes = ()
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         # `to` with a tensor adopts both its device and its dtype.
-        self.head.to(self.norm.weight).apply(_initialise)
+        self.head.to(self.patch_embed.norm.weight).apply(_initialise)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Make either all blocks or none recompute their activations in the backward pass. The name is timm's."""

@@ -65,7 +65,7 @@ def variant_name(embed_dim: int, depths: Sequence[int]) -> str:
 def create_model(
     name: str,
     *,
-    num_classes: int,
+    num_classes: int = 0,
     frames: int | None = None,
     image_size: IntOrPerAxis = 224,
     patch_size: IntOrPerAxis | None = None,
@@ -75,12 +75,14 @@ def create_model(
     head_dropout: float = 0.0,
     attention: Backend = "auto",
     checkpoint_blocks: int = 0,
+    in_chans: int = 3,
+    features_only: bool = False,
 ) -> SwinV2:
     """Create a freshly initialised SwinV2: a clip model if `frames` is given, otherwise an image model.
 
     Args:
         name: one of `list_models()`.
-        num_classes: number of outputs of the head; 0 omits the head.
+        num_classes: number of outputs of the head; 0 omits the head, and the model returns the mean of its tokens.
         frames: frames per clip; omit for an image model.
         image_size: pixels, as an int or (H, W).
         patch_size: an int for every axis, (H, W) or (T, H, W); by default 4 in space and 2 in time.
@@ -92,6 +94,9 @@ def create_model(
         attention: the attention backend: auto, eager, sdpa, flex or sequential.
         checkpoint_blocks: number of blocks, counted from the first, that recompute their activations in the backward
             pass to save memory.
+        in_chans: channels of the input.
+        features_only: return the four stages' feature maps (B, C_i, [T',] H_i, W_i) instead of logits, as timm's models
+            do; `feature_info` describes them. Such a model has neither a head nor the final norm.
 
     Raises ValueError for an unknown name or for sizes that do not fit together.
     """
@@ -112,4 +117,6 @@ def create_model(
         head_dropout=head_dropout,
         attention=attention,
         checkpoint_blocks=checkpoint_blocks,
+        in_chans=in_chans,
+        features_only=features_only,
     )

@@ -15,7 +15,10 @@ LOADERS = 2  # training and validation
 # Memory of a worker that it shares with no other process: 0.12 GB measured for clips of 32 frames from videos of
 # 426x320, and room for larger videos.
 WORKER_BYTES = 200_000_000
-# A process that trains, without the model's states: 0.7 GB measured without a GPU, and room for the libraries of CUDA.
+# Resident memory at the peak of a process that trains without a GPU, less what the plan counts of the model: 0.88 GB
+# measured in plain PyTorch and 0.99 GB with DeepSpeed (swinv2_nano, 8 clips of 8x64x64).
+RESIDENT_BYTES = 950_000_000
+# The same with a GPU, where the libraries of CUDA need room too.
 PROCESS_BYTES = 2_000_000_000
 # Open files of a process that trains: libraries, devices, sockets and logs; then connections to each other process.
 PROCESS_FILES, PEER_FILES = 256, 32

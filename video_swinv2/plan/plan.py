@@ -22,13 +22,14 @@ from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.loading import BatchPlan, plan_batch
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
+from video_swinv2.distributed.devices import choose_device
 from video_swinv2.engine.optimizer import freeze_stages, linear_scaling, parameter_groups
 from video_swinv2.errors import UsageError
 from video_swinv2.memory import free_memory_bytes
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activation_memory import choose_backends, forward_giga_macs, micro_batch_memory, without_memory
-from video_swinv2.plan.loader_memory import LOADERS, loader_bytes
+from video_swinv2.plan.loader_memory import LOADERS, RESIDENT_BYTES, loader_bytes
 from video_swinv2.plan.machine_speed import ReadingSpeed, measure_reading, training_flops_per_second
 from video_swinv2.plan.state_memory import (
     FP32_BYTES,
@@ -113,6 +114,8 @@ class Plan:
     states: StateMemory
     activations: int
     """Peak bytes of the forward and backward pass of a micro-batch, without the states."""
+    process: int
+    """Bytes of the process without the model: Python and the libraries. 0 on GPUs, where only tensors are counted."""
     moments: dict[str, int]
     """Bytes at the two peaks of a step, from `step_peaks`. (Adam's moments are something else: part of `states`.)"""
     checkpoint: int
@@ -127,8 +130,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most bytes that a device holds at once."""
-        return max(self.moments.values())
+        """The most bytes that a device holds at once: what a run reports as its peak (`peak_memory_gb`)."""
+        return max(self.moments.values()) + self.process
 
 
 def make_plan(
@@ -147,7 +150,8 @@ def make_plan(
     tflops: the TFLOP/s that a device reaches in training, as measured by `bench train`.
     measuring: measure for a few seconds how fast this machine reads and, unless `tflops` is given, computes.
 
-    `engine.device: auto` is planned as a GPU. Raises UsageError for a config that could not be run.
+    `engine.device: auto` is planned as what it is on this machine: a GPU if there is one, or else the CPU. Raises
+    UsageError for a config that could not be run.
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give 1 or more")
@@ -158,7 +162,7 @@ def make_plan(
     batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
     config, encoder, module = _model_without_memory(config, classes, pretraining)
     layers, sizes = _rate_groups(module, encoder.depths, config)
-    device = "cpu" if config.engine.device == "cpu" else "cuda"
+    device = choose_device("auto").type if config.engine.device == "auto" else config.engine.device
     flops = training_flops(encoder, frozen_stages=config.optim.frozen_stages, pretraining=pretraining)
     backends = choose_backends(encoder, device)
     # From here on the weights of the module are fake tensors; their shapes, and so all counts below, stay the same.
@@ -197,6 +201,7 @@ def make_plan(
         layers=layers,
         states=states,
         activations=passed.activations,
+        process=RESIDENT_BYTES if device == "cpu" else 0,
         moments=step_peaks(states, passed, config.engine, counts, device),
         checkpoint=checkpoint,
         checkpoint_host=checkpoint + gathering_memory(config.engine, counts),
@@ -305,7 +310,7 @@ def _estimate_time(
 
 
 def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
-    """One line, with its fix, for each thing that does not suffice: memory, disk space, loader workers.
+    """One line, with its fix, for each thing that does not suffice: memory, samples, disk space, loader workers.
 
     memory: the size of a device in bytes; None if unknown, and then it is not compared.
     """
@@ -313,6 +318,11 @@ def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
     if memory is not None and plan.peak > memory:
         found.append(
             f"memory: {plan.peak / 1e9:.1f} GB do not fit into {memory / 1e9:.1f} GB; {_memory_advice(plan, config)}"
+        )
+    if plan.samples is not None and plan.batch > plan.samples:
+        found.append(
+            f"batch: a step of {plan.batch} samples holds more than the {plan.samples} of an epoch, so that "
+            f"{config.optim.epochs:g} epochs are {plan.steps} steps; lower optim.batch"
         )
     # The run folder may not exist yet: take the nearest existing folder above it.
     folder = next(path for path in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if path.exists())
@@ -335,7 +345,7 @@ def shortfalls(plan: Plan, config: Config, memory: int | None) -> list[str]:
 def _memory_advice(plan: Plan, config: Config) -> str:
     """How to reduce the largest part of the memory."""
     # States dominate: only partitioning or offloading makes them smaller.
-    if plan.activations < plan.peak / 2:
+    if plan.activations < (plan.peak - plan.process) / 2:
         if config.engine.engine == "plain" or plan.processes == 1:
             return "use more devices with engine.engine=deepspeed engine.zero_stage=3, or engine.offload_optimizer=cpu"
         return "use engine.zero_stage=3, more --processes, or engine.offload_optimizer=cpu"

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from video_swinv2.escaping import for_terminal
 from video_swinv2.plan.plan import Plan
+from video_swinv2.progress import duration_text
 
 GB = 1e9  # bytes
 WIDTH = 120  # columns, on terminals and in files alike, so that the plans of two machines can be compared
@@ -28,6 +29,8 @@ def _work(plan: Plan) -> Iterator[str]:
     trained = "" if plan.trained == plan.parameters else f", {plan.trained:,} of them trained"
     yield f"{plan.model}: {plan.parameters:,} parameters{trained}, {plan.giga_macs:.1f} GMAC per sample forward"
     yield f"engine: {plan.engine}; attention by stage: {', '.join(plan.backends)}"
+    if plan.device == "cpu":
+        yield "planned for the CPU; engine.device=cuda plans for GPUs, whether or not there is one here"
     yield (
         f"batch: {plan.batch} = {plan.processes} devices ({plan.device}) x {plan.micro_batch} samples x "
         f"{plan.accumulation} accumulated"
@@ -53,6 +56,7 @@ def _memory_table(plan: Plan) -> str:
         ("averages", states.averages),
         ("buffers", states.buffers),
         ("activations", plan.activations),
+        ("process", plan.process),
         ("update", states.update),
     ]
     rows = [(name, f"{value / GB:.2f}") for name, value in parts if value]
@@ -63,7 +67,7 @@ def _memory_notes(plan: Plan) -> Iterator[str]:
     if plan.states.host:
         yield f"{plan.states.host / GB:.2f} GB of these are offloaded to the host"
     # The peak is below the sum of the table wherever some parts are freed before others are allocated.
-    peaks = ", ".join(f"{value / GB:.2f} GB in the {key}" for key, value in plan.moments.items())
+    peaks = ", ".join(f"{(value + plan.process) / GB:.2f} GB in the {key}" for key, value in plan.moments.items())
     yield f"peak: {plan.peak / GB:.2f} GB ({peaks}; not all parts are at their peak at once)"
 
 
@@ -79,10 +83,11 @@ def _time(plan: Plan) -> Iterator[str]:
     if pace.tflops is None or pace.step_seconds is None:
         yield "time: unknown; give --tflops (video-swinv2 bench train measures what a device reaches)"
     else:
-        yield f"a step: {pace.step_seconds:.3g} s at {pace.tflops:.3g} TFLOP/s per device"
+        yield f"a step: {duration_text(pace.step_seconds)} at {pace.tflops:.3g} TFLOP/s per device"
         if pace.hours is not None:
-            hours = f"{pace.hours:.3g} h, {pace.hours * plan.processes:.3g} device hours"
-            yield f"training: {hours}; validation comes on top"
+            seconds = 3600 * pace.hours
+            total = f", {duration_text(seconds * plan.processes)} of device time" if plan.processes > 1 else ""
+            yield f"training: {duration_text(seconds)}{total}; validation comes on top"
         yield f"data: each device needs {pace.samples_per_second:.3g} samples/s"
     if pace.read is not None:
         needed = "" if pace.workers_needed is None else f", so {pace.workers_needed} workers are needed"

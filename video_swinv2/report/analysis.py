@@ -16,10 +16,9 @@ from video_swinv2.report.diagnosis import (
     measure_calibration,
     views_curve,
 )
-from video_swinv2.report.intervals import Interval
+from video_swinv2.report.intervals import Interval, share_interval
 from video_swinv2.report.metrics import (
     Metrics,
-    metrics_of_ranking,
     metrics_of_scores,
     ranking,
     sources_of_scored,
@@ -35,12 +34,14 @@ OTHER_AVERAGE = {"prob": "logit", "logit": "prob"}
 class Analysis:
     """Every figure of a test.
 
-    right: (scored videos,) whether each was answered correctly. other_average: the way of averaging views that the
-    protocol does not use ("prob" or "logit"), and top-1 and its interval with views averaged that way.
+    answers, right: (scored videos,) the class that each was answered, and whether that is its label. other_average: the
+    way of averaging views that the protocol does not use ("prob" or "logit"), and top-1 and its interval with views
+    averaged that way.
     """
 
     scores: Scores
     metrics: Metrics
+    answers: NDArray[np.int64]
     right: NDArray[np.bool_]
     calibration: Calibration
     views: tuple[ViewPoint, ...]
@@ -54,24 +55,23 @@ def analyse(scores: Scores) -> Analysis:
     record = scores.metadata
     average, seed = record.get("average", "prob"), record.get("seed", 0)
     probabilities = video_probabilities(scores, average)
-    metrics = metrics_of_scores(scores, probabilities, seed=seed)
+    metrics = metrics_of_scores(scores, probabilities)
     labels, sources = scores.labels[scores.scored], sources_of_scored(scores)
     answers = ranking(probabilities, 1)[:, 0]
     # (scored videos, K) -> (scored videos,): the probability of the answer. A mean of softmax values may exceed 1 by a
     # rounding error, which scikit-learn's calibration_curve would refuse.
     confidences = np.minimum(np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0], 1.0)
-    # The same metrics with views averaged the other way. Only top-1 and its interval are kept.
-    other = ranking(video_probabilities(scores, OTHER_AVERAGE[average]), 5)
-    again = metrics_of_ranking(labels, other, scores.classes, listed=metrics.listed, seed=seed, sources=sources)
+    other = ranking(video_probabilities(scores, OTHER_AVERAGE[average]), 1)[:, 0] == labels
     # The views curve needs to know which views are clips and which are crops; the shape of the logits has only V.
     view_counts = clips_and_crops(record, scores.logits.shape[1])
     return Analysis(
         scores=scores,
         metrics=metrics,
+        answers=answers,
         right=answers == labels,
         calibration=measure_calibration(confidences, answers == labels),
         views=views_curve(scores.logits[scores.scored], labels, sources, view_counts, average=average, seed=seed),
-        other_average=(OTHER_AVERAGE[average], again.top1, again.top1_interval),
+        other_average=(OTHER_AVERAGE[average], float(other.mean()), share_interval(other.astype(np.float64), sources)),
         hint=class_order_hint(labels, answers, scores.classes, seed),
         mistakes=surest_mistakes(scores, probabilities),
     )

@@ -5,30 +5,35 @@ Tests are named A, B, C, ... in the order given. Each pair of them is compared o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import create_folder, json_text
-from video_swinv2.pages import render
+from video_swinv2.pages import TickMark, render, tick_marks
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.intervals import PairedDifference, compare_paired, holm_adjusted
-from video_swinv2.report.markdown import accuracy_line, comparison_text, span
+from video_swinv2.report.markdown import ACCURACIES, accuracy_line, comparison_text, span
 from video_swinv2.report.metrics import ClassAccuracy, sources_of_scored
 from video_swinv2.report.page import as_json_data, views_series, write_content, write_report
 from video_swinv2.report.plots import Plot, Series, plot
-from video_swinv2.report.scores import load_test, reorder_classes
+from video_swinv2.report.scores import load_test, reorder_classes, title_of
 from video_swinv2.report.training_run import TrainingRun, find_training_run, flatten, folder_of_model
 
 MAX_CLASSES = 20  # on the page; comparison.json lists all
+MAX_LONE_ANSWERS = 50  # as above
+MAX_BANDS = 3  # curves whose intervals can be told apart when they overlap
+SIGNIFICANT = 0.05  # a p value below it
 # Keys of a test's record that may differ between any two tests and say nothing about the models.
-IGNORED_DIFFERENCES = ("origins", "seconds", "process_seconds", "decode_wait_share", "shards_finished_before")
+IGNORED_DIFFERENCES = ("date", "origins", "seconds", "process_seconds", "decode_wait_share", "shards_finished_before")
 # The keys of a training run's record that are settings; the other keys are results, versions and costs.
 RUN_SETTINGS = ("batch", "steps", "seed", "data")
 
@@ -49,13 +54,27 @@ class ComparedTest:
 
 
 @dataclass(frozen=True)
+class LoneAnswer:
+    """A video that one test of a pair answers correctly and the other answers `wrong_answer`."""
+
+    path: str
+    label: str
+    wrong_answer: str
+
+
+@dataclass(frozen=True)
 class ComparedPair:
-    """Two tests, by letter, on the videos that both scored; `p_holm` is the p value adjusted for all pairs compared."""
+    """Two tests, by letter, on the videos that both scored; `p_holm` is the p value adjusted for all pairs compared.
+
+    only_first, only_second: the videos that only that test answers correctly, in the order of their list.
+    """
 
     first: str
     second: str
     paired: PairedDifference
     p_holm: float
+    only_first: tuple[LoneAnswer, ...]
+    only_second: tuple[LoneAnswer, ...]
 
 
 @dataclass(frozen=True)
@@ -91,12 +110,7 @@ def _compare_and_summarize(folders: Sequence[Path], out: Path) -> tuple[dict[str
     """`compare`; also returns its result as lines to print, one for each test and each pair."""
     result = compare(folders, out)
     lines = [f"{test['letter']} {test['folder']}: {accuracy_line(test)}" for test in result["tests"]]
-    for pair in result["pairs"]:
-        paired = pair["paired"]
-        lines.append(
-            f"{pair['first']} to {pair['second']}: {100 * paired['difference']:+.2f} points "
-            f"({span(paired['interval'])}) on {paired['n']} shared, p {pair['p_holm']:.2g}"
-        )
+    lines += [pair["verdict"] for pair in result["pairs"]]
     return result, [*lines, str(out / "comparison.html")]
 
 
@@ -130,7 +144,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             | {"videos": {"listed": test.analysis.metrics.listed, "scored": test.analysis.metrics.scored}}
             for test in tests
         ],
-        "pairs": [asdict(pair) for pair in pairs],
+        "pairs": [asdict(pair) | {"verdict": verdict(pair, tests)} for pair in pairs],
         "classes": [asdict(row) for row in compare_classes(tests)],
         "different": {key: list(values) for key, values in differing_settings(tests)},
     }
@@ -142,6 +156,26 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     write_content(out / "comparison.md", comparison_text(result))
     write_content(out / "comparison.json", json_text(result, indent=1, ascii_only=False) + "\n")
     return result
+
+
+def verdict(pair: ComparedPair, tests: Sequence[ComparedTest]) -> str:
+    """What the comparison of a pair says, in one sentence, and what it rests on."""
+    paired, unit = pair.paired, tests[0].record.get("unit", "videos")
+    better, worse, gain, lost = pair.second, pair.first, paired.only_second, paired.only_first
+    low, high = paired.interval
+    if paired.difference < 0:
+        better, worse, gain, lost, (low, high) = worse, better, lost, gain, (-high, -low)
+    if pair.p_holm < SIGNIFICANT:
+        says = f"{better} is better than {worse}"
+    elif gain == lost:
+        says = f"{pair.first} and {pair.second} are equally good on these {unit}"
+    else:
+        says = f"{better} is ahead of {worse}, but not by more than chance explains"
+    p_value = "< 0.0001" if pair.p_holm < 0.0001 else f"{pair.p_holm:.2g}"
+    return (
+        f"{says}: {100 * abs(paired.difference):+.2f} points of top-1 (95 % interval {span((low, high))}, "
+        f"p {p_value}); of {paired.n} {unit}, {gain} are right in {better} only and {lost} in {worse} only"
+    )
 
 
 def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
@@ -194,34 +228,52 @@ def _read_tests(folders: Sequence[Path]) -> list[ComparedTest]:
 
 def _pairs(tests: Sequence[ComparedTest]) -> list[ComparedPair]:
     """Every pair of tests: n tests make n (n - 1) / 2 pairs, so p values are adjusted for that many comparisons."""
-    both = [(first, second, _paired(first, second)) for first, second in combinations(tests, 2)]
-    adjusted = holm_adjusted([paired.p_value for _, _, paired in both])
-    return [ComparedPair(a.letter, b.letter, paired, p) for (a, b, paired), p in zip(both, adjusted, strict=True)]
+    both = [_pair(first, second) for first, second in combinations(tests, 2)]
+    adjusted = holm_adjusted([pair.paired.p_value for pair in both])
+    return [replace(pair, p_holm=p) for pair, p in zip(both, adjusted, strict=True)]
 
 
-def _paired(first: ComparedTest, second: ComparedTest) -> PairedDifference:
-    """The paired difference on the videos that both tests scored, matched by path."""
+def _pair(first: ComparedTest, second: ComparedTest) -> ComparedPair:
+    """Two tests on the videos that both scored, matched by path; the p value is not adjusted."""
     first_rows, second_rows = _rows_by_path(first), _rows_by_path(second)
     shared = [path for path in first_rows if path in second_rows]
     if not shared:
         raise UsageError(
-            f"{first.folder} and {second.folder}: no video was scored in both; compare tests of the same data"
+            f"{first.folder} and {second.folder}: tests of different data, {_data(first)} and {_data(second)}: "
+            "no video was scored in both; test both models on the same data set and split"
         )
     # The rows of the shared videos among the scored videos of each test; row i of both is the same video.
     a, b = [first_rows[path] for path in shared], [second_rows[path] for path in shared]
     labels = [test.analysis.scores.labels[test.analysis.scores.scored] for test in (first, second)]
+    classes = first.analysis.scores.classes
     # Label numbers are comparable because both tests have the same class order.
     for path, i, j in zip(shared, a, b, strict=True):
         if labels[0][i] != labels[1][j]:
-            classes = first.analysis.scores.classes
             raise UsageError(
                 f"{path}: is {classes[labels[0][i]]!r} in {first.folder} and {classes[labels[1][j]]!r} in "
                 f"{second.folder}; test both on the same list"
             )
-    # The bootstrap wants source numbers 0..S-1 without gaps, but the shared videos may lack some sources of the first
-    # test. The inverse indices of np.unique renumber those that are left.
-    sources = np.unique(sources_of_scored(first.analysis.scores)[a], return_inverse=True)[1]
-    return compare_paired(first.analysis.right[a], second.analysis.right[b], sources, first.record.get("seed", 0))
+    sources = sources_of_scored(first.analysis.scores)[a]
+    right = first.analysis.right[a], second.analysis.right[b]
+    paired = compare_paired(*right, sources)
+
+    def only(these: NDArray[np.bool_], wrong_answers: NDArray[np.int64]) -> tuple[LoneAnswer, ...]:
+        rows = np.flatnonzero(these).tolist()
+        return tuple(LoneAnswer(shared[i], classes[labels[0][a[i]]], classes[wrong_answers[i]]) for i in rows)
+
+    return ComparedPair(
+        first.letter,
+        second.letter,
+        paired,
+        paired.p_value,
+        only_first=only(right[0] & ~right[1], second.analysis.answers[b]),
+        only_second=only(right[1] & ~right[0], first.analysis.answers[a]),
+    )
+
+
+def _data(test: ComparedTest) -> str:
+    """The data of a test, for messages: its folder, split and fingerprint."""
+    return f"{test.record['data']} ({test.record['split']}, {test.record['data_fingerprint'][:12]})"
 
 
 def _rows_by_path(test: ComparedTest) -> dict[str, int]:
@@ -235,8 +287,14 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
     """The values of compare.html.j2."""
     classes = compare_classes(tests)
     return {
+        "title": " against ".join(title_of(test.record) for test in tests) if len(tests) == 2 else None,
+        "names": {test.letter: title_of(test.record) for test in tests},
+        "verdicts": [verdict(pair, tests) for pair in pairs],
+        "axis": _accuracy_axis(tests),
+        "max_lone_answers": MAX_LONE_ANSWERS,
         "tests": tests,
         "pairs": pairs,
+        "accuracies": ACCURACIES,
         "one_data": len({test.record["data_fingerprint"] for test in tests}) == 1,
         "one_protocol": len({test.record["protocol"] for test in tests}) == 1,
         "unit": tests[0].record.get("unit", "videos"),
@@ -248,20 +306,35 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
     }
 
 
+def _accuracy_axis(tests: Sequence[ComparedTest]) -> tuple[float, float, tuple[TickMark, ...]]:
+    """(low, high, tick marks) of the axis of top-1, in whole tenths: it holds every interval and the chance line."""
+    intervals = [test.analysis.metrics.top1_interval for test in tests]
+    low = math.floor(10 * min(tests[0].analysis.metrics.chance, *(low for low, _ in intervals))) / 10
+    high = math.ceil(10 * max(high for _, high in intervals)) / 10
+    return low, high, tick_marks(100 * low, 100 * high, " %")
+
+
 def _views_plot(tests: Sequence[ComparedTest]) -> Plot | None:
-    """Accuracy by number of views, a line for each test."""
+    """Accuracy by number of views, a line for each test, with intervals if they are few enough to be told apart."""
     series = [views_series(test.letter, test.analysis.views) for test in tests]
+    if len(tests) > MAX_BANDS:
+        series = [replace(one, low=None, high=None) for one in series]
     x_label = "clips per video (crops if there is one clip)"
-    return plot("Accuracy by number of views", series, x_label=x_label, percent=True, mark_every_count=True)
+    title = "Accuracy by number of views"
+    return plot(title, series, x_label=x_label, y_label="top-1", percent=True, mark_every_count=True)
 
 
 def _training_plots(tests: Sequence[ComparedTest]) -> list[Plot | None]:
     """The training curves of all tests; None for a metric that no run logged."""
-    metrics = {"Training loss": "train/loss", "Validation loss": "val/loss", "Validation accuracy": "val/top1"}
+    metrics = {
+        "Training loss": ("loss", "train/loss"),
+        "Validation loss": ("loss", "val/loss"),
+        "Validation accuracy": ("top-1", "val/top1"),
+    }
     drawn = []
-    for title, key in metrics.items():
+    for title, (y_label, key) in metrics.items():
         # A test without a training run gets an empty line, so that the other tests keep their colours (see `plot`).
         lines = [(test.letter, *(test.run.series(key) if test.run else (np.empty(0), np.empty(0)))) for test in tests]
         series = [Series(letter, x, y, dots=len(x) < 30) for letter, x, y in lines]
-        drawn.append(plot(title, series, x_label="step", percent=key == "val/top1"))
+        drawn.append(plot(title, series, x_label="step", y_label=y_label, percent=key == "val/top1"))
     return drawn

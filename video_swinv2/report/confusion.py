@@ -28,10 +28,9 @@ class ConfusedPair:
 
 
 def confusion_counts(labels: NDArray[np.int64], answers: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """(K, K) the number of videos with each label and answer. labels and answers: (N,), where -1 is no answer."""
+    """(K, K) the number of videos with each label and answer. labels and answers: (N,)."""
     counts = np.zeros((k, k), dtype=np.int64)
-    answered = answers >= 0
-    np.add.at(counts, (labels[answered], answers[answered]), 1)
+    np.add.at(counts, (labels, answers), 1)
     return counts
 
 

@@ -20,7 +20,7 @@ from scipy.special import softmax  # type: ignore[import-untyped]  # as above
 from sklearn.calibration import calibration_curve
 
 from video_swinv2.report.confusion import confusion_counts
-from video_swinv2.report.intervals import Interval, mean_statistic, share_intervals, wilson_interval
+from video_swinv2.report.intervals import Interval, share_interval, wilson_interval
 
 RELIABILITY_BINS = 15  # as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
 MAX_VIEW_SUBSETS = 96  # of the whole views curve, which bounds its cost
@@ -155,10 +155,9 @@ def views_curve(
         hits = averages.argmax(axis=2) == labels[rows, None]  # (chunk, subsets)
         # Split along the subsets into P pieces, whose means are the columns: P times (chunk,) -> (chunk, P).
         right[rows] = np.stack([part.mean(axis=1) for part in np.split(hits, point_ends, axis=1)], axis=1)
-    intervals = share_intervals(mean_statistic(right), sources, seed)
     return tuple(
-        ViewPoint(*point, len(rows), float(share), interval)
-        for point, rows, share, interval in zip(points, subsets, right.mean(axis=0), intervals, strict=True)
+        ViewPoint(*point, len(rows), float(share.mean()), share_interval(share, sources))
+        for point, rows, share in zip(points, subsets, right.T, strict=True)
     )
 
 

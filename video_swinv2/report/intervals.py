@@ -1,10 +1,10 @@
-"""Uncertainty of the figures: the cluster bootstrap, Wilson's interval, and the paired comparison of two models.
+"""Uncertainty of the figures: intervals that allow for shared sources, and the paired comparison of two models.
 
-Letters: N videos, S sources, R resamples, M figures, K classes.
+Letters: N videos, S sources.
 
 A *source* is the recording that videos were cut from. Videos of one source resemble each other, so the source is the
-unit that is resampled: ten videos cut from one recording are closer to one piece of evidence than to ten. If every
-video is its own source, this is the ordinary bootstrap.
+unit of evidence: ten videos cut from one recording are closer to one observation than to ten. If every video is its own
+source, the intervals are the ordinary ones.
 
 Everything here takes and returns plain arrays and numbers. Fractions are in 0..1.
 """
@@ -12,35 +12,30 @@ Everything here takes and returns plain arrays and numbers. Fractions are in 0..
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest  # type: ignore[import-untyped]  # SciPy has no type hints
+from scipy.stats import norm, t  # type: ignore[import-untyped]  # SciPy has no type hints
 
 Interval = tuple[float, float]
-Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""(R, N) how many times each resample contains each video -> (R, M) the figures of each resample.
-
-A resample is given as counts rather than as a list of videos, so that figures of all resamples are matrix products.
-"""
 
 LEVEL = 0.95  # of every interval
-BOOTSTRAP_RESAMPLES = 2000  # R
-_CHUNK_ELEMENTS = 1 << 21  # of a chunk of resamples: 16 MiB in float64
+MIN_SOURCES = 30
+"""With fewer sources, the spread between them is poorly known: reports say so beside their intervals."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
     """Two models on the same n videos: the accuracy of the second minus the accuracy of the first, with its interval.
 
-    only_first, only_second: how many videos only that one of the two answers correctly. p_value: of McNemar's exact
-    test.
+    sources: the number of recordings that the videos were cut from. only_first, only_second: how many videos only that
+    one of the two answers correctly. p_value: of `swap_test`.
     """
 
     n: int
+    sources: int
     difference: float
     interval: Interval
     only_first: int
@@ -57,90 +52,107 @@ def number_sources(origins: Sequence[str]) -> NDArray[np.int64]:
     return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
-def bootstrap_intervals(statistic: Statistic, sources: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """(M, 2) percentile bootstrap intervals of M figures (Efron and Tibshirani 1993, chapter 13).
+def share_interval(
+    values: NDArray[np.float64],
+    sources: NDArray[np.int64],
+    *,
+    weights: NDArray[np.float64] | None = None,
+    expected: NDArray[np.float64] | None = None,
+) -> Interval:
+    """Wilson's interval of the mean of N >= 1 values in 0..1, on the effective number of videos.
 
-    Each of BOOTSTRAP_RESAMPLES resamples draws S of the S sources with replacement and takes all videos of each, so
-    resamples differ in their number of videos. sources: (N,) numbers 0..S-1. Equal arguments give equal results.
+    values: (N,), such as 1.0 where an answer is correct. sources: (N,) the number of each video's source. weights: (N,)
+    of a weighted mean, summing to 1. expected: (N,) what the residual of each value is taken from; by default the mean.
+
+    n videos of few sources are worth fewer independent ones: n divided by the design effect, which is the variance of
+    the mean with sources as units over its variance with videos as units (Kish 1965). The spread between S sources is
+    itself an estimate, so the number is reduced by the ratio of the quantiles of Student's t with N - 1 and S - 1
+    degrees of freedom, squared (Korn and Graubard 1998). Dean and Pagano 2015 find Wilson's interval on that number to
+    keep its level best. A design effect below 1 counts as 1, so no interval is narrower than Wilson's for independent
+    videos.
     """
-    figures = np.concatenate([statistic(times) for times in _resamples(sources, seed)])  # (R, M)
-    return np.asarray(np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T)  # (2, M) -> (M, 2)
+    n, n_sources = len(values), len(np.unique(sources))
+    weights = np.full(n, 1 / n) if weights is None else weights
+    share = min(1.0, float(weights @ values))
+    # Kish's effective sample size: N for equal weights.
+    independent = 1 / float(weights @ weights)
+    effect = design_effect(weights * (values - (share if expected is None else expected)), sources)
+    if effect is None:
+        # Nothing varies, as with a perfect score, or there is a single source: nothing is known about the spread
+        # between sources, so each counts as one observation.
+        return wilson_interval(share, independent * n_sources / n)
+    upper = (1 + LEVEL) / 2
+    return wilson_interval(share, independent / effect * (t.ppf(upper, n - 1) / t.ppf(upper, n_sources - 1)) ** 2)
 
 
-def share_intervals(statistic: Statistic, sources: NDArray[np.int64], seed: int) -> list[Interval]:
-    """Bootstrap intervals of M figures that are shares, but Wilson's interval for a figure that is exactly 0 or 1.
+def design_effect(influence: NDArray[np.float64], sources: NDArray[np.int64]) -> float | None:
+    """How many times larger the variance of a figure is because videos share sources, at least 1.
 
-    The bootstrap cannot judge a perfect score: if 5 answers out of 5 are correct, so are all answers of every resample,
-    and the interval is [1, 1] however small the sample. Wilson's interval for 5 of 5 starts at 0.57. It takes the
-    sources for trials, because they are the independent observations.
+    influence: (N,) the share of each video in the figure's deviation from its mean; sums to 0. Returns None if there is
+    a single source or if no video deviates.
     """
-    intervals = [(float(low), float(high)) for low, high in bootstrap_intervals(statistic, sources, seed)]
-    n = len(np.unique(sources))
-    return [wilson_interval(low, n) if low == high and low in (0.0, 1.0) else (low, high) for low, high in intervals]
-
-
-def mean_statistic(values: NDArray[np.float64]) -> Statistic:
-    """The mean over the videos of a resample. values: (N, M), for example 1.0 where a video is answered correctly."""
-    # (R, N) @ (N, M) sums over the videos of each resample; dividing by their number (R, 1) gives means.
-    return lambda times: np.asarray((times @ values) / times.sum(axis=1, keepdims=True))
-
-
-def class_mean_statistic(labels: NDArray[np.int64], correct: NDArray[np.float64]) -> Statistic:
-    """Mean class accuracy: the accuracy in each class that a resample contains, averaged over these classes.
-
-    labels, correct: (N,), correct is 1 where the answer is right. A rare class is missing from some resamples. It is
-    left out of their mean, because it has no accuracy there.
-    """
-    # Sort the videos by class once. np.add.reduceat then sums over each run of equal labels; runs begin at `starts`.
-    # Labels (2, 0, 2) are sorted to (0, 2, 2), whose runs start at 0 and 1.
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-
-    def statistic(times: NDArray[np.float64]) -> NDArray[np.float64]:
-        n_correct = np.add.reduceat((times * correct)[:, order], starts, axis=1)  # (R, N) -> (R, classes with videos)
-        n_drawn = np.add.reduceat(times[:, order], starts, axis=1)
-        # Where a class was not drawn, 0 / 0 is replaced by 0, which adds nothing to the sum.
-        recall = np.divide(n_correct, n_drawn, out=np.zeros_like(n_correct), where=n_drawn > 0)
-        return np.asarray(recall.sum(axis=1, keepdims=True) / (n_drawn > 0).sum(axis=1, keepdims=True))  # (R, 1)
-
-    return statistic
-
-
-def stack_statistics(*statistics: Statistic) -> Statistic:
-    """Several statistics of the same resamples side by side: (R, M1), (R, M2), ... -> (R, M1 + M2 + ...)."""
-    return lambda times: np.concatenate([statistic(times) for statistic in statistics], axis=1)
+    totals = np.bincount(np.unique(sources, return_inverse=True)[1], weights=influence)
+    n, n_sources = len(influence), len(totals)
+    single = float(influence @ influence)
+    if n_sources < 2 or single < 1e-24:  # rounding errors of N residuals that should be 0
+        return None
+    # n / (n - 1) makes the variances unbiased for n videos, and likewise for S sources.
+    return max(1.0, n_sources / (n_sources - 1) * float(totals @ totals) / (n / (n - 1) * single))
 
 
 def wilson_interval(share: float, n: float) -> Interval:
     """Wilson's score interval of a share observed in `n` trials (Wilson 1927), valid for small n and shares of 0 or 1.
 
-    Written out because scipy.stats.binomtest only takes whole numbers of successes. Here the share is over the videos
-    of a class and `n` is the number of their sources, so share * n is seldom whole.
+    Written out because scipy.stats.binomtest only takes whole numbers. An effective number of trials is seldom whole.
     """
     # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), where z = 1.96 at the 95 % level.
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    z = float(norm.ppf((1 + LEVEL) / 2))
     centre = share + z * z / (2 * n)
     half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
-def compare_paired(
-    first: NDArray[np.bool_], second: NDArray[np.bool_], sources: NDArray[np.int64], seed: int
-) -> PairedDifference:
+def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_], sources: NDArray[np.int64]) -> PairedDifference:
     """Compare two models on the same videos. first, second: (N,) whether each model answers each video correctly.
 
-    Two models agree on most videos, so their difference is known far more precisely than either accuracy. Resampling
-    the differences per video makes use of that; comparing the two intervals would not.
+    Two models agree on most videos, so their difference is known far more precisely than either accuracy. The interval
+    is that of Agresti and Min 2005, which adds half a video to each of the four combinations of right and wrong: it has
+    a width even if the models never differ. Its variance is multiplied by the design effect of the sources, and its
+    quantile is Student's t with S - 1 degrees of freedom.
     """
     gained = second.astype(np.float64) - first  # (N,) 1 where only the second is correct, -1 where only the first is
-    low, high = bootstrap_intervals(mean_statistic(gained[:, None]), sources, seed)[0].tolist()
+    n, n_sources, difference = len(first), len(np.unique(sources)), float(gained.mean())
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    # McNemar's exact test: if the models are equally good, which of them is right on a video that only one answers
-    # correctly is a fair coin flip. Videos on which both are right or both are wrong say nothing about the difference.
-    discordant = only_first + only_second
-    p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    return PairedDifference(len(first), float(gained.mean()), (low, high), only_first, only_second, p_value)
+    centre = (only_second - only_first) / (n + 2)
+    variance = ((only_first + only_second + 1) / (n + 2) - centre**2) / (n + 2)
+    interval = (-1.0, 1.0)  # a single source says nothing about others
+    if n_sources > 1:
+        # Where the models never differ, or always in the same way, each source counts as one observation.
+        effect = design_effect((gained - difference) / n, sources) or n / n_sources
+        half_width = float(t.ppf((1 + LEVEL) / 2, n_sources - 1)) * math.sqrt(effect * variance)
+        interval = max(-1.0, centre - half_width), min(1.0, centre + half_width)
+    totals = np.bincount(np.unique(sources, return_inverse=True)[1], weights=gained).astype(np.int64)
+    return PairedDifference(n, n_sources, difference, interval, only_first, only_second, swap_test(totals))
+
+
+def swap_test(gained: NDArray[np.int64]) -> float:
+    """The p value of an exact randomisation test (Fisher 1935) of two equally good models.
+
+    gained: (S,) how many more videos of each source the second model answers correctly. If the models are equally good,
+    which of them was called the second is a fair coin flip for each source. p is the probability that such flips make
+    the sum as far from 0 as it is. If every video is its own source, this is McNemar's exact test.
+    """
+    sizes = np.abs(gained[gained != 0])
+    # chances[i]: the probability that the sizes of the sources that fall to the first model sum to i.
+    chances = np.zeros(int(sizes.sum()) + 1)
+    chances[0] = 1.0
+    for size in sizes.tolist():
+        chances[size:] += chances[:-size].copy()  # flipped or not: the sum of both, halved
+        chances *= 0.5
+    # The sum of all gains is far from 0 if the first model's share is at most `tail`, or the second model's is.
+    tail = (int(sizes.sum()) - abs(int(gained.sum()))) // 2
+    return min(1.0, 2 * float(chances[: tail + 1].sum()))
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
@@ -157,23 +169,3 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def _resamples(sources: NDArray[np.int64], seed: int) -> Iterator[NDArray[np.float64]]:
-    """Yield arrays (rows, N), how many times each resample contains each video, with R rows in total.
-
-    They come in chunks because R x N numbers would not fit in memory for a large test.
-    """
-    rng = np.random.default_rng(seed)
-    n_sources = int(sources.max()) + 1
-    chunk_rows = max(1, _CHUNK_ELEMENTS // max(n_sources, len(sources)))
-    for first in range(0, BOOTSTRAP_RESAMPLES, chunk_rows):
-        rows = min(chunk_rows, BOOTSTRAP_RESAMPLES - first)
-        # Each row draws S source numbers: (rows, S). Adding S * row gives every resample a range of numbers of its own,
-        # so that a single bincount over the flat array counts them all: (rows * S,) -> (rows, S), how often each source
-        # was drawn. Example with S = 2: rows (0, 1) and (1, 1) become 0, 1, 3, 3, whose counts 1, 1, 0, 2 are (1, 1),
-        # (0, 2).
-        drawn = rng.integers(0, n_sources, size=(rows, n_sources)) + n_sources * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * n_sources).reshape(rows, n_sources)
-        # A video occurs in a resample as often as its source was drawn: (rows, S) -> (rows, N).
-        yield times[:, sources].astype(np.float64)

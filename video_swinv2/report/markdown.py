@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from video_swinv2.escaping import for_markdown
+from video_swinv2.report.intervals import MIN_SOURCES
 
 MAX_ROWS = 20  # of a table; the JSON files list everything
+ACCURACIES = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -38,6 +40,46 @@ def accuracy_line(result: Mapping[str, Any], key: str = "top1", words: str = "to
     return (
         f"{words} {percent(result[key])} (95 % interval {span(result[f'{key}_interval'])}, "
         f"{result['videos']['scored']} {unit}, {result['protocol']}, data {result['data_fingerprint'][:12]})"
+    )
+
+
+def accuracy_lines(result: Mapping[str, Any]) -> list[str]:
+    """Every accuracy that means something for the number of classes, and what it takes to beat.
+
+    result: the content of results.json.
+    """
+    lines = [accuracy_line(result, key, words) for key, words in ACCURACIES.items() if result[key] is not None]
+    lines.append(baseline_line(result))
+    if result["two_classes"]:
+        lines.append(f"ROC AUC {result['two_classes']['roc_auc']:.4f}")
+        lines += [_detected_line(row) for row in result["two_classes"]["classes"]]
+    warning = few_sources_warning(result["sources"], result.get("unit", "videos"))
+    return [*lines, warning] if warning else lines
+
+
+def baseline_line(result: Mapping[str, Any]) -> str:
+    """What top-1 is to be compared with: a random answer, and the most frequent class whatever the video."""
+    majority = result["majority"]
+    return (
+        f"by chance {percent(result['chance'])}; always answering {majority['class']!r}, the most frequent class, "
+        f"{percent(majority['share'])}"
+    )
+
+
+def few_sources_warning(sources: int, unit: str) -> str:
+    """A warning for intervals that rest on few sources; empty for MIN_SOURCES or more."""
+    if sources >= MIN_SOURCES:
+        return ""
+    return (
+        f"warning: the {unit} come from only {sources} independent source{'s' * (sources != 1)}; intervals from fewer "
+        f"than {MIN_SOURCES} are rough, so add {unit} of other sources before you rely on them"
+    )
+
+
+def _detected_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['name']!r} against the other class: precision {percent(row['precision'])}, recall "
+        f"{percent(row['recall'])}, F1 {percent(row['f1'])}, PR AUC {row['pr_auc']:.4f} ({row['n']} of it)"
     )
 
 
@@ -77,12 +119,14 @@ def report_text(result: Mapping[str, Any]) -> str:
 def comparison_text(result: Mapping[str, Any]) -> str:
     """The comparison of several tests as Markdown. result: the content of comparison.json."""
     tests, pairs = result["tests"], result["pairs"]
+    # All tests have the same classes, so top-5 means something for all of them or for none.
+    has_top5 = tests[0]["top5"] is not None
     figures = [
         (
             test["letter"],
             test["folder"],
             f"{percent(test['top1'])} ({span(test['top1_interval'])})",
-            f"{percent(test['top5'])} ({span(test['top5_interval'])})",
+            *([f"{percent(test['top5'])} ({span(test['top5_interval'])})"] if has_top5 else []),
             f"{percent(test['mean_class_accuracy'])} ({span(test['mean_class_accuracy_interval'])})",
             f"{test['videos']['scored']} of {test['videos']['listed']}",
             test["protocol"],
@@ -90,7 +134,8 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         )
         for test in tests
     ]
-    head = ("", "test", "top-1 (95 % interval)", "top-5", "mean class accuracy", "scored", "protocol", "data")
+    top5 = ["top-5"] if has_top5 else []
+    head = ["", "test", "top-1 (95 % interval)", *top5, "mean class accuracy", "scored", "protocol", "data"]
     differences = [
         (
             f"{pair['first']} to {pair['second']}",
@@ -103,14 +148,15 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         for pair in pairs
     ]
     columns = ("pair", "top-1 difference, points", "n", "only first / only second correct", "McNemar p", "Holm p")
-    return "\n\n".join([f"# {len(tests)} tests compared", table(head, figures), table(columns, differences)]) + "\n"
+    verdicts = "\n".join(f"* {for_markdown(pair['verdict'])}" for pair in pairs)
+    parts = [f"# {len(tests)} tests compared", verdicts, table(head, figures), table(columns, differences)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _headline(result: Mapping[str, Any]) -> str:
     """The list at the top: accuracies, calibration, failures, and the warning of a wrong class order."""
     videos, unit, other = result["videos"], result.get("unit", "videos"), result["other_average"]
-    names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
-    lines = [f"* {for_markdown(accuracy_line(result, key, words))}" for key, words in names.items()]
+    lines = [f"* {for_markdown(line)}" for line in accuracy_lines(result)]
     lines.append(
         f"* top-1 with views averaged as {for_markdown(other['average'])}: {percent(other['top1'])} "
         f"({span(other['top1_interval'])}); this protocol averages {for_markdown(result.get('average', 'prob'))}"

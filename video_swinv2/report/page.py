@@ -12,14 +12,15 @@ import numpy as np
 
 from video_swinv2.files import atomic_write, json_text
 from video_swinv2.pages import render, tick_marks
+from video_swinv2.progress import duration_text
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.confusion import matrix_data
 from video_swinv2.report.diagnosis import ViewPoint
-from video_swinv2.report.markdown import report_text
+from video_swinv2.report.markdown import few_sources_warning, report_text
 from video_swinv2.report.metrics import ClassAccuracy
 from video_swinv2.report.mistakes import read_strips
 from video_swinv2.report.plots import Plot, Series, plot
-from video_swinv2.report.scores import Scores, load_test
+from video_swinv2.report.scores import Scores, load_test, title_of
 from video_swinv2.report.training_run import (
     TrainingRun,
     find_training_run,
@@ -75,7 +76,6 @@ def results(analysis: Analysis, run: TrainingRun | None) -> dict[str, Any]:
     return {
         **metrics.figures(),
         "videos": {"listed": metrics.listed, "scored": metrics.scored, "failed": metrics.failed},
-        "sources": metrics.sources,
         "other_average": {"average": average, "top1": top1, "top1_interval": list(interval)},
         "views_curve": [asdict(point) for point in analysis.views],
         "calibration": asdict(analysis.calibration),
@@ -96,7 +96,9 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, s
     failed = failures(scores)
     unit = record.get("unit", "videos")
     return {
+        "title": title_of(record),
         "metrics": metrics,
+        "few_sources": few_sources_warning(metrics.sources, unit),
         "record": record,
         "unit": unit,
         "basis": f"{metrics.scored} {unit} · {record['protocol']} · data {record['data_fingerprint'][:12]}",
@@ -157,7 +159,7 @@ def video_counts(analysis: Analysis) -> list[tuple[str, str]]:
         ("not readable in the test", str(unread)),
         ("scored, each in every view", str(metrics.scored)),
         ("of these, with damaged frames", str(record.get("videos_with_damaged_frames", 0))),
-        ("source recordings", str(metrics.sources) if record.get("origins") else "unknown"),
+        ("independent sources", str(metrics.sources) if record.get("origins") else "unknown: each counts as one"),
         ("classes with videos", f"{len(counts)} of {len(metrics.per_class)}"),
         ("per class: minimum, median, maximum", f"{counts.min()}, {np.median(counts):.6g}, {counts.max()}"),
     ]
@@ -177,9 +179,8 @@ def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> lis
         rows.append(("tested on", f"{record.get('processes', 1)} x {record['device']}, {record.get('precision', '')}"))
     known = run.record if run else {}
     if "hours" in known:
-        rows.append(
-            ("training", f"{known['hours']:.3g} h, {known.get('device_hours', known['hours']):.3g} device hours")
-        )
+        alone, together = (3600 * hours for hours in (known["hours"], known.get("device_hours", known["hours"])))
+        rows.append(("training", f"{duration_text(alone)}, {duration_text(together)} of device time"))
     if "device" in known:
         rows.append(("trained on", f"{known.get('processes', 1)} x {known['device']}"))
     if "parameters" in known:
@@ -197,12 +198,13 @@ def views_plot(points: tuple[ViewPoint, ...]) -> Plot | None:
     # the plot lists every interval.
     first, *fewer = views_series_by_crops(points)
     series = [first, *(replace(one, low=None, high=None) for one in fewer)]
-    return plot("top-1 by number of views", series, x_label=x_label, percent=True, mark_every_count=True)
+    title = "top-1 by number of views"
+    return plot(title, series, x_label=x_label, y_label="top-1", percent=True, mark_every_count=True)
 
 
 def views_series(name: str, points: tuple[ViewPoint, ...]) -> Series:
-    """Top-1 by the number of clips with all crops, or by the number of crops if there is one clip; no intervals."""
-    return replace(views_series_by_crops(points)[0], name=name, low=None, high=None)
+    """Top-1 by the number of clips with all crops, or by the number of crops if there is one clip."""
+    return replace(views_series_by_crops(points)[0], name=name)
 
 
 def views_series_by_crops(points: tuple[ViewPoint, ...]) -> list[Series]:
@@ -216,17 +218,18 @@ def views_series_by_crops(points: tuple[ViewPoint, ...]) -> list[Series]:
 
 def training_plots(run: TrainingRun) -> list[Plot]:
     """The curves of the training run; metrics that were not logged are left out."""
+    # Top-5 is not drawn: it is near 100 % early, and on its axis top-1 would be a flat line at the bottom.
     metrics = {
-        "Loss": ("train/loss", "val/loss"),
-        "Validation accuracy": ("val/top1", "val/top5"),
-        "Learning rate": ("train/lr",),
+        "Loss": ("loss", ("train/loss", "val/loss")),
+        "Validation accuracy": ("top-1", ("val/top1",)),
+        "Learning rate": ("learning rate", ("train/lr",)),
     }
-    names = {"train/loss": "training", "val/loss": "validation", "val/top1": "top-1", "val/top5": "top-5"}
+    names = {"train/loss": "training", "val/loss": "validation", "val/top1": "top-1"}
     drawn = []
-    for title, keys in metrics.items():
+    for title, (y_label, keys) in metrics.items():
         lines = [(names.get(key, ""), *run.series(key)) for key in keys]
         series = [Series(name, steps, values, dots=len(steps) < 30) for name, steps, values in lines]
-        drawn.append(plot(title, series, x_label="step", percent="val/top1" in keys))
+        drawn.append(plot(title, series, x_label="step", y_label=y_label, percent="val/top1" in keys))
     return [drawing for drawing in drawn if drawing]
 
 

@@ -79,6 +79,7 @@ class TestedRecord(Record, extra="allow"):
     lost_in_preparation: _Number = 0
     videos_with_damaged_frames: _Number = 0
     protocol_numbers: _ProtocolNumbers | None = None
+    date: str = ""
     seconds: Annotated[float, Field(ge=0)] = 0.0
     decode_wait_share: float = 0.0
     processes: _Number = 1
@@ -177,6 +178,14 @@ def load_test(path: Path) -> Scores:
     return scores
 
 
+def title_of(record: dict[str, Any]) -> str:
+    """Which test it is, for people: the model, the data set and its split, and the date if it is recorded."""
+    # The last two parts of a path tell models apart that training calls model.safetensors.
+    model = "/".join(Path(record["model"]["path"]).parts[-2:])
+    date = f", {record['date']}" if record.get("date") else ""
+    return f"{model} on {Path(record['data']).name} ({record['split']}){date}"
+
+
 def reorder_classes(scores: Scores, classes: tuple[str, ...], source: str) -> Scores:
     """The same scores with logits and labels in the order of `classes`, matched by name.
 
@@ -186,15 +195,17 @@ def reorder_classes(scores: Scores, classes: tuple[str, ...], source: str) -> Sc
         return scores
     unknown = next((name for name in scores.classes if name not in set(classes)), None)
     if unknown is not None:
-        nearest = difflib.get_close_matches(unknown, classes, n=1, cutoff=0.0)
-        hint = f"the nearest is {nearest[0]!r}" if nearest else "there are none"
+        nearest = difflib.get_close_matches(unknown, classes, n=1)
+        hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
         raise UserError(
-            f"{source}: class {unknown!r} is not among the {len(classes)} expected classes ({hint}); "
-            "compare tests of the same classes"
+            f"{source}: a test of other classes than the first: {unknown!r} is not among its {len(classes)} "
+            f"classes{hint}; compare tests of the same data set"
         )
     if len(scores.classes) != len(classes):
         absent = next(name for name in classes if name not in scores.classes)
-        raise UserError(f"{source}: class {absent!r} of the other tests is missing; compare tests of the same classes")
+        raise UserError(
+            f"{source}: a test of other classes than the first: it lacks {absent!r}; compare tests of the same data set"
+        )
     index = {name: number for number, name in enumerate(scores.classes)}
     order = np.array([index[name] for name in classes], dtype=np.int64)  # (K,) new index -> old index
     labels = np.argsort(order)[scores.labels]  # argsort inverts a permutation: old index -> new index

@@ -1,9 +1,14 @@
-"""The training run that a tested model came from, if its folder still exists: its record and its curves."""
+"""The training run that a tested model came from, if its folder still exists: its record and its curves.
+
+Also the series that the run may be one of (`train --seeds`, `train --folds`), and how validation metrics are shown.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,17 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from video_swinv2.config import changed_settings
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import json_text
-from video_swinv2.records import Record, parse_json, parse_record, read_bytes, read_json
+from video_swinv2.records import Record, parse_json, parse_record, read_bytes, read_json, read_record
 
 MAX_METRICS_BYTES = 2**29  # of metrics.jsonl: two million lines
+ACCURACIES = ("val/top1", "val/top5")
+SERIES_FILE = "series.json"
 MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixels wide
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run folder: `record` is the content of its run.json, `lines` are the lines of its metrics.jsonl."""
+    """A run folder: `record` is the content of its run.json, `lines` are the lines of its metrics.jsonl.
+
+    Instead of every configuration (`configs`), the record has what has changed since the first step, if anything has:
+    `changes`, by the step since which it held. A run of a series has the series' figures, as text, in `series`.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -43,8 +55,49 @@ class TrainingRun:
         return means[:, 0], means[:, 1]
 
 
+class SeriesRun(Record):
+    """One run of a series: the name of its folder, and the metric of its best and of its last validation."""
+
+    name: str
+    best: float
+    best_step: int
+    last: float
+
+
+class Series(Record):
+    """The content of series.json: the runs of a series that have finished, and the metric they are compared by."""
+
+    metric: str
+    runs: Annotated[list[SeriesRun], Field(min_length=1)]
+
+    def summary(self) -> str:
+        """One line: mean and standard deviation (of a sample, n - 1) over the runs, of the best and last validation."""
+        figures = []
+        for title, values in (
+            ("best", [run.best for run in self.runs]),
+            ("last", [run.last for run in self.runs]),
+        ):
+            mean = metric_text(self.metric, statistics.fmean(values)).removeprefix(f"{self.metric} ")
+            if len(values) > 1:
+                mean += f" (standard deviation {metric_text(self.metric, statistics.stdev(values)).split(' ', 1)[1]})"
+            figures.append(f"{title} {mean}")
+        return f"{self.metric}, mean of {len(self.runs)} runs: {', '.join(figures)}"
+
+
+def metric_text(key: str, value: float) -> str:
+    """A validation metric as text, accuracies in per cent: `val/top1 72.50 %`, `val/loss 0.8314`."""
+    return f"{key} {100 * value:.2f} %" if key in ACCURACIES else f"{key} {value:.4f}"
+
+
+class _Configuration(Record):
+    since_step: int
+    config: dict[str, Any]
+
+
 class _RunRecord(Record, extra="allow"):
     """What a report needs of run.json, as far as it is recorded."""
+
+    configs: list[_Configuration] = Field(default_factory=list)
 
     hours: Annotated[float, Field(ge=0)] | None = None
     device_hours: Annotated[float, Field(ge=0)] | None = None
@@ -67,6 +120,7 @@ def read_training_run(folder: Path) -> TrainingRun:
     try:
         record = read_json(folder / "run.json")
         known = parse_record(record, _RunRecord, str(folder / "run.json"))
+        series = read_record(file, Series).summary() if (file := folder.parent / SERIES_FILE).is_file() else None
         text = read_bytes(folder / "metrics.jsonl", MAX_METRICS_BYTES).decode("utf-8", "replace")
     except UserError as error:
         raise UsageError(
@@ -74,7 +128,20 @@ def read_training_run(folder: Path) -> TrainingRun:
         ) from error
     # As in the file, without the keys that are null.
     kept = {key: value for key, value in record.items() if value is not None or key not in type(known).model_fields}
+    kept.pop("configs", None)
+    kept |= ({"changes": changes} if (changes := _changes(known.configs)) else {}) | (
+        {"series": series} if series else {}
+    )
     return TrainingRun(folder, kept, tuple(_metric_lines(text.splitlines())))
+
+
+def _changes(configs: Sequence[_Configuration]) -> dict[str, list[str]]:
+    """What changed in the course of a run: `key: old -> new` of each setting, by the step since which it held."""
+    pairs = itertools.pairwise(configs)
+    return {
+        f"since step {new.since_step}": [str(change) for change in changed_settings(old.config, new.config)]
+        for old, new in pairs
+    }
 
 
 def folder_of_model(record: Mapping[str, Any]) -> Path:

@@ -39,14 +39,14 @@ class Cadence:
         # The quotient is the number of the validation, 0 for the one before training, which therefore always draws.
         return step == self.steps or step // self.validation_steps % self.picture_validations == 0
 
-    def is_stale(self, step: int, best: float | None, best_step: int) -> bool:
-        """Whether the run should end early at `step`, because the best validation, at `best_step`, is too long ago.
+    def is_stale(self, step: int, best: float | None, improved_step: int) -> bool:
+        """Whether the run should end early at `step`, as the last improvement, at `improved_step`, is too long ago.
 
         Without a validation split `best` stays None, and the run never ends early.
         """
         if self.patience_steps is None or best is None or step >= self.steps:
             return False
-        return step - best_step >= self.patience_steps
+        return step - improved_step >= self.patience_steps
 
 
 def total_steps(config: Config, samples: int) -> int:

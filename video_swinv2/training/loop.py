@@ -49,6 +49,7 @@ from video_swinv2.engine.zero3 import partitioned_construction, whole_numel
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.progress import Progress
+from video_swinv2.training.best import Best, choose_metric, metrics_text
 from video_swinv2.training.cadence import make_cadence
 from video_swinv2.training.faults import Faults, explain_exhaustion
 from video_swinv2.training.metrics import LogInterval, MetricLog, check_wandb
@@ -57,10 +58,12 @@ from video_swinv2.training.record import (
     describe_batch,
     describe_learning_rate,
     end_table,
+    finished_line,
     package_versions,
+    run_title,
     write_record,
 )
-from video_swinv2.training.start import find_start
+from video_swinv2.training.start import continue_history, find_start
 from video_swinv2.training.tasks.base import MakeTask, Task
 from video_swinv2.training.throughput import Throughput, WaitTimer
 from video_swinv2.training.validation import evaluation_mode, validate
@@ -86,8 +89,10 @@ class StoppedError(UserError):
     exit_code = EXIT_RESTART
 
 
-def run(config: Config, make_task: MakeTask) -> Path:
+def run(config: Config, make_task: MakeTask, *, accept_changes: bool = False) -> Path:
     """Train until the last step, or until the run ends early, and return the run folder.
+
+    accept_changes: whether a run that is resumed may go on with other settings that affect what the model learns.
 
     Raises UserError or UsageError for problems that the user can fix, and StoppedError after SIGTERM, SIGUSR1 or
     SIGINT, once the checkpoint is on disk. With several processes, nothing is raised: if one of them fails, dies or
@@ -106,15 +111,16 @@ def run(config: Config, make_task: MakeTask) -> Path:
             ) as world,
             explain_exhaustion(config, world),
         ):
-            _run(config, make_task, world)
+            _run(config, make_task, world, accept_changes)
     finally:
         gc.unfreeze()  # undoes the gc.freeze of _train_steps, for programs that go on after the run
     return Path(config.out)
 
 
-def _run(config: Config, make_task: MakeTask, world: World) -> None:
+def _run(config: Config, make_task: MakeTask, world: World, accept_changes: bool) -> None:
     """Build the task and train it; signals become a request to stop from the construction of the task on."""
-    require_agreement(world, {"version of": package_versions(), **plain_values(config)})
+    settings = {**plain_values(config), "--accept-changes": accept_changes}
+    require_agreement(world, {"version of": package_versions(), **settings})
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)
@@ -128,7 +134,7 @@ def _run(config: Config, make_task: MakeTask, world: World) -> None:
     busy = f"{config.out}: another run is training here; wait for it, or choose another out"
     with StopSignal() as signals, exclusive_folder(Path(config.out), world, busy):
         torch.manual_seed(config.seed)  # for the initial weights only; each forward pass is seeded separately
-        TrainingRun(config, make_task(config, construction), world, signals).train()
+        TrainingRun(config, make_task(config, construction), world, signals, accept_changes=accept_changes).train()
 
 
 class TrainingRun:
@@ -137,7 +143,9 @@ class TrainingRun:
     Constructing it finds the start of the run and loads it, so that afterwards `step` is the number of finished steps.
     """
 
-    def __init__(self, config: Config, task: Task, world: World, signals: StopSignal) -> None:
+    def __init__(
+        self, config: Config, task: Task, world: World, signals: StopSignal, *, accept_changes: bool = False
+    ) -> None:
         self.config, self.task, self.world, self.signals = config, task, world, signals
         self.folder = Path(config.out)
         self.samples = len(task.train_samples)
@@ -151,9 +159,12 @@ class TrainingRun:
         self.throughput = Throughput(task.training_flops(), config, world)
         self.last_metrics: dict[str, float] = {}
 
-        start = find_start(task, config, self.checkpoints, self._identity(), self.steps, world)
+        metric = choose_metric(config.best_metric, task.metrics)
+        self.best_by = {"best_metric": metric, "val_fingerprint": task.data_facts.get("val_fingerprint")}
+        start = find_start(task, config, self.checkpoints, self._identity(), self.best_by, self.steps, world)
         self.step = start.step
-        self.best, self.best_step = start.best, start.best_step
+        self.configs, self.changes = continue_history(start, config, accept_changes)
+        self.best = Best(metric, task.metrics[metric], start.best, start.best_step, start.improved_step)
         self.provenance = start.provenance
         self.seconds_before = start.seconds
         self.faults.restore(start.faults)
@@ -171,9 +182,10 @@ class TrainingRun:
 
         Does nothing but print a line if the run had finished before, at its last step or early.
         """
-        if self.step >= self.steps or (self.cadence.validates_at(self.step) and self._is_stale()):
-            self._print(f"{self.folder}: finished at step {self.step}; choose another out or more optim.epochs")
+        if self._is_finished():
+            self._print(finished_line(self.config, self.step, self.steps))
             return
+        self._print(*(f"{change} (since step {self.step})" for change in self.changes))
         # Written at the start, after each validation and at the end, so a run that is killed has a record too.
         self._write_record()
         log = None
@@ -193,7 +205,10 @@ class TrainingRun:
             self.checkpoints.wait()
         self._write_record()
         self._print(*end_table(self.folder, self._record(), self.last_metrics))
-        self._print(f"next: {self.task.next_command(self.folder)}")
+        samples = self.task.val_samples
+        note = self.best.noise_note(self.step, self.last_metrics, len(samples)) if samples is not None else ""
+        # As a comment of the shell, so that the whole line can be pasted.
+        self._print(f"next: {self.task.next_command(self.folder)}{note and f'  # {note}'}")
 
     def _train_steps(self, log: MetricLog | None) -> None:
         """Take steps until the last one, the early end, or a request to stop (StoppedError).
@@ -208,13 +223,14 @@ class TrainingRun:
         batch, rank = self.plan.batch, self.world.rank
         total, done = self.steps * batch, self.step * batch  # in samples of all processes
         first_step = self.step + 1
-        with Progress(self.folder.name, total, unit="samples", shown=rank == 0, done=done) as progress:
+        with Progress(run_title(self.folder), total, unit="samples", shown=rank == 0, done=done) as progress:
             while self.step < self.steps:
                 outcome = self._take_step(batches, interval)
                 # The step is finished: everything that is logged or saved below describes the state after it.
                 self.step += 1
                 stopping, saving = self._decide_together(outcome, interval)
-                progress.advance(batch, waits.seconds, f"loss {interval.last_loss:.4f}")
+                epoch = f"epoch {self.step * batch / self.samples:.1f} of {self.config.optim.epochs:g}"
+                progress.advance(batch, waits.seconds, f"{epoch}, loss {interval.last_loss:.4f}")
                 if self.step % self.config.log_every == 0 or self.step == self.steps:
                     self._log(log, interval, waits.seconds)
                     interval = LogInterval(waits.seconds)
@@ -335,31 +351,21 @@ class TrainingRun:
             log.write_picture(self.step, picture)
         if log and metrics:
             log.write(self.step, metrics)
-        is_best = self._update_best(metrics)
+        is_best = self.best.update(self.step, metrics)
         self.last_metrics = metrics
-        note = " (best so far)" if self.step and metrics and is_best else ""
-        shown = ", ".join(f"{key} {number:.4f}" for key, number in metrics.items()) or "no validation split"
+        note = " (best so far)" if metrics and is_best else ""
+        shown = metrics_text(metrics)
         self._print(f"step {self.step}/{self.steps}: {shown}{note}")
         self.faults.synchronise()  # the record below lists the broken files of all processes
         if self.step and weights is not None:
             self._write_weights(weights, metrics, is_best)
         self._write_record()
 
-    def _update_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these metrics are the best so far, which are remembered with their step.
-
-        Without a validation split the newest weights always count as the best.
-        """
-        value = metrics.get(self.task.best_metric)
-        if value is not None and not math.isfinite(value):  # the model has diverged
-            return False
-        is_best = value is None or self.best is None or (value > self.best) == self.task.higher_is_better
-        if self.step and value is not None and is_best:  # the initial weights are no candidate
-            self.best, self.best_step = value, self.step
-        return is_best
-
     def _is_stale(self) -> bool:
-        return self.cadence.is_stale(self.step, self.best, self.best_step)
+        return self.cadence.is_stale(self.step, self.best.value, self.best.improved_step)
+
+    def _is_finished(self) -> bool:
+        return self.step >= self.steps or (self.cadence.validates_at(self.step) and self._is_stale())
 
     def _write_weights(self, weights: Mapping[str, Tensor], metrics: Mapping[str, float], is_best: bool) -> None:
         """Write the model files with everything that their readers may want to know about where they come from."""
@@ -389,8 +395,11 @@ class TrainingRun:
             return
         state: dict[str, Any] = {
             "step": self.step,
-            "best": self.best,
-            "best_step": self.best_step,
+            "best": self.best.value,
+            "best_by": self.best_by,
+            "best_step": self.best.step,
+            "improved_step": self.best.improved_step,
+            "configs": self._configs(),
             "faults": faults,
             "seconds": self._seconds(),
             # Compared by find_start when the run is resumed.
@@ -426,6 +435,10 @@ class TrainingRun:
         # Lists for tuples, as in a checkpoint.
         return cast(dict[str, object], json.loads(json.dumps(facts, allow_nan=False)))
 
+    def _configs(self) -> list[dict[str, Any]]:
+        """Every configuration of this run as JSON values, oldest first, each with the step since which it held."""
+        return [configuration.model_dump() for configuration in self.configs]
+
     def _print(self, *lines: str) -> None:
         print_on_rank_zero(self.world, terminal_lines(lines))
 
@@ -457,10 +470,10 @@ class TrainingRun:
         return {
             "step": self.step,
             "steps": self.steps,
-            "stopped_early": self.step < self.steps and self.cadence.validates_at(self.step) and self._is_stale(),
-            "best": self.best,
-            "best_metric": self.task.best_metric,
-            "best_step": self.best_step,
+            "stopped_early": self.step < self.steps and self._is_finished(),
+            "best": self.best.value,
+            "best_metric": self.best.metric,
+            "best_step": self.best.step,
             "task": self.task.name,
             "init": self.provenance,
             "parameters": self.parameters,
@@ -472,6 +485,7 @@ class TrainingRun:
             "repeats": self.task.train_samples.repeats,
             "device": str(self.world.device),
             "seed": self.config.seed,
+            "configs": self._configs(),
             "skipped_steps": self.faults.skipped,
             "broken_files": list(self.faults.broken),
             "slowest_file": list(self.faults.slowest),

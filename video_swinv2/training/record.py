@@ -17,7 +17,11 @@ from video_swinv2.data.loading import BatchPlan
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
+from video_swinv2.progress import duration_text
+from video_swinv2.report.training_run import metric_text
+from video_swinv2.training.best import metrics_text
 
+MAX_TITLE = 24  # characters, to leave room for figures on a line of 80
 # Packages whose version can change a result.
 PACKAGES = ("video-swinv2", "torch", "torchvision", "deepspeed", "av", "pytorchvideo", "numpy", "scikit-learn")
 
@@ -104,6 +108,25 @@ def describe_learning_rate(optim: OptimConfig) -> str:
     return f"peak learning rate {optim.lr * linear_scaling(optim):g} = {scaled} (linear rule)"
 
 
+def run_title(folder: Path) -> str:
+    """What tells a run apart from others on one line: the end of its folder's path, such as `kinetics400/tiny`."""
+    title = "/".join(folder.parts[-2:])
+    return title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
+
+
+def finished_line(config: Config, step: int, steps: int) -> str:
+    """One line for a run that has nothing left to do: at which step it finished, and the setting with which it goes on.
+
+    step: the last one of the run, of `steps`. It is less if the run has ended early.
+    """
+    if step < steps:
+        fix = f"to go on, raise or omit early_stop_epochs, now {config.early_stop_epochs:g}"
+    else:
+        # The schedule of the learning rate spans the run, so it is another one in a longer run.
+        fix = f"to go on, raise optim.epochs, now {config.optim.epochs:g}, and add --accept-changes"
+    return f"{config.out}: finished at step {step} of {steps}; {fix}; for a new run, choose another out"
+
+
 def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]) -> list[str]:
     """The outcome of a finished run as lines of text.
 
@@ -111,16 +134,16 @@ def end_table(folder: Path, record: Mapping[str, Any], last: Mapping[str, float]
     """
     speed = record["speed"]
     # Best and last validation, then costs, then faults, with the file to look into if there were any.
-    rows = [("last", ", ".join(f"{key} {value:.4f}" for key, value in last.items()) or "no validation split")]
+    rows = [("last", metrics_text(last))]
     if record["best"] is not None:
-        rows.insert(0, ("best", f"{record['best_metric']} {record['best']:.4f} at step {record['best_step']}"))
-    used = f" ({speed['utilisation']:.0%} of its peak)" if speed.get("utilisation") else ""
+        best = metric_text(record["best_metric"], record["best"])
+        rows.insert(0, ("best", f"{best} at step {record['best_step']}"))
+    waiting = f"{100 * speed['data_wait']:.0f}"
+    used = f" ({100 * speed['utilisation']:.0f} % of its peak)" if speed.get("utilisation") else ""
+    alone, together = (duration_text(3600 * record[key]) for key in ("hours", "device_hours"))
     rows += [
-        ("time", f"{record['hours']:.2f} h, {record['device_hours']:.2f} device hours on {record['device']}"),
-        (
-            "speed",
-            f"{speed['samples_per_second']:.1f} samples/s, {speed['data_wait']:.0%} of the time waiting for data",
-        ),
+        ("time", f"{alone}, {together} of device time on {record['device']}"),
+        ("speed", f"{speed['samples_per_second']:.1f} samples/s, {waiting} % of the time waiting for data"),
         ("work", f"{speed['tflops_per_device']:.3g} TFLOP/s per device{used}"),
         ("memory", f"{speed['memory_gb']:.2f} GB per process at the peak"),
         ("skipped steps", f"{record['skipped_steps']}" + (", see skipped.jsonl" if record["skipped_steps"] else "")),

@@ -1,26 +1,26 @@
 """Where a run starts: at its own checkpoint, another run's checkpoint, the weights of a file, or from scratch.
 
-Also records the provenance of the weights: the chain of files that they come from.
+Also records where the weights come from: the chain of files, and the configurations with which they were trained.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from video_swinv2.config import Config
+from video_swinv2.config import Change, Config, changed_settings, plain_values
 from video_swinv2.distributed.agreement import wait_for_file
 from video_swinv2.distributed.collectives import all_gather_objects, print_on_rank_zero
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_terminal
 from video_swinv2.files import sha256
 from video_swinv2.records import Record, parse_record
@@ -48,11 +48,22 @@ class _Faults(Record):
     slowest: tuple[float, str] = Field(default=(0.0, ""), strict=False)
 
 
-class _RunState(Record, extra="ignore"):
-    """The run's own part of a checkpoint. Those of the first version lack the keys with a default."""
+class Configuration(Record):
+    """A configuration of a run, and the number of steps that were finished before it held."""
 
+    since_step: Counter
+    config: dict[str, Any]
+    """As `plain_values` gives it. It is compared and shown, never built into a `Config` again."""
+
+
+class _RunState(Record, extra="ignore"):
+    """The run's own part of a checkpoint. Those of older versions lack keys with a default."""
+
+    configs: list[Configuration] = Field(default_factory=list)
     best: float | None
+    best_by: dict[str, Any] = Field(default_factory=dict)
     best_step: Counter | None = None
+    improved_step: Counter | None = None
     seconds: Annotated[float, Field(ge=0)]
     identity: dict[str, Any]
     provenance: dict[str, Any]
@@ -75,9 +86,15 @@ class Start:
     """The tensors for the engine to load; None if the model already holds its initial weights."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the initial weights came from, for run.json and model files; see `initialise`."""
+    own: bool = False
+    """Whether the checkpoint is the run's own, so that this is one run and not a new one from another's weights."""
+    configs: Sequence[Configuration] = ()
+    """The configurations with which the checkpoint was trained, oldest first; empty if it records none."""
     best: float | None = None
-    """The best validation so far, by the task's `best_metric`; None before the first one."""
+    """The best validation so far, by the metric of `Best`; None before the first one."""
     best_step: int = 0
+    improved_step: int = 0
+    """For `Best`, as `best_step`."""
     seconds: float = 0.0
     """Wall time of the earlier, interrupted parts of the run."""
     faults: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +102,13 @@ class Start:
 
 
 def find_start(
-    task: Task, config: Config, checkpoints: Checkpoints, identity: Mapping[str, object], steps: int, world: World
+    task: Task,
+    config: Config,
+    checkpoints: Checkpoints,
+    identity: Mapping[str, object],
+    best_by: Mapping[str, object],
+    steps: int,
+    world: World,
 ) -> Start:
     """Find the start of a run and print it.
 
@@ -94,6 +117,8 @@ def find_start(
 
     identity: the values that must be the same in the checkpoint, or else the resumed run would not see the same
     samples at the same steps. A resumed run that computes with other rounding is told so.
+    best_by: what the best validation is chosen by, as JSON values by name: its metric and its samples. One that was the
+    best by something else does not count.
     steps: the length of the whole run, for the printed line.
 
     Rank 0 looks for the checkpoint, and all others read the one that it has found. Collective. Raises UserError if
@@ -108,7 +133,7 @@ def find_start(
     if state is None:
         # A universal checkpoint of DeepSpeed holds weights, moments and the step, but nothing about data and
         # validations: there is no identity to check, and the best validation is still to come.
-        start = Start(step, tensors, {"init": config.resume}, best_step=step)
+        start = Start(step, tensors, {"init": config.resume}, best_step=step, improved_step=step)
     else:
         folder = config.out if whose == OWN else str(config.resume)
         kept = parse_record(state, _RunState, f"{folder}: checkpoint of step {step}: state", "remove that checkpoint")
@@ -121,16 +146,19 @@ def find_start(
         except ValueError as error:  # another number of stages or axes
             raise UserError(f"{folder}: checkpoint of step {step}: state: {error}; remove that checkpoint") from error
         best, best_step = kept.best, step if kept.best_step is None else kept.best_step
-        if best is not None and not _has_best_weights(Path(config.out), world):
-            lost = f"the best weights so far, of step {best_step}, are not in {config.out}"
-            print_on_rank_zero(world, for_terminal(lost))
-            best, best_step = None, step
+        improved_step = best_step if kept.improved_step is None else kept.improved_step
+        if best is not None and (lost := _lost_best(kept, best_by, config.out, world)):
+            print_on_rank_zero(world, for_terminal(f"{lost}: the best weights are those to come"))
+            best, best_step, improved_step = None, step, step
         start = Start(
             step,
             tensors,
             kept.provenance,
+            own=whose == OWN,
+            configs=kept.configs,
             best=best,
             best_step=best_step,
+            improved_step=improved_step,
             seconds=kept.seconds,
             # Without the keys that it lacks, for which `Faults` has defaults of its own.
             faults=kept.faults.model_dump(exclude_unset=True),
@@ -170,14 +198,37 @@ def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World)
     return whose, found
 
 
-def _has_best_weights(out: Path, world: World) -> bool:
-    """Whether the folder of a run has the best weights so far, which are not in the checkpoint.
+def _lost_best(kept: _RunState, best_by: Mapping[str, object], out: str, world: World) -> str:
+    """Why the best validation of a checkpoint does not count in the run that goes on; "" if it counts. Collective.
 
-    It lacks them if it continues another run, or if nothing but checkpoints was copied from there. The best weights are
-    then those to come: if only better ones were written, the run might end without any. Collective.
+    The best weights are not in the checkpoint but in the run folder, which lacks them if it continues another run, or
+    if nothing but checkpoints was copied from there. If only better ones were written then, the run might end without
+    any.
     """
-    answers = all_gather_objects(world, (out / "model.safetensors").is_file() if world.rank == 0 else None)
-    return bool(answers[0])
+    present = Path(out, "model.safetensors").is_file() if world.rank == 0 else None
+    if not all_gather_objects(world, present)[0]:
+        return f"the best weights so far, of step {kept.best_step}, are not in {out}"
+    then = kept.best_by
+    return "; ".join(f"{key} {then[key]} then, {now} now" for key, now in best_by.items() if then.get(key, now) != now)
+
+
+def continue_history(start: Start, config: Config, accept_changes: bool) -> tuple[list[Configuration], list[Change]]:
+    """The configurations of a run from its first step on, oldest first, and what has changed since the checkpoint.
+
+    Raises UsageError if something has changed that affects what the model learns, unless that is accepted. A run that
+    starts from the checkpoint of another run may change everything.
+    """
+    now = Configuration(since_step=start.step, config=plain_values(config))
+    if not start.configs:
+        return [now], []
+    changes = changed_settings(start.configs[-1].config, config)
+    learning = [str(change) for change in changes if change.changes_learning]
+    if learning and start.own and not accept_changes:
+        raise UsageError(
+            f"{config.out}: has a checkpoint of step {start.step}, and what has changed since affects what is learned: "
+            f"{', '.join(learning)}; undo them, add --accept-changes, or choose another out"
+        )
+    return [*start.configs, now] if changes else list(start.configs), changes
 
 
 def _check_identity(folder: str, then: Mapping[str, object], now: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ class Account:
     loaded: list[str] = field(default_factory=list)
     """Tensors of the model that were taken from the file as they are."""
     inflated: dict[str, str] = field(default_factory=dict)
-    """Tensors of the model that were expanded in time from those of an image model."""
+    """Tensors of the model that were expanded: in time, from those of an image model, or to other input channels."""
     derived: dict[str, str] = field(default_factory=dict)
     """Tensors of the file that this model computes from its sizes instead: tables, indices, masks."""
     initialised: dict[str, str] = field(default_factory=dict)

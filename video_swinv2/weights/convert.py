@@ -7,11 +7,16 @@ from pathlib import Path
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import read_class_list, refuse_special_file, sha256
-from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.weights.account import Account
-from video_swinv2.weights.formats import Checkpoint, read_checkpoint
-from video_swinv2.weights.pretrained import RequestedSizes, open_model, save_pretrained
-from video_swinv2.weights.store import Preprocessing, save_model
+from video_swinv2.weights.formats import read_checkpoint
+from video_swinv2.weights.pretrained import (
+    RequestedSizes,
+    classes_in_checkpoint,
+    open_model,
+    preprocessing_of,
+    save_pretrained,
+)
+from video_swinv2.weights.store import save_model
 
 
 def convert(
@@ -64,7 +69,7 @@ def convert(
         raise UsageError(f"{classes}: {len(names)} names for the {len(rows)} rows of {class_map}; one name per row")
     norms = None if cpb_norm is None else [(norm, norm) for norm in cpb_norm]
     model, account = open_model(checkpoint, sizes, name=name, cpb_norm=norms, classes=names, class_map=rows)
-    class_names = names if names is not None else _classes_in_checkpoint(checkpoint, model, rows)
+    class_names = names if names is not None else classes_in_checkpoint(checkpoint, model, rows)
     preprocessing = preprocessing_of(model, checkpoint, frame_stride)
     # Recorded in the card, so that a model file can be traced to the exact bytes that it was made from.
     provenance = {
@@ -103,25 +108,3 @@ def read_class_map(path: Path) -> tuple[int, ...]:
     if not rows:
         raise UsageError(f"{path}: holds no row numbers; give one number from 0 on per line")
     return tuple(rows)
-
-
-def _classes_in_checkpoint(checkpoint: Checkpoint, model: SwinV2, rows: Sequence[int] | None) -> tuple[str, ...]:
-    """The checkpoint's own names of the model's classes, after the selection of `rows`; () if they are unknown."""
-    found = checkpoint.classes
-    # Names that are too few for the selected rows, or that do not fit the model's head, are dropped as a whole.
-    if rows is not None and found:
-        found = tuple(found[row] for row in rows if row < len(found))
-    return found if len(found) == model.num_classes else ()
-
-
-def preprocessing_of(model: SwinV2, checkpoint: Checkpoint, frame_stride: int | None = None) -> Preprocessing:
-    """The preprocessing for a converted model: its own sizes, with mean and std from the card of the checkpoint.
-
-    Without a card, these are ImageNet's, which all released SwinV2 models use.
-    """
-    height, width = model.image_size
-    known = checkpoint.card.preprocessing if checkpoint.card is not None else None
-    stride = frame_stride or (known.frame_stride if known is not None else 1)
-    if known is None:
-        return Preprocessing(model.frames, stride, (height, width))
-    return Preprocessing(model.frames, stride, (height, width), known.mean, known.std)

@@ -8,7 +8,8 @@ of tensor change shape:
     patch kernel             (C, 3, H, W) -> (C, 3, T, H, W)    divided by T and repeated: a mean over equal frames
     first log-CPB layer      (512, 2) -> (512, 3)               a zero column, so that the offset in time has no effect
 
-All other tensors have the same shape in both models.
+All other tensors have the same shape in both models. For inputs with another number of channels than three, the patch
+kernel of RGB weights is adapted too (`adapt_channels`).
 """
 
 from __future__ import annotations
@@ -89,14 +90,15 @@ def fill_model(
     values: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if name not in target:
-            account.unused[name] = _reason_unused(name, account)
+            account.unused[name] = _reason_unused(name, model, account)
         elif name in HEAD and head:
             account.unused[name] = head
         else:
             values[name] = _fit(name, tensor, target[name], account)
     if time_noise:
         # Only an inflated kernel of at least 2 frames has an axis over which the noise can sum to zero.
-        if PATCH_KERNEL not in account.inflated or target[PATCH_KERNEL].shape[2] == 1:
+        shapes = found[PATCH_KERNEL].shape, target[PATCH_KERNEL].shape
+        if (len(shapes[0]), len(shapes[1])) != (4, 5) or shapes[1][2] == 1:
             raise account.refusal(
                 "time_noise needs an inflated patch kernel",
                 "use it for image weights in a clip model, patches of 2 frames or more",
@@ -113,6 +115,17 @@ def fill_model(
     model.load_state_dict(target | values)
     model.cpb_norm = norms
     return account
+
+
+def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """The patch kernel of RGB weights for inputs of `channels` channels: (C, 3, *patch) -> (C, channels, *patch).
+
+    As timm's `adapt_input_conv`: one channel gets the sum of the three, so that a grey input gives what its three equal
+    channels gave. For other numbers, the three are repeated in turn and scaled to keep the sum.
+    """
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    return kernel[:, [channel % 3 for channel in range(channels)]] * (3 / channels)
 
 
 def zero_sum_time_noise(kernel: Tensor, strength: float, seed: int) -> Tensor:
@@ -225,35 +238,44 @@ def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account:
     raise account.refusal(f"{name} is missing in the file", "the file is damaged or has another architecture")
 
 
-def _reason_unused(name: str, account: Account) -> str:
+def _reason_unused(name: str, model: SwinV2, account: Account) -> str:
     """Why a tensor of the file is not in the model; UserError if it should be."""
     if name == "mask_token" or name.startswith("decoder."):
         return "SimMIM's mask token and decoder serve pre-training only"
     if name in HEAD:
         return "this model has no head"
+    if name in FINAL_NORM and model.features_only:
+        return "a features_only model has no final norm"
     raise account.refusal(f"{name} has no place in this model", "the file has another architecture (see model.name)")
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
-    """The value for a tensor of the model: as in the file, or inflated if the model has the additional axis of time."""
+    """The value for a tensor of the model: as in the file, or expanded for a model with an axis of time or other input.
+
+    The latter are the additional axis of a clip model, and another number of channels.
+    """
     if not tensor.is_floating_point():
         raise account.refusal(f"{name} holds {tensor.dtype}", "weights must be floating-point numbers")
     if tensor.shape == target.shape:
         account.loaded.append(name)
         return tensor.to(target.dtype)
+    reasons = []
+    if name == PATCH_KERNEL and tensor.shape[1:2] == (3,) and target.shape[1] != 3:
+        tensor = adapt_channels(tensor, target.shape[1])
+        reasons.append(f"kernel of 3 channels adapted to {target.shape[1]}")
     if name == PATCH_KERNEL and tensor.ndim == 4 and target.ndim == 5:
         length = target.shape[2]
         # (C, 3, H, W) -> (C, 3, 1, H, W) -> (C, 3, T, H, W)
         inflated = (tensor / length).unsqueeze(2).expand(-1, -1, length, -1, -1)
-        reason = f"kernel divided by {length} and repeated over {length} frames"
+        reasons.append(f"kernel divided by {length} and repeated over {length} frames")
     elif name.endswith(".cpb_mlp.0.weight") and tensor.shape[1] == 2 and target.shape[1] == 3:
         # Offsets are (t, h, w), so the new column comes first: (512, 2) -> (512, 3).
         inflated = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
-        reason = "zero column for the offset in time"
+        reasons.append("zero column for the offset in time")
     else:
-        inflated, reason = tensor, ""
+        inflated = tensor
     # Anything else that differs means another patch size or another architecture.
-    if not reason or inflated.shape != target.shape:
+    if not reasons or inflated.shape != target.shape:
         shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model"
         fix = "choose the model size of the file (model.name)"
         if name == PATCH_KERNEL and tensor.shape[:2] == target.shape[:2]:
@@ -262,5 +284,5 @@ def _fit(name: str, tensor: Tensor, target: Tensor, account: Account) -> Tensor:
             key, option = f"model.patch_size=[{','.join(map(str, patch))}]", f"--patch-size {','.join(map(str, patch))}"
             fix = f"choose the patch size of the file ({key} in a configuration, {option} for convert)"
         raise account.refusal(shapes, fix)
-    account.inflated[name] = reason
+    account.inflated[name] = "; ".join(reasons)
     return inflated.to(target.dtype)

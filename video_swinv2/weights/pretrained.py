@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.files import write_json
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.models.variants import find_variant, variant_name
 from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights.account import Account
 from video_swinv2.weights.formats import Checkpoint, read_checkpoint
 from video_swinv2.weights.inflate import HEAD, PATCH_KERNEL, fill_model
-from video_swinv2.weights.store import Preprocessing, empty_model, save_model
+from video_swinv2.weights.store import empty_model, read_card, save_model
 
 # Tokens and frames in time of an inflated model, unless requested otherwise. They are those of Video Swin, and the
 # defaults of create_model.
@@ -28,12 +30,18 @@ PATCH_IN_TIME = 2
 
 @dataclass(frozen=True)
 class RequestedSizes:
-    """Sizes that should differ from those of the checkpoint; None keeps the checkpoint's."""
+    """Sizes that should differ from those of the checkpoint; None keeps the checkpoint's.
+
+    `features_only` is as in `create_model`.
+    """
 
     frames: int | None = None
     image_size: IntOrPerAxis | None = None
     patch_size: IntOrPerAxis | None = None
     window: IntOrPerAxis | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+    features_only: bool = False
 
 
 def open_model(
@@ -44,13 +52,16 @@ def open_model(
     cpb_norm: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
     class_map: Sequence[int] | None = None,
+    time_noise: float = 0.0,
+    seed: int = 0,
 ) -> tuple[SwinV2, Account]:
     """Build a model of the checkpoint's own sizes, and load its weights.
 
     Args:
-        sizes: the sizes that should differ; `frames` makes a clip model of image weights.
+        sizes: the sizes that should differ; `frames` makes a clip model of image weights, and another `num_classes` a
+            fresh head.
         name: a variant of `list_models()`, used instead of the one inferred from the tensors.
-        cpb_norm: as in `load_weights`.
+        cpb_norm, time_noise, seed: as in `load_weights`.
         classes: the class names of the rows of the head to use, in this order.
         class_map: the numbers of those rows, for a file without class names.
 
@@ -58,17 +69,27 @@ def open_model(
     UsageError for sizes that do not fit or are unknown.
     """
     try:
-        architecture = _architecture(checkpoint, name) | _sizes(checkpoint, sizes)
+        architecture = _architecture(checkpoint, name, sizes) | _sizes(checkpoint, sizes)
         wanted = classes if class_map is None else class_map
         if wanted is not None:
             architecture["num_classes"] = len(wanted)
-        _refuse_larger_model(empty_model(architecture, checkpoint.tensors), checkpoint, own_head=wanted is None)
+        own_head = wanted is None and sizes.num_classes is None
+        _refuse_larger_model(empty_model(architecture, checkpoint.tensors), checkpoint, own_head=own_head)
         model = SwinV2(**architecture).eval()
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
         raise UsageError(
             f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
         ) from error
-    return model, fill_model(model, checkpoint, classes=classes, class_map=class_map, cpb_norm=cpb_norm)
+    account = fill_model(
+        model,
+        checkpoint,
+        classes=classes,
+        class_map=class_map,
+        cpb_norm=cpb_norm,
+        time_noise=time_noise,
+        seed=seed,
+    )
+    return model, account
 
 
 def _refuse_larger_model(model: SwinV2, checkpoint: Checkpoint, *, own_head: bool) -> None:
@@ -88,8 +109,11 @@ def _refuse_larger_model(model: SwinV2, checkpoint: Checkpoint, *, own_head: boo
         )
 
 
-def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
-    """The arguments of the model except sizes: from the card, or else inferred; those of variant `name` override."""
+def _architecture(checkpoint: Checkpoint, name: str | None, sizes: RequestedSizes) -> dict[str, Any]:
+    """The arguments of the model except those of `_sizes`: from the card, or else inferred from the tensors.
+
+    Those of the variant `name`, and the numbers that `sizes` asks for, override them.
+    """
     tensors = checkpoint.tensors
     if checkpoint.card is not None:
         found = dict(checkpoint.card.architecture)
@@ -100,10 +124,18 @@ def _architecture(checkpoint: Checkpoint, name: str | None) -> dict[str, Any]:
         rows = sum(tensors[HEAD[0]].shape[:1]) if HEAD[0] in tensors else 0
         found = {"embed_dim": width, "depths": depths, "num_heads": heads, "extra_norm_every": extra}
         found |= {"name": variant_name(width, depths), "num_classes": rows}
+        # (C, in_chans, *patch)
+        found["in_chans"] = sum(tensors[PATCH_KERNEL].shape[1:2])
     if name is not None:
         variant = find_variant(name)
         found |= {"name": name, "embed_dim": variant.embed_dim, "depths": variant.depths}
         found |= {"num_heads": variant.num_heads, "extra_norm_every": variant.extra_norm_every}
+    if sizes.num_classes is not None:
+        found["num_classes"] = sizes.num_classes
+    if sizes.in_chans is not None:
+        found["in_chans"] = sizes.in_chans
+    if sizes.features_only:
+        found |= {"features_only": True, "num_classes": 0}
     return found
 
 
@@ -152,22 +184,22 @@ def _sizes(checkpoint: Checkpoint, wanted: RequestedSizes) -> dict[str, Any]:
     inflated = wanted.frames is not None and frames is None and len(kernel) == 2
     if inflated:
         kernel, window = (PATCH_IN_TIME, *kernel), window and (WINDOW_IN_TIME, *window)
-    sizes = {
+    found = {
         "frames": frames if wanted.frames is None else wanted.frames,
         "image_size": image_size if wanted.image_size is None else wanted.image_size,
         "patch_size": kernel if wanted.patch_size is None else wanted.patch_size,
         "window": window if wanted.window is None else wanted.window,
     }
     # A patch kernel with three axes is that of a clip model, whose tensors do not depend on the number of frames.
-    if len(kernel) == 3 and sizes["frames"] is None:
+    if len(kernel) == 3 and found["frames"] is None:
         raise UsageError(f"{checkpoint.source.path}: belongs to a clip model; give the number of frames (--frames 16)")
     for key, example in (("image_size", "224"), ("window", "8,7,7" if inflated else "7")):
-        if sizes[key] is None:
+        if found[key] is None:
             option = f"--{key.replace('_', '-')} {example}"
             raise UsageError(f"{checkpoint.source.path}: does not contain {key}; give it ({option})")
     # The card's normaliser is (h, w), which a clip model cannot be built with. With None, the model takes its own
     # normaliser, and loading the weights replaces that in space.
-    return sizes | {"cpb_norm": None} if inflated else sizes
+    return found | {"cpb_norm": None} if inflated else found
 
 
 def _table_window(checkpoint: Checkpoint) -> PerAxis | None:
@@ -188,57 +220,94 @@ def _masked_size(checkpoint: Checkpoint) -> PerAxis | None:
     return (side, side)
 
 
+def classes_in_checkpoint(checkpoint: Checkpoint, model: SwinV2, rows: Sequence[int] | None = None) -> tuple[str, ...]:
+    """The checkpoint's own names of the model's classes, after the selection of `rows`; () if they are unknown."""
+    found = checkpoint.classes
+    # Names that are too few for the selected rows, or that do not fit the model's head, are dropped as a whole.
+    if rows is not None and found:
+        found = tuple(found[row] for row in rows if row < len(found))
+    return found if len(found) == model.num_classes else ()
+
+
+def preprocessing_of(model: SwinV2, checkpoint: Checkpoint, frame_stride: int | None = None) -> Preprocessing:
+    """The preprocessing for a model of a checkpoint: its own sizes, with mean and std from the card of the checkpoint.
+
+    Without a card, these are ImageNet's, which all released SwinV2 models use. If the model has another number of
+    channels, each gets their average. The frame stride is the given one, or else that of the card, or else 1.
+    """
+    height, width = model.image_size
+    known = checkpoint.card.preprocessing if checkpoint.card is not None else None
+    stride = frame_stride or (known.frame_stride if known is not None else 1)
+    mean, std = (known.mean, known.std) if known is not None else (IMAGENET_MEAN, IMAGENET_STD)
+    if len(mean) != model.in_chans:
+        mean, std = ((sum(numbers) / len(numbers),) * model.in_chans for numbers in (mean, std))
+    return Preprocessing(model.frames, stride, (height, width), mean, std)
+
+
 def from_pretrained(
     path: Path | str,
     *,
+    num_classes: int | None = None,
     frames: int | None = None,
+    frame_stride: int | None = None,
     image_size: IntOrPerAxis | None = None,
     patch_size: IntOrPerAxis | None = None,
     window: IntOrPerAxis | None = None,
+    in_chans: int | None = None,
+    features_only: bool = False,
     cpb_norm: Sequence[Sequence[int]] | None = None,
+    time_noise: float = 0.0,
+    seed: int = 0,
 ) -> SwinV2:
     """Build a model from a file or Hub folder of any known layout, with its weights, in eval mode, fp32, on the CPU.
 
-    Sizes that are not given are those that the weights were trained with. `frames` makes a clip model of image weights.
-    `cpb_norm` is as in `load_weights`. Raises UserError for weights that cannot be read or explained, and UsageError
-    for sizes that do not fit or are unknown.
+    Args:
+        path: the file or folder.
+        num_classes: number of outputs of the head; a number other than the file's gives a fresh head, and 0 none.
+        frames: frames per clip; makes a clip model of image weights.
+        frame_stride: distance between the frames of a clip, in frames of the video. It is part of
+            `model.preprocessing`, and has no influence on the weights.
+        image_size, patch_size, window: as in `create_model`; by default as the weights were trained.
+        in_chans: channels of the input. RGB kernels are adapted as in timm: summed for one channel, and repeated and
+            scaled for other numbers.
+        features_only: as in `create_model`.
+        cpb_norm, time_noise, seed: as in `load_weights`.
+
+    `model.classes` and `model.preprocessing` are those of the file. The latter is None for a clip model whose frame
+    stride is neither in the file nor given. If some layers keep their fresh weights, the account of the tensors is
+    printed to standard error. Raises UserError for weights that cannot be read or explained, and UsageError for sizes
+    that do not fit or are unknown.
     """
-    sizes = RequestedSizes(frames, image_size, patch_size, window)
-    return open_model(read_checkpoint(path), sizes, cpb_norm=cpb_norm)[0]
+    sizes = RequestedSizes(frames, image_size, patch_size, window, num_classes, in_chans, features_only)
+    checkpoint = read_checkpoint(path)
+    model, account = open_model(checkpoint, sizes, cpb_norm=cpb_norm, time_noise=time_noise, seed=seed)
+    # A fresh head of as many classes as the file's would have its names by mistake.
+    if not account.initialised.keys() & {*HEAD}:
+        model.classes = classes_in_checkpoint(checkpoint, model)
+    of_clips = checkpoint.card is not None and checkpoint.card.preprocessing.frames is not None
+    if model.frames is None or of_clips or frame_stride is not None:
+        model.preprocessing = preprocessing_of(model, checkpoint, frame_stride)
+    if account.initialised:
+        print(account, file=sys.stderr)
+    return model
 
 
 def save_pretrained(
     model: SwinV2,
     folder: Path | str,
     *,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     provenance: Mapping[str, object] | None = None,
 ) -> None:
     """Write a Hub-style folder: `model.safetensors`, and `config.json` with a readable copy of its card.
 
-    `preprocessing` is by default the model's own frames and image size, a frame stride of 1, and ImageNet's mean and
-    standard deviation.
+    The arguments, their defaults and the errors are those of `save_model`.
     """
     folder = Path(folder)
-    if preprocessing is None:
-        height, width = model.image_size
-        preprocessing = Preprocessing(model.frames, 1, (height, width))
-    save_model(
-        model,
-        folder / "model.safetensors",
-        classes=classes,
-        preprocessing=preprocessing,
-        provenance=provenance,
-    )
-    config = {
-        "library_name": "video_swinv2",
-        "architecture": model.architecture(),
-        "classes": list(classes),
-        "preprocessing": dataclasses.asdict(preprocessing),
-        "provenance": dict(provenance or {}),
-    }
-    write_json(folder / "config.json", config)
+    file = folder / "model.safetensors"
+    save_model(model, file, classes=classes, preprocessing=preprocessing, provenance=provenance)
+    write_json(folder / "config.json", {"library_name": "video_swinv2", **dataclasses.asdict(read_card(file))})
 
 
 # Users of timm and Hugging Face look for these two on the class. They are attached here because `models` must not

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from video_swinv2.errors import UserError
 from video_swinv2.files import atomic_write, create_folder, json_text, name_unreadable
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, Preprocessing
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.records import Record, parse_json, parse_record
 
 CARD_KEY = "video_swinv2"  # the entry of the safetensors metadata that holds the card
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_CHANNELS = 64  # of an input
 MAX_TENSORS = 100_000  # of a file; each takes about 1 KB, however short it is. The giant model has 1,000
 MAX_SIDE = 2**13  # pixels
 MAX_INPUT_PIXELS = 2**26  # frames x height x width: 64 frames of 1024 x 1024
@@ -37,21 +37,7 @@ Positive = Annotated[int, Field(ge=1, le=10**5)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Frames = Annotated[int, Field(ge=1, le=4096)] | None
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How frames become the input of a model."""
-
-    frames: int | None
-    """Frames per clip; None for an image model."""
-    frame_stride: int
-    """Distance between the frames of a clip, in frames of the video."""
-    image_size: tuple[int, int]
-    """(H, W) in pixels."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Mean and standard deviation per channel, for pixels from 0 to 1."""
+Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 
 
 @dataclass(frozen=True)
@@ -85,6 +71,8 @@ class _Architecture(Record):
     attention: str
     checkpoint_blocks: Count
     extra_norm_every: Count
+    in_chans: Channels = 3
+    features_only: bool = False
 
 
 class _Preprocessing(Record):
@@ -93,8 +81,8 @@ class _Preprocessing(Record):
     frames: Frames
     frame_stride: Positive
     image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[float], Field(max_length=MAX_CHANNELS)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MAX_CHANNELS)]
 
 
 class _Card(Record, extra="ignore"):
@@ -110,24 +98,27 @@ def save_model(
     model: nn.Module,
     path: Path | str,
     *,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
     provenance: Mapping[str, object] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a SwinV2, or a SimMIM around one, to a single file, completely or not at all.
 
     Args:
-        classes: the names of the head's rows, in order; () if unknown.
-        preprocessing: how frames become the model's input.
+        classes: the names of the head's rows, in order, () if unknown; by default `model.classes`.
+        preprocessing: how frames become the model's input; by default as `own_preprocessing` says.
         provenance: where the weights came from, as plain data.
         weights: written instead of the model's own state dict, for weights that were gathered from several processes.
 
-    Raises UserError if the file cannot be written, or if there are more or fewer class names than rows of the head.
+    Raises UserError if the file cannot be written, if there are more or fewer class names than rows of the head, or if
+    the preprocessing is neither given nor known.
     """
     encoder = model if isinstance(model, SwinV2) else model.encoder
     if not isinstance(encoder, SwinV2):
         raise TypeError(f"save_model takes a SwinV2 or a SimMIM, not {type(model).__name__}")
+    classes = encoder.classes if classes is None else classes
+    preprocessing = own_preprocessing(encoder, path) if preprocessing is None else preprocessing
     if isinstance(model, SwinV2) and classes and len(classes) != encoder.num_classes:
         raise UserError(
             f"{path}: {len(classes)} class names for a head of {encoder.num_classes}; give one name per class"
@@ -149,6 +140,24 @@ def save_model(
             raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
         # safetensors makes the file readable by its owner only. Give it the permissions of its folder instead.
         part.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def own_preprocessing(model: SwinV2, path: Path | str) -> Preprocessing:
+    """The preprocessing to write to the file `path` for a model: `model.preprocessing`, if it is set.
+
+    For an image model it is otherwise the model's image size with ImageNet's mean and standard deviation, which all
+    released SwinV2 weights use. Raises UserError for a clip model without it, because the frame stride that the model
+    was trained with cannot be guessed, and for a model whose channels are not RGB.
+    """
+    if model.preprocessing is not None:
+        return model.preprocessing
+    if model.frames is not None or model.in_chans != len(IMAGENET_MEAN):
+        raise UserError(
+            f"{path}: the model does not say which preprocessing it was trained with; set model.preprocessing, such as "
+            "to that of its VideoDataset, or pass preprocessing=vs.Preprocessing(frames, frame_stride, image_size)"
+        )
+    height, width = model.image_size
+    return Preprocessing(None, 1, (height, width))
 
 
 def model_file(path: Path | str) -> Path:
@@ -190,6 +199,19 @@ def read_card(path: Path | str) -> ModelCard:
     return card
 
 
+def require_rgb(architecture: Mapping[str, object], path: Path | str) -> None:
+    """Raise UserError for a model with other inputs than RGB, as which videos and images are read.
+
+    path: the file of the model, for the message.
+    """
+    channels = architecture.get("in_chans", len(IMAGENET_MEAN))
+    if channels != len(IMAGENET_MEAN):
+        raise UserError(
+            f"{path}: takes inputs of {channels} channels, but videos and images are read as RGB; use the model in "
+            "your own code (docs/library.md)"
+        )
+
+
 def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
     """The card in the metadata of the safetensors file `path`; None if it has none. Raises UserError for a damaged one.
 
@@ -206,6 +228,8 @@ def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
         raise UserError(f"{where}: an input of {pixels:,} pixels, more than {MAX_INPUT_PIXELS:,}; {FIX}")
     if (architecture.frames is None) != (preprocessing.frames is None):
         raise UserError(f"{where}: frames in either architecture or preprocessing alone; {FIX}")
+    if not len(preprocessing.mean) == len(preprocessing.std) == architecture.in_chans:
+        raise UserError(f"{where}: mean and std of other than the {architecture.in_chans} channels of the input; {FIX}")
     # A SimMIM file may have class names, but has no head.
     if card.classes and architecture.num_classes not in (0, len(card.classes)):
         raise UserError(f"{where}: {len(card.classes)} classes for a head of {architecture.num_classes}; {FIX}")
@@ -217,8 +241,8 @@ def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
             preprocessing.frames,
             preprocessing.frame_stride,
             (preprocessing.image_size[0], preprocessing.image_size[1]),
-            (preprocessing.mean[0], preprocessing.mean[1], preprocessing.mean[2]),
-            (preprocessing.std[0], preprocessing.std[1], preprocessing.std[2]),
+            tuple(preprocessing.mean),
+            tuple(preprocessing.std),
         ),
         card.provenance,
     )
@@ -248,7 +272,8 @@ def load_model(
     """Load the model of a model file, or of a folder's `model.safetensors`, in eval mode, fp32, on the CPU.
 
     Window, number of frames and image size can be changed without changing the weights, because the log-CPB normaliser
-    is taken from the file. Raises UserError if the file is missing, damaged, or not a classifier of this project.
+    is taken from the file. `model.classes` and `model.preprocessing` are those of the file, with the sizes asked for.
+    Raises UserError if the file is missing, damaged, or not a classifier of this project.
     """
     path = model_file(path)
     card = read_card(path)
@@ -268,4 +293,7 @@ def load_model(
         raise UserError(
             f"{path}: weights and architecture do not match ({str(error).splitlines()[0]}); convert the weights again"
         ) from error
+    height, width = model.image_size
+    model.classes = card.classes
+    model.preprocessing = dataclasses.replace(card.preprocessing, frames=model.frames, image_size=(height, width))
     return model.eval()

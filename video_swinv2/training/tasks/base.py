@@ -22,9 +22,10 @@ from video_swinv2.config import Config, DataConfig
 from video_swinv2.data.datasets import Batch, SampleDataset
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
-from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, save_model
+from video_swinv2.weights.store import Preprocessing, save_model
 
 Forward = Callable[..., Tensor]
 """`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
@@ -46,9 +47,9 @@ class Task(Protocol):
     train_samples: SampleDataset
     val_samples: SampleDataset | None
     """None if the data has no validation split."""
-    best_metric: str
-    """The validation metric, such as `val/top1`, by which the weights for `model.safetensors` are chosen."""
-    higher_is_better: bool
+    metrics: Mapping[str, bool]
+    """The validation metrics by which the weights for `model.safetensors` can be chosen, and whether a higher value is
+    better. The first is the default."""
     data_facts: dict[str, object]
     """What run.json and model files record about the data: sources, fingerprints and sizes, as plain JSON values."""
 

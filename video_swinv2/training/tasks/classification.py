@@ -33,15 +33,13 @@ from video_swinv2.training.tasks.base import (
     source_facts,
 )
 
+TOP = 5  # of top-5 accuracy
 # Words that a horizontal flip turns into each other.
 MIRRORED = (("left", "right"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"))
 
 
 class Classification:
     """Trains the encoder and its linear head on labelled images or clips; see `base.Task` for the members."""
-
-    best_metric = "val/top1"
-    higher_is_better = True
 
     def __init__(self, config: Config, construction: Construction = in_one_process) -> None:
         self.config = config
@@ -54,6 +52,11 @@ class Classification:
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
         self.notes = (*train.notes, *flip_notes(config.augment.flip, self.classes))
         self.class_weights = class_weights(config.optim.class_weights, train)
+        # Of five classes or fewer, any answer is among the first five.
+        self.has_top5 = len(self.classes) > TOP
+        self.metrics: Mapping[str, bool] = {"val/top1": True, "val/loss": False} | (
+            {"val/top5": True} if self.has_top5 else {}
+        )
         self.val_samples: SampleDataset | None = None
         if val is not None:
             # Without augmentation: the centre clip and crop of each video.
@@ -90,13 +93,13 @@ class Classification:
         logits = forward(normalised_pixels(batch)).float()
         # (B, 5), or (B, K) for fewer classes: column r is True where the model's answer number r is the label. At most
         # one column of a row is True, so the sum over all columns counts the samples with the label among the first 5.
-        correct = logits.topk(min(5, len(self.classes)), dim=1).indices == batch.labels[:, None]
-        return {
+        correct = logits.topk(min(TOP, len(self.classes)), dim=1).indices == batch.labels[:, None]
+        sums = {
             "samples": float(len(batch.labels)),
             "loss": float(F.cross_entropy(logits, batch.labels, reduction="sum")),
             "top1": float(correct[:, 0].sum()),
-            "top5": float(correct.sum()),
         }
+        return sums | ({"top5": float(correct.sum())} if self.has_top5 else {})
 
     def picture(self, forward: Forward, device: torch.device) -> None:
         """Classification has no picture to draw."""

@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from video_swinv2.data.datasets import Batch, SampleDataset, collate
 from video_swinv2.data.sources import unlabelled_mixture
 from video_swinv2.data.transforms import GREY, denormalise
 from video_swinv2.errors import UsageError
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from video_swinv2.models.simmim import (
     SimMIM,
     hidden_cells,
@@ -43,7 +45,6 @@ from video_swinv2.training.tasks.base import (
     save_task_model,
     source_facts,
 )
-from video_swinv2.weights.store import IMAGENET_MEAN, IMAGENET_STD
 
 PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # how many validation samples a picture shows
 GAP = 2  # white pixels between tiles
@@ -52,8 +53,7 @@ GAP = 2  # white pixels between tiles
 class Pretraining:
     """Trains encoder, mask token and decoder to predict the pixels under a random mask; see `base.Task`."""
 
-    best_metric = "val/loss"
-    higher_is_better = False
+    metrics: Mapping[str, bool] = MappingProxyType({"val/loss": False})
     classes = None
     notes = ()
 
