@@ -148,7 +148,6 @@ def test_refusals_are_one_line_and_write_nothing(microsoft, tmp_path, capsys, op
     assert not (tmp_path / "out.safetensors").exists()
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("option", "value"), [("--frames", "0"), ("--frame-stride", "0"), ("--cpb-norm", "4,4,0,4"), ("--window", "4,-4,4")]
 )
@@ -156,14 +155,6 @@ def test_numbers_out_of_range_are_usage_errors(microsoft, tmp_path, capsys, opti
     with pytest.raises(SystemExit, match="2"):
         run(capsys, microsoft[0], tmp_path / "out.safetensors", f"{option}={value}")
     assert f"argument {option}: must be from 1 to 10,000" in capsys.readouterr().err
-=======
-@pytest.mark.parametrize("options", [["--frames", "0"], ["--frame-stride", "0"], ["--cpb-norm", "4,4,0,4"]])
-def test_numbers_below_1_are_wrong_usage(microsoft, tmp_path, capsys, options):
-    with pytest.raises(SystemExit) as ended:
-        run(capsys, microsoft[0], tmp_path / "out.safetensors", *options)
-    assert ended.value.code == 2
-    assert f"{options[0]}: must be from 1" in capsys.readouterr().err
->>>>>>> 2741101dd1dbeb41bde40b15cfe878395bf821c5
 
 
 def test_outputs_that_cannot_be_written(microsoft, tmp_path, capsys):
