@@ -145,7 +145,6 @@ def test_the_data_set_does_not_depend_on_the_workers(tmp_path: Path, capsys: pyt
     [
         (["--size", "33"], "--size 33"),
         (["--frames", "1"], "--frames 1"),
-        (["--train", "-1"], "none may be negative"),
         (["--train", "0", "--val", "0", "--test", "0"], "at least one must be positive"),
     ],
 )
@@ -157,3 +156,9 @@ def test_impossible_numbers(
     assert error.startswith("error: ")
     assert words in error
     assert not (tmp_path / "x").exists()
+
+
+def test_negative_numbers_are_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["synth", str(tmp_path / "x"), "--train", "-1"])
+    assert "argument --train: must be from 0 to 1,000,000" in capsys.readouterr().err

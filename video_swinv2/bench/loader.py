@@ -151,7 +151,7 @@ def _generate_videos(folder: Path) -> list[Entry]:
 
 def _our_rate(entries: Sequence[Entry], reading: Reading, workers: int) -> float:
     """Clips per second of the loader that `train` uses, with its default augmentation."""
-    dataset = SampleDataset(entries, _config("", reading, workers), AugmentConfig(), 0, None)
+    dataset = SampleDataset(entries, _config(str(entries[0].path), reading, workers), AugmentConfig(), 0, None)
     # One process, and one micro-batch per step: the entries are read in an endless stream of permutations.
     plan = plan_batch(reading.batch, reading.batch, 1)
     steps = reading.clips // reading.batch
@@ -179,7 +179,7 @@ def _milliseconds_per_step(entries: Sequence[Entry], reading: Reading) -> dict[s
     `open` opens and indexes the video, `decode` decodes and resizes the frames, `augment` crops and flips them.
     """
     # The transform that the loader applies, and the reader that it uses, called one after the other.
-    transform = SampleDataset(entries, _config("", reading, 0), AugmentConfig(), 0, None).transform
+    transform = SampleDataset(entries, _config(str(entries[0].path), reading, 0), AugmentConfig(), 0, None).transform
     seconds: dict[str, list[float]] = {"open": [], "decode": [], "augment": []}
     for number in range(TIMED_CLIPS):
         # Four readings of the clock delimit the three steps.

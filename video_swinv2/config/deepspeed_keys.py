@@ -82,7 +82,7 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
         kind = TUNABLE[key]
         if not _has_type(value, kind):
             wanted = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]
-            raise UsageError(f"{shown}: {str(value)[:200]!r} is not {wanted}; remove the key to use the default")
+            raise UsageError(f"{shown}: {repr(value)[:200]} is not {wanted}; remove the key to use the default")
 
 
 def _has_type(value: Any, kind: type) -> bool:
