@@ -20,7 +20,7 @@ TEMPLATES = {
 
 
 def test_a_value_the_template_needs_and_does_not_get_is_an_error() -> None:
-    with pytest.raises(UndefinedError, match="tests"):
+    with pytest.raises(UndefinedError, match="title"):
         render("video_swinv2.report", "compare.html.j2", {})
 
 
