@@ -15,6 +15,8 @@ from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from video_swinv2.progress import duration_text
+
 # Templates that belong to no page in particular; they are stored next to this file.
 SHARED_TEMPLATES = ("page.html.j2", "parts.html.j2")
 
@@ -77,6 +79,7 @@ def _environment(package: str) -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read)
     )
     environment.filters["percent"] = _percent
+    environment.filters["duration"] = duration_text
     environment.filters["digest"] = _digest
     return environment
 

@@ -317,3 +317,13 @@ def test_weights_and_biases_where_it_is_installed(config, tmp_path, monkeypatch)
     assert [step for step, _ in logged] == [0, 1, 1]
     assert "train/loss" in logged[1][1]
     assert last == "finish"
+
+
+def test_the_next_command_tests_a_split_that_exists(config, clips, tmp_path):
+    assert "--split" not in Classification(config()).next_command(tmp_path), "the clips have a test split"
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split in ("train", "val"):
+        (lists / f"{split}.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
+    said = Classification(config(f"data.source={lists}")).next_command(tmp_path)
+    assert f" {lists} --protocol videoswin-4x3 --split val --out " in said

@@ -46,7 +46,10 @@ class Classification:
         self.name = f"classification of {sample_kind(config)}"
         train = labelled_manifest(config.data, config.data.train_split)
         self.classes = train.classes
-        has_val = config.data.val_split in labelled_splits(config.data)
+        splits = labelled_splits(config.data)
+        has_val = config.data.val_split in splits
+        # Where nothing was set aside for the test, the command that comes next tests on the validation split.
+        self._test_split = config.data.val_split if has_val and "test" not in splits else "test"
         # The classes of the training split define the outputs of the head, so the validation split is labelled by them.
         val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
@@ -117,7 +120,8 @@ class Classification:
         model = shlex.quote(str(folder / "model.safetensors"))
         protocol = "center-1x1" if self.config.data.frames is None else "videoswin-4x3"
         data, out = shlex.quote(str(self.config.data.source[0])), shlex.quote(str(folder / "test"))
-        return f"video-swinv2 test {model} {data} --protocol {protocol} --out {out}"
+        split = "" if self._test_split == "test" else f" --split {shlex.quote(self._test_split)}"
+        return f"video-swinv2 test {model} {data} --protocol {protocol}{split} --out {out}"
 
 
 def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
