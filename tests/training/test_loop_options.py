@@ -320,10 +320,7 @@ def test_weights_and_biases_where_it_is_installed(config, tmp_path, monkeypatch)
 
 
 def test_the_next_command_tests_a_split_that_exists(config, clips, tmp_path):
-    assert "--split" not in Classification(config()).next_command(tmp_path), "the clips have a test split"
-    lists = tmp_path / "lists"
-    lists.mkdir()
-    for split in ("train", "val"):
-        (lists / f"{split}.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
-    said = Classification(config(f"data.source={lists}")).next_command(tmp_path)
-    assert f" {lists} --protocol videoswin-4x3 --split val --out " in said
+    for split, wanted in (("train", ""), ("val", " --split val"), ("test", "")):
+        (tmp_path / f"{split}.txt").write_text(f"{clips}/0.mp4 0\n{clips}/7.mp4 1\n")
+        said = Classification(config(f"data.source={tmp_path}")).next_command(tmp_path / "run")
+        assert f" {tmp_path} --protocol videoswin-4x3{wanted} --out " in said
