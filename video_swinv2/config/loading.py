@@ -100,27 +100,31 @@ def _explain(error: ValidationError) -> str:
     An unknown key comes first, because a misspelt one makes the right one missing.
     """
     faults = error.errors()
-    unknown = (fault for fault in faults if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"))
-    first = next(unknown, faults[0])
-    names = [str(part) for part in first["loc"] if part not in SOURCE_TAGS]
-    if first is not faults[0] or first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        # With cutoff=0.0 there always is a suggestion. Dotted keys are compared in full, including the section.
-        known = sorted([*known_keys(), *SECTIONS])
-        near = difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.0)
-        return f"unknown key {'.'.join(names)}; did you mean {near[0]}?"
-    # pydantic inserts into a key's path the branch of a union that it tried (int, tuple[...]) and positions in lists.
-    # Remove both, because they are not keys that users know.
-    shown = ".".join(name for name in names if name.isidentifier() and name not in ("int", "str", "float", "none"))
+    for fault in faults:
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = ".".join(_names(fault))
+            # With cutoff=0.0 there always is a suggestion. Dotted keys are compared in full, including the section.
+            near = difflib.get_close_matches(key, sorted([*known_keys(), *SECTIONS]), n=1, cutoff=0.0)
+            return f"unknown key {key}; did you mean {near[0]}?"
+    first = faults[0]
     if first["type"] == "missing":
         return _missing([fault for fault in faults if fault["type"] == "missing"])
-    return invalid_value(shown, first)
+    # pydantic inserts into a key's path the branch of a union that it tried (int, tuple[...]) and positions in lists.
+    # Remove both, because they are not keys that users know.
+    shown = (name for name in _names(first) if name.isidentifier() and name not in ("int", "str", "float", "none"))
+    return invalid_value(".".join(shown), first)
+
+
+def _names(fault: ErrorDetails) -> list[str]:
+    """The parts of the key that pydantic reports, without the branches of a data source."""
+    return [str(part) for part in fault["loc"] if part not in SOURCE_TAGS]
 
 
 def _missing(faults: Sequence[ErrorDetails]) -> str:
     """One line for all keys that are missing, with those of sections that are missing as a whole."""
     keys: list[str] = []
     for fault in faults:
-        key = ".".join(str(part) for part in fault["loc"] if part not in SOURCE_TAGS)
+        key = ".".join(_names(fault))
         keys += [f"{key}.{name}" for name in _required(SECTIONS[key])] if key in SECTIONS else [key]
     if len(keys) == 1:
         return f"{keys[0]} is missing; add it to the file or as {keys[0]}=..."

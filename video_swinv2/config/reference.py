@@ -44,10 +44,10 @@ def config_schema() -> dict[str, Any]:
 def settings() -> tuple[Setting, ...]:
     """Every key of a configuration: first those of the run, then those of each section."""
     schema = config_schema()
-    inner = {name: schema["$defs"][section.__name__] for name, section in SECTIONS.items()}
-    found = list(_settings_of(schema, "", schema["$defs"]))
-    for name, section in inner.items():
-        found += _settings_of(section, f"{name}.", schema["$defs"])
+    named = schema["$defs"]
+    found = list(_settings_of(schema, "", named))
+    for name, section in SECTIONS.items():
+        found += _settings_of(named[section.__name__], f"{name}.", named)
     return tuple(found)
 
 
