@@ -210,9 +210,8 @@ class SampleDataset(Dataset[Sample]):
                     return self._decode_video(origin, key)
                 if self.data.frames is not None:  # a list can name images among its videos
                     return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
-                return read_entry(entry, self.data.max_pixels)[
-                    None, None
-                ]  # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame
+                # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.
+                return read_entry(entry, self.data.max_pixels)[None, None]
         except DecodeError as error:
             return error
 
