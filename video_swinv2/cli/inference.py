@@ -210,7 +210,8 @@ def _export(options: argparse.Namespace) -> None:
         report=lambda step: print(for_terminal(f"export: {step}"), file=sys.stderr, flush=True),
     )
     print(
-        for_terminal(f"wrote {options.out}")
-        + f"; the logits differ from the model's by at most {comparison.difference:.1e}, and "
-        f"{comparison.same_top} of {comparison.samples} samples have the same top five classes"
+        for_terminal(
+            f"wrote {options.out}; the logits differ from the model's by at most {comparison.difference:.1e}, and "
+            f"{comparison.same_top} of {comparison.samples} samples have the same top five classes"
+        )
     )
