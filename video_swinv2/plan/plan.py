@@ -20,6 +20,7 @@ from torch import nn
 from video_swinv2.config import Config
 from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.loading import BatchPlan, plan_batch
+from video_swinv2.data.manifest import Manifest
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
 from video_swinv2.distributed.devices import choose_device
@@ -140,6 +141,7 @@ def make_plan(
     processes: int = 1,
     samples: int | None = None,
     classes: int | None = None,
+    train: Manifest | None = None,
     pretraining: bool = False,
     tflops: float | None = None,
     measuring: bool = False,
@@ -147,6 +149,7 @@ def make_plan(
     """The plan of `train` (`pretraining`: of `pretrain`) with this config.
 
     samples, classes: the size of the data set, without repeats, in case the data is not on this machine.
+    train: the training split, for a caller that makes several plans and has read it already.
     tflops: the TFLOP/s that a device reaches in training, as measured by `bench train`.
     measuring: measure for a few seconds how fast this machine reads and, unless `tflops` is given, computes.
 
@@ -158,7 +161,7 @@ def make_plan(
     if config.engine.engine == "plain" and processes > 1:
         raise UsageError("engine: plain runs in one process; omit --processes or use engine.engine=deepspeed")
     # The same functions as in `train`, so that a config that `train` refuses is refused here with the same message.
-    entries, samples, classes = _data(config, samples, classes, pretraining)
+    entries, samples, classes = _data(config, samples, classes, train, pretraining)
     batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
     config, encoder, module = _model_without_memory(config, classes, pretraining)
     layers, sizes = _rate_groups(module, encoder.depths, config)
@@ -213,7 +216,7 @@ def make_plan(
 
 
 def _data(
-    config: Config, samples: int | None, classes: int | None, pretraining: bool
+    config: Config, samples: int | None, classes: int | None, train: Manifest | None, pretraining: bool
 ) -> tuple[Samples | None, int | None, int]:
     """The entries of the data set, None if it is not on this machine, and the numbers of samples and classes.
 
@@ -228,7 +231,7 @@ def _data(
         entries = unlabelled_mixture(config.data, validation=False, repeats=repeats)
         samples = len(entries) if samples is None else samples * repeats  # the length of a mixture includes repeats
     elif here:
-        manifest = labelled_manifest(config.data, config.data.train_split)
+        manifest = train or labelled_manifest(config.data, config.data.train_split)
         entries = manifest.entries
         samples = repeats * (len(entries) if samples is None else samples)
         classes = len(manifest.classes) if classes is None else classes

@@ -15,6 +15,7 @@ from video_swinv2.config.plain_yaml import dump_yaml
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.images import is_image
 from video_swinv2.data.index import AnyEntry
+from video_swinv2.data.manifest import Manifest
 from video_swinv2.data.sources import labelled_manifest, labelled_splits
 from video_swinv2.distributed.devices import choose_device
 from video_swinv2.errors import UserError
@@ -57,7 +58,7 @@ def starter(source: Path) -> str:
     images = is_image(train.entries[0])
     videos = None if images else look_at(train.entries)
     device = choose_device("auto").type
-    values = _fitting(_values(source, train.classes, videos, device, len(train.entries)))
+    values = _fitting(_values(source, train.classes, videos, device, len(train.entries)), train)
     header = [
         f"{source}: {len(train.entries)} {'images' if images else 'videos'} of {len(train.classes)} classes in train; "
         f"splits: {', '.join(splits)}"
@@ -126,12 +127,12 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
     }
 
 
-def _fitting(values: dict[str, Any]) -> dict[str, Any]:
+def _fitting(values: dict[str, Any], train: Manifest) -> dict[str, Any]:
     """The values with the largest micro-batch that fits into the memory of this machine's device."""
     optim = values["optim"]
     for micro in (micro for micro in MICRO_BATCHES if optim["batch"] % micro == 0):
         values = values | {"optim": optim | {"micro_batch": micro}}
-        plan = make_plan(validate_config(values, "config init"))
+        plan = make_plan(validate_config(values, "config init"), train=train)
         memory = memory_here(plan)
         if memory is None or plan.peak <= MEMORY_SHARE * memory:
             return values
