@@ -77,28 +77,27 @@ def run_series(configs: Mapping[str, Config], make_task: MakeTask, *, accept_cha
             print_on_rank_zero(world, for_terminal(f"run {number} of {len(configs)}: {config.out}"))
             folder = run(config, make_task, accept_changes=accept_changes)
             if world.rank == 0:
-                finished += _figures(name, folder)
-                _write_series(folder.parent, folder, finished)
+                record = read_record(folder / "run.json", _Finished)
+                finished += _figures(name, folder, record)
+                _write_series(folder.parent, record.best_metric, finished)
     finally:
         if world.size == 1:  # with several, an error has ended all processes, or the others may wait for this one
             leave_world()
     leave_world()
 
 
-def _figures(name: str, folder: Path) -> list[SeriesRun]:
+def _figures(name: str, folder: Path, record: _Finished) -> list[SeriesRun]:
     """The figures of a run that has finished; none without a validation split."""
-    record = read_record(folder / "run.json", _Finished)
     measured = [line[record.best_metric] for line in read_metrics(folder) if record.best_metric in line]
     if record.best is None or not measured:
         return []
     return [SeriesRun(name=name, best=record.best, best_step=record.best_step, last=measured[-1])]
 
 
-def _write_series(out: Path, folder: Path, finished: Sequence[SeriesRun]) -> None:
+def _write_series(out: Path, metric: str, finished: Sequence[SeriesRun]) -> None:
     """Write series.json and print the runs that have finished, with mean and spread."""
     if not finished:
         return
-    metric = read_record(folder / "run.json", _Finished).best_metric
     series = Series(metric=metric, runs=list(finished))
     write_json(out / SERIES_FILE, series.model_dump())
     rows = [
