@@ -39,6 +39,11 @@ def error_line(error: UserError) -> str:
     return for_terminal(message)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of the text of an exception, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def shows_tracebacks() -> bool:
     """Whether errors of the user are to be shown with their tracebacks."""
     return bool(os.environ.get(DEBUG_VARIABLE))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from video_swinv2.engine.checkpoint import JSON, Checkpoints, TrainingState
 from video_swinv2.engine.zero_layout import MOMENTS
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UserError, first_line
 from video_swinv2.records import read_bytes
 from video_swinv2.weights.formats import DERIVED, PREFIXES
 from video_swinv2.weights.unpickle import read_inert
@@ -80,8 +80,9 @@ def _read_universal(folder: Path) -> tuple[int, TrainingState]:
         return _read_states(folder)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # The model states are nested values of DeepSpeed's, any of which may be of another type in a damaged file.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: its model states are not those of DeepSpeed ({reason}); convert again") from error
+        raise UserError(
+            f"{folder}: its model states are not those of DeepSpeed ({first_line(error)}); convert again"
+        ) from error
 
 
 def _read_states(folder: Path) -> tuple[int, TrainingState]:
@@ -110,9 +111,8 @@ def _content(path: Path) -> Any:
     try:
         return read_inert(path)
     except Exception as error:  # a damaged file can raise anything, depending on its bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: cannot be read as part of a universal checkpoint ({reason}); convert again"
+            f"{path}: cannot be read as part of a universal checkpoint ({first_line(error)}); convert again"
         ) from error
 
 

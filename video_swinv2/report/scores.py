@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from video_swinv2.archives import open_archive
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UserError, first_line
 from video_swinv2.files import atomic_write, name_unreadable
 from video_swinv2.records import Record, parse_json, parse_record
 
@@ -243,11 +243,6 @@ def require_arrays(arrays: Mapping[str, NDArray[Any]], types: Mapping[str, Array
         array = arrays[name]
         if array.dtype.kind not in kinds or array.ndim != axes:
             raise UserError(f"{where}: {name} is {array.dtype} with {array.ndim} axes; {fix}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the text of an exception, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UserError, first_line
 from video_swinv2.files import name_unreadable
 from video_swinv2.models.windows import PerAxis
 from video_swinv2.weights import families
@@ -167,8 +167,7 @@ def _read_torch(file: Path) -> object:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file}: cannot be read as a checkpoint ({reason}); copy or download it again")
+    return UserError(f"{file}: cannot be read as a checkpoint ({first_line(error)}); copy or download it again")
 
 
 def unwrap(content: object, file: Path) -> tuple[dict[str, Tensor], list[str]]:

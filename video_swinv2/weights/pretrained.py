@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from video_swinv2.errors import UsageError, UserError
+from video_swinv2.errors import UsageError, UserError, first_line
 from video_swinv2.files import write_json
 from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
@@ -77,9 +77,7 @@ def open_model(
         _refuse_larger_model(empty_model(architecture, checkpoint.tensors), checkpoint, own_head=own_head)
         model = SwinV2(**architecture).eval()
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
-        raise UsageError(
-            f"{checkpoint.source.path}: {str(error).splitlines()[0]}; check the sizes asked for"
-        ) from error
+        raise UsageError(f"{checkpoint.source.path}: {first_line(error)}; check the sizes asked for") from error
     account = fill_model(
         model,
         checkpoint,

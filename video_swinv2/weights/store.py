@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from video_swinv2.errors import UserError
+from video_swinv2.errors import UserError, first_line
 from video_swinv2.files import atomic_write, create_folder, json_text, name_unreadable
 from video_swinv2.models.preprocessing import IMAGENET_MEAN, Preprocessing
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
@@ -291,7 +291,7 @@ def load_model(
         model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: weights and architecture do not match ({str(error).splitlines()[0]}); convert the weights again"
+            f"{path}: weights and architecture do not match ({first_line(error)}); convert the weights again"
         ) from error
     height, width = model.image_size
     model.classes = card.classes
