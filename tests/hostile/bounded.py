@@ -55,6 +55,22 @@ def run_bounded(*command: str | Path, cpu_seconds: int = 120, memory_gib: float 
     return Ended(ended.returncode, ended.stdout, ended.stderr, **json.loads(measured))
 
 
+def reading(imports: str) -> str:
+    """A program that gives each of its arguments to the function `read`, which it imports, and prints the error."""
+    return f"""
+import sys
+from pathlib import Path
+from video_swinv2.errors import UserError
+{imports}
+for path in map(Path, sys.argv[1:]):
+    try:
+        read(path)
+        print(f"{{path}}: was read")
+    except UserError as error:
+        print(error)
+"""
+
+
 def _measure(write: int, cpu_seconds: int, memory_gib: float, command: list[str]) -> int:
     """Run `python *command` and write what it took to the pipe `write`."""
     limits = {resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_AS: int(memory_gib * GIB), resource.RLIMIT_CORE: 0}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import video_swinv2 as vs
-from tests.hostile.bounded import GIB, run_bounded
+from tests.hostile.bounded import GIB, reading, run_bounded
 from tests.hostile.tampering import faults_of
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.errors import UserError
@@ -26,17 +26,7 @@ from video_swinv2.weights.store import CARD_KEY, read_tensors
 
 # Importing torch takes most of both.
 SECONDS, BYTES = 60, 1.0 * GIB
-READ = """
-import sys
-from video_swinv2.errors import UserError
-from video_swinv2.weights.pretrained import from_pretrained
-for path in sys.argv[1:]:
-    try:
-        from_pretrained(path)
-        print(path + ": was read")
-    except UserError as error:
-        print(error)
-"""
+READ = reading("from video_swinv2.weights.pretrained import from_pretrained as read")
 
 
 def assert_refused(files: dict[Path, str]) -> None:

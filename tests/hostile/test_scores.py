@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.hostile.bounded import GIB, run_bounded
+from tests.hostile.bounded import GIB, reading, run_bounded
 from tests.hostile.tampering import faults_of
 from tests.report.report_pages import RECORD, build_scores, make_run
 from video_swinv2.errors import UserError
@@ -26,17 +26,7 @@ from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores, read_arrays, save_scores, write_arrays
 
 SECONDS, BYTES = 60, 1.0 * GIB
-REPORT = """
-import sys
-from video_swinv2.errors import UserError
-from video_swinv2.report.page import write_report
-for folder in sys.argv[1:]:
-    try:
-        write_report(folder)
-        print(folder + ": was read")
-    except UserError as error:
-        print(error)
-"""
+REPORT = reading("from video_swinv2.report.page import write_report as read")
 
 
 @pytest.fixture(scope="module")

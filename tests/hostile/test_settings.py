@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data_prep.cli import make_parser as data_prep_parser
-from tests.hostile.bounded import GIB, run_bounded
+from tests.hostile.bounded import GIB, reading, run_bounded
 from video_swinv2.cli import main, make_parser
 from video_swinv2.command import parse_arguments
 from video_swinv2.config import known_keys, load_config, to_yaml, validate_config
@@ -273,14 +273,6 @@ READERS = {
     "class map": "from video_swinv2.weights.convert import read_class_map as read",
     "checkpoint": "from video_swinv2.weights.formats import read_checkpoint as read",
 }
-REFUSED = """
-from pathlib import Path
-from video_swinv2.errors import UserError
-try:
-    read(Path(sys.argv[1]))
-except UserError as error:
-    print(error)
-"""
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe"])
@@ -291,7 +283,7 @@ def test_special_files(kind: str, reader: str, tmp_path: Path) -> None:
     if kind == "pipe":
         path = tmp_path / "pipe"
         os.mkfifo(path)
-    ended = run_bounded("-c", f"import sys\n{READERS[reader]}{REFUSED}", path, cpu_seconds=60, memory_gib=16)
+    ended = run_bounded("-c", reading(READERS[reader]), path, cpu_seconds=60, memory_gib=16)
     assert (ended.out, ended.err) == (f"{path}: is a device, a pipe or a socket; name a regular file\n", "")
     assert ended.peak_bytes < GIB
 
