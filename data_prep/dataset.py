@@ -75,9 +75,7 @@ def write_dataset(
     that no list names. Raises UserError if the folder cannot be written.
     """
     record: dict[str, Any] = {"name": name, "classes": list(classes), "classes_sha256": class_list_hash(classes)}
-    counts = {
-        split: _write_list(path_under(out, f"{split}.csv", str(out)), content) for split, content in splits.items()
-    }
+    counts = {split: _write_list(path_under(out, f"{split}.csv"), content) for split, content in splits.items()}
     # Nothing reads these two lists back. Names in them are escaped for the people who open them.
     failed = [
         tuple(map(for_csv, (item.path, item.reason, item.detail)))

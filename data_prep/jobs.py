@@ -94,7 +94,7 @@ class Outcome:
 
 def job_for_row(row: Row, out: Path, settings: TranscodeSettings) -> TranscodeJob:
     """The job for a row of the prep.sqlite of data set `out`. Raises UserError if its target is not inside `out`."""
-    source, target = Path(row["source"]), path_under(out, row["target"], str(out))
+    source, target = Path(row["source"]), path_under(out, row["target"])
     return TranscodeJob(row["id"], source, target, settings, row["start_seconds"], row["end_seconds"])
 
 

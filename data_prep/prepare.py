@@ -159,7 +159,7 @@ def estimate_preparation(
     create_folder(out, "OUT")
     with lock_dataset(out), start_crew(executor, workers, initial_limit_seconds, WORKER_MEMORY_GIB) as crew:
         return run_preflight(
-            crew, jobs, pending=len(videos), workers=crew.workers(), folder=path_under(out, PREFLIGHT_FOLDER, str(out))
+            crew, jobs, pending=len(videos), workers=crew.workers(), folder=path_under(out, PREFLIGHT_FOLDER)
         )
 
 
@@ -225,7 +225,7 @@ def damaged_rows(state: PreparationState, out: Path) -> list[Row]:
     columns = ("target", "source", "status", "reason", "sha256", "settings_hash")
     damaged = []
     for row in filter(is_damaged, list(state.rows("failed", columns))):
-        path = path_under(out, row["target"], str(out))
+        path = path_under(out, row["target"])
         if path.is_file() and sha256(path) == row["sha256"]:
             state.mark_intact([row["target"]])
         else:
@@ -283,7 +283,7 @@ def _bring_up_to_date(
     # them. In the reverse order, rows could be left that refer to deleted files.
     unplanned = state.sync_with_plan(videos)
     for target in unplanned:
-        path_under(out, target, str(out)).unlink(missing_ok=True)
+        path_under(out, target).unlink(missing_ok=True)
     if unplanned:
         log(f"removed {len(unplanned)} videos that are no longer listed")
     lost = sum(is_gone(row["source"]) for row in damaged_rows(state, out))
@@ -304,7 +304,7 @@ def _bring_up_to_date(
 
 def _remove_partial_files(out: Path, videos: Sequence[PlannedVideo], shard: WorkShard | None) -> int:
     """Delete partial files; with `shard` only its own, since other shards may be writing to the same folder."""
-    folder = path_under(out, "videos", str(out))
+    folder = path_under(out, "videos")
     if shard is None:
         return remove_partial_files(folder)
     ours = {video.target for video in videos}
@@ -382,7 +382,7 @@ def _preflight_pending(
     size = 0 if sampled else sample_size(pending, requested=False)
     jobs = [job_for_row(row, out, settings) for row in state.sample_rows(size)]
     # Named after the state file, because other shards may run their preflight in the same data set.
-    folder = path_under(out, f"{PREFLIGHT_FOLDER}-{state.path.stem}", str(out))
+    folder = path_under(out, f"{PREFLIGHT_FOLDER}-{state.path.stem}")
     report = run_preflight(crew, jobs, pending=pending, workers=crew.workers(), folder=folder)
     if jobs and not report.problems:
         state.set_fact("sampled", settings.hash())

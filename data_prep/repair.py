@@ -50,7 +50,7 @@ def repair_damaged(out: Path, names: Sequence[str], *, workers: int, log: Log = 
             raise UserError(f"{out}: was prepared by another version; run `prepare` with its earlier arguments")
         state.mark_pending(row["id"] for row in damaged if not is_gone(row["source"]))
         if transcode_pending(state, out, settings, "local", workers, log):
-            remove_partial_files(path_under(out, "videos", str(out)))
+            remove_partial_files(path_under(out, "videos"))
         write_lists(state, out)
         columns = ("target", "source", "status", "reason", "detail")
         wanted = set(names)

@@ -54,7 +54,7 @@ class WorkShard:
 
     def state_path(self, out: Path) -> Path:
         """Where the state of this shard is stored."""
-        return path_under(out, f"{SHARDS_FOLDER}/{self.index}-of-{self.count}.sqlite", str(out))
+        return path_under(out, f"{SHARDS_FOLDER}/{self.index}-of-{self.count}.sqlite")
 
 
 def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
@@ -102,7 +102,7 @@ def lock_dataset(out: Path, shard: WorkShard | None = None) -> Iterator[None]:
         else:
             if prepared_whole:
                 raise UserError(f"{out}: holds {STATE_NAME}; resume without --shard, or give the shards another folder")
-            folder = path_under(out, SHARDS_FOLDER, str(out))
+            folder = path_under(out, SHARDS_FOLDER)
             create_folder(folder)
             busy = f"{out}: another run is preparing shard {shard}; wait for it or stop it"
             lock_path = folder / f".{shard.index}-of-{shard.count}.lock"
@@ -126,7 +126,7 @@ def shard_state_paths(out: Path) -> list[Path]:
     """The paths of the states of all shards prepared in `out`, sorted by index."""
     names = (path.name for path in (out / SHARDS_FOLDER).glob("*"))
     found = sorted((int(match["index"]), name) for name in names if (match := SHARD_STATE_FILE.fullmatch(name)))
-    return [path_under(out, f"{SHARDS_FOLDER}/{name}", str(out)) for _, name in found]
+    return [path_under(out, f"{SHARDS_FOLDER}/{name}") for _, name in found]
 
 
 def merge_shard_states(state: PreparationState, out: Path, others: Sequence[Path]) -> int:
@@ -207,7 +207,7 @@ def _link_videos(shard: PreparationState, folder: Path, out: Path) -> None:
     killed leaves no incomplete video and can be repeated: the rename replaces what an earlier one has left.
     """
     for row in shard.rows("ok", ("target", "sha256")):
-        made, target = (path_under(root, row["target"], str(root)) for root in (folder, out))
+        made, target = (path_under(root, row["target"]) for root in (folder, out))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(target)
         partial.unlink(missing_ok=True)

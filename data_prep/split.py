@@ -220,7 +220,7 @@ def _write_folds(
             if split == "train":
                 split = "val" if fold_of[row.video.group] == fold else "train"
             lines.append((row.target, row.video.label, split, row.known_group))
-        paths.append(path_under(out, f"fold-{fold}.csv", str(out)))
+        paths.append(path_under(out, f"fold-{fold}.csv"))
         write_text(paths[-1], csv_text(("path", "label", "split", "group"), lines))
     return tuple(paths)
 

@@ -127,7 +127,7 @@ class PreparationState:
     """
 
     def __init__(self, out: Path, *, create: bool = False, path: Path | None = None) -> None:
-        self.path = path or path_under(out, STATE_NAME, str(out))
+        self.path = path or path_under(out, STATE_NAME)
         if not create and not self.path.is_file():
             raise self._nothing_prepared(out)
         with self._sqlite_errors():

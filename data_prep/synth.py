@@ -179,7 +179,7 @@ def plan(out: Path, counts: dict[str, int], *, level: Level, size: int, frames: 
     for split, count in counts.items():
         for label in CLASSES:
             for index in range(count):
-                path = path_under(out, f"videos/{split}/{label}/{index:05d}.mp4", str(out))
+                path = path_under(out, f"videos/{split}/{label}/{index:05d}.mp4")
                 yield Clip(path, split, label, index, level, size, frames, seed)
 
 

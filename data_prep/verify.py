@@ -134,7 +134,7 @@ def verify(out: Path, level: str, *, workers: int, repair: bool = False) -> Veri
     expected = _expected(out)
     checks = [FileCheck(row.name, out / row.name, level, expected.get(row.name, ExpectedFile())) for row in rows]
     found: dict[str, Finding] = {}
-    with VerifyLedger(path_under(out, VERIFY_STATE_NAME, str(out)), level) as ledger:
+    with VerifyLedger(path_under(out, VERIFY_STATE_NAME), level) as ledger:
         known = ledger.begin()
         found = {
             check.name: finding

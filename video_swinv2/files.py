@@ -84,12 +84,14 @@ def refuse_inside_source(out: Path, sources: Iterable[str | os.PathLike[str]]) -
             raise UsageError(f"{out}: is inside the source {source}; choose a folder outside it")
 
 
-def path_under(root: Path, name: str, where: str) -> Path:
+def path_under(root: Path, name: str, where: str = "") -> Path:
     """The path `root/name`, to be written or deleted. Raises UserError, beginning with `where`, if it leaves `root`.
 
     name: a relative path that was read from a file, and so may be anything. It leaves `root` if it is absolute,
     contains `..`, or passes through a symbolic link that leads outside. `root` itself may be reached through links.
+    where: what the name was read from; by default `root`.
     """
+    where = where or str(root)
     parts = PurePath(name).parts
     if not parts or parts[0].startswith("/") or ".." in parts or "\0" in name:
         raise UserError(f"{where}: {name[:200]!r} is not a path inside {root}; correct or remove it")
