@@ -24,8 +24,13 @@ from video_swinv2.data.sources import check_files_exist
 from video_swinv2.errors import UserError
 
 DEEP = "[" * 100_000
-VERBS = {"status": ["status"], "html": ["status", "--html", "page.html"], "split": ["split", "--val", "0.5"]}
-VERBS |= {"verify": ["verify", "--workers", "1"], "prepare": ["prepare", "raw", "--workers", "1"]}
+VERBS = (
+    "status OUT",
+    "status OUT --html page.html",
+    "split OUT --val 0.5",
+    "verify OUT --workers 1",
+    "prepare raw OUT --workers 1",
+)
 
 
 def state(out: Path, path: Path | None = None, *, first: int = 0) -> Path:
@@ -108,10 +113,8 @@ def test_a_tampered_row_is_refused_by_every_verb(out: Path, change: str, capsys:
     """In one line that names the file and the column."""
     tamper(out / "prep.sqlite", f"UPDATE clips SET {change.format(outside=out.parent / 'outside')} WHERE id = 1")
     before = contents(out)
-    for verb, *options in VERBS.values():
-        code = main(
-            [verb, *options[: 1 if verb == "prepare" else 0], str(out), *options[1 if verb == "prepare" else 0 :]]
-        )
+    for verb in VERBS:
+        code = main([str(out) if word == "OUT" else word for word in verb.split()])
         refused(capsys, code, f"{out}/prep.sqlite: ", ROWS[change])
     (out / ".prep.lock").unlink()
     assert contents(out) == before
