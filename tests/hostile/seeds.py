@@ -242,7 +242,7 @@ def indent_line(data: bytearray, rng: np.random.Generator) -> bytes:
 
 
 def set_number(data: bytearray, rng: np.random.Generator) -> bytes:
-    """Overwrite four or eight bytes anywhere with an extreme number: sizes, offsets, counts."""
+    """Overwrite two to eight bytes of the first 4 KiB with an extreme number: sizes, offsets, counts."""
     width = int(rng.choice([2, 4, 8]))
     value = int(rng.choice([0, 1, 2**8, 2**16, 2**31 - 1, 2**31, 2**32 - 1])) % 256**width
     start = int(rng.integers(max(1, min(len(data), 4096))))

@@ -130,8 +130,13 @@ def fetch(server: RawServer, target: Path, **options: Any) -> bytes:
     return target.read_bytes()
 
 
-DRIPS = {
-    "nothing": drips(b"", b""),
+def falls_silent(server: RawServer, connection: socket.socket) -> None:
+    server.send(connection, b"H")
+    server.closed.wait()
+
+
+DRIPS: dict[str, Answer] = {
+    "nothing": falls_silent,
     "status": drips(b"HTTP/1.1 200 ", b"x"),
     "header": drips(OK + b"X: ", b"x"),
     "headers": drips(OK, b"A: b\r\n"),
@@ -140,7 +145,6 @@ DRIPS = {
     "chunk length": drips(OK + b"Transfer-Encoding: chunked\r\n\r\n5;", b"x"),
     "trailer": drips(OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"A: b\r\n"),
 }
-DRIPS["nothing"] = lambda server, connection: (server.send(connection, b"H"), server.closed.wait())[0]
 
 
 def receivers() -> int:
