@@ -20,7 +20,7 @@ from video_swinv2.data.manifest import class_list_hash, read_manifest
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation import reading
-from video_swinv2.evaluation.overrides import parse_overrides
+from video_swinv2.evaluation.overrides import KEYS, TestOverrides, parse_overrides
 from video_swinv2.evaluation.parts import ScoredVideos, join_scored_videos
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.testing import run_test, run_tests, summarize_tests
@@ -223,6 +223,12 @@ def test_the_result_of_another_test_is_never_replaced(model_path: Path, data: Pa
 def test_invalid_overrides_are_refused(text: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         parse_overrides([text])
+
+
+def test_every_default_of_a_test_can_be_given():
+    for key, name in KEYS.items():
+        default = getattr(TestOverrides(), name)
+        assert parse_overrides([f"{key}={json.dumps(default)}"]) == TestOverrides(), key
 
 
 def test_wrong_usage_is_refused_before_any_work(model_path: Path, data: Path, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_training_and_tests_have_a_key_for_the_ceiling(write_video: Writer, tmp_
     assert sample.broken == (
         f"{path}: a picture of 64 x 48 pixels exceeds max_pixels = 3071; remove it or raise the limit",
     )
+    assert parse_overrides([f"data.max_pixels={2 * MAX_PIXELS}"]).max_pixels == 2 * MAX_PIXELS, "it can be raised"
     overrides = parse_overrides(["data.max_pixels=3071"])
     assert overrides.max_pixels == 3071
     groups = video_groups([path], max_pixels=overrides.max_pixels)

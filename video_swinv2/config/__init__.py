@@ -6,7 +6,7 @@ explains mistakes. `changes` compares the configurations of a run that was resum
 imports only `errors` and `files`.
 """
 
-from video_swinv2.config.bounds import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers
+from video_swinv2.config.bounds import STRICT, PictureSize, Pixels, Positive, Seconds, Seed, Size, Workers
 from video_swinv2.config.changes import CHANGES_LEARNING, Change, changed_settings
 from video_swinv2.config.engine import EngineConfig
 from video_swinv2.config.loading import (
@@ -39,6 +39,7 @@ __all__ = [
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
+    "PictureSize",
     "Pixels",
     "Positive",
     "Seconds",

@@ -45,6 +45,8 @@ Workers = Annotated[int, Field(ge=0, le=1000)]
 """Processes that read data."""
 Pixels = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
 """Pixels, frames or tokens along one axis."""
+PictureSize = Annotated[int, Field(ge=1, le=2**30)]
+"""Pixels of a picture, height times width."""
 Size = Pixels | Annotated[tuple[Pixels, ...], Field(min_length=1, max_length=3)]
 """One number for all axes, or one per axis: (H, W) or (T, H, W)."""
 Normaliser = tuple[Annotated[tuple[Pixels, ...], Field(min_length=2, max_length=3)], ...]

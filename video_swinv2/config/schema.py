@@ -21,6 +21,7 @@ from video_swinv2.config.bounds import (
     Fraction01,
     Minutes,
     Normaliser,
+    PictureSize,
     Pixels,
     Positive,
     PositiveFactor,
@@ -122,7 +123,7 @@ class DataConfig:
     """Number of data loading processes per training process."""
     decode_seconds: Seconds = 60.0
     """A video that takes longer than this to decode counts as broken."""
-    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 2**26
+    max_pixels: PictureSize = 2**26
     """A video or image with larger pictures counts as broken. The default, 8192 x 8192, admits 8K video. For images
     above 178,956,970 pixels, Pillow has a limit of its own."""
     max_broken: Fraction01 = 0.02

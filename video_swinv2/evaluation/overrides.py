@@ -15,7 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from video_swinv2.config import STRICT, Pixels, Positive, Seconds, Seed, Size, Workers, invalid_value, parse_override
+from video_swinv2.config import (
+    STRICT,
+    PictureSize,
+    Pixels,
+    Positive,
+    Seconds,
+    Seed,
+    Size,
+    Workers,
+    invalid_value,
+    parse_override,
+)
 from video_swinv2.data.display import MAX_PIXELS
 from video_swinv2.distributed.session import SILENCE_SECONDS, distributed_session
 from video_swinv2.distributed.world import MEETING_SECONDS, World
@@ -57,7 +68,7 @@ class TestOverrides:
     """auto is bf16 on a GPU that computes in it, else fp32. A GPU that only emulates bf16 gets fp32 in either case."""
     time_limit_seconds: Seconds = 60.0
     """A video that takes longer than this to open or to decode counts as failed."""
-    max_pixels: Positive = MAX_PIXELS
+    max_pixels: PictureSize = MAX_PIXELS
     """A video or image with larger pictures counts as failed."""
     meeting_seconds: Seconds = MEETING_SECONDS
     """How long several processes may take to find each other at the start."""
