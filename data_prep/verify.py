@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import av
 
+from data_prep.dataset import csv_text, write_text
 from data_prep.findings import FAULTS, Finding, VerifyLedger
 from data_prep.jobs import encode_limit_seconds, index_limit_seconds
 from data_prep.pool import Allow, Lost, run_jobs
@@ -37,7 +38,7 @@ from video_swinv2.data.groups import group_of, notes_on_shared_groups
 from video_swinv2.data.manifest import DatasetRecord, content_fingerprint, read_dataset_record
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_csv, terminal_lines
-from video_swinv2.files import atomic_write, path_under, refuse_special_file, sha256
+from video_swinv2.files import path_under, refuse_special_file, sha256
 from video_swinv2.progress import track
 
 LEVELS = {
@@ -341,10 +342,8 @@ def _wrong_fingerprints(rows: Sequence[ListedFile], found: dict[str, Finding], r
 
 def _write_bad(path: Path, verified: VerifyResult) -> None:
     """Write verify.csv, also if nothing is bad, so that no result of an earlier run remains."""
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "level", "reason", "detail"))
-        writer.writerows(map(for_csv, (item.name, verified.level, item.reason, item.detail)) for item in verified.bad)
+    rows = [tuple(map(for_csv, (item.name, verified.level, item.reason, item.detail))) for item in verified.bad]
+    write_text(path, csv_text(("path", "level", "reason", "detail"), rows))
 
 
 def _extra(out: Path, listed: dict[str, Finding]) -> Iterator[str]:
