@@ -185,9 +185,9 @@ class PreparationState:
             self._db.execute(
                 f"CREATE TABLE IF NOT EXISTS clips (id INTEGER PRIMARY KEY, {COLUMNS}, UNIQUE(listed_split, name))"
             )
-            for column in (text.strip() for text in COLUMNS.split(",")):
-                if known and column.split()[0] not in known:
-                    self._db.execute(f"ALTER TABLE clips ADD COLUMN {column}")
+            for column, *rest in DEFINITIONS:
+                if known and column not in known:
+                    self._db.execute(f"ALTER TABLE clips ADD COLUMN {column} {' '.join(rest)}")
             for name, columns in INDEXES.items():
                 self._db.execute(f"CREATE INDEX IF NOT EXISTS {name} ON clips ({columns})")
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
