@@ -130,16 +130,21 @@ def _exchange(selection: _Selection, groups: Sequence[str]) -> bool:
 def choose_folds(videos: Sequence[GroupedVideo], folds: int, seed: int) -> dict[str, int]:
     """The fold of each group, from 0 on, such that folds are similar in size and in classes.
 
-    There must be at least `folds` groups. As above, the result does not depend on the order of `videos`.
+    There may be at most min(fold_limits(videos)) folds. As above, the result does not depend on the order of `videos`.
     """
     return {group: fold for fold, groups in enumerate(_folds(videos, folds, seed)) for group in groups}
+
+
+def fold_limits(videos: Sequence[GroupedVideo]) -> tuple[int, int]:
+    """The number of groups, and of videos in the largest class. scikit-learn makes no more folds than either."""
+    largest = max(Counter(video.label for video in videos).values(), default=0)
+    return len({video.group for video in videos}), largest
 
 
 def _first_fold(videos: Sequence[GroupedVideo], share: float, seed: int) -> set[str]:
     """The groups of the first of about 1/share folds; empty if there are too few videos or groups for that."""
     folds = max(2, round(1 / share))
-    largest = max(Counter(video.label for video in videos).values(), default=0)
-    if min(largest, len({video.group for video in videos})) < folds:
+    if min(fold_limits(videos)) < folds:
         return set()
     return next(_folds(videos, folds, seed))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.choice import NOTICEABLE_VIDEOS, GroupedVideo, choose_folds, choose_groups
+from data_prep.choice import NOTICEABLE_VIDEOS, GroupedVideo, choose_folds, choose_groups, fold_limits
 from data_prep.dataset import csv_text, write_text
 from data_prep.groups import GroupRule
 from data_prep.outcomes import split_order
@@ -95,7 +95,7 @@ def split_dataset(
     with PreparationState(out) as state, lock_dataset(out):
         notes = _store_groups(state, groups or GroupRule())
         rows = _read_rows(state)
-        _refuse_own_splits(out, rows, {"val": bool(val or folds), "test": bool(test), "train": False})
+        _refuse_own_splits(out, rows, {"val": bool(val or folds), "test": bool(test)})
         train = [row for row in rows if row.listed_split == "train"]
         if not train:
             raise UsageError(f"{out}: has no train split to take videos from")
@@ -185,9 +185,8 @@ def _notes_on_groups(rows: Sequence[_Row]) -> list[str]:
 
 def _divide(out: Path, videos: Sequence[GroupedVideo], folds: int, seed: int) -> dict[str, int]:
     """The fold of each group. Raises UsageError if there are too few groups, or videos of each class, for the folds."""
-    found = len({video.group for video in videos})
-    largest = max(Counter(video.label for video in videos).values(), default=0)
-    if found < folds or largest < folds:
+    found, largest = fold_limits(videos)
+    if min(found, largest) < folds:
         raise UsageError(
             f"{out}: {found} groups, and at most {largest} videos of a class, are too few for {folds} folds; use a "
             "smaller --folds"
