@@ -224,9 +224,10 @@ def _attempt(
         offset, remote = _interpret(response, address, remote, have, partial)
         # What a server announces it must not exceed, nor a file of unknown size what was asked for at most.
         limit = max_bytes if remote.size is None else remote.size
-        if max_bytes is not None and limit is not None and limit > max_bytes:
-            raise UserError(f"{address}: has {limit} bytes, above the limit of {max_bytes}; try another source")
         if remote.size is not None:
+            if max_bytes is not None and remote.size > max_bytes:
+                problem = f"has {remote.size} bytes, above the limit of {max_bytes}"
+                raise UserError(f"{address}: {problem}; try another source")
             require_free_space(partial.parent, remote.size - offset)
         if not offset:
             # The whole file is coming, so the old bytes and their note are deleted before the new note is written. In

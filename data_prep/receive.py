@@ -164,7 +164,7 @@ def _open(address: str, headers: dict[str, str]) -> requests.Response:
 
 
 class _Session(requests.Session):
-    """Follows no redirect by itself."""
+    """Follows no redirect by itself, nor reads its body, which requests does even with `allow_redirects=False`."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """None: there is nothing to follow."""
