@@ -17,7 +17,7 @@ from video_swinv2.config import Change, Config, changed_settings, plain_values
 from video_swinv2.distributed.agreement import wait_for_file
 from video_swinv2.distributed.collectives import all_gather_objects, print_on_rank_zero
 from video_swinv2.distributed.world import World
-from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
+from video_swinv2.engine.checkpoint import Checkpoints, Counter, TrainingState
 from video_swinv2.engine.foreign_checkpoints import newest_checkpoint
 from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, meta_copy, write_whole_weights
 from video_swinv2.errors import UsageError, UserError
@@ -33,9 +33,6 @@ Ancestor = dict[str, object]
 OWN = "own checkpoint"
 Found = tuple[int, TrainingState, Any]
 """Step, tensors and run state of a checkpoint; the run state of a foreign one is None."""
-
-
-Counter = Annotated[int, Field(ge=0)]
 
 
 class _Faults(Record):
@@ -221,7 +218,7 @@ def continue_history(start: Start, config: Config, accept_changes: bool) -> tupl
     now = Configuration(since_step=start.step, config=plain_values(config))
     if not start.configs:
         return [now], []
-    changes = changed_settings(start.configs[-1].config, config)
+    changes = changed_settings(start.configs[-1].config, now.config)
     learning = [str(change) for change in changes if change.changes_learning]
     if learning and start.own and not accept_changes:
         raise UsageError(

@@ -22,10 +22,10 @@ from video_swinv2.config import Config, DataConfig
 from video_swinv2.data.datasets import Batch, SampleDataset
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
-from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
-from video_swinv2.weights.store import Preprocessing, save_model
+from video_swinv2.weights.store import save_model
 
 Forward = Callable[..., Tensor]
 """`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
