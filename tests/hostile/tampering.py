@@ -52,20 +52,21 @@ def tampered(value: Any) -> Iterator[tuple[str, Any]]:
             yield f"{'.'.join(map(str, path))}: {name}", changed
 
 
-def faults_of(value: Any, read: Callable[[Any], object], named: str) -> tuple[list[str], int]:
-    """The faults of `read` when it reads tampered values, and how many of these were refused.
+def assert_no_faults(value: Any, read: Callable[[Any], object], named: str, refused: int = 0) -> None:
+    """Let `read` read every tampered value: it refuses at least `refused` of them.
 
     It may read a value or raise a UserError of one line that contains `named`; anything else is a fault.
     """
-    faults, refused = [], 0
+    faults, number = [], 0
     for description, changed in tampered(value):
         try:
             read(changed)
         except UserError as error:
-            refused += 1
+            number += 1
             line = error_line(error)
             if named not in line or not line.isprintable():
                 faults.append(f"{description}: {error!r}")
         except Exception as error:
             faults.append(f"{description}: {type(error).__name__}: {error}")
-    return faults, refused
+    assert not faults, "\n".join(faults[:20])
+    assert number >= refused, f"only {number} were refused"

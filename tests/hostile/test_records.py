@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 import video_swinv2 as vs
-from tests.hostile.tampering import faults_of
+from tests.hostile.tampering import assert_no_faults
 from tests.training.runs import small_config
 from video_swinv2.distributed.world import alone
 from video_swinv2.engine.checkpoint import Checkpoints, TrainingState
@@ -116,13 +115,6 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model, path, classes=["a", "b"], preprocessing=vs.Preprocessing(4, 1, (32, 32)), provenance=provenance
     )
     return path
-
-
-def assert_no_faults(value: Any, read: Callable[[Any], object], named: str, refused: int) -> None:
-    """No way to tamper with a value is more than a line; at least `refused` of them are refused."""
-    faults, number = faults_of(value, read, named)
-    assert not faults, "\n".join(faults[:20])
-    assert number >= refused
 
 
 def test_cards_that_were_tampered_with(model_file: Path, tmp_path: Path) -> None:
