@@ -8,21 +8,16 @@ Letters: V views, T H W frames and pixels of a view, t h w tokens of the last st
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.utils import make_grid
 
 from video_swinv2.data.transforms import normalise
 from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.swinv2 import SwinV2
-from video_swinv2.report.mistakes import JPEG_QUALITY, STRIP_FRAMES
+from video_swinv2.report.mistakes import frames_of_strip, jpeg_of_frames
 
 _HEAT = (255.0, 90.0, 0.0)  # RGB from 0 to 255: orange, which few scenes are full of
 _MAX_OPACITY = 0.65  # of the colour, where the evidence is strongest
@@ -83,10 +78,5 @@ def heat_strip(view: Tensor, evidence: Tensor) -> bytes:
     heat = functional.interpolate(tokens.relu()[None, None], size=clip.shape[1:], mode="trilinear")[0]  # (1, T, H, W)
     opacity = _MAX_OPACITY * heat / heat.max().clamp(min=1e-12)
     tinted = (1 - opacity) * clip + opacity * torch.tensor(_HEAT).view(3, 1, 1, 1)
-    count = min(clip.shape[1], STRIP_FRAMES)
-    chosen = torch.linspace(0, clip.shape[1] - 1, count).round().long()  # the first and the last frame included
-    frames = [*clip[:, chosen].unbind(1), *tinted.round().to(torch.uint8)[:, chosen].unbind(1)]
-    picture: NDArray[np.uint8] = make_grid(frames, nrow=count, padding=2).permute(1, 2, 0).numpy()
-    jpeg = io.BytesIO()
-    Image.fromarray(picture).save(jpeg, format="jpeg", quality=JPEG_QUALITY)
-    return jpeg.getvalue()
+    frames = frames_of_strip(clip)
+    return jpeg_of_frames([*frames, *frames_of_strip(tinted.round().to(torch.uint8))], len(frames))

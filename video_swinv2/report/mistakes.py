@@ -108,10 +108,19 @@ def read_strips(path: Path) -> dict[int, str]:
 def film_strip(view: Tensor) -> bytes:
     """uint8 (3, T, H, W) or (3, H, W) -> a JPEG of STRIP_FRAMES evenly spaced frames in rows of STRIP_COLUMNS."""
     clip = view.unsqueeze(1) if view.ndim == 3 else view  # a still image is a clip of one frame
+    return jpeg_of_frames(frames_of_strip(clip), STRIP_COLUMNS)
+
+
+def frames_of_strip(clip: Tensor) -> list[Tensor]:
+    """(3, T, H, W) -> at most STRIP_FRAMES times (3, H, W), evenly spaced, the first and the last frame included."""
     frames = clip.shape[1]
-    # (3, T, H, W) -> at most STRIP_FRAMES times (3, H, W), the first and the last frame included.
     chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
-    picture: Tensor = make_grid(list(clip[:, chosen].unbind(1)), nrow=STRIP_COLUMNS, padding=2)  # (3, height, width)
+    return list(clip[:, chosen].unbind(1))
+
+
+def jpeg_of_frames(frames: list[Tensor], columns: int) -> bytes:
+    """A JPEG of frames, each uint8 (3, H, W), in rows of `columns`."""
+    picture: Tensor = make_grid(frames, nrow=columns, padding=2)  # (3, height, width)
     jpeg = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(jpeg, format="jpeg", quality=JPEG_QUALITY)
     return jpeg.getvalue()
