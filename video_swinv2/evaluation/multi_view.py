@@ -14,14 +14,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from video_swinv2.data.images import read_image
-from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.overrides import Precision, TestOverrides
-from video_swinv2.evaluation.protocols import View, find_protocol, protocol_for_images
+from video_swinv2.evaluation.protocols import View, find_protocol
 from video_swinv2.evaluation.testing import forward_views
-from video_swinv2.evaluation.views import cut_image, read_views
+from video_swinv2.evaluation.views import read_video_or_image
 from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.report.intervals import Interval, number_sources, share_interval
@@ -70,11 +68,8 @@ def multi_view(
             "preprocessing: the model does not say which it was trained with; pass it, or set model.preprocessing to "
             "that of its VideoDataset"
         )
-    chosen, path = find_protocol(protocol), Path(video)
-    if media_type_of(path) == IMAGE:
-        pixels, views = cut_image(read_image(path), protocol_for_images(chosen), shown)
-    else:
-        pixels, views = read_views(path, chosen, shown, time_limit_seconds=time_limit_seconds)
+    chosen = find_protocol(protocol)
+    pixels, views = read_video_or_image(Path(video), chosen, shown, time_limit_seconds=time_limit_seconds)
     bf16 = use_bf16(precision, next(model.parameters()).device)
     training = model.training
     model.eval()

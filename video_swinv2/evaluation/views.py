@@ -22,9 +22,11 @@ from torch.nn import functional
 
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import size_for
+from video_swinv2.data.images import read_image
+from video_swinv2.data.media import IMAGE, media_type_of
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.placement import resized_short_side
-from video_swinv2.evaluation.protocols import Protocol, View, plan_views
+from video_swinv2.evaluation.protocols import Protocol, View, plan_views, protocol_for_images
 from video_swinv2.weights.store import Preprocessing
 
 FRAME_ORDERS = ("in-order", "shuffled", "reversed")
@@ -164,6 +166,15 @@ def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing)
         resized[:, top : top + height, left : left + width] for top, left, height, width in (view.box for view in views)
     ]
     return torch.stack(crops), views
+
+
+def read_video_or_image(
+    path: Path, protocol: Protocol, preprocessing: Preprocessing, *, time_limit_seconds: float
+) -> tuple[Tensor, tuple[View, ...]]:
+    """`read_views` of a video or `cut_image` of an image file, whichever it is. Raises DecodeError."""
+    if media_type_of(path) == IMAGE:
+        return cut_image(read_image(path), protocol_for_images(protocol), preprocessing)
+    return read_views(path, protocol, preprocessing, time_limit_seconds=time_limit_seconds)
 
 
 def clip_frames_and_stride(preprocessing: Preprocessing) -> tuple[int, int]:

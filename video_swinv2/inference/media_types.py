@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from video_swinv2.data.images import read_image
-from video_swinv2.data.media import IMAGE, media_type_of
+from video_swinv2.data.media import media_type_of
 from video_swinv2.data.trees import files_below
 from video_swinv2.errors import UsageError
-from video_swinv2.evaluation.protocols import Protocol, protocol_for_images
-from video_swinv2.evaluation.views import cut_image, read_views
+from video_swinv2.evaluation.protocols import Protocol
+from video_swinv2.evaluation.views import read_video_or_image
 from video_swinv2.weights.store import Preprocessing
 
 
@@ -45,7 +44,5 @@ def read_file_views(
     An image has the axis T only if it is read for clips of one frame. Raises DecodeError for a file that cannot be
     read.
     """
-    if media_type_of(path) != IMAGE:
-        return read_views(path, protocol, preprocessing, time_limit_seconds=time_limit_seconds)[0]
-    crops, _ = cut_image(read_image(path), protocol_for_images(protocol), preprocessing)
-    return crops if preprocessing.frames is None else crops.unsqueeze(2)
+    pixels, _ = read_video_or_image(path, protocol, preprocessing, time_limit_seconds=time_limit_seconds)
+    return pixels.unsqueeze(2) if preprocessing.frames is not None and pixels.ndim == 4 else pixels
