@@ -171,11 +171,16 @@ def verdict(pair: ComparedPair, tests: Sequence[ComparedTest]) -> str:
         says = f"{pair.first} and {pair.second} are equally good on these {unit}"
     else:
         says = f"{better} is ahead of {worse}, but not by more than chance explains"
-    p_value = "< 0.0001" if pair.p_holm < 0.0001 else f"{pair.p_holm:.2g}"
+    p_value = p_value_text(pair.p_holm)
     return (
         f"{says}: {100 * abs(paired.difference):+.2f} points of top-1 (95 % interval {span((low, high))}, "
         f"p {p_value}); of {paired.n} {unit}, {gain} are right in {better} only and {lost} in {worse} only"
     )
+
+
+def p_value_text(p: float) -> str:
+    """A p value with two digits, such as 0.031; for the smallest, that they are small."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
 def compare_classes(tests: Sequence[ComparedTest]) -> list[ClassComparison]:
@@ -295,6 +300,7 @@ def _page_values(tests: Sequence[ComparedTest], pairs: Sequence[ComparedPair]) -
         "tests": tests,
         "pairs": pairs,
         "accuracies": ACCURACIES,
+        "p_value": p_value_text,
         "one_data": len({test.record["data_fingerprint"] for test in tests}) == 1,
         "one_protocol": len({test.record["protocol"] for test in tests}) == 1,
         "unit": tests[0].record.get("unit", "videos"),

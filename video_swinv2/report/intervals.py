@@ -91,13 +91,18 @@ def design_effect(influence: NDArray[np.float64], sources: NDArray[np.int64]) ->
     influence: (N,) the share of each video in the figure's deviation from its mean; sums to 0. Returns None if there is
     a single source or if no video deviates.
     """
-    totals = np.bincount(np.unique(sources, return_inverse=True)[1], weights=influence)
+    totals = _sums_by_source(influence, sources)
     n, n_sources = len(influence), len(totals)
     single = float(influence @ influence)
     if n_sources < 2 or single < 1e-24:  # rounding errors of N residuals that should be 0
         return None
     # n / (n - 1) makes the variances unbiased for n videos, and likewise for S sources.
     return max(1.0, n_sources / (n_sources - 1) * float(totals @ totals) / (n / (n - 1) * single))
+
+
+def _sums_by_source(values: NDArray[np.float64], sources: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(S,) the sum over the videos of each source that occurs. values, sources: (N,)."""
+    return np.asarray(np.bincount(np.unique(sources, return_inverse=True)[1], weights=values), dtype=np.float64)
 
 
 def wilson_interval(share: float, n: float) -> Interval:
@@ -132,7 +137,7 @@ def compare_paired(first: NDArray[np.bool_], second: NDArray[np.bool_], sources:
         effect = design_effect((gained - difference) / n, sources) or n / n_sources
         half_width = float(t.ppf((1 + LEVEL) / 2, n_sources - 1)) * math.sqrt(effect * variance)
         interval = max(-1.0, centre - half_width), min(1.0, centre + half_width)
-    totals = np.bincount(np.unique(sources, return_inverse=True)[1], weights=gained).astype(np.int64)
+    totals = _sums_by_source(gained, sources).astype(np.int64)
     return PairedDifference(n, n_sources, difference, interval, only_first, only_second, swap_test(totals))
 
 

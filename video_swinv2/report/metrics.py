@@ -20,11 +20,7 @@ from sklearn.metrics import (
 
 from video_swinv2.errors import UserError
 from video_swinv2.report.confusion import ConfusedPair, confusion_counts, most_confused
-from video_swinv2.report.intervals import (
-    Interval,
-    number_sources,
-    share_interval,
-)
+from video_swinv2.report.intervals import Interval, number_sources, share_interval
 from video_swinv2.report.scores import Scores
 
 TOP = 5  # of top-5

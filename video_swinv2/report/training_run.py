@@ -77,16 +77,20 @@ class Series(Record):
             ("best", [run.best for run in self.runs]),
             ("last", [run.last for run in self.runs]),
         ):
-            mean = metric_text(self.metric, statistics.fmean(values)).removeprefix(f"{self.metric} ")
+            mean = _value_text(self.metric, statistics.fmean(values))
             if len(values) > 1:
-                mean += f" (standard deviation {metric_text(self.metric, statistics.stdev(values)).split(' ', 1)[1]})"
+                mean += f" (standard deviation {_value_text(self.metric, statistics.stdev(values))})"
             figures.append(f"{title} {mean}")
         return f"{self.metric}, mean of {len(self.runs)} runs: {', '.join(figures)}"
 
 
 def metric_text(key: str, value: float) -> str:
     """A validation metric as text, accuracies in per cent: `val/top1 72.50 %`, `val/loss 0.8314`."""
-    return f"{key} {100 * value:.2f} %" if key in ACCURACIES else f"{key} {value:.4f}"
+    return f"{key} {_value_text(key, value)}"
+
+
+def _value_text(key: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if key in ACCURACIES else f"{value:.4f}"
 
 
 class _Configuration(Record):
