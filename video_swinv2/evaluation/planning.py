@@ -229,7 +229,7 @@ def scores_identity(plan: TestPlan, record: dict[str, Any]) -> dict[str, Any]:
 def read_origins(manifest: Manifest) -> list[str]:
     """The group of each video of the split, such as the recording it was cut from; '' if unknown.
 
-    Videos of one group are not independent samples, so confidence intervals resample groups.
+    Videos of one group are not independent samples, so confidence intervals take groups as units.
     """
     return [entry.group for entry in manifest.entries]
 
