@@ -35,12 +35,12 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(below, (*path, key))
 
 
-def tampered(value: Any) -> Iterator[tuple[str, Any]]:
+def tampered(value: Any, wrongs: dict[str, Any] = WRONG) -> Iterator[tuple[str, Any]]:
     """A description and a changed copy of a JSON value for every way to tamper with it."""
-    for name, wrong in WRONG.items():
+    for name, wrong in wrongs.items():
         yield f"{name} instead of all", wrong
     for path in places(value):
-        for name, wrong in {"removed": None, **WRONG}.items():
+        for name, wrong in {"removed": None, **wrongs}.items():
             changed = copy.deepcopy(value)
             holder = changed
             for key in path[:-1]:
