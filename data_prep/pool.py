@@ -4,7 +4,7 @@ FFmpeg may hang or crash on a damaged file, and a thread, or a process of concur
 each thread of the pool drives one process of its own:
 
     parent    each(...) --submit--> ThreadPoolExecutor: thread --job----------------> process
-                        <--future--                            <--extension, result--
+                        <--future--                            <--limits, result-----
 
 A thread waits for its process until the deadline of the job. If there is no answer by then, it kills the process. After
 that, or if the process has died by itself, the result of the job is `Lost`, and the next job gets a new process. Other
