@@ -29,7 +29,7 @@ from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
-from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
+from video_swinv2.report.scores import read_arrays, require_rows, write_arrays
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.pretrained import RequestedSizes, open_model, preprocessing_of
 from video_swinv2.weights.store import Preprocessing, require_rgb
@@ -223,8 +223,6 @@ def _to_arrays(features: Features) -> dict[str, NDArray[Any]]:
 
 def _from_arrays(arrays: Mapping[str, NDArray[Any]], path: Path) -> Features:
     types = {"names": ("U", 1), "labels": ("i", 1), "vectors": ("f", 2), "reasons": ("U", 1)}
-    require_arrays(arrays, types, str(path), "remove it")
-    if len({len(arrays[name]) for name in types}) > 1 or not np.isfinite(arrays["vectors"]).all():
-        raise UserError(f"{path}: its arrays differ in length or hold NaN; remove it")
+    require_rows(arrays, types, str(path), "remove it")
     names, reasons = (tuple(arrays[key].tolist()) for key in ("names", "reasons"))
     return Features(names, arrays["labels"], arrays["vectors"], reasons)

@@ -26,7 +26,7 @@ from video_swinv2.evaluation.probe import TEMPERATURE
 from video_swinv2.evaluation.protocols import Protocol, find_protocol, protocol_for_images
 from video_swinv2.inference.classifier import Answer
 from video_swinv2.inference.predictor import STREAM, find_sources, unreadable_reason
-from video_swinv2.report.scores import read_arrays, require_arrays, write_arrays
+from video_swinv2.report.scores import read_arrays, require_rows, write_arrays
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,11 @@ def load_gallery(path: Path) -> Gallery:
     fix = "make it with `predict --features`"
     arrays = read_arrays(path, fix)
     texts = {"names": ("U", 1), "labels": ("U", 1), "reasons": ("U", 1), "record": ("U", 0)}
-    require_arrays(arrays, texts | {"vectors": ("f", 2)}, str(path), fix)
+    require_rows(arrays, texts | {"vectors": ("f", 2)}, str(path), fix)
     names, labels, reasons = (tuple(arrays[key].tolist()) for key in ("names", "labels", "reasons"))
-    vectors = arrays["vectors"]
-    if {len(labels), len(reasons), len(vectors)} != {len(names)} or not np.isfinite(vectors).all():
-        raise UserError(f"{path}: its arrays differ in length or hold NaN; {fix}")
     if all(reasons):
         raise UserError(f"{path}: none of its {len(names)} files could be read; {fix}")
-    return Gallery(names, labels, vectors, reasons, str(arrays["record"]))
+    return Gallery(names, labels, arrays["vectors"], reasons, str(arrays["record"]))
 
 
 def search(gallery: Gallery, queries: Gallery, k: int) -> list[SearchResult]:

@@ -119,7 +119,7 @@ def check_scores(scores: Scores, source: str) -> None:
     """
     fault = _fault(scores)
     if fault:
-        raise UserError(f"{source}: {fault}; run the test again")
+        raise UserError(f"{source}: {fault}; {AGAIN}")
 
 
 def save_scores(scores: Scores, path: Path) -> None:
@@ -243,6 +243,14 @@ def require_arrays(arrays: Mapping[str, NDArray[Any]], types: Mapping[str, Array
         array = arrays[name]
         if array.dtype.kind not in kinds or array.ndim != axes:
             raise UserError(f"{where}: {name} is {array.dtype} with {array.ndim} axes; {fix}")
+
+
+def require_rows(arrays: Mapping[str, NDArray[Any]], types: Mapping[str, ArrayType], where: str, fix: str) -> None:
+    """As `require_arrays`, and all arrays with axes must have one row for each of the same files, of finite numbers."""
+    require_arrays(arrays, types, where, fix)
+    lengths = {len(arrays[name]) for name, (_, axes) in types.items() if axes}
+    if len(lengths) > 1 or not all(np.isfinite(arrays[name]).all() for name, (kind, _) in types.items() if kind == "f"):
+        raise UserError(f"{where}: its arrays differ in length or hold NaN; {fix}")
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
