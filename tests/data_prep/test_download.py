@@ -11,8 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from data_prep import fetch as fetching
@@ -30,6 +28,7 @@ from tests.data_prep.mirror import (
     short,
     table,
 )
+from tests.waiting import wait_until
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -171,13 +170,6 @@ def started(server: Server, to: Path, **options: object) -> subprocess.Popen[str
     command = [sys.executable, "-m", "data_prep", "download", "kinetics400", "--split", "train", "val"]
     command += ["--to", str(to), "--source", server.base]
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_kills_and_interruptions_lose_next_to_nothing(server, tmp_path, capsys):

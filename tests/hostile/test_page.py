@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
 import socket
 import struct
 import tempfile
@@ -22,6 +21,7 @@ import torch
 
 from tests.inference.conftest import evil_model  # noqa: F401 - a fixture
 from tests.inference.test_serve import Running, ending_of, read_to_end
+from tests.waiting import wait_until
 from video_swinv2.data.decode import named_errors
 from video_swinv2.errors import UserError
 from video_swinv2.inference import watching, web_app
@@ -30,6 +30,7 @@ from video_swinv2.inference.serve import open_server
 from video_swinv2.inference.watching import UnexpectedFailureError, WatchRequest
 from video_swinv2.inference.web_app import CLASSIFYING, UPLOADS_AT_ONCE
 from video_swinv2.inference.web_limits import CONNECTIONS_AT_ONCE
+from video_swinv2.memory import kernel_bytes
 
 GIVE_UP_SECONDS = 120.0
 MIB = 2**20
@@ -52,18 +53,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Pa
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", pixels.numpy()).read_bytes()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + GIVE_UP_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def settle(page: Running) -> None:
     """Wait until the server has finished with every connection and every clip."""
     state = page.server._server.server_state
-    wait_until(lambda: not state.connections and not state.tasks)
-    wait_until(lambda: CLASSIFYING not in [thread.name for thread in threading.enumerate()])
+    wait_until(lambda: not state.connections and not state.tasks, GIVE_UP_SECONDS)
+    wait_until(lambda: CLASSIFYING not in [thread.name for thread in threading.enumerate()], GIVE_UP_SECONDS)
 
 
 class Drips:
@@ -343,5 +337,6 @@ def descriptors() -> int:
 
 
 def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    found = kernel_bytes("VmRSS")
+    assert found is not None
+    return found
