@@ -12,7 +12,6 @@ import signal
 import sys
 import termios
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils import pin_memory
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from tests.waiting import wait_until
 from video_swinv2.config import AugmentConfig, DataConfig
 from video_swinv2.data import datasets, loading
 from video_swinv2.data.datasets import SampleDataset
@@ -83,14 +83,7 @@ def _nothing_is_left_over():
     before = threading.active_count()
     yield
     assert multiprocessing.active_children() == []
-    wait_for(lambda: threading.active_count() <= before)
-
-
-def wait_for(happened, seconds=600.0):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.01)
+    wait_until(lambda: threading.active_count() <= before)
 
 
 def disturb(monkeypatch, name, act):
@@ -149,7 +142,7 @@ def test_a_worker_killed_between_two_files_is_replaced_and_nothing_changes(clips
         found.append(batch)
         if len(found) == 3:
             # By now, both workers wait for this process, which takes no further batch until they have nothing to do.
-            wait_for(lambda: all(row[1] == -1 for row in loader.dataset.in_hand._rows.tolist()))
+            wait_until(lambda: all(row[1] == -1 for row in loader.dataset.in_hand._rows.tolist()))
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     assert_nothing_changed(expected, found)
     assert loader.restarts == 1
@@ -168,16 +161,16 @@ def test_a_batch_whose_worker_dies_before_it_is_pinned_is_read_again(clips, tmp_
     def open_two_files_and_die(path, **limits):
         opened.append(path)
         if len(opened) == 3 and not died.exists():  # the first batch, of two files, is on its way
-            wait_for(arrived.exists)
+            wait_until(arrived.exists)
             died.write_text(str(os.getpid()))
             act()
         return reader(path, **limits)
 
     def begin_after_the_death(queue, *others):
         if not died.exists():
-            wait_for(queue._reader.poll)
+            wait_until(queue._reader.poll)
             arrived.touch()
-            wait_for(lambda: died.exists() and is_dead(died.read_text()))
+            wait_until(lambda: died.exists() and is_dead(died.read_text()))
         loop(queue, *others)
 
     def start_and_be_busy(*addresses, **settings):
@@ -233,7 +226,7 @@ def test_a_worker_that_dies_while_its_announcements_wait_leaves_no_half_message(
     batches = start_loader(Announcements(), [[0]] * 20, list, workers=1, prefetch=16)
     pipe = batches._worker_result_queue._reader
     # More than five: an ordinary pipe of 64 KiB has no room for all of the sixth, and the worker waits in the middle.
-    wait_for(lambda: int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) > 61_000)
+    wait_until(lambda: int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) > 61_000)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with interruption(60.0):  # without one, it would wait for the other half for ever
         found = list(until_death(batches))
@@ -268,7 +261,7 @@ def test_a_hung_worker_ends_with_its_process():
     owner.kill()
     owner.join()
     with interruption(60.0):
-        wait_for(lambda: is_dead(worker))
+        wait_until(lambda: is_dead(worker))
 
 
 @pytest.mark.parametrize(("act", "restarts", "words"), [(hang, 1, "did not answer within 5.3 s"), (die, 2, "crashed")])
