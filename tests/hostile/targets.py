@@ -100,7 +100,7 @@ def stream(path: Path) -> None:
     cutter = SegmentCutter(frames=4, stride=2, every_seconds=0.2)
     with FrameStream(str(path), wait_seconds=LIMIT_SECONDS) as frames:
         for index, (seconds, frame) in enumerate(frames):
-            cutter.add(Frame(index, seconds, frames.image(frame, 32)))
+            cutter.add(Frame(index, seconds, frames.image(frame, 32)[None]))
     cutter.finish()
 
 
