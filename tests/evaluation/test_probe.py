@@ -238,6 +238,98 @@ def test_a_tree_without_splits_is_divided_by_the_seed(simmim: tuple[Path, vs.Swi
     assert asked["rows"][0]["test"]["listed"] == 3, "the one image in twenty that training holds out, requested by name"
 
 
+def grouped_list(path: Path, data: Path, *groups: str) -> Path:
+    """A list of the first pictures of two classes, as many of each as there are `groups`, and their groups."""
+    rows = [f"{data}/{name}/{i:02d}.png,{name},{group}" for name in NAMES[:2] for i, group in enumerate(groups)]
+    path.write_text("\n".join(["path,label,group", *rows]) + "\n")
+    return path
+
+
+def test_a_single_split_is_divided_into_whole_groups(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten pictures of each of two classes, of five recordings that are in both classes."""
+    (tmp_path / "set").mkdir()
+    grouped_list(tmp_path / "set" / "train.csv", data, *(f"g{i % 5}" for i in range(PER_CLASS)))
+    source = ProbeData((read_labelled_split(tmp_path / "set", "train"),))
+    labels, groups = np.repeat([0, 1], PER_CLASS), np.tile(np.arange(5), 2 * PER_CLASS // 5)
+    seen = set()
+    for seed in range(4):
+        division = source.divide(labels, seed)
+        assert sorted([*division.train, *division.test]) == list(range(2 * PER_CLASS))
+        (group,) = set(groups[division.test])
+        assert group not in groups[division.train]
+        assert Counter(labels[division.test]) == {0: 2, 1: 2}
+        assert source.divide(labels, seed).test.tolist() == division.test.tolist()
+        seen.add(group)
+    assert len(seen) > 1, "another seed tests on another group"
+    result = probe(simmim[0], tmp_path / "set", k=3)
+    assert [(row["test"]["scored"], row["sources"]) for row in result["rows"]] == [(4, 1)] * 4
+    assert "about 20% of each class of split train held out, as far as whole groups allow" in result["split"]
+    assert result["notes"] == []
+    assert "no groups" not in capsys.readouterr().err
+
+
+def test_a_single_split_of_unknown_groups_says_so(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = probe(simmim[0], data, methods=("knn",), seeds=1)
+    said = "no groups are known: samples of one recording may be both trained and tested on; if there are such, give "
+    assert result["notes"][0].startswith(said)
+    assert capsys.readouterr().err.startswith(said)
+    (tmp_path / "set").mkdir()
+    grouped_list(tmp_path / "set" / "train.csv", data, *(f"g{i}" if i < 7 else "" for i in range(PER_CLASS)))
+    result = probe(simmim[0], tmp_path / "set", methods=("knn",), seeds=1)
+    assert result["notes"][0].startswith("6 of 20 samples have no group, and count as independent; give ")
+
+
+def test_groups_that_cannot_be_divided_are_refused(simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    grouped_list(tmp_path / "set" / "train.csv", data, *["same"] * PER_CLASS)
+    with pytest.raises(UsageError, match="the groups are too few or too large to leave every class in training"):
+        probe(simmim[0], tmp_path / "set")
+
+
+def test_few_groups_make_few_folds(simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    grouped_list(tmp_path / "set" / "train.csv", data, *(f"g{i % 2}" for i in range(PER_CLASS)))
+    rows = probe(simmim[0], tmp_path / "set", k=3, seeds=1)["rows"]
+    assert [(row["train"], row["test"]["scored"]) for row in rows] == [(10, 10)] * 2
+
+
+def test_groups_in_both_splits_are_told_once(
+    simmim: tuple[Path, vs.SwinV2], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, groups in (("train", "abc"), ("val", "cde"), ("test", "abz")):
+        grouped_list(tmp_path / f"{split}.csv", data, *groups)
+    for test_split, train_split, shared in (("val", "train", "1 groups"), ("test", "train", "2 groups")):
+        result = probe(
+            simmim[0], tmp_path, methods=("knn",), k=1, seeds=1, train_split=train_split, test_split=test_split
+        )
+        (note,) = result["notes"]
+        assert note.startswith(f"{shared} are in both {train_split} and {test_split}, such as")
+        assert capsys.readouterr().err.startswith(note)
+    assert (
+        probe(simmim[0], tmp_path, methods=("knn",), k=1, seeds=1, train_split="val", test_split="test")["notes"] == []
+    )
+
+
+def test_regularisation_is_chosen_on_groups_apart() -> None:
+    """Features tell recordings apart, not classes: folds that divide recordings favour weak regularisation."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 10)
+    y = groups % 2
+    x = (
+        generator.normal(size=(120, 30)).astype(np.float32)
+        + 3 * generator.normal(size=(12, 30)).astype(np.float32)[groups]
+    )
+    _, divided = linear_probabilities(x, y, x, 2, 0)
+    _, whole = linear_probabilities(x, y, x, 2, 0, groups)
+    assert whole["C"] < divided["C"]
+    _, alone = linear_probabilities(x, y, x, 2, 0, y)
+    assert alone == divided, "one recording for each class cannot be divided"
+
+
 def test_random_weights_are_a_function_of_the_seed(simmim: tuple[Path, vs.SwinV2]) -> None:
     backbone = open_backbone(simmim[0], QUICK)
     kernels = [with_random_weights(backbone, seed).model.patch_embed.proj.weight for seed in (0, 0, 1)]

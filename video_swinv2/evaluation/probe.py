@@ -6,9 +6,11 @@ Letters: N training samples, M test samples, C channels, K classes.
 from __future__ import annotations
 
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, StratifiedKFold, train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -38,9 +40,10 @@ from video_swinv2.report.markdown import baseline_line, few_sources_warning
 from video_swinv2.report.metrics import Metrics, metrics_of_probabilities
 
 Method = Literal["knn", "linear"]
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 PROTOCOL = "center-1x1"
 RESULT = "probe.json"
-HELD_OUT = 0.2  # fraction of each class to test on, if the data set has only one split
+HELD_OUT_FOLDS = 5  # a data set with only one split is tested on one of so many parts, a fifth of each class
 TEMPERATURE = 0.07  # of the neighbours' votes, exp(cosine / temperature): arXiv 1805.01978, and DINO's k-NN
 # scikit-learn's C of logistic regression, the inverse of the regularisation strength: 0.0001 to 10.
 C_GRID = tuple(10.0**power for power in range(-4, 2))
@@ -48,6 +51,7 @@ FOLDS = 3  # of the cross-validation that chooses C
 MAX_ITERATIONS = 300  # of L-BFGS, scikit-learn's default solver
 # scikit-learn warns that labels might be numbers to predict if most classes have a single sample.
 FEW_PER_CLASS = "The number of unique classes is greater than 50%"
+GIVE_GROUPS = "give the list a column group, or make splits with `python -m data_prep split`"
 MAX_NAMED_FILES = 20  # in the summary; probe.json names every file that could not be read
 
 
@@ -64,22 +68,47 @@ class TrainTestIndices:
 class ProbeData:
     """The samples of all splits in use as one list, and how they are divided into training and test samples.
 
-    Two manifests are a training and a test split. A single manifest is divided at random, differently for each seed.
+    Two manifests are a training and a test split. A single manifest is divided at random, differently for each seed;
+    samples of one group, such as clips of one recording, stay together.
     """
 
     manifests: tuple[Manifest, ...]
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """The group of each sample; '' if unknown."""
+        return [origin for manifest in self.manifests for origin in read_origins(manifest)]
 
     @property
     def description(self) -> str:
         """How training and test samples are divided, in words for the summary."""
         if len(self.manifests) == 2:
             return f"splits {self.manifests[0].split} and {self.manifests[1].split} of the data set"
-        return f"{HELD_OUT:.0%} of each class of split {self.manifests[0].split} held out, drawn by the seed"
+        share, split = f"{1 / HELD_OUT_FOLDS:.0%}", self.manifests[0].split
+        if any(self.origins):
+            return f"about {share} of each class of split {split} held out, as far as whole groups allow, by the seed"
+        return f"{share} of each class of split {split} held out, drawn by the seed"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user: those on the splits, and on samples of unknown group where one split is divided."""
+        notes = [note for manifest in self.manifests for note in manifest.notes]
+        unknown = self.origins.count("")
+        if len(self.manifests) == 1 and unknown == len(self.origins):
+            notes.append(
+                "no groups are known: samples of one recording may be both trained and tested on; if there are such, "
+                f"{GIVE_GROUPS}"
+            )
+        elif len(self.manifests) == 1 and unknown:
+            notes.append(
+                f"{unknown} of {len(self.origins)} samples have no group, and count as independent; {GIVE_GROUPS}"
+            )
+        return tuple(notes)
 
     def divide(self, labels: NDArray[np.int64], seed: int) -> TrainTestIndices:
         """Divide the samples into training and test samples. labels: one per sample of all manifests.
 
-        Raises UsageError if a class is too small to be divided.
+        Raises UsageError if classes or groups are too few or too small to be divided.
         """
         sizes = [len(manifest.entries) for manifest in self.manifests]
         if len(sizes) == 2:
@@ -89,7 +118,12 @@ class ProbeData:
             )
         (manifest,) = self.manifests
         try:
-            train, test = train_test_split(np.arange(sizes[0]), test_size=HELD_OUT, stratify=labels, random_state=seed)
+            if any(self.origins):
+                train, test = _hold_out_groups(labels, number_sources(self.origins), seed)
+            else:
+                train, test = train_test_split(
+                    np.arange(sizes[0]), test_size=1 / HELD_OUT_FOLDS, stratify=labels, random_state=seed
+                )
         except ValueError as error:
             # Only the first sentence of scikit-learn's message: the rest explains its own arguments.
             raise UsageError(
@@ -97,6 +131,36 @@ class ProbeData:
                 "use a data set with splits of its own"
             ) from error
         return TrainTestIndices(np.sort(train), np.sort(test), manifest.failed_in_preparation)
+
+
+def _hold_out_groups(labels: NDArray[np.int64], groups: NDArray[np.int64], seed: int) -> Fold:
+    """Indices of training and test samples that share no group; the test is a fifth of each class, as far as possible.
+
+    labels, groups: (n,). Raises ValueError if no division leaves samples of every class to train on.
+    """
+    for train, test in _grouped_folds(labels, groups, HELD_OUT_FOLDS, seed):
+        if _trains_on_every_class(labels, train):
+            return train, test
+    raise ValueError("the groups are too few or too large to leave every class in training")
+
+
+def _grouped_folds(labels: NDArray[np.int64], groups: NDArray[np.int64], folds: int, seed: int) -> list[Fold]:
+    """(training indices, test indices) of each fold; a group is on one side. labels, groups: (n,).
+
+    Fewer than `folds` if there are fewer groups, or fewer samples of each class; none if these are fewer than two.
+    """
+    folds = min(folds, len(np.unique(groups)), int(np.bincount(labels).max()))
+    if folds < 2:
+        return []
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # Warns of a class with fewer samples than folds, which is then absent from some folds.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        return list(splitter.split(labels, labels, groups))
+
+
+def _trains_on_every_class(labels: NDArray[np.int64], train: NDArray[np.int64]) -> bool:
+    return len(np.unique(labels[train])) == len(np.unique(labels))
 
 
 def run_probe(
@@ -116,8 +180,9 @@ def run_probe(
     """Probe the frozen features of any checkpoint, once for each of the seeds 0, 1, ..., `seeds` - 1.
 
     The splits default to the data set's own train and val. A data set with a single split is divided at random,
-    differently for each seed. The seed also determines the folds that choose C and, with `random_weights`, the weights
-    of an untrained model of the same architecture, which is probed for comparison.
+    differently for each seed, into whole groups where groups are known. The seed also determines the folds that choose
+    C and, with `random_weights`, the weights of an untrained model of the same architecture, which is probed for
+    comparison.
 
     With `out`, features are cached there and probe.json is written. The processes of `world` share the computation of
     the features, and rank 0 fits the classifiers. Returns the content of probe.json, on every process. Raises
@@ -133,6 +198,9 @@ def run_probe(
     source = _read_probe_data(Path(data), train_split, test_split)
     if out is not None:
         create_folder(out, "--out")
+    # Before the features are computed, which may take hours.
+    if world.rank == 0 and source.notes:
+        print(terminal_lines(source.notes), file=sys.stderr)
     trained = _all_features(backbone, source, overrides, out, world)
     rows: list[dict[str, Any]] = []
     # The features of the given model do not depend on the seed; only their division and the folds do. Each set of
@@ -151,6 +219,7 @@ def run_probe(
         "classes": len(source.manifests[0].classes),
         "channels": trained.vectors.shape[1],
         "split": source.description,
+        "notes": list(source.notes),
         "k": k,
         "seeds": seeds,
         "rows": rows,
@@ -206,12 +275,13 @@ def _read_probe_data(data: Path, train_split: str | None, test_split: str | None
     splits = available_splits(data)
     # Only if neither split is named: a user who names one wants that one, even if the data set has no other.
     if len(splits) == 1 and train_split is None and test_split is None:
-        return ProbeData((read_labelled_split(data, splits[0]),))
+        return ProbeData((read_labelled_split(data, splits[0], train=None),))
     if train_split == test_split is not None:
         raise UsageError(f"{data}: split {train_split!r} cannot be both trained on and tested")
     # The test split takes over the classes of the training split, so that equal labels mean equal classes.
-    train = read_labelled_split(data, train_split or "train")
-    return ProbeData((train, read_labelled_split(data, test_split or "val", train.classes)))
+    train = read_labelled_split(data, train_split or "train", train=None)
+    test = read_labelled_split(data, test_split or "val", train.classes, train=train.split)
+    return ProbeData((train, test))
 
 
 def _all_features(
@@ -250,14 +320,14 @@ def _probe_rows(
             "fix the data set"
         )
     x, y = features.vectors[train], features.labels[train]
-    all_origins = [origin for manifest in source.manifests for origin in read_origins(manifest)]
-    origins = [all_origins[row] for row in test]
+    origins = [source.origins[row] for row in test]
     for method in methods:
         chosen: dict[str, Any] = {}
         if method == "knn":
             probabilities = knn_probabilities(x, y, features.vectors[test], len(classes), k)
         else:
-            probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed)
+            groups = number_sources([source.origins[row] for row in train])
+            probabilities, chosen = linear_probabilities(x, y, features.vectors[test], len(classes), seed, groups)
         # Test files that could not be read, now or in preparation, still count for the bounds of top-1.
         listed = len(indices.test) + indices.failed_in_preparation
         metrics = metrics_of_probabilities(
@@ -297,12 +367,18 @@ def knn_probabilities(
 
 
 def linear_probabilities(
-    x: NDArray[np.float32], y: NDArray[np.int64], test: NDArray[np.float32], classes: int, seed: int
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    test: NDArray[np.float32],
+    classes: int,
+    seed: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """x (N, C), y (N,), test (M, C) -> (M, K) probabilities of logistic regression, with the C chosen.
 
     Features are standardised first. C is the best of C_GRID by cross-validation on the training samples, whose folds
-    are drawn with `seed`. Raises UsageError for fewer than two classes or fewer than two samples of the rarest class.
+    are drawn with `seed` and keep `groups` (N,) together, if every class has enough of them. Raises UsageError for
+    fewer than two classes or fewer than two samples of the rarest class.
     """
     present, counts = np.unique(y, return_counts=True)
     # Stratified folds need at least one sample of every class in each fold.
@@ -316,7 +392,7 @@ def linear_probabilities(
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS)),
         {"logisticregression__C": C_GRID},
-        cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
+        cv=_folds_to_choose_with(y, np.arange(len(y)) if groups is None else groups, folds, seed),
     )
     with warnings.catch_warnings():
         # On separable features, logistic regression with weak regularisation (a large C) does not converge. Such a C is
@@ -327,6 +403,15 @@ def linear_probabilities(
     iterations = int(np.max(search.best_estimator_[-1].n_iter_))
     chosen = {"C": search.best_params_["logisticregression__C"], "converged": iterations < MAX_ITERATIONS}
     return _spread(search.predict_proba(test), search.classes_, classes), chosen
+
+
+def _folds_to_choose_with(y: NDArray[np.int64], groups: NDArray[np.int64], folds: int, seed: int) -> list[Fold]:
+    """The folds of the cross-validation, without groups if some fold could not train on every class otherwise."""
+    if len(np.unique(groups)) < len(y):
+        grouped = _grouped_folds(y, groups, folds, seed)
+        if grouped and all(_trains_on_every_class(y, train) for train, _ in grouped):
+            return grouped
+    return list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y))
 
 
 def _spread(probabilities: NDArray[np.float64], present: NDArray[np.int64], classes: int) -> NDArray[np.float64]:

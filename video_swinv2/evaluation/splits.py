@@ -40,13 +40,17 @@ def available_splits(data: Path) -> tuple[str, ...]:
 
 
 def read_labelled_split(
-    data: Path, split: str, classes: Sequence[str] | None = None, by: ClassesBy = "name"
+    data: Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    by: ClassesBy = "name",
+    train: str | None = "train",
 ) -> Manifest:
     """Read a split whose samples all have labels; labels index `classes`, by default the data set's own.
 
     With by="index", class folders of images are named by indices into `classes`, as the folders 0 to 999 of ImageNet-V2
-    are. Notes say if the training split of the data set shares groups with this one. Raises UsageError for a split that
-    cannot be read, a class missing from `classes`, and a missing label.
+    are. Notes say if the split `train`, unless it is None, shares groups with this one. Raises UsageError for a split
+    that cannot be read, a class missing from `classes`, and a missing label.
     """
     images = image_collection(str(data))
     if images is not None:
@@ -62,7 +66,9 @@ def read_labelled_split(
             f"{data}: {len(unlabelled)} of {len(manifest.entries)} videos of split {split!r} have no label "
             f"(first: {unlabelled[0]}); add the labels, or use `video-swinv2 predict`, which needs none"
         )
-    return replace(manifest, notes=(*manifest.notes, *notes_on_leaks(data, manifest)))
+    if train is None:
+        return manifest
+    return replace(manifest, notes=(*manifest.notes, *notes_on_leaks(data, manifest, train)))
 
 
 def protocol_for_split(manifest: Manifest, protocol: Protocol, preprocessing: Preprocessing) -> Protocol:
