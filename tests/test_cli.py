@@ -33,10 +33,17 @@ def test_version_and_wrong_usage(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.strip() == __version__
-    for arguments in (["trian"], ["train"], ["test", "model"]):
+    for arguments, words in (
+        (["trian"], "unknown value 'trian'; did you mean train?\n"),
+        (["dance"], "invalid choice: 'dance' (choose from "),
+        (["bench", "modle"], "unknown value 'modle'; did you mean model?\n"),
+        (["train"], "required: CONFIG"),
+        (["test", "model"], "required: DATA"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO, TypeVar
 
-from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, shows_tracebacks
+from video_swinv2.errors import DEBUG_VARIABLE, UserError, error_line, nearest_name, shows_tracebacks
 from video_swinv2.escaping import for_terminal
 
 MAX_NUMBER = 10**6  # of an option, unless it says otherwise
@@ -28,6 +28,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with code 2."""
         super().error(for_terminal(message))
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Refuse a verb or a value that is none of those allowed, as argparse does, or else name the one that is near.
+
+        argparse lists all of them, which for a slip of the keyboard is more than helps. It has no public name for this.
+        """
+        near = nearest_name(str(value), map(str, action.choices or ()))
+        if action.choices is not None and value not in action.choices and near:
+            raise argparse.ArgumentError(action, f"unknown value {str(value)[:50]!r}; did you mean {near}?")
+        super()._check_value(action, value)
 
 
 def run_verb(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 from video_swinv2.escaping import for_terminal
 
+# The share of characters that two names must have in common, in order, for one to be suggested for the other (difflib's
+# ratio). Below it, a suggestion is more often a wrong guess than a slip of the keyboard put right.
+NEAR = 0.6
 # Set by --debug: errors of the user, too, are shown with their tracebacks. An environment variable, so that processes
 # started by this one know it too.
 DEBUG_VARIABLE = "VIDEO_SWINV2_DEBUG"
@@ -37,6 +42,22 @@ def error_line(error: UserError) -> str:
     if message.startswith("Caught "):
         message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
     return for_terminal(message)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most similar to a mistyped one; None if none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=NEAR)), None)
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """`nearest_name` of a dotted key such as `optim.lr`, of which the last part decides what is near.
+
+    A section that two keys share makes them similar whatever follows it, and one that was left out makes them differ.
+    """
+    last = key.rpartition(".")[2]
+    near = [other for other in known if nearest_name(last, [other.rpartition(".")[2]])]
+    # With cutoff=0.0, the most similar of these is found even if its section is another one.
+    return next(iter(difflib.get_close_matches(key, near, n=1, cutoff=0.0)), None)
 
 
 def first_line(error: Exception) -> str:

@@ -124,7 +124,10 @@ def test_sources_in_a_configuration(tmp_path):
         ([], r"data\.source: invalid value \[\]"),
         ([{"path": "b", "weight": 0}], r"data\.source\.weight: invalid value 0"),
         ([{"path": "b"}], r"data\.source\.0\.weight is missing"),
-        ([{"path": "b", "weight": 1, "wieght": 1}], r"unknown key data\.source\.0\.wieght; did you mean data\.source"),
+        (
+            [{"path": "b", "weight": 1, "wieght": 1}],
+            r"unknown key data\.source\.0\.wieght; did you mean data\.source\.0\.weight\?",
+        ),
         ([3], r"data\.source: invalid value 3"),
     ],
 )

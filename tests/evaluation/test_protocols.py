@@ -263,8 +263,10 @@ def test_a_protocol_can_be_spelled_out() -> None:
         ("4x3:starts=videoswin:crops=centre:resize=1:average=prob", "crops=centre is 1 crop"),
         ("0x3:starts=videoswin:crops=even:resize=1:average=prob", "clips and crops must be 1 or more"),
         ("center-1x1,center-1x1", "center-1x1 is given twice"),
-        ("videoswin-4x4", r"videoswin-4x4.*did you mean videoswin-4x3\?"),
-        ("", "unknown protocol ''"),
+        ("videoswin-4x4", r"videoswin-4x4'; did you mean videoswin-4x3\?"),
+        ("videoswin", r"unknown protocol 'videoswin'; did you mean videoswin-4x3\?$"),
+        ("", "unknown protocol ''; known are center-1x1, .*; or spell it out as KxS:starts="),
+        ("middle", "unknown protocol 'middle'; known are center-1x1, "),
     ],
 )
 def test_an_incomplete_protocol_is_refused(text: str, fault: str) -> None:

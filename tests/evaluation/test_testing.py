@@ -213,7 +213,8 @@ def test_the_result_of_another_test_is_never_replaced(model_path: Path, data: Pa
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("data.frame_strid=2", r"unknown key data.frame_strid: did you mean data.frame_stride\?"),
+        ("data.frame_strid=2", r"unknown key data.frame_strid; did you mean data.frame_stride\?$"),
+        ("optim.lr=1", r"unknown key optim.lr; known are data.frames, .*, seed$"),
         ("data.frames=0", "data.frames: invalid value 0: .*greater than or equal to 1"),
         ("data.frame_order=random", "data.frame_order: invalid value 'random': .*'in-order', 'shuffled' or 'reversed'"),
         ("data.image_size=[1,2,3]", r"data.image_size: invalid value \[1, 2, 3\]: "),

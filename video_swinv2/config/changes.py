@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from video_swinv2.config.loading import plain_values
-from video_swinv2.config.schema import Config
 from video_swinv2.files import json_text
 
 # Every key of a configuration, once: a new key has to be added here too (tested).
@@ -128,14 +126,13 @@ class Change:
         return f"{self.key}: {old} -> {new}"
 
 
-def changed_settings(old: Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[Change]:
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """The settings that differ between two configurations, in the order of CHANGES_LEARNING.
 
-    old: the nested plain values of `plain_values`, possibly read back from a file. A key that only one of the two has,
+    Both are the nested plain values of `plain_values`, possibly read back from a file. A key that only one of them has,
     because another version of this program wrote it, is not compared.
     """
-    values = plain_values(new) if isinstance(new, Config) else new
-    found = [Change(key, _value(old, key), _value(values, key)) for key in CHANGES_LEARNING]
+    found = [Change(key, _value(old, key), _value(new, key)) for key in CHANGES_LEARNING]
     return [change for change in found if _ABSENT not in (change.old, change.new) and change.old != change.new]
 
 

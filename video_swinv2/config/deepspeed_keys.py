@@ -6,11 +6,10 @@ be set, or follows from another key of the run, or is unknown; the last two are 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, nearest_key
 
 ZERO = "zero_optimization"
 MAX_NUMBER = 10**15  # far more than the elements of any model
@@ -77,8 +76,9 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
             raise UsageError(f"{shown}: follows from {owner}; remove it here")
         if key not in TUNABLE:
             # Derived keys are suggested too: following the suggestion then leads to the run's own key.
-            near = difflib.get_close_matches(key, [*TUNABLE, *DERIVED], n=1, cutoff=0.0)
-            raise UsageError(f"{shown}: not a key that can be set; did you mean {near[0]}?")
+            near = nearest_key(key, [ZERO, *TUNABLE, *DERIVED])
+            fix = f"did you mean {near}?" if near else f"known are {', '.join(TUNABLE)}"
+            raise UsageError(f"{shown}: not a key that can be set; {fix}")
         kind = TUNABLE[key]
         if not _has_type(value, kind):
             wanted = {bool: "true or false", int: "a positive whole number", float: "a positive number"}[kind]

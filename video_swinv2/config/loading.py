@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from video_swinv2.config.schema import (
     MaskConfig,
     ModelConfig,
     OptimConfig,
+    WeightedSource,
 )
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, nearest_key
 from video_swinv2.files import refuse_special_file
 
 # The keys of `Config` that are sections with keys of their own.
@@ -41,7 +41,7 @@ MAX_SHOWN = 200  # characters of an invalid value
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check every key.
 
-    Raises UsageError naming the first faulty key and, if it does not exist, the nearest key that does.
+    Raises UsageError naming the first faulty key and, if it does not exist, a key that is near.
     """
     path = Path(path)
     refuse_special_file(path)
@@ -103,9 +103,11 @@ def _explain(error: ValidationError) -> str:
     for fault in faults:
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             key = ".".join(_names(fault))
-            # With cutoff=0.0 there always is a suggestion. Dotted keys are compared in full, including the section.
-            near = difflib.get_close_matches(key, sorted([*known_keys(), *SECTIONS]), n=1, cutoff=0.0)
-            return f"unknown key {key}; did you mean {near[0]}?"
+            # A data source of a mixture has keys of its own, below its position in the list.
+            of_source = [f"{key.rpartition('.')[0]}.{field.name}" for field in dataclasses.fields(WeightedSource)]
+            near = nearest_key(key, of_source if key.startswith("data.source.") else [*known_keys(), *SECTIONS])
+            fix = f"did you mean {near}?" if near else "`video-swinv2 config` lists all keys"
+            return f"unknown key {key}; {fix}"
     first = faults[0]
     if first["type"] == "missing":
         return _missing([fault for fault in faults if fault["type"] == "missing"])

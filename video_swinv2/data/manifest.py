@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence, Set
@@ -25,7 +24,7 @@ from video_swinv2.data.lists import (
 )
 from video_swinv2.data.rows import Numeral
 from video_swinv2.data.trees import check_split_name
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, nearest_name
 from video_swinv2.files import check_class_names, read_class_list, sha256
 from video_swinv2.records import Record, read_record
 
@@ -246,10 +245,10 @@ def label_indices(
                 )
             name = own[number]
         if name not in index:
-            nearest = difflib.get_close_matches(str(name), index, n=1)
+            nearest = nearest_name(str(name), index)
             # Without a similar name it is less likely a typing error than a data set of other classes.
             fix = (
-                f"the nearest is {nearest[0]!r}; rename or add it"
+                f"the nearest is {nearest!r}; rename or add it"
                 if nearest
                 else "add it, or use data of these classes" + (f" (such as {next(iter(index))!r})" if index else "")
             )

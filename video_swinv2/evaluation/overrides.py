@@ -6,7 +6,6 @@ configuration, although the fields here are flat; `KEYS` translates.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,7 +29,7 @@ from video_swinv2.config import (
 from video_swinv2.data.display import MAX_PIXELS
 from video_swinv2.distributed.session import SILENCE_SECONDS, distributed_session
 from video_swinv2.distributed.world import MEETING_SECONDS, World
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, nearest_key
 from video_swinv2.models.attention import Backend
 from video_swinv2.weights.store import Preprocessing
 
@@ -109,15 +108,15 @@ KEYS = {
 def parse_overrides(texts: Sequence[str]) -> TestOverrides:
     """Parse `key=value` arguments whose values are YAML.
 
-    Raises UsageError naming the key; for an unknown key it also suggests the nearest known one.
+    Raises UsageError naming the key; for an unknown one also a known key that is near, or all of them.
     """
     values: dict[str, Any] = {}
     for text in texts:
         key = text.partition("=")[0]
         if key not in KEYS:
-            # cutoff=0.0 makes difflib return a suggestion however little it resembles the key.
-            nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)[0]
-            raise UsageError(f"unknown key {key}: did you mean {nearest}? (known: {', '.join(KEYS)})")
+            near = nearest_key(key, KEYS)
+            fix = f"did you mean {near}?" if near else f"known are {', '.join(KEYS)}"
+            raise UsageError(f"unknown key {key}; {fix}")
         values[KEYS[key]] = parse_override(text)[1]
     try:
         return TypeAdapter(TestOverrides).validate_python(values)

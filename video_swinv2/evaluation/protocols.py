@@ -6,13 +6,12 @@ the protocol everything else. The arithmetic of clips and crops is in `placement
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, nearest_name
 from video_swinv2.evaluation.placement import (
     CLIP_RULES,
     CROP_RULES,
@@ -187,19 +186,16 @@ def find_protocols(text: str) -> tuple[Protocol, ...]:
 def find_protocol(name: str) -> Protocol:
     """The published protocol called `name`, or the protocol that `name` spells out as in `GRAMMAR`.
 
-    Raises UsageError that says what is wrong with the name; for an unknown one it also suggests the nearest.
+    Raises UsageError that says what is wrong with the name, for an unknown one with a name that is near or all of them.
     """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     # "5x3" alone counts as spelled out too: the message about its missing keys helps more than a suggestion.
     if re.match(r"\d+x\d+(:|$)", name):
         return _parse_protocol(name)
-    # cutoff=0.0 makes difflib return a suggestion however little it resembles the name.
-    nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)[0]
-    raise UsageError(
-        f"unknown protocol {name!r}: did you mean {nearest}? (known: {', '.join(PROTOCOLS)}; or spell it out as "
-        f"{GRAMMAR})"
-    )
+    near = nearest_name(name, PROTOCOLS)
+    fix = f"did you mean {near}?" if near else f"known are {', '.join(PROTOCOLS)}; or spell it out as {GRAMMAR}"
+    raise UsageError(f"unknown protocol {name!r}; {fix}")
 
 
 def protocol_for_images(protocol: Protocol) -> Protocol:

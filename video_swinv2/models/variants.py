@@ -48,7 +48,7 @@ def list_models() -> list[str]:
 def find_variant(name: str) -> Variant:
     """The variant called `name`. Raises ValueError, with the closest known name, if there is none."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, VARIANTS, n=1)  # as `errors.nearest_name`
         raise ValueError(
             f"no model {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(list_models())}")

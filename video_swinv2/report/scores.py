@@ -8,7 +8,6 @@ Letters: N videos, V views, K classes.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import zipfile
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from video_swinv2.archives import open_archive
-from video_swinv2.errors import UserError, first_line
+from video_swinv2.errors import UserError, first_line, nearest_name
 from video_swinv2.files import atomic_write, name_unreadable
 from video_swinv2.records import Record, parse_json, parse_record
 
@@ -195,8 +194,8 @@ def reorder_classes(scores: Scores, classes: tuple[str, ...], source: str) -> Sc
         return scores
     unknown = next((name for name in scores.classes if name not in set(classes)), None)
     if unknown is not None:
-        nearest = difflib.get_close_matches(unknown, classes, n=1)
-        hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
+        nearest = nearest_name(unknown, classes)
+        hint = f" (the nearest is {nearest!r})" if nearest else ""
         raise UserError(
             f"{source}: a test of other classes than the first: {unknown!r} is not among its {len(classes)} "
             f"classes{hint}; compare tests of the same data set"
