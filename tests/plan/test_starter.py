@@ -27,9 +27,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., P
     lines = ["path,label"]
     for number in range(16):
         write_video(root / f"{number}.mp4", np.zeros((40, 64, 96, 3), np.uint8))
-        lines.append(f"{number}.mp4,{('turn left', 'stop')[number % 2]}")
+        lines.append(f"{number}.mp4,{('SwipeLeft', 'SwipeRight')[number % 2]}")
     (root / "cut.mp4").write_bytes(b"no video")
-    (root / "train.csv").write_text("\n".join([*lines, "cut.mp4,stop"]) + "\n")
+    (root / "train.csv").write_text("\n".join([*lines, "cut.mp4,SwipeLeft"]) + "\n")
     return root
 
 
@@ -45,7 +45,7 @@ def test_a_starter_is_made_from_the_videos(clips: Path, tmp_path: Path, capsys: 
     # 8 frames over all 40, which are less than the two seconds that a clip should show.
     assert (config.data.frames, config.data.frame_stride, config.model.name) == (8, 5, "swinv2_nano")
     assert config.data.image_size == 64, "no larger than the videos"
-    assert config.augment.flip == 0.0, "left is a class"
+    assert config.augment.flip == 0.0, "a flip turns one class into the other"
     assert config.optim.batch == 4, "four steps in an epoch of 17"
     assert config.optim.lr == pytest.approx(1e-3 * 4 / 64)
     plan = make_plan(config)

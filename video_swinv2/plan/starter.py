@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from video_swinv2.distributed.devices import choose_device
 from video_swinv2.errors import UserError
 from video_swinv2.escaping import for_terminal
 from video_swinv2.plan.plan import make_plan, memory_here
+from video_swinv2.training.tasks.classification import mirrored_classes
 from video_swinv2.training.throughput import usable_cores
 
 LOOKED_AT = 16  # videos, spread over the split
@@ -32,7 +32,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"name": "swinv2_tiny", "frames": 16, "image_size": 224, "epochs": 30, "batch": 64},
     "cpu": {"name": "swinv2_nano", "frames": 8, "image_size": 112, "epochs": 10, "batch": 16, "patch": 8},
 }
-MIRRORED = re.compile(r"\b(left|right|clockwise|anticlockwise|counterclockwise)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def starter(source: Path) -> str:
         header.append(f"median video: {videos}; a clip spans {seconds:.3g} s")
     header.append(f"sizes and micro_batch are for {'a GPU' if device == 'cuda' else 'the CPU'} of this machine")
     if values["augment"]["flip"] == 0:
-        header.append("no flips, because names of classes contain left, right or the like")
+        header.append("no flips, because names of classes tell left from right, or the like")
     if "val" not in splits:
         header.append("validation needs a split val: python -m data_prep split DATA --val 0.1 --seed 0")
     header.append("not measured; `video-swinv2 config` explains every key, `video-swinv2 plan` says how long it takes")
@@ -107,13 +106,12 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
     model: dict[str, Any] = {"name": sizes["name"], "drop_path": 0.1}
     if "patch" in sizes:
         model["patch_size"] = [2] * (videos is not None) + [sizes["patch"]] * 2
-    mirrored = any(MIRRORED.search(name.replace("_", " ")) for name in classes)
     return {
         "out": f"runs/{source.resolve().name}",
         "init": "scratch",
         "model": model,
         "data": data,
-        "augment": {"flip": 0.0 if mirrored else 0.5},
+        "augment": {"flip": 0.0 if mirrored_classes(classes) else 0.5},
         "optim": {
             "epochs": sizes["epochs"],
             "batch": batch,

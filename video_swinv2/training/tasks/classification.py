@@ -124,8 +124,8 @@ class Classification:
         return f"video-swinv2 test {model} {data} --protocol {protocol}{split} --out {out}"
 
 
-def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
-    """A line to print if flips are on and both words of a pair in MIRRORED occur in class names; else nothing."""
+def mirrored_classes(classes: Sequence[str]) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """A pair of MIRRORED of which both words occur in class names, and a class with each; None if there is none."""
     first: dict[str, str] = {}  # the first class with each word
     for name in classes:
         # "SwipeLeft" -> "swipe left", "turn_counter-clockwise" -> "turn counterclockwise"
@@ -133,9 +133,15 @@ def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
         for word in re.sub(r"\b(counter|anti) clockwise\b", r"\1clockwise", spaced).split():
             first.setdefault(re.sub(r"wards?$", "", word), name)
     pair = next((pair for pair in MIRRORED if all(word in first for word in pair)), None)
-    if not flip or pair is None:
+    return None if pair is None else (pair, (first[pair[0]], first[pair[1]]))
+
+
+def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
+    """A line to print if flips are on, and a flip turns what one class name says into what another does."""
+    if not flip or (mirrored := mirrored_classes(classes)) is None:
         return ()
-    found = " and ".join(dict.fromkeys(repr(first[word]) for word in pair))
+    pair, names = mirrored
+    found = " and ".join(dict.fromkeys(map(repr, names)))
     return (
         f"augment.flip: {flip:g} of the samples are mirrored and keep their label, though class names tell {pair[0]} "
         f"from {pair[1]} ({found}); set augment.flip=0 unless a mirrored sample still belongs to its class",
