@@ -312,9 +312,20 @@ class PreparationState:
     def sample_rows(self, max_rows: int, status: str = "pending") -> list[sqlite3.Row]:
         """At most `max_rows` of the rows with a status, evenly spaced over the list."""
         query = "SELECT id FROM clips WHERE status = ? ORDER BY split, position, id"
-        ids = [row["id"] for row in self._select(query, (status,))]
+        return self._rows_among([row["id"] for row in self._select(query, (status,))], max_rows)
+
+    def sample_class(self, splits: Iterable[str], label: str, max_rows: int) -> list[sqlite3.Row]:
+        """At most `max_rows` of the prepared videos of a class, evenly spaced over its rows in `splits`."""
+        # The index clips_account answers this query by itself, so only the rows of the class are looked at.
+        query = "SELECT id FROM clips WHERE split = ? AND label = ? AND status = 'ok'"
+        ids = [row["id"] for split in splits for row in self._select(query, (split, label))]
+        return self._rows_among(ids, max_rows)
+
+    def _rows_among(self, ids: Sequence[int], max_rows: int) -> list[sqlite3.Row]:
+        """The rows with at most `max_rows` of the ids, evenly spaced."""
         chosen = evenly_spaced(ids, min(max_rows, len(ids)))
-        return [self._select("SELECT * FROM clips WHERE id = ?", (row_id,))[0] for row_id in chosen]
+        # A row may have been deleted meanwhile by a run that is active.
+        return [row for row_id in chosen for row in self._select("SELECT * FROM clips WHERE id = ?", (row_id,))]
 
     def mark_pending(self, ids: Iterable[int]) -> None:
         """Make rows pending again. Their number of attempts is kept."""
