@@ -26,7 +26,7 @@ from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.testing import run_test, run_tests, summarize_tests
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.report.metrics import video_probabilities
-from video_swinv2.report.mistakes import surest_mistakes
+from video_swinv2.report.mistakes import Strip, surest_mistakes
 from video_swinv2.report.scores import load_scores, read_arrays
 
 
@@ -305,7 +305,7 @@ def test_parts_must_contain_each_video_exactly_once() -> None:
             reasons=np.array([f"r{video}" for video in videos]),
             seconds=np.array([1.0, 0.5]),
             strip_places=np.array([[videos[0], 1]]),
-            strip_bytes=np.array([len(videos)]),
+            strip_bytes=np.array([[1, len(videos) - 1]]),
             strips=np.full(len(videos), videos[0], np.uint8),
         )
 
@@ -314,7 +314,7 @@ def test_parts_must_contain_each_video_exactly_once() -> None:
     assert merged.reasons.tolist() == ["r0", "r1", "r2", "r3"]
     assert merged.logits[:, 0, 0].tolist() == [0, 1, 1, 0]
     assert merged.seconds.tolist() == [2.0, 1.0]
-    assert {place: jpeg.tolist() for place, jpeg in merged.film_strips().items()} == {(0, 1): [0, 0], (1, 1): [1, 1]}
+    assert merged.strips_by_view() == {(0, 1): Strip(b"\0", b"\0"), (1, 1): Strip(b"\1", b"\1")}
     with pytest.raises(UserError, match="1 were not scored and 0 were scored more than once"):
         join_scored_videos([part(0, 3), part(1)], 4)
     with pytest.raises(UserError, match="0 were not scored and 1 were scored more than once"):

@@ -22,6 +22,7 @@ from video_swinv2.evaluation.parts import PartFolder, ScoredVideos
 from video_swinv2.inference.retrieval import Gallery, load_gallery, save_gallery, search
 from video_swinv2.report.compare import compare
 from video_swinv2.report.diagnosis import views_curve
+from video_swinv2.report.mistakes import Strip, write_strips
 from video_swinv2.report.page import write_report
 from video_swinv2.report.scores import Scores, read_arrays, save_scores, write_arrays
 
@@ -198,7 +199,7 @@ def test_arrays_of_scores_that_were_tampered_with(scores: Scores, tmp_path: Path
     save_scores(scores, path)
     assert_only_lines(path, lambda: write_report(tmp_path))
     save_scores(scores, path)
-    write_arrays(tmp_path / "strips.npz", {"positions": np.array([0]), "jpeg_000": np.zeros(9, np.uint8)})
+    write_strips(tmp_path / "strips.npz", {0: Strip(bytes(9), bytes(9))})
     assert_only_lines(tmp_path / "strips.npz", lambda: write_report(tmp_path))
 
 
@@ -237,16 +238,16 @@ def test_parts_that_were_tampered_with(scores: Scores, tmp_path: Path) -> None:
         reasons=np.array(scores.reasons, np.str_),
         seconds=np.ones(2),
         strip_places=np.zeros((1, 2), np.int64),
-        strip_bytes=np.array([3]),
+        strip_bytes=np.array([[2, 1]]),
         strips=np.zeros(3, np.uint8),
     )
     parts.save(0, part)
     (path,) = tmp_path.glob("*/*/*.npz")
-    assert parts.join(6).film_strips().keys() == {(0, 0)}
+    assert parts.join(6).strips_by_view() == {(0, 0): Strip(bytes(2), bytes(1))}
 
     def read() -> None:
         joined = parts.join(6)
-        joined.film_strips()
+        joined.strips_by_view()
         save_scores(dataclasses.replace(scores, logits=joined.logits, views=joined.views), tmp_path / "scores.npz")
 
     arrays = read_arrays(path, "")

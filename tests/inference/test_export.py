@@ -158,10 +158,20 @@ def test_wrong_usage(clip_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
             export(clip_model, tmp_path / out, **options)
     encoder = vs.create_model("swinv2_nano", num_classes=0, image_size=64)
     preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(64, 64))
-    vs.save_model(vs.SimMIM(encoder), tmp_path / "simmim.safetensors", classes=(), preprocessing=preprocessing)
+    vs.save_model(vs.SimMIM(encoder), tmp_path / "no-logits.safetensors", classes=(), preprocessing=preprocessing)
     with pytest.raises(UserError, match="SimMIM pre-training file has no classifier"):
-        export(tmp_path / "simmim.safetensors", tmp_path / "a.onnx")
+        export(tmp_path / "no-logits.safetensors", tmp_path / "a.onnx")
+    for options, words in (
+        ({"in_chans": 1, "num_classes": 3}, "takes inputs of 1 channels, but videos and images are read as RGB"),
+        ({"features_only": True, "num_classes": 0}, "returns feature maps and no logits; export a classifier"),
+    ):
+        other = vs.create_model("swinv2_nano", image_size=64, **options)
+        mean = (0.5,) * other.in_chans
+        preprocessing = vs.Preprocessing(frames=None, frame_stride=1, image_size=(64, 64), mean=mean, std=mean)
+        vs.save_model(other, tmp_path / "no-logits.safetensors", classes=(), preprocessing=preprocessing)
+        with pytest.raises(UserError, match=rf"^{tmp_path}/no-logits\.safetensors: [^\n]*{words}"):
+            export(tmp_path / "no-logits.safetensors", tmp_path / "a.pt2")
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match=r"onnxscript not installed; pip install 'video-swinv2\[export\]'"):
         export(clip_model, tmp_path / "a.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["simmim.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["no-logits.safetensors"]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from video_swinv2.report.metrics import Metrics, metrics_of_scores, video_probabilities
-from video_swinv2.report.mistakes import film_strip, surest_mistakes
+from video_swinv2.report.mistakes import Strip, film_strip, surest_mistakes, write_strips
 from video_swinv2.report.page import write_report
-from video_swinv2.report.scores import Scores, save_scores, write_arrays
+from video_swinv2.report.scores import Scores, save_scores
 
 ATTACK = "<script>alert(1)</script>"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "option"}  # those without a closing tag
@@ -121,13 +121,14 @@ def make_folder(out: Path, classes: tuple[str, ...], n: int, failed: int = 2, **
 
 
 def make_six(folder: Path) -> tuple[Path, Scores]:
-    """Six classes with hard names, two failed videos, and a film strip for each mistake."""
+    """Six classes with hard names, two failed videos, and strips of each mistake."""
     scores = make_folder(folder, (ATTACK, "b \"quoted\" 'name'", "c", "d & e", "f", "g"), 90)
     strips = {}
-    mistakes = surest_mistakes(scores, video_probabilities(scores))
-    for i in range(len(mistakes)):
-        strips[f"jpeg_{i:03d}"] = np.frombuffer(film_strip(torch.full((3, 8, 16, 16), i, dtype=torch.uint8)), np.uint8)
-    write_arrays(folder / "strips.npz", strips | {"positions": np.array([mistake.position for mistake in mistakes])})
+    for i, mistake in enumerate(surest_mistakes(scores, video_probabilities(scores))):
+        film = film_strip(torch.full((3, 8, 16, 16), i, dtype=torch.uint8))
+        tinted = film_strip(torch.full((3, 8, 16, 16), 99, dtype=torch.uint8))
+        strips[mistake.position] = Strip(film, tinted if i else b"")  # the first has no explanation
+    write_strips(folder / "strips.npz", strips)
     return folder, scores
 
 

@@ -18,7 +18,7 @@ from tests.report.report_pages import ATTACK, Page, make_folder, make_run, make_
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.report.confusion import confused_order, matrix_data
 from video_swinv2.report.metrics import ClassAccuracy, video_probabilities
-from video_swinv2.report.mistakes import film_strip, surest_mistakes
+from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, jpeg_uri, surest_mistakes
 from video_swinv2.report.page import split_classes, write_report
 from video_swinv2.report.scores import Scores, save_scores
 from video_swinv2.report.training_run import find_training_run, flatten
@@ -114,7 +114,7 @@ def test_page_loads_nothing(six: tuple[Path, Scores]) -> None:
     raw = write_page(out)
     page = Page(raw)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == len(surest_mistakes(scores, video_probabilities(scores))) > 5
+    assert len(images) == 2 * len(surest_mistakes(scores, video_probabilities(scores))) - 1 > 10
     for image in images:
         head, _, data = image.partition(",")
         assert head == "data:image/jpeg;base64"
@@ -261,6 +261,24 @@ def test_film_strip_is_a_picture_of_the_frames() -> None:
     centres = [picture[18 + 34 * row, 26 + 50 * column, 0] for row in range(2) for column in range(4)]
     np.testing.assert_allclose(centres, np.round(np.linspace(0, 15, 8)) * 15, atol=4)
     assert film_strip(clip[:, 0])[:3] == b"\xff\xd8\xff"
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((16, 768, 384), (160, 80)), ((2, 160, 640), (80, 320)), ((900, 450), (320, 160))]
+)
+def test_strips_of_large_frames_are_small(size: tuple[int, ...], shown: tuple[int, int]) -> None:
+    strip = film_strip(torch.zeros((3, *size), dtype=torch.uint8))
+    rows, columns = {16: (2, 4), 2: (1, 2), 900: (1, 1)}[size[0]]
+    height, width = Image.open(BytesIO(strip)).size[::-1]
+    gap = 2 if rows * columns > 1 else 0
+    assert (height, width) == (rows * (shown[0] + gap) + gap, columns * (shown[1] + gap) + gap)
+
+
+def test_a_page_of_strips_is_bounded() -> None:
+    """Noise of the largest size at which frames are not shrunk, the worst case of JPEG, twice for each mistake."""
+    noise = film_strip(torch.randint(0, 256, (3, 8, 160, 160), dtype=torch.uint8))
+    assert 2 * MAX_MISTAKES * len(jpeg_uri(noise)) < 5e6
+    assert len(film_strip(torch.randint(0, 256, (3, 320, 320), dtype=torch.uint8))) < len(noise)
 
 
 def test_flatten() -> None:

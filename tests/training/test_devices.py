@@ -28,7 +28,7 @@ from video_swinv2.engine.base import StepSettings
 from video_swinv2.engine.gradients import poison_if_not_finite
 from video_swinv2.engine.optimizer import build_optimizer, parameter_groups
 from video_swinv2.engine.plain import PlainEngine
-from video_swinv2.evaluation.testing import forward_views
+from video_swinv2.evaluation.forward import forward_views
 from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from video_swinv2.training.tasks import simmim
 from video_swinv2.training.tasks.base import Construction, Task
@@ -246,5 +246,5 @@ def test_views_are_scored_on_the_gpu(classification: Callable[..., Classificatio
     task, preprocessing = classification("clips"), Preprocessing(frames=4, frame_stride=1, image_size=(32, 32))
     with on_fake_gpu(task):
         pixels = torch.empty((5, 3, 4, 32, 32), dtype=torch.uint8)
-        logits = forward_views(task.module.eval(), pixels, preprocessing, batch=2, bf16=False)
+        logits = forward_views(task.module.eval(), pixels, preprocessing, batch=2, bf16=False).logits
         assert (logits.device.type, logits.shape) == ("cpu", (5, 2))

@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from video_swinv2.bench.measuring import clock_for, median_ratio, table_text, take_turns
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import size_for
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.forward import forward_views
 from video_swinv2.evaluation.placement import resized_short_side
 from video_swinv2.evaluation.protocols import find_protocols, plan_views
 from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
 from video_swinv2.evaluation.splits import read_labelled_split
-from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.evaluation.views import clip_frames_and_stride
+from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.weights.store import load_model, read_card
 
 MAX_LOGIT_DIFFERENCE = 1e-4
@@ -108,7 +109,7 @@ def bench_test(
 
 
 def _run_round(
-    read: Callable[[int], Tensor], groups: VideoGroups, model: nn.Module, batch_views: int, clock: Callable[[], float]
+    read: Callable[[int], Tensor], groups: VideoGroups, model: SwinV2, batch_views: int, clock: Callable[[], float]
 ) -> Round:
     """Score all videos once, reading with `read`; `clock` measures reading and computing separately."""
     decode = compute = 0.0
@@ -120,7 +121,7 @@ def _run_round(
         # (V, 3, [T,] H, W) of each video, one after the other, as in a batch of `test`.
         pixels = torch.cat([read(position) for position in groups.positions(number)])
         have_pixels = clock()
-        logits.append(forward_views(model, pixels, groups.preprocessing, batch=batch_views, bf16=False))
+        logits.append(forward_views(model, pixels, groups.preprocessing, batch=batch_views, bf16=False).logits)
         decode, compute = decode + have_pixels - started, compute + clock() - have_pixels
     return Round(decode, compute, torch.cat(logits))
 

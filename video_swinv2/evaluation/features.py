@@ -22,10 +22,10 @@ from video_swinv2.distributed.collectives import all_gather_objects, gather_shar
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.forward import forward_views
 from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
 from video_swinv2.evaluation.protocols import Protocol
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
-from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.files import sha256
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
@@ -181,9 +181,9 @@ def _compute_features(
     with Progress("features", total, unit="samples", shown=world.rank == 0) as progress:
 
         def store(group: Group, waited: float) -> None:
-            outputs = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
+            scored = forward_views(model, group.pixels, backbone.preprocessing, batch=overrides.batch_views, bf16=bf16)
             # (G * V, C) -> (G, V, C) -> (G, C): the mean over the views of each sample.
-            means = outputs.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
+            means = scored.logits.view(len(group.videos), protocol.views, -1).mean(dim=1).numpy()
             for record, vector in zip(group.videos, means, strict=True):
                 # By position: groups may arrive out of order, and one may be delivered twice after a worker died.
                 reasons[record.position] = record.reason

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.errors import UsageError
+from video_swinv2.evaluation.forward import forward_views
 from video_swinv2.evaluation.overrides import Precision, TestOverrides
 from video_swinv2.evaluation.protocols import View, find_protocol
-from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.evaluation.views import read_video_or_image
 from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.swinv2 import SwinV2
@@ -74,7 +74,7 @@ def multi_view(
     training = model.training
     model.eval()
     try:
-        logits = forward_views(model, pixels, shown, batch=batch_views, bf16=bf16)
+        logits = forward_views(model, pixels, shown, batch=batch_views, bf16=bf16).logits
     finally:
         model.train(training)
     # (V, K) -> (1, V, K): one video of V views.

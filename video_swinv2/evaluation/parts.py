@@ -24,11 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_swinv2.errors import UserError
+from video_swinv2.evaluation.explanation import explanation_strip
+from video_swinv2.evaluation.forward import ScoredViews
 from video_swinv2.evaluation.planning import TestPlan
 from video_swinv2.evaluation.reading import Group, VideoRecord
 from video_swinv2.files import create_folder, name_unwritable, path_under
 from video_swinv2.report.metrics import video_probabilities
-from video_swinv2.report.mistakes import MAX_MISTAKES, film_strip, surest_mistakes
+from video_swinv2.report.mistakes import MAX_MISTAKES, Strip, film_strip, surest_mistakes
 from video_swinv2.report.scores import (
     NO_VIEW,
     VIEW_FIELDS,
@@ -55,7 +57,7 @@ _ARRAYS: dict[str, ArrayType] = {
     "reasons": ("U", 1),
     "seconds": ("f", 1),
     "strip_places": ("i", 2),
-    "strip_bytes": ("i", 1),
+    "strip_bytes": ("i", 2),
     "strips": ("u", 1),
 }
 
@@ -70,8 +72,8 @@ class ScoredVideos:
 
     seconds: (2,) seconds spent in all, and how many of these were spent waiting for the readers.
 
-    strip_places: (M, 2), the (video, view) of each of M film strips. strips: their JPEG files back to back in one array
-    of bytes. strip_bytes: (M,) the length of each file.
+    strip_places: (M, 2), the (video, view) of each of M strips. strips: their JPEG files back to back in one array of
+    bytes, film, explanation, film, ... strip_bytes: (M, 2) the length of each file, 0 without an explanation.
     """
 
     videos: NDArray[np.int64]
@@ -84,11 +86,12 @@ class ScoredVideos:
     strip_bytes: NDArray[np.int64]
     strips: NDArray[np.uint8]
 
-    def film_strips(self) -> dict[tuple[int, int], NDArray[np.uint8]]:
-        """The JPEG files by (video, view)."""
-        # M - 1 cuts give M files. For M = 0, np.split still returns one empty piece, which zip drops.
-        files = np.split(self.strips, np.cumsum(self.strip_bytes)[:-1])
-        return {(video, view): file for (video, view), file in zip(self.strip_places.tolist(), files, strict=False)}
+    def strips_by_view(self) -> dict[tuple[int, int], Strip]:
+        """The strips by (video, view)."""
+        # 2 M - 1 cuts give 2 M files. For M = 0, np.split still returns one empty piece, which no place asks for.
+        files = [file.tobytes() for file in np.split(self.strips, np.cumsum(self.strip_bytes)[:-1])]
+        places = enumerate(self.strip_places.tolist())
+        return {(video, view): Strip(*files[2 * row : 2 * row + 2]) for row, (video, view) in places}
 
 
 class PartFolder:
@@ -98,7 +101,8 @@ class PartFolder:
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], groups: int) -> None:
-        text = json.dumps(identity, sort_keys=True, allow_nan=False)
+        # With the arrays of a part: those that an earlier version wrote with others are computed again.
+        text = json.dumps([identity, _ARRAYS], sort_keys=True, allow_nan=False)
         self._parent = path_under(out, FOLDER, str(out))  # everything in it is deleted in the end
         self._folder = self._parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._groups = groups
@@ -159,7 +163,10 @@ def _read_part(path: Path, videos: int, fix: str) -> ScoredVideos:
     rows, strips = len(arrays["videos"]), len(arrays["strip_bytes"])
     found = {name: array.shape for name, array in arrays.items()}
     fits = all(found[name][0] == rows for name in _ROWS) and found["seconds"] == (2,)
-    fits &= found["strip_places"] == (strips, 2) and int(arrays["strip_bytes"].sum()) == found["strips"][0]
+    fits &= (
+        found["strip_places"] == found["strip_bytes"] == (strips, 2)
+        and int(arrays["strip_bytes"].sum()) == found["strips"][0]
+    )
     positions = arrays["videos"]
     if not fits or (rows and not (positions.min() >= 0 and positions.max() < videos)):
         raise UserError(f"{path}: its arrays do not fit together; remove it and run the test again")
@@ -183,7 +190,7 @@ def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
         raise UserError(
             f"of {n} videos {missing} were not scored and {repeated} were scored more than once; run the test again"
         )
-    # The rows of videos are sorted; film strips carry their (video, view) with them and may stay in any order.
+    # The rows of videos are sorted; strips carry their (video, view) with them and may stay in any order.
     order = np.argsort(videos)
     back_to_back = ("strip_places", "strip_bytes", "strips")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ROWS + back_to_back}
@@ -192,27 +199,28 @@ def join_scored_videos(parts: Sequence[ScoredVideos], n: int) -> ScoredVideos:
 
 
 class PartBuilder:
-    """Collects scored groups until their part is complete, with film strips of the most confident mistakes in them.
+    """Collects scored groups until their part is complete, with strips of the most confident mistakes in them.
 
-    The report shows a few mistakes with their frames. Frames are in memory only while their group is being scored, and
-    which mistakes will be shown is known only at the end. So a strip is made for every mistake that is among the
-    MAX_MISTAKES most confident of its protocol *so far*. Strips of mistakes that are displaced later remain in their
-    part, and the report ignores them.
+    The report shows a few mistakes with their frames and where in them the evidence lies. Frames and features are in
+    memory only while their group is being scored, and which mistakes will be shown is known only at the end. So a strip
+    is made for every mistake that is among the MAX_MISTAKES most confident of its protocol *so far*, from what the
+    model has computed anyway. Strips of mistakes that are displaced later remain in their part, and the report ignores
+    them.
     """
 
     def __init__(self, plan: TestPlan) -> None:
         self._plan = plan
-        # By group number: the records of its videos, their logits, and film strips by (video, view).
-        self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], bytes]]] = {}
+        # By group number: the records of its videos, their logits, and strips by (video, view).
+        self._groups: dict[int, tuple[tuple[VideoRecord, ...], NDArray[np.float16], dict[tuple[int, int], Strip]]] = {}
         # For each protocol, the probabilities of this process's most confident mistakes by (video, view). A mistake
         # that is less confident than all of these cannot be among the most confident of the whole test.
         self._surest: list[dict[tuple[int, int], float]] = [{} for _ in plan.protocols]
         self._started, self._waited = time.perf_counter(), 0.0
 
-    def add(self, group: Group, logits: NDArray[np.float16]) -> None:
-        """Add a group with its (G, V, K) logits. Adding the same group again changes nothing."""
+    def add(self, group: Group, logits: NDArray[np.float16], scored: ScoredViews) -> None:
+        """Add a group with its (G, V, K) logits, and G * V scored views. Adding it again changes nothing."""
         views = logits.shape[1]
-        strips: dict[tuple[int, int], bytes] = {}
+        strips: dict[tuple[int, int], Strip] = {}
         for (protocol, columns), surest in zip(self._plan.columns(), self._surest, strict=True):
             scores = self._scores_of(group, logits[:, columns])
             for mistake in surest_mistakes(scores, video_probabilities(scores, protocol.average)):
@@ -225,7 +233,9 @@ class PartBuilder:
                     del surest[min(surest, key=lambda other: (surest[other], -other[0]))]
                 # Unless it was the one just dropped. pixels are (G * V, 3, [T,] H, W), video after video.
                 if place in surest:
-                    strips[place] = film_strip(group.pixels[mistake.position * views + view])
+                    row, label = mistake.position * views + view, self._plan.card.classes.index(mistake.answer)
+                    pixels, evidence = group.pixels[row], scored.evidence(row, label)
+                    strips[place] = Strip(film_strip(pixels), explanation_strip(pixels, evidence))
         self._groups[group.number] = group.videos, logits, strips
 
     def has(self, numbers: Sequence[int]) -> bool:
@@ -241,6 +251,7 @@ class PartBuilder:
         groups = [self._groups[number] for number in numbers]
         records = [record for videos, _, _ in groups for record in videos]
         strips = {place: strip for _, _, strips in groups for place, strip in strips.items()}
+        files = [file for strip in strips.values() for file in (strip.film, strip.explanation)]
         logits, now = np.concatenate([logits for _, logits, _ in groups]), time.perf_counter()
         scored = ScoredVideos(
             videos=np.array([record.position for record in records], dtype=np.int64),
@@ -250,8 +261,8 @@ class PartBuilder:
             reasons=np.array([record.reason for record in records], dtype=np.str_),
             seconds=np.array([now - self._started, waited - self._waited]),
             strip_places=np.array(list(strips), dtype=np.int64).reshape(-1, 2),
-            strip_bytes=np.array([len(strip) for strip in strips.values()], dtype=np.int64),
-            strips=np.frombuffer(b"".join(strips.values()), dtype=np.uint8),
+            strip_bytes=np.array([len(file) for file in files], dtype=np.int64).reshape(-1, 2),
+            strips=np.frombuffer(b"".join(files), dtype=np.uint8),
         )
         self._started, self._waited = now, waited
         return scored

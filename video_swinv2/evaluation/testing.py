@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from video_swinv2.data.sources import refuse_inside_tree
-from video_swinv2.data.transforms import normalise
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_gather_objects, gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
+from video_swinv2.evaluation.forward import forward_views
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.evaluation.parts import PartBuilder, PartFolder
 from video_swinv2.evaluation.planning import (
@@ -44,14 +44,15 @@ from video_swinv2.evaluation.planning import (
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import Group, default_workers, deliver_groups
 from video_swinv2.evaluation.splits import ClassesBy
+from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.progress import Progress
 from video_swinv2.records import read_json
 from video_swinv2.report.markdown import accuracy_lines
 from video_swinv2.report.metrics import video_probabilities
-from video_swinv2.report.mistakes import surest_mistakes
+from video_swinv2.report.mistakes import Strip, surest_mistakes, write_strips
 from video_swinv2.report.page import write_report
-from video_swinv2.report.scores import Scores, save_scores, write_arrays
-from video_swinv2.weights.store import Preprocessing, load_model
+from video_swinv2.report.scores import Scores, save_scores
+from video_swinv2.weights.store import load_model
 
 # The files that are written after scores.npz and belong to it.
 _DERIVED_FILES = ("strips.npz", "results.json", "report.html", "report.md")
@@ -113,22 +114,6 @@ def run_tests(
         )
         with exclusive_folder(out, world, f"{out}: another test is writing here; wait for it or choose another --out"):
             return _run(plan, world)
-
-
-def forward_views(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, *, batch: int, bf16: bool) -> Tensor:
-    """uint8 (V, 3, [T,] H, W) -> float32 (V, K) logits, or (V, C) features of a model without a head, on the CPU.
-
-    Pixels are copied to the device as bytes and normalised there, which takes a quarter of the traffic of floats.
-    """
-    device = next(model.parameters()).device
-    # Always `batch` views at a time, with a smaller rest, and never views of several groups: scores are equal to the
-    # bit only if every view is always in a batch with the same others.
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        outputs = [
-            model(normalise(part.to(device), preprocessing.mean, preprocessing.std)).float()
-            for part in torch.split(pixels, batch)
-        ]
-        return torch.cat(outputs).cpu()
 
 
 def summarize_tests(results: dict[str, dict[str, Any]], out: Path | str) -> str:
@@ -209,8 +194,8 @@ def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence
             part = parts.part_of(group.number)
             if part in saved:
                 return
-            logits = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
-            builder.add(group, _stored_logits(logits, group, plan))
+            scored = forward_views(model, group.pixels, plan.preprocessing, batch=plan.overrides.batch_views, bf16=bf16)
+            builder.add(group, _stored_logits(scored.logits, group, plan), scored)
             if builder.has(parts.groups_in(part)):  # not the last one by number: groups may arrive out of order
                 # In this order: a part counts as saved only when it is on disk, and is kept in memory until then.
                 parts.save(part, builder.build(parts.groups_in(part), waited))
@@ -221,7 +206,7 @@ def _score_parts(plan: TestPlan, world: World, parts: PartFolder, mine: Sequence
         deliver_groups(groups, numbers, workers, score)
 
 
-def _load_model(plan: TestPlan, device: torch.device) -> nn.Module:
+def _load_model(plan: TestPlan, device: torch.device) -> SwinV2:
     """The model of the file at the sizes of the overrides, on `device`."""
     overrides = plan.overrides
     model = load_model(
@@ -251,7 +236,7 @@ def _stored_logits(logits: Tensor, group: Group, plan: TestPlan) -> NDArray[np.f
 
 
 def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]) -> None:
-    """Join the parts and write the scores, film strips, figures and report of each protocol; on rank 0 only."""
+    """Join the parts and write the scores, strips, figures and report of each protocol; on rank 0 only."""
     entries = plan.manifest.entries
     joined = parts.join(len(entries))
     if not (joined.reasons == "").any():
@@ -264,7 +249,7 @@ def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]
         "decode_wait_share": round(waited / max(spent, 1e-9), 4),
         "videos_with_damaged_frames": int((joined.stand_ins > 0).sum()),
     }
-    film_strips = joined.film_strips()
+    strips = joined.strips_by_view()
     for protocol, columns in plan.columns():
         scores = Scores(
             paths=tuple(entry.name for entry in entries),
@@ -275,24 +260,21 @@ def _write_all_results(plan: TestPlan, parts: PartFolder, record: dict[str, Any]
             classes=plan.card.classes,
             metadata=record | record_protocol(plan, protocol),
         )
-        # Film strips are keyed by the number of the view among those of all protocols, but a report counts the views of
-        # its own protocol from 0. Strips of other protocols get numbers that no mistake of this one has.
-        own_strips = {(video, view - columns.start): jpeg for (video, view), jpeg in film_strips.items()}
+        # Strips are keyed by the number of the view among those of all protocols, but a report counts the views of its
+        # own protocol from 0. Strips of other protocols get numbers that no mistake of this one has.
+        own_strips = {(video, view - columns.start): strip for (video, view), strip in strips.items()}
         _write_results(plan.folder(protocol), scores, own_strips)
     # Last, when all results are on disk: a kill before this line costs no scores.
     parts.remove()
 
 
-def _write_results(out: Path, scores: Scores, film_strips: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
-    """Write the files of one protocol to `out`. film_strips: JPEG files by (video, view of this protocol)."""
+def _write_results(out: Path, scores: Scores, strips: dict[tuple[int, int], Strip]) -> None:
+    """Write the files of one protocol to `out`. strips: by (video, view of this protocol)."""
     out.mkdir(exist_ok=True)
     save_scores(scores, out / "scores.npz")
     for name in _DERIVED_FILES:  # if the report fails, an earlier test's must not remain beside the new scores
         (out / name).unlink(missing_ok=True)
     shown = surest_mistakes(scores, video_probabilities(scores, scores.metadata["average"]))
     places = [(mistake.position, mistake.view) for mistake in shown]
-    strips = [(place[0], film_strips[place]) for place in places if place in film_strips]
-    # strips.npz: `positions` are rows of the scores, and jpeg_000, jpeg_001, ... the file of each.
-    positions = {"positions": np.array([position for position, _ in strips], dtype=np.int64)}
-    write_arrays(out / "strips.npz", positions | {f"jpeg_{i:03d}": jpeg for i, (_, jpeg) in enumerate(strips)})
+    write_strips(out / "strips.npz", {place[0]: strips[place] for place in places if place in strips})
     write_report(out)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from video_swinv2.distributed.devices import choose_device, report_missing_bf16, use_bf16
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.explanation import explain
+from video_swinv2.evaluation.explanation import explain_scored
+from video_swinv2.evaluation.forward import ScoredViews, forward_views
 from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import Protocol, find_protocol
-from video_swinv2.evaluation.testing import forward_views
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.report.metrics import average_views, ranking
 from video_swinv2.weights.store import ModelCard, load_model, read_card, require_rgb
@@ -54,8 +54,19 @@ class Classifier:
 
         Views are averaged as the protocol says. Raises UserError for non-finite logits.
         """
-        logits = self._logits(views.flatten(0, 1))  # (N * V, K)
-        return np.asarray(average_views(logits.reshape(*views.shape[:2], -1), self.protocol.average))
+        scored = self.score(views.flatten(0, 1))
+        return self.average(scored.logits.unflatten(0, views.shape[:2]))
+
+    def score(self, views: Tensor) -> ScoredViews:
+        """Score views, uint8 (V, 3, [T,] H, W). Raises UserError unless all logits are finite."""
+        scored = forward_views(self.model, views, self.card.preprocessing, batch=self.batch_views, bf16=self.bf16)
+        if not torch.isfinite(scored.logits).all():
+            raise UserError("the model computes non-finite logits; check its weights, or use precision fp32")
+        return scored
+
+    def average(self, logits: Tensor) -> NDArray[np.float64]:
+        """Average views as the protocol says: logits (N, V, K) -> probabilities (N, K)."""
+        return np.asarray(average_views(logits.double().numpy(), self.protocol.average))
 
     def views_of(self, unit: str, count: int) -> str:
         """What an answer was averaged over, to be shown beside it: "videoswin-4x3: 4 clips x 3 crops".
@@ -65,27 +76,19 @@ class Classifier:
         units, crops = f"{unit}{'s' * (count != 1)}", f"crop{'s' * (self.protocol.crops != 1)}"
         return f"{self.protocol.name}: {count} {units} x {self.protocol.crops} {crops}"
 
-    def explain(self, views: Tensor, probabilities: NDArray[np.float64]) -> bytes:
+    def explain(self, views: Tensor, scored: ScoredViews, probabilities: NDArray[np.float64]) -> bytes:
         """A JPEG file that shows where the evidence for the most likely class lies, as in `evaluation.explanation`.
 
-        views: all those of one file, uint8 (V, 3, [T,] H, W). probabilities: (K,).
+        views: all those of one file, uint8 (V, 3, [T,] H, W), and what `score` returned for them. probabilities: (K,).
         """
         (label,) = ranking(probabilities[None], 1)[0].tolist()
-        preprocessing = self.card.preprocessing
-        return explain(self.model, views, preprocessing, label, batch=self.batch_views, bf16=self.bf16).jpeg
+        return explain_scored(views, scored, label).jpeg
 
     def top_classes(self, probabilities: NDArray[np.float64]) -> tuple[Answer, ...]:
         """Probabilities (K,) -> the `top` most likely classes, most likely first."""
         return tuple(
             Answer(self.card.classes[i], float(probabilities[i])) for i in ranking(probabilities[None], self.top)[0]
         )
-
-    def _logits(self, views: Tensor) -> NDArray[np.float64]:
-        """uint8 (V, 3, [T,] H, W) -> logits (V, K) in fp64. Raises UserError unless all are finite."""
-        logits = forward_views(self.model, views, self.card.preprocessing, batch=self.batch_views, bf16=self.bf16)
-        if not torch.isfinite(logits).all():
-            raise UserError("the model computes non-finite logits; check its weights, or use precision fp32")
-        return np.asarray(logits.double().numpy())
 
 
 def open_classifier(

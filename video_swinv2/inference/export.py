@@ -27,7 +27,7 @@ from video_swinv2.evaluation.views import view_shape
 from video_swinv2.files import atomic_write, json_text
 from video_swinv2.inference.media_types import find_media_files, read_file_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
-from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card
+from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card, require_rgb
 
 OPSET = 23  # the first opset with an operator for scaled dot-product attention
 OPSETS = range(18, OPSET + 1)
@@ -69,14 +69,18 @@ def export(
     frames, image_size, window: sizes to export at, by default those of the file. check: videos to compare on, as files
     or folders; for an image model, images or single video files. By default the comparison uses random noise. report:
     called with each step as it begins. Raises UsageError for a wrong name or option, and UserError for a model that
-    cannot be exported or whose exported program
-    differs from it by more than MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
+    cannot be exported (no RGB input, no logits) or whose exported program differs from it by more than
+    MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
     """
     model_path, out = Path(model_path), Path(out)
     _check_request(out, opset)
+    file_card = read_card(model_path)
+    require_rgb(file_card.architecture, model_path)
+    if file_card.architecture.get("features_only"):
+        raise UserError(f"{model_path}: a features_only model returns feature maps and no logits; export a classifier")
     # With sdpa, the attention of a block is exported as one operator, which ONNX has, too, from opset 23 on.
     model = load_model(model_path, frames=frames, image_size=image_size, window=window, attention="sdpa")
-    card = _card_at_sizes_of(model, read_card(model_path))
+    card = _card_at_sizes_of(model, file_card)
     samples = _comparison_inputs(card.preprocessing, [Path(path) for path in check])
     # The first batch serves as the example input of the export, too.
     inputs = next(samples)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.forward import ScoredViews
 from video_swinv2.evaluation.views import clip_frames_and_stride
 from video_swinv2.inference.classifier import Answer, Classifier
 from video_swinv2.inference.segments import Segment
@@ -45,13 +46,13 @@ class SegmentPrediction:
 class WholeAnswer:
     """The probabilities (K,) of a whole file or stream, what they are averaged over, and the totals of its frames.
 
-    pixels: the views of a file, uint8 (V, 3, [T,] H, W); None for a stream.
+    file_views: the views of a file, uint8 (V, 3, [T,] H, W), and their scores; None for a stream.
     """
 
     probabilities: NDArray[np.float64]
     views: str
     summary: StreamSummary
-    pixels: Tensor | None = None
+    file_views: tuple[Tensor, ScoredViews] | None = None
 
 
 OnSegment = Callable[[Segment, NDArray[np.float64], SegmentPrediction], None]
@@ -117,9 +118,10 @@ def classify_over_time(classifier: Classifier, watcher: Watcher, batch: int, on_
     if watcher.file_views is None:
         return WholeAnswer(sum_of_probabilities / count, classifier.views_of("segment", count), watcher.summary)
     whole = _as_input(classifier, torch.from_numpy(watcher.file_views.pixels))
-    (probabilities,) = classifier.probabilities(whole[None])
+    scored = classifier.score(whole)
+    (probabilities,) = classifier.average(scored.logits[None])
     clips = len(whole) // classifier.protocol.crops
-    return WholeAnswer(probabilities, classifier.views_of("clip", clips), watcher.summary, whole)
+    return WholeAnswer(probabilities, classifier.views_of("clip", clips), watcher.summary, (whole, scored))
 
 
 def _as_input(classifier: Classifier, views: Tensor) -> Tensor:

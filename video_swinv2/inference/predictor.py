@@ -19,6 +19,7 @@ from video_swinv2.distributed.agreement import require_agreement
 from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.evaluation.forward import ScoredViews
 from video_swinv2.evaluation.overrides import Device, Precision
 from video_swinv2.evaluation.protocols import protocol_for_images
 from video_swinv2.evaluation.reading import Group, VideoGroups, default_workers, deliver_groups
@@ -204,9 +205,10 @@ def _predict_files(
         if record.reason:
             results[record.position] = Prediction(name, (), record.reason)
         else:
-            (probabilities,) = classifier.probabilities(group.pixels[None])
+            scored = classifier.score(group.pixels)
+            (probabilities,) = classifier.average(scored.logits[None])
             answers = classifier.top_classes(probabilities)
-            image = _write_explanation(classifier, group.pixels, probabilities, explanation)
+            image = _write_explanation(classifier, group.pixels, scored, probabilities, explanation)
             results[record.position] = Prediction(name, answers, views=views, explanation=image)
 
     deliver_groups(groups, range(len(groups)), default_workers() if workers is None else workers, deliver)
@@ -254,19 +256,19 @@ def _predict_over_time(
         return Prediction(name, (), str(error).removeprefix(f"{name}: "), segments=tuple(predictions))
     answers = classifier.top_classes(whole.probabilities)
     image = ""
-    if whole.pixels is not None:
-        image = _write_explanation(classifier, whole.pixels, whole.probabilities, explanation)
+    if whole.file_views is not None:
+        image = _write_explanation(classifier, *whole.file_views, whole.probabilities, explanation)
     return Prediction(name, answers, "", whole.views, tuple(predictions), whole.summary.skipped, image)
 
 
 def _write_explanation(
-    classifier: Classifier, views: Tensor, probabilities: NDArray[np.float64], path: Path | None
+    classifier: Classifier, views: Tensor, scored: ScoredViews, probabilities: NDArray[np.float64], path: Path | None
 ) -> str:
     """Write the image that explains the answer for one file. Returns its path, or "" if there is none to be written."""
     if path is None:
         return ""
     with atomic_write(path) as part:
-        part.write_bytes(classifier.explain(views, probabilities))
+        part.write_bytes(classifier.explain(views, scored, probabilities))
     return str(path)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from video_swinv2.report.curves import TwoClassCurves, two_class_curves
 from video_swinv2.report.diagnosis import (
     Calibration,
     ClassOrderHint,
@@ -36,7 +37,7 @@ class Analysis:
 
     answers, right: (scored videos,) the class that each was answered, and whether that is its label. other_average: the
     way of averaging views that the protocol does not use ("prob" or "logit"), and top-1 and its interval with views
-    averaged that way.
+    averaged that way. curves: None unless there are two classes and both occur.
     """
 
     scores: Scores
@@ -48,6 +49,7 @@ class Analysis:
     other_average: tuple[str, float, Interval]
     hint: ClassOrderHint | None
     mistakes: tuple[Mistake, ...]
+    curves: TwoClassCurves | None
 
 
 def analyse(scores: Scores) -> Analysis:
@@ -74,4 +76,5 @@ def analyse(scores: Scores) -> Analysis:
         other_average=(OTHER_AVERAGE[average], float(other.mean()), share_interval(other.astype(np.float64), sources)),
         hint=class_order_hint(labels, answers, scores.classes, seed),
         mistakes=surest_mistakes(scores, probabilities),
+        curves=two_class_curves(labels, probabilities) if metrics.two_classes else None,
     )

@@ -23,7 +23,7 @@ from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.intervals import PairedDifference, compare_paired, holm_adjusted
 from video_swinv2.report.markdown import ACCURACIES, accuracy_line, comparison_text, span
 from video_swinv2.report.metrics import ClassAccuracy, sources_of_scored
-from video_swinv2.report.page import as_json_data, views_series, write_content, write_report
+from video_swinv2.report.page import as_json_data, chance_line, views_series, write_content, write_report
 from video_swinv2.report.plots import Plot, Series, plot
 from video_swinv2.report.scores import load_test, reorder_classes, title_of
 from video_swinv2.report.training_run import TrainingRun, find_training_run, flatten, folder_of_model
@@ -325,6 +325,7 @@ def _views_plot(tests: Sequence[ComparedTest]) -> Plot | None:
     series = [views_series(test.letter, test.analysis.views) for test in tests]
     if len(tests) > MAX_BANDS:
         series = [replace(one, low=None, high=None) for one in series]
+    series.append(chance_line(tests[0].analysis.metrics.chance, series))
     x_label = "clips per video (crops if there is one clip)"
     title = "Accuracy by number of views"
     return plot(title, series, x_label=x_label, y_label="top-1", percent=True, mark_every_count=True)
@@ -342,5 +343,7 @@ def _training_plots(tests: Sequence[ComparedTest]) -> list[Plot | None]:
         # A test without a training run gets an empty line, so that the other tests keep their colours (see `plot`).
         lines = [(test.letter, *(test.run.series(key) if test.run else (np.empty(0), np.empty(0)))) for test in tests]
         series = [Series(letter, x, y, dots=len(x) < 30) for letter, x, y in lines]
+        if key == "val/top1":
+            series.append(chance_line(tests[0].analysis.metrics.chance, series))
         drawn.append(plot(title, series, x_label="step", y_label=y_label, percent=key == "val/top1"))
     return drawn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,28 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax  # type: ignore[import-untyped]  # SciPy has no type hints
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 from torchvision.utils import make_grid
 
 from video_swinv2.report.metrics import ranking
-from video_swinv2.report.scores import AGAIN, Scores, read_arrays, require_arrays
+from video_swinv2.report.scores import AGAIN, Scores, read_arrays, require_arrays, write_arrays
 
 MAX_MISTAKES = 12
 STRIP_FRAMES = 8  # of a film strip, at most
 STRIP_COLUMNS = 4
+STRIP_PIXELS = 640  # across a strip: as wide as pages show it; two for each of MAX_MISTAKES are 1 MB, 5 MB at worst
 JPEG_QUALITY = 80  # of 100
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Two JPEG files of a mistake: frames of its view, and the same tinted where the evidence for the answer lies.
+
+    explanation: empty if there is none.
+    """
+
+    film: bytes
+    explanation: bytes
 
 
 @dataclass(frozen=True)
@@ -91,28 +105,55 @@ def _mistake(scores: Scores, position: int, answer: int, probabilities: NDArray[
     )
 
 
-def read_strips(path: Path) -> dict[int, str]:
-    """The film strips in strips.npz as data URIs, by row in the scores; empty if there is no such file."""
+def write_strips(path: Path, strips: Mapping[int, Strip]) -> None:
+    """Write strips, by row in the scores, to strips.npz."""
+    # positions: (M,) rows of the scores. jpeg_000, ... and explanation_000, ...: the files of each, as bytes; a mistake
+    # without an explanation has no such array.
+    arrays = {"positions": np.array(list(strips), dtype=np.int64)}
+    for row, strip in enumerate(strips.values()):
+        files = {"jpeg": strip.film, "explanation": strip.explanation}
+        arrays |= {f"{name}_{row:03d}": np.frombuffer(file, np.uint8) for name, file in files.items() if file}
+    write_arrays(path, arrays)
+
+
+def read_strips(path: Path) -> dict[int, Strip]:
+    """The strips in strips.npz by row in the scores; empty if there is no such file. Raises UserError."""
     if not path.is_file():
         return {}
     arrays = read_arrays(path, AGAIN)
     require_arrays(arrays, {"positions": ("i", 1)}, str(path), AGAIN)
-    positions = {f"jpeg_{row:03d}": int(position) for row, position in enumerate(arrays["positions"])}
-    require_arrays(arrays, dict.fromkeys(positions, ("u", 1)), str(path), AGAIN)
+    rows = range(len(arrays["positions"]))
+    films, explanations = ([f"{name}_{row:03d}" for row in rows] for name in ("jpeg", "explanation"))
+    found = [name for name in explanations if name in arrays]
+    require_arrays(arrays, dict.fromkeys([*films, *found], ("u", 1)), str(path), AGAIN)
     return {
-        position: "data:image/jpeg;base64," + base64.b64encode(arrays[name].tobytes()).decode()
-        for name, position in positions.items()
+        int(position): Strip(arrays[film].tobytes(), arrays[explained].tobytes() if explained in found else b"")
+        for position, film, explained in zip(arrays["positions"], films, explanations, strict=True)
     }
 
 
+def jpeg_uri(jpeg: bytes) -> str:
+    """A JPEG file as the address of an image in a page."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
 def film_strip(view: Tensor) -> bytes:
-    """uint8 (3, T, H, W) or (3, H, W) -> a JPEG of STRIP_FRAMES evenly spaced frames in rows of STRIP_COLUMNS."""
+    """uint8 (3, [T,] H, W) -> a JPEG of at most STRIP_FRAMES frames in rows of STRIP_COLUMNS.
+
+    Frames are shrunk to at most STRIP_PIXELS / STRIP_COLUMNS pixels, or the half of STRIP_PIXELS if one or two are all.
+    """
+    frames = frames_of_strip(view)
+    columns = min(len(frames), STRIP_COLUMNS)
+    scale = STRIP_PIXELS / max(columns, 2) / max(frames[0].shape[1:])
+    if scale < 1:
+        size = [max(1, round(scale * pixels)) for pixels in frames[0].shape[1:]]
+        frames = list(resize(torch.stack(frames), size, antialias=True))
+    return jpeg_of_frames(frames, columns)
+
+
+def frames_of_strip(view: Tensor) -> list[Tensor]:
+    """(3, [T,] H, W) -> at most STRIP_FRAMES times (3, H, W), evenly spaced, the first and the last frame included."""
     clip = view.unsqueeze(1) if view.ndim == 3 else view  # a still image is a clip of one frame
-    return jpeg_of_frames(frames_of_strip(clip), STRIP_COLUMNS)
-
-
-def frames_of_strip(clip: Tensor) -> list[Tensor]:
-    """(3, T, H, W) -> at most STRIP_FRAMES times (3, H, W), evenly spaced, the first and the last frame included."""
     frames = clip.shape[1]
     chosen = torch.linspace(0, frames - 1, min(frames, STRIP_FRAMES)).round().long()
     return list(clip[:, chosen].unbind(1))

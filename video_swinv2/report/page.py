@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from video_swinv2.pages import render, tick_marks
 from video_swinv2.progress import duration_text
 from video_swinv2.report.analysis import Analysis, analyse
 from video_swinv2.report.confusion import matrix_data
+from video_swinv2.report.curves import two_class_plots
 from video_swinv2.report.diagnosis import ViewPoint
 from video_swinv2.report.markdown import few_sources_warning, report_text
 from video_swinv2.report.metrics import ClassAccuracy
-from video_swinv2.report.mistakes import read_strips
-from video_swinv2.report.plots import Plot, Series, plot
+from video_swinv2.report.mistakes import Strip, jpeg_uri, read_strips
+from video_swinv2.report.plots import Plot, Series, chance_series, plot
 from video_swinv2.report.scores import Scores, load_test, title_of
 from video_swinv2.report.training_run import (
     TrainingRun,
@@ -89,8 +90,8 @@ def results(analysis: Analysis, run: TrainingRun | None) -> dict[str, Any]:
     }
 
 
-def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, str]) -> dict[str, object]:
-    """The values of report.html.j2. strips: row in the scores -> data URI of the film strip."""
+def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, Strip]) -> dict[str, object]:
+    """The values of report.html.j2. strips: by row in the scores."""
     scores, metrics, record = analysis.scores, analysis.metrics, analysis.scores.metadata
     shown, rest = split_classes(metrics.per_class)
     failed = failures(scores)
@@ -114,11 +115,16 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, s
         "reliability": _reliability_frame(),
         "fullest_bin": max(item.n for item in analysis.calibration.bins),
         "views_table": _rows_by_crops(analysis.views),
-        "views_plot": views_plot(analysis.views),
+        "views_plot": views_plot(analysis.views, metrics.chance),
+        "two_class_plots": two_class_plots(analysis.curves, metrics.two_classes)
+        if analysis.curves and metrics.two_classes
+        else (),
         "other_average": analysis.other_average,
         "hint": analysis.hint,
         "mistakes": analysis.mistakes,
         "strips": strips,
+        "explained": any(strip.explanation for strip in strips.values()),
+        "jpeg_uri": jpeg_uri,
         # Videos lost in preparation count as failed but have no row in the scores, and so no reason.
         "lost": metrics.failed - len(failed),
         "failures": failed[:MAX_FAILURES],
@@ -127,7 +133,7 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, s
         "cost": cost_rows(record, run, metrics.listed),
         "run": run,
         "run_lines": list(flatten(run.record)) if run else [],
-        "curves": training_plots(run) if run else [],
+        "curves": training_plots(run, metrics.chance) if run else [],
         "trained_on_test_data": bool(run) and _training_fingerprint(run) == record["data_fingerprint"],
     }
 
@@ -188,16 +194,17 @@ def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> lis
     return rows
 
 
-def views_plot(points: tuple[ViewPoint, ...]) -> Plot | None:
+def views_plot(points: tuple[ViewPoint, ...], chance: float) -> Plot | None:
     """Top-1 by the number of clips, with a line for each number of crops; by crops if there is only one clip.
 
-    None if the test has a single view.
+    chance: top-1 of a random answer. None if the test has a single view.
     """
     x_label = "crops per video" if points[-1].clips == 1 else "clips per video"
     # Overlapping bands are unreadable, so only the first line, with the most crops, keeps its band. The table beside
     # the plot lists every interval.
     first, *fewer = views_series_by_crops(points)
     series = [first, *(replace(one, low=None, high=None) for one in fewer)]
+    series.append(chance_line(chance, series))
     title = "top-1 by number of views"
     return plot(title, series, x_label=x_label, y_label="top-1", percent=True, mark_every_count=True)
 
@@ -216,8 +223,13 @@ def views_series_by_crops(points: tuple[ViewPoint, ...]) -> list[Series]:
     return [_points(f"{row[0].crops} crop{'s' * (row[0].crops > 1)}", row, "clips") for row in reversed(table)]
 
 
-def training_plots(run: TrainingRun) -> list[Plot]:
-    """The curves of the training run; metrics that were not logged are left out."""
+def chance_line(chance: float, series: Sequence[Series]) -> Series:
+    """The reference line of plots of top-1."""
+    return chance_series(f"chance, {100 * chance:.3g} %", chance, series)
+
+
+def training_plots(run: TrainingRun, chance: float) -> list[Plot]:
+    """The curves of the training run; metrics that were not logged are left out. chance: top-1 of a random answer."""
     # Top-5 is not drawn: it is near 100 % early, and on its axis top-1 would be a flat line at the bottom.
     metrics = {
         "Loss": ("loss", ("train/loss", "val/loss")),
@@ -229,6 +241,8 @@ def training_plots(run: TrainingRun) -> list[Plot]:
     for title, (y_label, keys) in metrics.items():
         lines = [(names.get(key, ""), *run.series(key)) for key in keys]
         series = [Series(name, steps, values, dots=len(steps) < 30) for name, steps, values in lines]
+        if "val/top1" in keys:
+            series.append(chance_line(chance, series))
         drawn.append(plot(title, series, x_label="step", y_label=y_label, percent="val/top1" in keys))
     return [drawing for drawing in drawn if drawing]
 

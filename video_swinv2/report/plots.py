@@ -7,8 +7,9 @@ Letters: P points of a series.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 from video_swinv2.pages import TickMark, tick_marks
 
 COLOURS = 6  # the CSS classes c1 to c6 of page.html.j2
+MAX_COLUMNS = 240  # in which a curve is drawn; more cannot be told apart in a plot a few hundred pixels wide
+MIN_SHARE = 1 / 3  # of the y axis that belongs to the series themselves
 
 
 @dataclass(frozen=True)
 class Series:
     """Data to draw: x and y (P,) and, optionally, low and high (P,), the interval of each y.
 
-    dots: whether each point is marked with a dot, which suits series of few points.
+    dots: whether each point is marked with a dot, which suits series of few points. colour: 1 to COLOURS, or 0 for one
+    by the place of the series. reference: whether it is something to compare with, such as chance, and so dashed.
     """
 
     name: str
@@ -31,6 +35,8 @@ class Series:
     low: NDArray[np.float64] | None = None
     high: NDArray[np.float64] | None = None
     dots: bool = False
+    colour: int = 0
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Line:
     """A series in the box of 100 x 100.
 
     colour: 1 to COLOURS. points, band: the line, and the polygon that its intervals cover, as "x,y x,y ..." for SVG's
-    `points`; the band is empty if there are no intervals.
+    `points`; the band is empty if there are no intervals. dashed: whether it is a reference.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Line:
     points: str
     band: str
     dots: tuple[Dot, ...]
+    dashed: bool
 
 
 @dataclass(frozen=True)
@@ -84,21 +91,23 @@ def plot(
     mark_every_count: bool = False,
     y_range: tuple[float, float] | None = None,
 ) -> Plot | None:
-    """Lay out series over common axes; None if no series has two or more points.
+    """Lay out series over common axes; None if no series has two or more points, references aside.
 
     The colour of a series depends on its place in `series`, so that it is the same if another series is empty.
     percent: y are fractions and are shown in percent. mark_every_count: x are counts, and each gets a tick mark.
     y_range: the ends of the y axis in the units of y; by default they follow the data.
     """
     # A line needs two points. Colours are given out before the shorter series are dropped.
-    coloured = [(one, place % COLOURS + 1) for place, one in enumerate(series) if len(one.y) > 1]
-    series = [one for one, _ in coloured]
+    coloured = [(one, one.colour or place % COLOURS + 1) for place, one in enumerate(series) if len(one.y) > 1]
+    series = [one for one, _ in coloured if not one.reference]
     if not series:
         return None
     # The axes span all series; the y axis also makes room for their intervals.
     x_low, x_high = min(one.x.min() for one in series), max(one.x.max() for one in series)
     y_low = min((one.y if one.low is None else one.low).min() for one in series)
     y_high = max((one.y if one.high is None else one.high).max() for one in series)
+    if y_range is None:
+        coloured, y_low, y_high = _with_references(coloured, y_low, y_high)
     scale = 100.0 if percent else 1.0
     bottom, top = (scale * end for end in y_range) if y_range else _axis_ends(scale * y_low, scale * y_high, percent)
     if mark_every_count:
@@ -109,6 +118,33 @@ def plot(
         x_ticks = tick_marks(x_low, x_high)
     lines = tuple(_line(one, colour, (x_low, x_high), (bottom, top), scale) for one, colour in coloured)
     return Plot(title, x_label, y_label, x_ticks, tick_marks(bottom, top, " %" if percent else ""), lines)
+
+
+def chance_series(name: str, chance: float, series: Sequence[Series], colour: int = COLOURS) -> Series:
+    """A level reference line at `chance`, from the first to the last x of all of `series`."""
+    x = np.concatenate([one.x for one in series])
+    ends = np.array([x.min(), x.max()] if x.size else [])
+    return Series(name, ends, np.full_like(ends, chance), colour=colour, reference=True)
+
+
+def _with_references(
+    coloured: Sequence[tuple[Series, int]], low: float, high: float
+) -> tuple[list[tuple[Series, int]], float, float]:
+    """The series with references that fit on the y axis, and its range: `low` to `high`, widened for them.
+
+    References far from the series would squeeze their lines until nothing can be read from them. If less than MIN_SHARE
+    of the axis were left, the references are not drawn, and their names say so in the key.
+    """
+    drawn = [one for one, _ in coloured if one.reference]
+    wide_low, wide_high = (pick([end, *(pick(one.y) for one in drawn)]) for pick, end in ((min, low), (max, high)))
+    if high == low or high - low >= MIN_SHARE * (wide_high - wide_low):
+        return list(coloured), wide_low, wide_high
+    none = np.empty(0)
+    hidden = [
+        (replace(one, name=f"{one.name}, off the axis", x=none, y=none) if one.reference else one, colour)
+        for one, colour in coloured
+    ]
+    return hidden, low, high
 
 
 def _axis_ends(low: float, high: float, percent: bool) -> tuple[float, float]:
@@ -128,6 +164,9 @@ def _line(
     series: Series, colour: int, x_range: tuple[float, float], y_range: tuple[float, float], scale: float
 ) -> Line:
     """A series in the coordinates of the box. scale: what y is multiplied by, as the ends of `y_range` already are."""
+    if series.low is None and len(series.x) > MAX_COLUMNS:
+        drawn = extremes(series.x, series.y)
+        series = replace(series, x=series.x[drawn], y=series.y[drawn])
     # x from 0 (left) to 100 (right); y is turned over by `_box_heights`.
     x = [100 * _position(value, *x_range) for value in series.x.tolist()]
     y = _box_heights(series.y, y_range, scale)
@@ -139,7 +178,22 @@ def _line(
     dots: tuple[Dot, ...] = ()
     if series.dots:
         dots = tuple(Dot(round(x[i], 2), round(y[i], 2), _tooltip(series, i, scale)) for i in range(len(x)))
-    return Line(series.name, colour, _svg_points(x, y), band, dots)
+    return Line(series.name, colour, _svg_points(x, y), band, dots, series.reference)
+
+
+def extremes(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The points, by number, that draw the same curve: of MAX_COLUMNS columns, each one's ends, lowest and highest.
+
+    x, y: (P,), x ascending. So no spike is lost, and there are at most 4 MAX_COLUMNS points, however many were given.
+    """
+    columns = ((x - x[0]) / ((x[-1] - x[0]) or 1.0) * MAX_COLUMNS).astype(np.int64)
+    # The points from starts[i] to starts[i + 1] are in one column.
+    starts = np.flatnonzero(np.diff(columns, prepend=-1, append=columns[-1] + 1))
+    chosen = [
+        {first, end - 1, first + int(y[first:end].argmin()), first + int(y[first:end].argmax())}
+        for first, end in itertools.pairwise(starts.tolist())
+    ]
+    return np.array([point for points in chosen for point in sorted(points)], dtype=np.int64)
 
 
 def _box_heights(values: NDArray[np.float64], y_range: tuple[float, float], scale: float) -> list[float]:
