@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 import video_swinv2 as vs
 from tests.training.runs import write_recipe
@@ -190,7 +190,9 @@ def test_the_rows_of_a_picture():
     original = torch.full((1, 3, 2, 4, 4), 10, dtype=torch.uint8)
     hidden = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     hidden[:, 0, :2] = True
-    picture = draw_reconstruction(original, torch.full_like(original, 99), hidden)
+    drawn = draw_reconstruction(original, torch.full_like(original, 99), hidden)
+    picture = drawn[:, :, -10:]
+    assert (drawn[:, :, -12:-10] == 255).all(), "the names of the rows end before the tiles"
     assert picture.shape == (3, 3 * 6 - 2, 2 * 6 - 2)  # three rows of two frames, 2 white pixels between them
     assert (picture[:, :4, :4] == 10).all()
     assert picture[:, 6, 0].tolist() == list(GREY)
@@ -202,6 +204,22 @@ def test_the_rows_of_a_picture():
     assert contact_sheet([row])[0, 0].tolist() == [0, 0, 255, 255, 1, 1, 255, 255, 2, 2]
 
 
+def test_every_row_of_a_picture_has_its_name():
+    """Of two clips, the rows original, masked and predicted twice, in tiles of 64 pixels."""
+    clips = torch.zeros(2, 3, 2, 64, 64, dtype=torch.uint8)
+    picture = draw_reconstruction(clips, clips, torch.zeros(2, 2, 64, 64, dtype=torch.bool))
+    margin = picture[:, :, : picture.shape[2] - (2 * 66 - 2)]
+    assert picture.shape[1] == 6 * 66 - 2
+    rows = [margin[:, 66 * row : 66 * row + 64] for row in range(6)]
+    font = ImageFont.load_default(9)
+    for row, name in zip(rows, ("original", "masked", "predicted") * 2, strict=True):
+        left, _, right, _ = font.getbbox(name, anchor="rm")
+        inked = (row < 128).all(0).nonzero()
+        assert inked[:, 0].float().mean() == pytest.approx(32, abs=3), "in the middle of the row"
+        assert inked[:, 1].max() - inked[:, 1].min() + 1 == pytest.approx(right - left, abs=2), name
+    assert all(torch.equal(one, other) for one, other in zip(rows[:3], rows[3:], strict=True))
+
+
 def test_a_normalised_target_is_drawn_as_pixels(recipe):
     """A perfect prediction of the normalised target is drawn as the original pixels."""
     task = Pretraining(load_config(recipe()))
@@ -210,7 +228,7 @@ def test_a_normalised_target_is_drawn_as_pixels(recipe):
         return task._inputs(batch)[2]
 
     batch = collate([task.val_samples[(0, index)] for index in range(3)])
-    picture = task.picture(perfect, torch.device("cpu")).int()
+    picture = task.picture(perfect, torch.device("cpu")).int()[:, :, -(3 * 34 - 2) :]
     original, masked, rebuilt = picture[:, :32], picture[:, 34:66], picture[:, 68:]
     assert (original - rebuilt).abs().max() <= 1
     assert (original - masked).abs().max() > 20

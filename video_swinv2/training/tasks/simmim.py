@@ -9,11 +9,14 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from video_swinv2.config import Config, MaskConfig
@@ -48,6 +51,8 @@ from video_swinv2.training.tasks.base import (
 
 PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # how many validation samples a picture shows
 GAP = 2  # white pixels between tiles
+ROW_NAMES = ("original", "masked", "predicted")
+MIN_FONT, FONTS_PER_TILE = 9, 14  # pixels; the names of the rows of higher tiles are larger
 
 
 class Pretraining:
@@ -101,7 +106,7 @@ class Pretraining:
         return sums
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
-        """The same few validation samples at every call, as original, masked and reconstructed: (3, H, W) uint8."""
+        """The same few validation samples at every call, as original, masked and predicted: (3, H, W) uint8."""
         if self.val_samples is None:
             return None
         inputs, masks, _ = self._inputs(picture_samples(self.val_samples).to(device))
@@ -170,14 +175,27 @@ def picture_samples(samples: SampleDataset) -> Batch:
 def draw_reconstruction(original: Tensor, reconstructed: Tensor, hidden: Tensor) -> Tensor:
     """Two times (B, 3, *P) uint8 and the mask (B, *P) bool, True where hidden -> one picture (3, H, W) uint8.
 
-    The picture has three rows: the original, the original with its hidden pixels in grey, and the original with its
-    hidden pixels as predicted. Images stand side by side. Each clip has three rows of its own, with its frames from
-    left to right.
+    The picture has three rows, each with its name at the left: the original, the original with its hidden pixels in
+    grey, and the original with its hidden pixels as predicted. Images stand side by side. Each clip has three rows of
+    its own, with its frames from left to right.
     """
     # (3,) -> (1, 3, 1, ...), to broadcast over samples, frames and pixels.
     grey = torch.tensor(GREY, dtype=torch.uint8, device=original.device).view(1, 3, *[1] * (original.ndim - 2))
     masked, rebuilt = (torch.where(hidden[:, None], filling, original) for filling in (grey, reconstructed))
-    return contact_sheet([original, masked, rebuilt])
+    sheet = contact_sheet([original, masked, rebuilt])
+    return torch.cat([name_rows(ROW_NAMES, original.shape[-2], sheet.shape[1]).to(sheet.device), sheet], dim=2)
+
+
+def name_rows(names: Sequence[str], tile_height: int, height: int) -> Tensor:
+    """A white margin (3, height, W) uint8 with the name of each row of tiles of a contact sheet, repeated downwards."""
+    font = ImageFont.load_default(max(MIN_FONT, tile_height // FONTS_PER_TILE))
+    width = math.ceil(max(font.getlength(name) for name in names)) + 3 * GAP
+    margin = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(margin)
+    for top, name in zip(range(0, height, tile_height + GAP), cycle(names), strict=False):
+        # "rm": the text ends at the tiles, and its middle is that of the row.
+        draw.text((width - 2 * GAP, top + tile_height / 2), name, fill="black", font=font, anchor="rm")
+    return torch.from_numpy(np.array(margin)).permute(2, 0, 1)  # (height, W, 3) -> (3, height, W)
 
 
 def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
