@@ -20,7 +20,6 @@ REQUIRED = {
     "optim.epochs",
     "optim.lr",
     "optim.batch",
-    "optim.micro_batch",
 }
 WHOLE = {
     "out": "runs/a",
@@ -56,8 +55,8 @@ def test_all_missing_keys_are_named_at_once() -> None:
         validate_config({}, "a.yaml")
     named = str(fault.value).removeprefix("a.yaml: ").partition(" are missing; ")[0]
     assert set(named.split(", ")) == REQUIRED
-    with pytest.raises(UsageError, match=r"^a.yaml: optim.lr, optim.micro_batch are missing; .*optim.lr=\.\.\."):
-        validate_config(WHOLE | {"optim": {"epochs": 1, "batch": 8}}, "a.yaml")
+    with pytest.raises(UsageError, match=r"^a.yaml: optim.lr, optim.batch are missing; .*optim.lr=\.\.\."):
+        validate_config(WHOLE | {"optim": {"epochs": 1}}, "a.yaml")
     with pytest.raises(UsageError, match=r"^a.yaml: optim.lr is missing; add it to the file or as optim.lr=\.\.\.$"):
         validate_config(WHOLE | {"optim": {"epochs": 1, "batch": 8, "micro_batch": 8}}, "a.yaml")
 

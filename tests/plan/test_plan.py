@@ -18,11 +18,14 @@ import video_swinv2 as vs
 from video_swinv2.bench.train import TrainingSetup, Workload, run_setup
 from video_swinv2.cli import main
 from video_swinv2.config import Config, validate_config
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.swinv2 import SwinV2
+from video_swinv2.plan import plan as module
 from video_swinv2.plan.activation_memory import Allocations, PassMemory, pass_memory, without_memory
-from video_swinv2.plan.plan import Plan, make_plan, shortfalls
+from video_swinv2.plan.loader_memory import loaders_bytes
+from video_swinv2.plan.plan import Plan, make_plan, plan_micro_batch, shortfalls
 from video_swinv2.plan.state_memory import StateMemory, count_parameters, gathering_memory, state_memory, step_peaks
+from video_swinv2.plan.step_memory import MEMORY_SHARE
 from video_swinv2.plan.tables import plan_text
 
 
@@ -449,3 +452,51 @@ def test_the_plan_is_near_the_measured_peak(
     work = Workload(name, 8, 112, (8, 7, 7), 2, processes, "cpu", "fp32", rounds=1, threads=1)
     measured = run_setup(work, TrainingSetup("measured", zero_stage=zero_stage))
     assert plan.peak - plan.process == pytest.approx(measured["peak_bytes"], rel=0.1)
+
+
+def test_the_default_micro_batch_is_the_largest_that_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 samples on two processes: 12, 6, 4, 3, 2 or 1 at a time, but with repeats never less than all of a clip."""
+
+    def settings(micro_batch: int | None = None, repeats: int = 1) -> Config:
+        optim = {"batch": 24, "micro_batch": micro_batch}
+        made = config(optim=optim, data={"workers": 1, "image_size": 64, "frames": 8}, attention="eager")
+        return dataclasses.replace(made, augment=dataclasses.replace(made.augment, repeats=repeats))
+
+    def planned(memory: int | None, repeats: int = 1) -> tuple[int, int]:
+        plan = make_plan(settings(repeats=repeats), processes=2, memory=memory)
+        return plan.micro_batch, plan.accumulation
+
+    def just_enough(micro_batch: int) -> int:
+        plan = make_plan(settings(micro_batch), processes=2)
+        return int((plan.peak + loaders_bytes(settings().data, micro_batch)) / MEMORY_SHARE) + 1
+
+    twelve, four = just_enough(12), just_enough(4)
+    assert planned(twelve) == (12, 1)
+    assert planned(twelve - 2) == (6, 2)
+    assert planned(10**8) == (1, 12)
+    assert planned(10**8, repeats=3) == (3, 4)
+
+    monkeypatch.setattr(module, "memory_here", lambda device, processes: four if processes == 2 else None)
+    chosen, words = plan_micro_batch(settings(), 2)
+    assert chosen == 4
+    assert re.fullmatch(r"planned: it needs \d\.\d GB of the \d\.\d GB of each process", words)
+    chosen, words = plan_micro_batch(settings(), 1)
+    assert (chosen, words.partition(" as ")[2]) == (24, "the memory of the device is unknown")
+    monkeypatch.setattr(module, "memory_here", lambda device, processes: 10**8)
+    with pytest.raises(UserError, match=r"memory: even micro-batches of 1 need .* GB of the 0\.1 GB of each process"):
+        plan_micro_batch(settings(), 2)
+
+
+def test_plan_chooses_the_micro_batch_for_the_memory_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "out: x\ninit: scratch\nmodel: {name: swinv2_nano}\ndata: {source: absent, image_size: 64, workers: 0}\n"
+        "optim: {epochs: 1, lr: 1.e-3, batch: 64}\nengine: {engine: plain, device: cuda}\n"
+    )
+    sizes = []
+    for memory in ("1000GB", "0.1GB"):
+        main(["plan", str(tmp_path / "a.yaml"), "--memory", memory, "--quick", "--json"])
+        sizes.append(json.loads(capsys.readouterr().out)["micro_batch"])
+    assert sizes[0] == 64
+    assert 1 <= sizes[1] < 64

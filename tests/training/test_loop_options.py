@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 
@@ -15,7 +16,7 @@ from video_swinv2.config import OptimConfig, load_config
 from video_swinv2.data import datasets
 from video_swinv2.data.datasets import collate
 from video_swinv2.engine.optimizer import freeze_stages, make_schedule, parameter_groups
-from video_swinv2.errors import UsageError
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.swinv2 import DropPath
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
@@ -251,6 +252,42 @@ def test_changed_settings_do_not_rewrite_the_history_of_a_run(config, capsys):
     # Accepted once, the settings are those of the run.
     run(config(*overrides), Classification)
     assert "finished at step 8 of 8" in capsys.readouterr().out
+
+
+def test_the_micro_batch_is_planned_once_and_kept_when_the_run_is_resumed(config, capsys):
+    """Two samples at a time are planned at first; the plan of the resumed run, three, is not asked for."""
+    planned = []
+
+    def plan(size):
+        def choose(settings, processes):
+            planned.append((settings.optim.batch, processes, size))
+            return size, "planned in a test"
+
+        return choose
+
+    settings = config("optim.micro_batch=null", "optim.epochs=1")
+    folder = run(settings, Classification, plan(2))
+    said = capsys.readouterr().out
+    assert "micro_batch: 2 (planned in a test; optim.micro_batch sets another)\n" in said
+    assert "batch: 4 = 1 processes x 2 samples x 2 accumulated" in said
+    assert load_config(folder / "config.yaml").optim.micro_batch == 2
+    longer = config("optim.micro_batch=null", "optim.epochs=2")
+    run(longer, Classification, plan(3), accept_changes=True)
+    said = capsys.readouterr().out
+    assert "micro_batch: 2 (as before; optim.micro_batch sets another)\n" in said
+    assert "optim.micro_batch:" not in said, "the setting has not changed"
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["micro_batch"], record["config"]["optim"]["micro_batch"], record["step"]) == (2, 2, 4)
+    # Without a checkpoint there is nothing to continue.
+    shutil.rmtree(folder / "checkpoints")
+    run(longer, Classification, plan(1))
+    assert planned == [(4, 1, 2), (4, 1, 1)]
+    # The value given by the user counts, and the record of the run must be whole.
+    run(config("optim.micro_batch=4", "optim.epochs=2"), Classification, plan(3))
+    assert "micro_batch: " not in capsys.readouterr().out.replace("micro_batch: 1 (planned in a test", "")
+    (folder / "run.json").write_text('{"config": {"optim": {"micro_batch": "2"}}}')
+    with pytest.raises(UserError, match=r"run\.json: .*micro_batch.*remove it, or give optim\.micro_batch"):
+        run(longer, Classification, plan(3))
 
 
 def test_a_run_that_continues_another_may_change_everything_and_keeps_its_history(config, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,14 +55,18 @@ def _add_config(verb: argparse.ArgumentParser) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
+    from video_swinv2.plan.plan import plan_micro_batch
     from video_swinv2.training.loop import run
     from video_swinv2.training.tasks.simmim import Pretraining
 
-    run(load_config(options.config, options.overrides), Pretraining, accept_changes=options.accept_changes)
+    config = load_config(options.config, options.overrides)
+    planner = functools.partial(plan_micro_batch, pretraining=True)
+    run(config, Pretraining, planner, accept_changes=options.accept_changes)
 
 
 def _train(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
+    from video_swinv2.plan.plan import plan_micro_batch
     from video_swinv2.training.loop import run
     from video_swinv2.training.series import run_series, with_folds, with_seeds
     from video_swinv2.training.tasks.classification import Classification
@@ -69,9 +74,9 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.seeds or options.folds:
         configs = with_seeds(config, options.seeds) if options.seeds else with_folds(config, options.folds)
-        run_series(configs, Classification, accept_changes=options.accept_changes)
+        run_series(configs, Classification, plan_micro_batch, accept_changes=options.accept_changes)
     else:
-        run(config, Classification, accept_changes=options.accept_changes)
+        run(config, Classification, plan_micro_batch, accept_changes=options.accept_changes)
 
 
 def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -109,7 +114,8 @@ def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def _plan(options: argparse.Namespace) -> int:
     """Run `plan`. The exit code is 1 if memory, disk space or data loading workers do not suffice."""
     from video_swinv2.config import load_config
-    from video_swinv2.plan.plan import make_plan, memory_here, shortfalls
+    from video_swinv2.plan.plan import make_plan, shortfalls
+    from video_swinv2.plan.step_memory import memory_here
     from video_swinv2.plan.tables import plan_text
 
     config = load_config(options.config, options.overrides)
@@ -120,9 +126,10 @@ def _plan(options: argparse.Namespace) -> int:
         classes=options.classes,
         pretraining=options.pretrain,
         tflops=options.tflops,
+        memory=options.memory,
         measuring=not options.quick,
     )
-    memory = memory_here(plan) if options.memory is None else options.memory
+    memory = memory_here(plan.device, plan.processes) if options.memory is None else options.memory
     problems = shortfalls(plan, config, memory)
     # `asdict` leaves out properties, such as `peak`.
     values = dataclasses.asdict(plan) | {"peak": plan.peak, "memory": memory, "problems": problems}

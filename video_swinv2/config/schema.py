@@ -194,8 +194,10 @@ class OptimConfig:
     """Peak learning rate. If `lr_batch` is set, it is meant for that batch size and is scaled to `batch`."""
     batch: Positive
     """Samples per optimizer step, over all processes."""
-    micro_batch: Positive
-    """Maximum number of samples per process and forward pass. The number of accumulation steps follows from it."""
+    micro_batch: Positive | None = None
+    """Maximum number of samples per process and forward pass. The number of accumulation steps follows from it, so that
+    it changes memory and speed, but not the batch. By default it is planned when the run starts: as many as fit into
+    the memory of the device. A run that is resumed keeps its value."""
     lr_batch: Positive | None = None
     """Enables the linear scaling rule (Goyal et al. 2017): lr, warmup_lr and min_lr are multiplied by
     batch / lr_batch."""

@@ -59,11 +59,12 @@ class BatchPlan:
         return self.batch // self.world // self.micro
 
 
-def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> BatchPlan:
+def plan_batch(batch: int, micro_batch: int | None, world: int, repeats: int = 1) -> BatchPlan:
     """Divide a global batch into the largest micro-batches of at most `micro_batch` samples that divide a share evenly.
 
-    All `repeats` of a clip go into the same micro-batch, so that the clip is decoded once. Raises UsageError if `batch`
-    cannot be divided among `world` processes, or if a micro-batch cannot hold the repeats of one clip.
+    Without a `micro_batch`, a whole share is one. All `repeats` of a clip go into the same micro-batch, so that it is
+    decoded once. Raises UsageError if `batch` cannot be divided among `world` processes, or if a micro-batch cannot
+    hold the repeats of one clip.
     """
     # From here on, everything is counted in clips of `repeats` samples each.
     if batch % (world * repeats):
@@ -71,13 +72,13 @@ def plan_batch(batch: int, micro_batch: int, world: int, repeats: int = 1) -> Ba
         raise UsageError(
             f"optim.batch: {batch} samples cannot be shared by {shared}; use a multiple of {world * repeats}"
         )
-    if micro_batch < repeats:
+    if micro_batch is not None and micro_batch < repeats:
         raise UsageError(
             f"optim.micro_batch: {micro_batch} samples cannot hold the {repeats} of augment.repeats; "
             f"use at least {repeats}"
         )
     clips = batch // world // repeats
-    most = min(micro_batch // repeats, clips)
+    most = clips if micro_batch is None else min(micro_batch // repeats, clips)
     return BatchPlan(batch, world, repeats * max(n for n in range(1, most + 1) if clips % n == 0))
 
 

@@ -124,6 +124,10 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
+    def exist(self) -> bool:
+        """Whether the run has a checkpoint, be it damaged."""
+        return bool(self._folders(_NAME))
+
     def newest(self) -> tuple[int, TrainingState, dict[str, JSON]] | None:
         """Step, training state and run state of the newest undamaged checkpoint; None if the run has none yet.
 

@@ -12,6 +12,7 @@ Letters: B batch, W windows, N tokens in a window, G heads, D channels of a head
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -166,23 +167,35 @@ def pass_memory(
     return PassMemory(allocations.peak_without_kept, allocations.peak)
 
 
-def micro_batch_memory(module: nn.Module, config: Config, device: str, micro_batch: int) -> PassMemory:
-    """`pass_memory` of a micro-batch in training, as on a device of type `device`; call inside `without_memory`."""
+def micro_batch_memory(module: nn.Module, config: Config, device: str) -> Callable[[int], PassMemory]:
+    """A function from a number of samples to the `pass_memory` of such a micro-batch in training.
+
+    As on a device of type `device`; call both inside `without_memory`. The function runs each size at most once.
+    """
     half = config.engine.precision != "fp32"
     encoder = encoder_of(module)
-    with ExitStack() as stack:
-        if device == "cuda":
-            _fuse_attention(encoder)
-            stack.enter_context(_sequential_as_on_gpus())
-            if half:
-                stack.enter_context(_norms_in_fp32(module))
-        inputs = _input_maker(config, encoder, isinstance(module, SimMIM))
-        memory = pass_memory(module, inputs, min(micro_batch, MEASURED_SAMPLES), bf16=half)
-        if micro_batch > MEASURED_SAMPLES:
-            # Memory grows linearly from here on, so this difference is what a further sample takes.
-            one_less = pass_memory(module, inputs, MEASURED_SAMPLES - 1, bf16=half)
-            further = micro_batch - MEASURED_SAMPLES
-            memory = PassMemory(*(now + further * (now - less) for now, less in zip(memory, one_less, strict=True)))
+    inputs = _input_maker(config, encoder, isinstance(module, SimMIM))
+    if device == "cuda":
+        _fuse_attention(encoder)
+
+    @functools.cache
+    def run(samples: int) -> PassMemory:
+        with ExitStack() as stack:
+            if device == "cuda":
+                stack.enter_context(_sequential_as_on_gpus())
+                if half:
+                    stack.enter_context(_norms_in_fp32(module))
+            return pass_memory(module, inputs, samples, bf16=half)
+
+    def memory(micro_batch: int) -> PassMemory:
+        most = run(min(micro_batch, MEASURED_SAMPLES))
+        further = micro_batch - MEASURED_SAMPLES
+        if further <= 0:
+            return most
+        # Memory grows linearly from here on, so the difference to one sample less is what a further sample takes.
+        one_less = run(MEASURED_SAMPLES - 1)
+        return PassMemory(*(now + further * (now - less) for now, less in zip(most, one_less, strict=True)))
+
     return memory
 
 

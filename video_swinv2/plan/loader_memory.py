@@ -40,9 +40,14 @@ def loader_bytes(data: DataConfig, micro_batch: int) -> int:
     return (data.workers * PREFETCH + 1) * micro_batch_bytes(data, micro_batch) if data.workers else 0
 
 
+def loaders_bytes(data: DataConfig, micro_batch: int) -> int:
+    """Host memory of the loaders of one process: their workers, and the batches in shared memory."""
+    return LOADERS * (data.workers * WORKER_BYTES + loader_bytes(data, micro_batch))
+
+
 def process_bytes(data: DataConfig, micro_batch: int) -> int:
     """Host memory of one process with its loaders, without states of the model that are kept on the host."""
-    return PROCESS_BYTES + LOADERS * (data.workers * WORKER_BYTES + loader_bytes(data, micro_batch))
+    return PROCESS_BYTES + loaders_bytes(data, micro_batch)
 
 
 def process_files(data: DataConfig, processes: int) -> int:

@@ -1,8 +1,9 @@
 """The plan of a training run: what it will need of a device's memory, of work, steps, disk space and hours.
 
 The plan is put together from three sources. The memory of weights, gradients and Adam's moments follows from the engine
-(`state_memory.py`). That of activations is found by running a micro-batch without memory (`activation_memory.py`). How
-fast this machine reads and computes is measured (`machine_speed.py`).
+(`state_memory.py`). That of activations is found by running a micro-batch without memory (`activation_memory.py`); both
+together are the memory of a step (`step_memory.py`). How fast this machine reads and computes is measured
+(`machine_speed.py`).
 """
 
 from __future__ import annotations
@@ -20,26 +21,18 @@ from torch import nn
 from video_swinv2.config import Config
 from video_swinv2.data.index import AnyEntry
 from video_swinv2.data.loading import BatchPlan, plan_batch
-from video_swinv2.data.manifest import Manifest
 from video_swinv2.data.mixture import Mixture
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
 from video_swinv2.distributed.devices import choose_device
 from video_swinv2.engine.optimizer import freeze_stages, linear_scaling, parameter_groups
-from video_swinv2.errors import UsageError
-from video_swinv2.memory import free_memory_bytes
+from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.plan.activation_memory import choose_backends, forward_giga_macs, micro_batch_memory, without_memory
-from video_swinv2.plan.loader_memory import LOADERS, RESIDENT_BYTES, loader_bytes
+from video_swinv2.plan.loader_memory import LOADERS, loader_bytes
 from video_swinv2.plan.machine_speed import ReadingSpeed, measure_reading, training_flops_per_second
-from video_swinv2.plan.state_memory import (
-    FP32_BYTES,
-    StateMemory,
-    count_parameters,
-    gathering_memory,
-    state_memory,
-    step_peaks,
-)
+from video_swinv2.plan.state_memory import FP32_BYTES, StateMemory, gathering_memory
+from video_swinv2.plan.step_memory import MEMORY_SHARE, divisions, largest_fitting, memory_here, plan_step
 from video_swinv2.training.cadence import total_steps
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import build_model
@@ -141,16 +134,16 @@ def make_plan(
     processes: int = 1,
     samples: int | None = None,
     classes: int | None = None,
-    train: Manifest | None = None,
     pretraining: bool = False,
     tflops: float | None = None,
+    memory: int | None = None,
     measuring: bool = False,
 ) -> Plan:
     """The plan of `train` (`pretraining`: of `pretrain`) with this config.
 
     samples, classes: the size of the data set, without repeats, in case the data is not on this machine.
-    train: the training split, for a caller that makes several plans and has read it already.
     tflops: the TFLOP/s that a device reaches in training, as measured by `bench train`.
+    memory: bytes of a device, for the largest micro-batch that fits if the config gives none; by default `memory_here`.
     measuring: measure for a few seconds how fast this machine reads and, unless `tflops` is given, computes.
 
     `engine.device: auto` is planned as what it is on this machine: a GPU if there is one, or else the CPU. Raises
@@ -161,20 +154,21 @@ def make_plan(
     if config.engine.engine == "plain" and processes > 1:
         raise UsageError("engine: plain runs in one process; omit --processes or use engine.engine=deepspeed")
     # The same functions as in `train`, so that a config that `train` refuses is refused here with the same message.
-    entries, samples, classes = _data(config, samples, classes, train, pretraining)
-    batch = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
+    entries, samples, classes = _data(config, samples, classes, pretraining)
+    whole = plan_batch(config.optim.batch, config.optim.micro_batch, processes, config.augment.repeats)
     config, encoder, module = _model_without_memory(config, classes, pretraining)
     layers, sizes = _rate_groups(module, encoder.depths, config)
     device = choose_device("auto").type if config.engine.device == "auto" else config.engine.device
     flops = training_flops(encoder, frozen_stages=config.optim.frozen_stages, pretraining=pretraining)
     backends = choose_backends(encoder, device)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     # From here on the weights of the module are fake tensors; their shapes, and so all counts below, stay the same.
     with without_memory(module):
         giga_macs = forward_giga_macs(module, config)
-        passed = micro_batch_memory(module, config, device, batch.micro)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    counts = count_parameters(sizes, parameters, processes, batch.accumulation)
-    states = state_memory(config.engine, counts, ema=config.optim.ema > 0, device=device)
+        memory_of = micro_batch_memory(module, config, device)
+        choices = (plan_step(config, sizes, parameters, device, each, memory_of) for each in divisions(config, whole))
+        step = largest_fitting(choices, config, memory_here(device, processes) if memory is None else memory)
+    batch, counts, states, passed = step.batch, step.counts, step.states, step.passed
     steps = None if samples is None else total_steps(config, samples)
     # All weights, frozen ones included; then both moments and, with optim.ema, the average of the trained weights.
     checkpoint = FP32_BYTES * (parameters + (3 if config.optim.ema else 2) * counts.trained)
@@ -204,8 +198,8 @@ def make_plan(
         layers=layers,
         states=states,
         activations=passed.activations,
-        process=RESIDENT_BYTES if device == "cpu" else 0,
-        moments=step_peaks(states, passed, config.engine, counts, device),
+        process=step.process,
+        moments=step.moments,
         checkpoint=checkpoint,
         checkpoint_host=checkpoint + gathering_memory(config.engine, counts),
         loader=LOADERS * loader_bytes(config.data, batch.micro),
@@ -216,7 +210,7 @@ def make_plan(
 
 
 def _data(
-    config: Config, samples: int | None, classes: int | None, train: Manifest | None, pretraining: bool
+    config: Config, samples: int | None, classes: int | None, pretraining: bool
 ) -> tuple[Samples | None, int | None, int]:
     """The entries of the data set, None if it is not on this machine, and the numbers of samples and classes.
 
@@ -231,7 +225,7 @@ def _data(
         entries = unlabelled_mixture(config.data, validation=False, repeats=repeats)
         samples = len(entries) if samples is None else samples * repeats  # the length of a mixture includes repeats
     elif here:
-        manifest = train or labelled_manifest(config.data, config.data.train_split)
+        manifest = labelled_manifest(config.data, config.data.train_split)
         entries = manifest.entries
         samples = repeats * (len(entries) if samples is None else samples)
         classes = len(manifest.classes) if classes is None else classes
@@ -361,12 +355,20 @@ def _memory_advice(plan: Plan, config: Config) -> str:
     return "raise model.checkpoint_blocks, or lower data.frames or data.image_size"
 
 
-def memory_here(plan: Plan) -> int | None:
-    """Bytes of a device of the planned kind on this machine; None if it has none or its memory is unknown.
+def plan_micro_batch(config: Config, processes: int, *, pretraining: bool = False) -> tuple[int, str]:
+    """The default of `optim.micro_batch` for a run of `processes` processes on this machine, and the reason in words.
 
-    On CPUs it is the free memory, divided by the number of processes.
+    It is the largest one that leaves some of the memory free. Raises UserError if none of them does.
     """
-    if plan.device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    free = free_memory_bytes()
-    return None if free is None else free // plan.processes
+    plan = make_plan(config, processes=processes, pretraining=pretraining)
+    memory = memory_here(plan.device, processes)
+    if memory is None:
+        return plan.micro_batch, "all of a process's share of the batch, as the memory of the device is unknown"
+    words = f"{plan.peak / 1e9:.1f} GB of the {memory / 1e9:.1f} GB of each process"
+    if plan.peak > MEMORY_SHARE * memory:
+        raise UserError(
+            f"memory: even micro-batches of {plan.micro_batch} need {words}, of which no more than "
+            f"{100 * MEMORY_SHARE:.0f} % is planned for; end other programs, raise model.checkpoint_blocks, lower "
+            "data.frames or data.image_size, or give optim.micro_batch to try all the same"
+        )
+    return plan.micro_batch, f"planned: it needs {words}"

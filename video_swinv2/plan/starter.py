@@ -1,4 +1,4 @@
-"""A first configuration for a data set: sizes from its videos, and a batch that fits into the memory of the machine."""
+"""A first configuration for a data set: sizes from its videos, and a model that suits the machine."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from video_swinv2.config import DataConfig, validate_config
+from video_swinv2.config import DataConfig
 from video_swinv2.config.plain_yaml import dump_yaml
 from video_swinv2.data.decode import DecodeError, VideoReader
 from video_swinv2.data.images import is_image
 from video_swinv2.data.index import AnyEntry
-from video_swinv2.data.manifest import Manifest
 from video_swinv2.data.sources import labelled_manifest, labelled_splits
 from video_swinv2.distributed.devices import choose_device
 from video_swinv2.errors import UserError
 from video_swinv2.escaping import for_terminal
-from video_swinv2.plan.plan import make_plan, memory_here
 from video_swinv2.training.tasks.classification import mirrored_classes
 from video_swinv2.training.throughput import usable_cores
 
 LOOKED_AT = 16  # videos, spread over the split
 CLIP_SECONDS = 64 / 30  # 32 frames, every second one, of Kinetics: the clip of Video Swin's recipes
-MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)
-MEMORY_SHARE = 0.8  # of the free memory; validation and fragmentation take some more
 # What is known to train in hours: on a GPU the smallest model of the paper, on a CPU the demo's.
 SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"name": "swinv2_tiny", "frames": 16, "image_size": 224, "epochs": 30, "batch": 64},
@@ -50,14 +46,14 @@ def starter(source: Path) -> str:
     """The YAML text of a configuration of `train` for the data set `source` on this machine.
 
     Its header says how the values came about. Raises UsageError for a data set that cannot be used, and UserError if
-    none of its videos can be read or not even a single sample fits into memory.
+    none of its videos can be read.
     """
     data = DataConfig((os.fspath(source),), image_size=1)  # only the source is used
     splits, train = labelled_splits(data), labelled_manifest(data, "train")
     images = is_image(train.entries[0])
     videos = None if images else look_at(train.entries)
     device = choose_device("auto").type
-    values = _fitting(_values(source, train.classes, videos, device, len(train.entries)), train)
+    values = _values(source, train.classes, videos, device, len(train.entries))
     header = [
         f"{source}: {len(train.entries)} {'images' if images else 'videos'} of {len(train.classes)} classes in train; "
         f"splits: {', '.join(splits)}"
@@ -65,7 +61,9 @@ def starter(source: Path) -> str:
     if videos is not None:
         seconds = values["data"]["frames"] * values["data"]["frame_stride"] / videos.fps
         header.append(f"median video: {videos}; a clip spans {seconds:.3g} s")
-    header.append(f"sizes and micro_batch are for {'a GPU' if device == 'cuda' else 'the CPU'} of this machine")
+    header.append(
+        f"sizes are for {'a GPU' if device == 'cuda' else 'the CPU'}; optim.micro_batch is planned when training starts"
+    )
     if values["augment"]["flip"] == 0:
         header.append("no flips, because names of classes tell left from right, or the like")
     if "val" not in splits:
@@ -90,7 +88,7 @@ def look_at(entries: Sequence[AnyEntry]) -> Videos:
 
 
 def _values(source: Path, classes: Sequence[str], videos: Videos | None, device: str, samples: int) -> dict[str, Any]:
-    """The values of the configuration, with the micro-batch as large as the batch."""
+    """The values of the configuration."""
     sizes = SIZES[device]
     batch = sizes["batch"]
     while batch > 1 and batch > samples // 4:  # at least four steps in an epoch
@@ -115,7 +113,6 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
         "optim": {
             "epochs": sizes["epochs"],
             "batch": batch,
-            "micro_batch": batch,
             "lr": 1e-3 * batch / 64,  # Video Swin's rate of 1e-3 for 64 clips, by the linear rule
             "warmup_epochs": sizes["epochs"] / 10,
             "weight_decay": 0.05,
@@ -123,18 +120,3 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
         },
         "engine": {"engine": "plain", "precision": "bf16" if device == "cuda" else "fp32"},
     }
-
-
-def _fitting(values: dict[str, Any], train: Manifest) -> dict[str, Any]:
-    """The values with the largest micro-batch that fits into the memory of this machine's device."""
-    optim = values["optim"]
-    for micro in (micro for micro in MICRO_BATCHES if optim["batch"] % micro == 0):
-        values = values | {"optim": optim | {"micro_batch": micro}}
-        plan = make_plan(validate_config(values, "config init"), train=train)
-        memory = memory_here(plan)
-        if memory is None or plan.peak <= MEMORY_SHARE * memory:
-            return values
-    raise UserError(
-        f"memory: a single sample needs {plan.peak / 1e9:.1f} GB, and {(memory or 0) / 1e9:.1f} GB are free; end other "
-        "programs, or write a configuration with smaller sizes"
-    )

@@ -33,8 +33,12 @@ class PlannedRun:
 
     @property
     def micro_batch(self) -> int:
-        """Samples of a micro-batch; it may be smaller if the batch has to be divided among more machines."""
-        return min(self.config.optim.micro_batch, math.ceil(self.config.optim.batch / self.processes))
+        """The most samples of a micro-batch.
+
+        There may be fewer if the batch has to be divided among more machines, or if it is planned when the run starts.
+        """
+        share = math.ceil(self.config.optim.batch / self.processes)
+        return min(self.config.optim.micro_batch or share, share)
 
     def __str__(self) -> str:
         data = self.config.data

@@ -63,7 +63,7 @@ from video_swinv2.training.record import (
     run_title,
     write_record,
 )
-from video_swinv2.training.start import continue_history, find_start
+from video_swinv2.training.start import PlanMicroBatch, choose_micro_batch, continue_history, find_start
 from video_swinv2.training.tasks.base import MakeTask, Task
 from video_swinv2.training.throughput import Throughput, WaitTimer
 from video_swinv2.training.validation import evaluation_mode, validate
@@ -89,9 +89,13 @@ class StoppedError(UserError):
     exit_code = EXIT_RESTART
 
 
-def run(config: Config, make_task: MakeTask, *, accept_changes: bool = False) -> Path:
+def run(
+    config: Config, make_task: MakeTask, plan_micro_batch: PlanMicroBatch | None = None, *, accept_changes: bool = False
+) -> Path:
     """Train until the last step, or until the run ends early, and return the run folder.
 
+    plan_micro_batch: chooses `optim.micro_batch` if neither the config nor the run that is resumed does. Without it, a
+    process's whole share of the batch is one micro-batch.
     accept_changes: whether a run that is resumed may go on with other settings that affect what the model learns.
 
     Raises UserError or UsageError for problems that the user can fix, and StoppedError after SIGTERM, SIGUSR1 or
@@ -101,17 +105,21 @@ def run(config: Config, make_task: MakeTask, *, accept_changes: bool = False) ->
     advice = f"start the same command again to resume from the newest checkpoint of {config.out}"
     engine = config.engine
     try:
-        with (
-            distributed_session(
-                engine.device,
-                advice,
-                meeting_seconds=engine.meeting_seconds,
-                silence_seconds=engine.silence_seconds,
-                end_with_launcher=False,  # StopSignal notices that, and the run saves a checkpoint first
-            ) as world,
-            explain_exhaustion(config, world),
-        ):
-            _run(config, make_task, world, accept_changes)
+        with distributed_session(
+            engine.device,
+            advice,
+            meeting_seconds=engine.meeting_seconds,
+            silence_seconds=engine.silence_seconds,
+            end_with_launcher=False,  # StopSignal notices that, and the run saves a checkpoint first
+        ) as world:
+            settings = {**plain_values(config), "--accept-changes": accept_changes}
+            require_agreement(world, {"version of": package_versions(), **settings})
+            if plan_micro_batch:
+                config = choose_micro_batch(
+                    config, plan_micro_batch, Checkpoints(Path(config.out, "checkpoints")), world
+                )
+            with explain_exhaustion(config, world):
+                _run(config, make_task, world, accept_changes)
     finally:
         gc.unfreeze()  # undoes the gc.freeze of _train_steps, for programs that go on after the run
     return Path(config.out)
@@ -119,8 +127,6 @@ def run(config: Config, make_task: MakeTask, *, accept_changes: bool = False) ->
 
 def _run(config: Config, make_task: MakeTask, world: World, accept_changes: bool) -> None:
     """Build the task and train it; signals become a request to stop from the construction of the task on."""
-    settings = {**plain_values(config), "--accept-changes": accept_changes}
-    require_agreement(world, {"version of": package_versions(), **settings})
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise UsageError("model.attention: flex trains on CUDA only; use sequential or auto")
     check_wandb(config.wandb)

@@ -20,6 +20,7 @@ from video_swinv2.records import Record, read_record
 from video_swinv2.report.training_run import SERIES_FILE, Series, SeriesRun, metric_text
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
+from video_swinv2.training.start import PlanMicroBatch
 from video_swinv2.training.tasks.base import MakeTask
 
 
@@ -63,8 +64,16 @@ def _in_folder(config: Config, name: str) -> Config:
     return dataclasses.replace(config, out=str(Path(config.out) / name))
 
 
-def run_series(configs: Mapping[str, Config], make_task: MakeTask, *, accept_changes: bool = False) -> None:
+def run_series(
+    configs: Mapping[str, Config],
+    make_task: MakeTask,
+    plan_micro_batch: PlanMicroBatch | None = None,
+    *,
+    accept_changes: bool = False,
+) -> None:
     """Do the runs of `with_seeds` or `with_folds` in order, and print mean and spread of their validations.
+
+    plan_micro_batch, accept_changes: those of `training.loop.run`.
 
     Raises what `training.loop.run` raises. A stopped run ends the series, until the same command is started again.
     """
@@ -75,7 +84,7 @@ def run_series(configs: Mapping[str, Config], make_task: MakeTask, *, accept_cha
         finished: list[SeriesRun] = []
         for number, (name, config) in enumerate(configs.items(), start=1):
             print_on_rank_zero(world, for_terminal(f"run {number} of {len(configs)}: {config.out}"))
-            folder = run(config, make_task, accept_changes=accept_changes)
+            folder = run(config, make_task, plan_micro_batch, accept_changes=accept_changes)
             if world.rank == 0:
                 record = read_record(folder / "run.json", _Finished)
                 finished += _figures(name, folder, record)

@@ -5,8 +5,9 @@ Also records where the weights come from: the chain of files, and the configurat
 
 from __future__ import annotations
 
+import dataclasses
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +24,15 @@ from video_swinv2.engine.zero3 import capture_loaded_values, is_partitioned, met
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import for_terminal
 from video_swinv2.files import sha256
-from video_swinv2.records import Record, parse_record
+from video_swinv2.records import Record, parse_record, read_record
 from video_swinv2.training.record import arithmetic, arithmetic_changes
 from video_swinv2.training.tasks.base import Task
 from video_swinv2.weights.formats import read_checkpoint
 from video_swinv2.weights.inflate import fill_model
 
 Ancestor = dict[str, object]
+PlanMicroBatch = Callable[[Config, int], tuple[int, str]]
+"""A function from a configuration and the number of processes to `optim.micro_batch`, and where it comes from."""
 OWN = "own checkpoint"
 Found = tuple[int, TrainingState, Any]
 """Step, tensors and run state of a checkpoint; the run state of a foreign one is None."""
@@ -162,6 +165,39 @@ def find_start(
         )
     print_on_rank_zero(world, for_terminal(f"weights: {whose}, step {step} of {steps}"))
     return start
+
+
+class _RecordedOptim(Record, extra="ignore"):
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+
+
+class _RecordedConfig(Record, extra="ignore"):
+    optim: _RecordedOptim
+
+
+class _RunRecord(Record, extra="ignore"):
+    """What run.json says about the micro-batches of the run."""
+
+    config: _RecordedConfig
+
+
+def choose_micro_batch(config: Config, plan: PlanMicroBatch, checkpoints: Checkpoints, world: World) -> Config:
+    """The config with a value for `optim.micro_batch`, if it gives none: that of a resumed run, or else a planned one.
+
+    What a step draws at random depends on its micro-batches, so only with the same value a resumed run is exact. Where
+    the value comes from is printed. Collective. Raises what `plan` raises, and UserError for a damaged record.
+    """
+    if config.optim.micro_batch is not None:
+        return config
+    chosen = None
+    if world.rank == 0:
+        recorded, file = None, Path(config.out, "run.json")
+        if checkpoints.exist() and file.is_file():
+            recorded = read_record(file, _RunRecord, "remove it, or give optim.micro_batch").config.optim.micro_batch
+        chosen, words = (recorded, "as before") if recorded else plan(config, world.size)
+        print_on_rank_zero(world, for_terminal(f"micro_batch: {chosen} ({words}; optim.micro_batch sets another)"))
+    chosen = all_gather_objects(world, chosen)[0]
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, micro_batch=chosen))
 
 
 def _find_checkpoint(checkpoints: Checkpoints, resume: str | None, world: World) -> tuple[str, Found | None]:
