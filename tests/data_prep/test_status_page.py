@@ -96,7 +96,7 @@ def test_an_unfinished_preparation_has_no_fingerprint_yet(tmp_path: Path) -> Non
     with PreparationState(tmp_path, create=True) as state:
         state.sync_with_plan([PlannedVideo("train", 0, "a", "a", "a", "videos/a.mp4")])
     page = page_of(tmp_path, tmp_path / "page.html")
-    assert "None yet: a run writes the lists when all videos are done." in page
+    assert "None yet: the lists are written when all videos are done." in page
     assert "No run has begun its work yet." in page
     (tmp_path / "dataset.json").write_text('{"fingerprint": "abc"}')
     assert "of the lists as last written; some videos are pending" in page_of(tmp_path, tmp_path / "page.html")

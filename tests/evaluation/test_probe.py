@@ -265,7 +265,7 @@ def test_a_single_split_is_divided_into_whole_groups(
     assert len(seen) > 1, "another seed tests on another group"
     result = probe(simmim[0], tmp_path / "set", k=3)
     assert [(row["test"]["scored"], row["sources"]) for row in result["rows"]] == [(4, 1)] * 4
-    assert "about 20% of each class of split train held out, as far as whole groups allow" in result["split"]
+    assert "about 20% of each class of split train held out in whole groups" in result["split"]
     assert result["notes"] == []
     assert "no groups" not in capsys.readouterr().err
 

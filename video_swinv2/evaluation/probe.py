@@ -86,7 +86,7 @@ class ProbeData:
             return f"splits {self.manifests[0].split} and {self.manifests[1].split} of the data set"
         share, split = f"{1 / HELD_OUT_FOLDS:.0%}", self.manifests[0].split
         if any(self.origins):
-            return f"about {share} of each class of split {split} held out, as far as whole groups allow, by the seed"
+            return f"about {share} of each class of split {split} held out in whole groups, drawn by the seed"
         return f"{share} of each class of split {split} held out, drawn by the seed"
 
     @property
