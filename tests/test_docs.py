@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
+import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +150,80 @@ def test_the_library_page_runs(
     )
     found = [result["top1"], *result["top1_interval"]]
     assert [float(number) for number in accuracy.groups()] == pytest.approx([100 * share for share in found], abs=0.005)
+
+
+def masked(line: str) -> str:
+    """A line of output without fingerprints and numbers, which differ between machines, and without extra spaces."""
+    return re.sub(r"\b[0-9a-f]{12}\b|\d+([.]\d+)?", "#", " ".join(line.split()))
+
+
+def write_own_clips(folder: Path) -> None:
+    """What the page on own videos starts with: four people who do three things twice, and a file that says who."""
+    command = ["synth", str(folder / "made"), "--train", "8", "--val", "0", "--test", "0", "--size", "64"]
+    assert prepare_main(command) == 0
+    rows = ["path,group"]
+    for label, motion in {"cutting": "down", "pouring": "clockwise", "stirring": "left"}.items():
+        (folder / "clips" / label).mkdir(parents=True)
+        for number, clip in enumerate(sorted((folder / "made" / "videos" / "train" / motion).iterdir())):
+            person = ("anna", "ben", "cem", "dora")[number // 2]
+            path = f"{label}/{person}_{number % 2 + 1}.mp4"
+            clip.rename(folder / "clips" / path)
+            rows.append(f"{path},{person}")
+    (folder / "groups.csv").write_text("\n".join(rows) + "\n")
+    shutil.rmtree(folder / "made")
+
+
+def test_the_page_on_own_videos_runs(tmp_path: Path) -> None:
+    """Each of its commands in its order, in a folder with nothing but clips and groups, does what the page says.
+
+    The one thing replaced is the port, which may be in use here.
+    """
+    page = REPOSITORY / "docs" / "howto" / "own-data.md"
+    write_own_clips(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
+    printed: list[str] = []
+    served: list[subprocess.Popen[str]] = []
+
+    def start(line: str) -> subprocess.Popen[str]:
+        command = ["bash", "-c", f"exec {line.replace('8000', port)}"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+
+    try:
+        for line in "".join(blocks(page, "bash")).splitlines():
+            process = start(line)
+            assert process.stdout is not None
+            if line.startswith("video-swinv2 serve "):
+                served.append(process)
+                while not printed[-1].startswith("serving on "):
+                    printed.append(process.stdout.readline().rstrip("\n"))
+                    assert process.poll() is None, printed[-5:]
+                continue
+            output, errors = process.communicate(timeout=600)
+            printed += [*errors.splitlines(), *output.splitlines()]
+            assert process.returncode == 0, f"{line}\n{output}{errors}"
+        answer = json.loads(printed[-1])
+    finally:
+        for process in served:
+            process.terminate()
+            process.communicate(timeout=60)
+
+    shown = "".join(blocks(page, "text")).splitlines()
+    found = set(map(masked, printed))
+    assert [line for line in shown if masked(line.replace("8000", port)) not in found] == [], "\n".join(printed)
+    promised = re.findall(r"`((?:data/clips|runs/clips|compare)/[\w./-]+|clips[.]yaml)`", page.read_text())
+    assert len(set(promised)) > 8
+    assert [path for path in promised if not (tmp_path / path).exists()] == []
+    groups = {
+        split: {row["group"] for row in csv.DictReader((tmp_path / "data" / "clips" / f"{split}.csv").open())}
+        for split in ("train", "val", "test")
+    }
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 4
+    assert {each["name"] for each in answer["answers"]} == {"cutting", "pouring", "stirring"}
