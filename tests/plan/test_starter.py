@@ -43,7 +43,7 @@ def test_a_starter_is_made_from_the_videos(clips: Path, tmp_path: Path, capsys: 
     config = load_config(file)
     # 8 frames over all 40, which are less than the two seconds that a clip should show.
     assert (config.data.frames, config.data.frame_stride, config.model.name) == (8, 5, "swinv2_nano")
-    assert config.data.image_size == 64, "no larger than the videos"
+    assert config.data.image_size == 56, "no larger than the videos, and a whole window"
     assert config.augment.flip == 0.0, "a flip turns one class into the other"
     assert config.optim.micro_batch is None, "planned on the machine that trains"
     assert config.optim.batch == 4, "four steps in an epoch of 17"

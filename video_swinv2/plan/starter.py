@@ -22,6 +22,7 @@ from video_swinv2.training.tasks.classification import mirrored_classes
 from video_swinv2.training.throughput import usable_cores
 
 LOOKED_AT = 16  # videos, spread over the split
+WINDOW_PIXELS = 56  # a window of 7 patches of 8 pixels, or two of 4 pixels
 CLIP_SECONDS = 64 / 30  # 32 frames, every second one, of Kinetics: the clip of Video Swin's recipes
 # What is known to train in hours: on a GPU the smallest model of the paper, on a CPU the demo's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -96,8 +97,10 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
     data: dict[str, Any] = {"source": os.fspath(source), "image_size": sizes["image_size"]}
     data["workers"] = max(1, min(8, usable_cores() - 1))
     if videos is not None:
-        # Not larger than the videos; a multiple of 32 divides into whole patches at every stage.
-        data["image_size"] = min(sizes["image_size"], max(32, videos.short_side // 32 * 32))
+        # Not larger than the videos, and whole windows: others are padded, and 64 pixels would take the time of 112.
+        data["image_size"] = min(
+            sizes["image_size"], max(WINDOW_PIXELS, videos.short_side // WINDOW_PIXELS * WINDOW_PIXELS)
+        )
         frames = sizes["frames"]
         wanted = min(videos.frames, CLIP_SECONDS * videos.fps)
         data |= {"frames": frames, "frame_stride": max(1, round(wanted / frames))}
