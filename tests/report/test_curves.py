@@ -44,7 +44,7 @@ def test_the_areas_drawn_are_the_figures(n: int) -> None:
     assert roc.lines[1].points == "0.00,100.00 100.00,0.00"
     assert roc.x_label == "false positive rate: share of calm taken for fight"
     names = [(line.name, line.colour, line.dashed) for line in precision.lines]
-    chance = [("calm by chance, 90.0 %", 1, True), ("fight by chance, 10.0 %", 2, True)]
+    chance = [("calm by chance, 0.900", 1, True), ("fight by chance, 0.100", 2, True)]
     assert names == [("calm", 1, False), ("fight", 2, False), *chance]
     assert [line.points for line in precision.lines[2:]] == ["0.00,10.00 100.00,10.00", "0.00,90.00 100.00,90.00"]
     for line, area in zip((roc.lines[0], *precision.lines[:2]), areas(figures), strict=True):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.report.report_pages import Page, make_folder, make_six, metrics_of, write_page
+from tests.report.report_pages import RECORD, Page, build_scores, make_folder, make_six, metrics_of, write_page
 from video_swinv2.report.compare import compare
 from video_swinv2.report.page import write_report
-from video_swinv2.report.scores import Scores
+from video_swinv2.report.scores import Scores, save_scores
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 
@@ -134,6 +134,20 @@ def test_no_column_of_a_comparison_is_off_the_screen_of_a_phone(tmp_path: Path) 
     assert hidden, dom[-300:]
     assert int(hidden[1]) >= 3
     assert set(hidden[2].split(",")) == {"0"}
+
+
+@pytest.mark.parametrize("window", ["1200,900", "500,900"])
+def test_ten_clips_fit_beside_their_plot_and_on_a_phone(window: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 40)
+    logits = rng.normal(size=(40, 30, 2)) + np.eye(2)[labels][:, None]
+    numbers = {"protocol": "slowfast-10x3", "views": 30, "protocol_numbers": {"clips": 10, "crops": 3}}
+    save_scores(build_scores(labels, logits, **RECORD | numbers), tmp_path / "scores.npz")
+    raw = re.sub(r"<meta http-equiv[^>]*>", "", write_page(tmp_path)) + WIDTHS
+    assert "10 clips" in raw
+    (tmp_path / "probe.html").write_text(raw)
+    dom = chromium(tmp_path / "probe.html", tmp_path / "profile", f"--window-size={window}", "--dump-dom").stdout
+    assert "2 looked at, hidden: 0,0<" in dom[dom.rindex("<p id=") :], dom[-200:]
 
 
 def requests_of_page(page: Path, folder: Path) -> list[str]:

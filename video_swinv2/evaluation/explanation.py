@@ -57,9 +57,9 @@ def heat_strip(view: Tensor, evidence: Tensor) -> bytes:
 def explanation_strip(view: Tensor, evidence: Tensor) -> bytes:
     """The film strip of a view, uint8 (3, [T,] H, W), tinted where evidence, ([t,] h, w), lies.
 
-    Empty if there is a single token, all of the evidence, which says nothing about where it lies.
+    Empty if there is a single token per frame, which says nothing about where in the frame evidence lies.
     """
-    return film_strip(tint(view, evidence)) if evidence.numel() > 1 else b""
+    return film_strip(tint(view, evidence)) if evidence.shape[-2:].numel() > 1 else b""
 
 
 def tint(view: Tensor, evidence: Tensor) -> Tensor:

@@ -56,13 +56,12 @@ def two_class_plots(curves: TwoClassCurves, figures: TwoClasses) -> tuple[Plot, 
         ],
         x_label=f"false positive rate: share of {first.name} taken for {second.name}",
         y_label=f"true positive rate: share of {second.name} found",
-        percent=True,
         y_range=(0, 1),
     )
     drawn = [Series(name, *curve) for name, curve in zip(both, curves.precision, strict=True)]
     shares = [one.n / (first.n + second.n) for one in figures.classes]
     chance = [
-        chance_series(f"{name} by chance, {100 * share:.1f} %", share, drawn, colour=number)
+        chance_series(f"{name} by chance, {share:.3f}", share, drawn, colour=number)
         for number, (name, share) in enumerate(zip(both, shares, strict=True), 1)
     ]
     precision = plot(
@@ -70,7 +69,6 @@ def two_class_plots(curves: TwoClassCurves, figures: TwoClasses) -> tuple[Plot, 
         [*drawn, *chance],
         x_label="recall: share of the class that is found",
         y_label="precision: share of the answers that are right",
-        percent=True,
         y_range=(0, 1),
     )
     return tuple(one for one in (roc, precision) if one)

@@ -114,7 +114,8 @@ def page_values(analysis: Analysis, run: TrainingRun | None, strips: dict[int, S
         "calibration": analysis.calibration,
         "reliability": _reliability_frame(),
         "fullest_bin": max(item.n for item in analysis.calibration.bins),
-        "views_table": _rows_by_crops(analysis.views),
+        # A row for each number of clips: protocols have more of them than of crops, and a page is longer than wide.
+        "views_table": list(zip(*_rows_by_crops(analysis.views), strict=True)),
         "views_plot": views_plot(analysis.views, metrics.chance),
         "two_class_plots": two_class_plots(analysis.curves, metrics.two_classes)
         if analysis.curves and metrics.two_classes
@@ -186,7 +187,8 @@ def cost_rows(record: Mapping[str, Any], run: TrainingRun | None, n: int) -> lis
     known = run.record if run else {}
     if "hours" in known:
         alone, together = (3600 * hours for hours in (known["hours"], known.get("device_hours", known["hours"])))
-        rows.append(("training", f"{duration_text(alone)}, {duration_text(together)} of device time"))
+        devices = f", {duration_text(together)} of device time" if together != alone else ""
+        rows.append(("training", f"{duration_text(alone)}{devices}"))
     if "device" in known:
         rows.append(("trained on", f"{known.get('processes', 1)} x {known['device']}"))
     if "parameters" in known:
