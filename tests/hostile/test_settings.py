@@ -98,7 +98,7 @@ SPECIAL = {key: {"[3, 2]"} for key in SIZES} | {
 OPTIONAL = {
     "patch_size", "window", "cpb_norm", "frames", "short_side", "lr_batch", "clip_norm", "class_weights",
     "init_cpb_norm", "resume", "pictures_epochs", "early_stop_epochs", "wandb", "offload_folder", "milestones",
-    "deepspeed", "best_metric",
+    "deepspeed", "best_metric", "micro_batch",
 }  # fmt: skip
 """Keys that may be null or empty."""
 
