@@ -248,3 +248,22 @@ def test_batches_are_divided_evenly_or_refused():
     assert plan_batch(7, 5, 1).micro == 1
     with pytest.raises(UsageError, match=r"optim\.batch: 10 samples cannot be shared by 4"):
         plan_batch(10, 2, 4)
+
+
+@pytest.mark.parametrize("short_side", [None, 40])
+def test_a_crop_cut_while_decoding_gives_the_same_sample(clips, monkeypatch, short_side):
+    augment = AugmentConfig(crop_area=(0.1, 1.0), rand_augment=2, erasing=0.5)
+    (clips / "clip 2.mp4").write_bytes(b"not a video")  # clip 3 is read in its place, with the crop of number 2
+    addresses = [(0, 2), (0, 3), (0, 3), (1, 0), (5, 4)]
+    samples = dataset(clips, augment=augment, short_side=short_side)
+    shapes = []
+    inner = samples.transform.finish
+    monkeypatch.setattr(samples.transform, "finish", lambda crop: shapes.append(crop.shape[-2:]) or inner(crop))
+    found = [samples[address].pixels for address in addresses]
+    assert all(shape.numel() < 48 * 64 for shape in shapes)
+    # An ordinary function in place of the transform gets whole clips.
+    whole = dataset(clips, augment=augment, short_side=short_side)
+    transform, seen = whole.transform, []
+    whole.transform = lambda clip: seen.append(clip.shape) or transform(clip)
+    assert all(torch.equal(a, whole[address].pixels) for a, address in zip(found, addresses, strict=True))
+    assert {tuple(shape[-2:]) for shape in seen} == {(48, 64) if short_side is None else (40, 54)}

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from video_swinv2.config import AugmentConfig
+from video_swinv2.data.display import Box
 from video_swinv2.errors import UsageError
 
 __all__ = ["Erasing", "RandAugment", "denormalise", "mix", "normalise", "training_transform", "validation_transform"]
@@ -29,22 +30,46 @@ DEVIATION = (58, 57, 57)  # ImageNet's standard deviation, likewise
 MAX_MAGNITUDE = 10.0  # RandAugment's strongest magnitude, as in timm
 
 
-def training_transform(augment: AugmentConfig, size: Size) -> v2.Transform:
-    """The training augmentation, (T, 3, H, W) uint8 -> (T, 3, *size) uint8: crop, flip, RandAugment, random erasing.
+class TrainingTransform(nn.Module):
+    """The training augmentation: crop, flip, RandAugment, random erasing. Each of them draws once per clip.
 
-    Each of them draws once per clip. Crops are resized bilinearly with antialiasing, as in Microsoft's SimMIM recipes;
-    the supervised recipes resize bicubically.
+    Crops are resized bilinearly with antialiasing, as in Microsoft's SimMIM recipes; the supervised recipes resize
+    bicubically. Calling `draw_crop`, cutting the crop elsewhere and calling `finish` gives the same as `forward`, so
+    that a reader need not convert what lies outside the crop.
     """
-    steps: list[nn.Module] = [
-        v2.RandomResizedCrop(size, scale=augment.crop_area, ratio=augment.crop_ratio, antialias=True)
-    ]
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip(augment.flip))
-    if augment.rand_augment:
-        steps.append(RandAugment(augment.rand_augment, augment.rand_magnitude, augment.rand_noise))
-    if augment.erasing:
-        steps.append(Erasing(augment.erasing))
-    return v2.Compose(steps)
+
+    def __init__(self, augment: AugmentConfig, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        self.crop = v2.RandomResizedCrop(size, scale=augment.crop_area, ratio=augment.crop_ratio)
+        steps: list[nn.Module] = []
+        if augment.flip:
+            steps.append(v2.RandomHorizontalFlip(augment.flip))
+        if augment.rand_augment:
+            steps.append(RandAugment(augment.rand_augment, augment.rand_magnitude, augment.rand_noise))
+        if augment.erasing:
+            steps.append(Erasing(augment.erasing))
+        self.steps = nn.Sequential(*steps)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(T, 3, H, W) uint8 -> (T, 3, *size) uint8."""
+        return self.finish(F.crop(clip, *self.draw_crop(*clip.shape[-2:])))
+
+    def draw_crop(self, height: int, width: int) -> Box:
+        """The crop of a clip whose frames have this size."""
+        # torchvision asks a tensor for its size and takes only that from it; on "meta" it has no pixels.
+        drawn = self.crop.make_params([torch.empty(3, height, width, device="meta")])
+        return drawn["top"], drawn["left"], drawn["height"], drawn["width"]
+
+    def finish(self, crop: Tensor) -> Tensor:
+        """What follows after cutting the crop: (T, 3, height, width) uint8 -> (T, 3, *size) uint8."""
+        augmented: Tensor = self.steps(F.resize(crop, list(self.size), antialias=True))
+        return augmented
+
+
+def training_transform(augment: AugmentConfig, size: Size) -> TrainingTransform:
+    """The training augmentation, (T, 3, H, W) uint8 -> (T, 3, *size) uint8."""
+    return TrainingTransform(augment, size)
 
 
 def validation_transform(size: Size) -> v2.Transform:
