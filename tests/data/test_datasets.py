@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.data.test_decode import write_thin_video
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data import datasets
+from video_swinv2.data import decoders
 from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
@@ -186,8 +186,8 @@ def test_test_clips_are_never_for_training(clips):
 def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
     """In any order: the frames of a video are neighbours, differ, and come from opening the file once."""
     opened = []
-    reader = datasets.VideoReader
-    monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
+    reader = decoders.VideoReader
+    monkeypatch.setattr(decoders, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
     data = config(clips, frames=None, frames_per_video=3, frame_stride=1, image_size=[48, 64])
     plain = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0)
     samples = SampleDataset(unlabelled_mixture(data, validation=False), data, plain, 0, None)
@@ -210,9 +210,9 @@ def test_a_broken_video_is_opened_once_for_all_its_frames(clips, monkeypatch):
     data = config(clips, frames=None, frames_per_video=3)
     samples = SampleDataset(unlabelled_mixture(data, validation=False), data, AUGMENT, 0, None)
     opened = []
-    reader = datasets.VideoReader
+    reader = decoders.VideoReader
     monkeypatch.setattr(
-        datasets, "VideoReader", lambda path, **limits: opened.append(path.name) or reader(path, **limits)
+        decoders, "VideoReader", lambda path, **limits: opened.append(path.name) or reader(path, **limits)
     )
     assert len(samples[(0, 6)].broken) == 1
     assert opened == ["clip 2.mp4", "clip 3.mp4"]

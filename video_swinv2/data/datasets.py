@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
+from video_swinv2.data.decode import DecodeError, named_errors
+from video_swinv2.data.decoders import choose_decoder, open_video
 from video_swinv2.data.display import Box
 from video_swinv2.data.images import is_image, read_entry
 from video_swinv2.data.index import TarMember, compact_entries
@@ -132,6 +133,8 @@ class SampleDataset(Dataset[Sample]):
         """The table in which each worker records the file that it is reading, by its first sample number. The loader
         sets it before it starts workers."""
         self.data = data
+        self.decoder = choose_decoder(data)
+        """The decoder that reads the videos; PyAV whatever the header of a file shows to be of another form."""
         self.size = size
         self.seed = seed
         self.random = augment is not None
@@ -234,7 +237,9 @@ class SampleDataset(Dataset[Sample]):
         frames, stride = self.data.frames or 1, self.data.frame_stride
         count = max(origin.count // self.repeats, 1)  # clips of this video in an epoch, each repeated
         limit_seconds, max_pixels = self.data.decode_seconds, self.data.max_pixels
-        with VideoReader(origin.entry.path, time_limit_seconds=limit_seconds, max_pixels=max_pixels) as video:
+        with open_video(
+            origin.entry.path, self.decoder, time_limit_seconds=limit_seconds, max_pixels=max_pixels
+        ) as video:
             clips = [centre_clip(len(video), frames, stride)] * count
             if self.random:
                 # Seeded with the file's first sample: the clips do not depend on which sample of it is read first.
