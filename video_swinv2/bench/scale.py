@@ -40,7 +40,7 @@ from video_swinv2.data.mixture import Mixture, MixtureSource
 from video_swinv2.models.variants import create_model
 
 MODEL = "swinv2_tiny"
-CLIP_SECONDS, CLIP_SIZE = 4.0, (256, 340)
+CLIP_SECONDS = 3.0
 CLASSES = 400  # of the lists
 
 
@@ -151,7 +151,7 @@ def _reading_growths(rounds: int) -> list[Growth]:
         heights = (128, 256, 512)
         paths = {height: folder / f"{height}.mp4" for height in heights}
         for height, path in paths.items():
-            write_clip(path, size=(height, height * 4 // 3), seconds=CLIP_SECONDS)
+            write_clip(path, size=(height, height * 3 // 2), seconds=CLIP_SECONDS)
         frames = {n: partial(_read_seconds, paths[256], n) for n in (8, 16, 32, 64)}
         sizes = {height: partial(_read_seconds, path, 32) for height, path in paths.items()}
         workers = {n: partial(_load_seconds, paths[256], n) for n in (0, 1, 2)}
