@@ -203,6 +203,7 @@ def _bench_test(options: argparse.Namespace) -> None:
         videos=options.clips,
         batch_views=options.batch or 12,
         rounds=options.rounds,
+        threads=options.threads,
         device=options.device,
     )
     print(json_text(result, indent=1) if options.json else bench_test_table(result))
