@@ -200,7 +200,7 @@ class Display:
         """Red, green and blue of `picture`, or of a crop of it: uint8 (H, W) each. They need not be contiguous.
 
         A crop has the pixels of the whole picture, but where neither resizing nor rotation comes in between, only the
-        crop is converted to RGB, which takes a third of the time of decoding.
+        crop is converted to RGB. Converting whole frames takes two fifths of the time of decoding them.
         """
         height, width = size_for(self.note(frame), short_side)
         check_pixels(height, width, self._max_pixels)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -111,9 +112,56 @@ class RandAugment(nn.Module):
 
 
 def _solarize_add(clip: Tensor, level: float, _: int) -> Tensor:
-    """Brighten dark pixels: add up to 110 to values below 128."""
-    # In int32, because uint8 would wrap around at 256.
-    return torch.where(clip < 128, (clip.int() + int(level * 110)).clamp(max=255).to(clip.dtype), clip)
+    """Brighten dark pixels: add up to 110 to values below 128, which then stay below 256."""
+    return torch.where(clip < 128, clip + int(level * 110), clip)
+
+
+def _equalize(clip: Tensor) -> Tensor:
+    """Equalize the histogram of each colour of each frame, as Pillow and torchvision do, in a third of its time."""
+    equalized = torch.empty(clip.shape, dtype=clip.dtype)  # contiguous, whatever the clip is
+    # torchvision converts all pixels to int64 to count them and to look them up; NumPy does both on uint8.
+    for plane, result in zip(clip.flatten(0, 1).numpy(), equalized.flatten(0, 1).numpy(), strict=True):
+        counts = np.bincount(plane.ravel(), minlength=256)
+        # One level of the result stands for so many pixels; those of the largest value do not count.
+        step = (plane.size - int(counts[np.flatnonzero(counts)[-1]])) // 255
+        if not step:
+            result[:] = plane
+            continue
+        levels = (np.cumsum(counts)[:-1] + step // 2) // step
+        table = np.concatenate([[0], levels]).clip(0, 255).astype(np.uint8)  # a value takes the level of those below
+        np.take(table, plane, out=result)
+    return equalized
+
+
+def _sharpness(clip: Tensor, factor: float) -> Tensor:
+    """Blend with a blurred clip, as torchvision's `adjust_sharpness` does to the bit, in a third of its time.
+
+    The blur weighs a pixel and its eight neighbours 5 to 1. Pixels at the border are not changed.
+    """
+    if min(clip.shape[-2:]) < 3:
+        return clip
+    # Sums of integers instead of a convolution of floats. A thirteenth of one is never halfway between two integers, so
+    # rounding it gives what rounding the convolution gives.
+    pixels = clip.to(torch.int16)
+    rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * pixels[..., 1:-1, 1:-1]
+    blurred = total.to(torch.float32).div_(13).round_()
+    inner = clip[..., 1:-1, 1:-1].to(torch.float32)
+    inner.add_(blurred.sub_(inner), alpha=1.0 - factor).clamp_(0, 255)
+    result = clip.clone()
+    result[..., 1:-1, 1:-1] = inner.to(clip.dtype)
+    return result
+
+
+def _warp(change: Callable[[Tensor, list[int]], Tensor], clip: Tensor) -> Tensor:
+    """Apply a geometric change, `change(image, fill)`, to a clip; pixels from outside the frames are grey."""
+    # As one image of 3 T channels, for which positions and weights are computed once, and not for each frame.
+    return change(clip.flatten(0, 1), list(GREY) * len(clip)).view_as(clip)
+
+
+def _rotate(clip: Tensor, degrees: float) -> Tensor:
+    mode = v2.InterpolationMode.BILINEAR
+    return _warp(lambda image, fill: F.rotate(image, degrees, interpolation=mode, fill=fill), clip)
 
 
 def _affine(clip: Tensor, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0) -> Tensor:
@@ -121,7 +169,10 @@ def _affine(clip: Tensor, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, 
     # torchvision takes angles in degrees.
     shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
     mode = v2.InterpolationMode.BILINEAR
-    return F.affine(clip, 0.0, [x, y], 1.0, shear, interpolation=mode, fill=list(GREY), center=[0, 0])
+    return _warp(
+        lambda image, fill: F.affine(image, 0.0, [x, y], 1.0, shear, interpolation=mode, fill=fill, center=[0, 0]),
+        clip,
+    )
 
 
 def _enhancement(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float, int], Tensor]:
@@ -134,11 +185,9 @@ def _enhancement(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor,
 # by position, so a different order would change every seeded run.
 OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "autocontrast": lambda clip, level, sign: F.autocontrast(clip),
-    "equalize": lambda clip, level, sign: F.equalize(clip),
+    "equalize": lambda clip, level, sign: _equalize(clip),
     "invert": lambda clip, level, sign: F.invert(clip),
-    "rotate": lambda clip, level, sign: F.rotate(
-        clip, sign * 30.0 * level, interpolation=v2.InterpolationMode.BILINEAR, fill=list(GREY)
-    ),
+    "rotate": lambda clip, level, sign: _rotate(clip, sign * 30.0 * level),
     # Keep at least one bit. At level 1, timm asks for none, which gave a black image in earlier versions of Pillow and
     # is an error in current ones.
     "posterize": lambda clip, level, sign: F.posterize(clip, max(1, 4 - int(4 * level))),
@@ -147,7 +196,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "color": _enhancement(F.adjust_saturation),
     "contrast": _enhancement(F.adjust_contrast),
     "brightness": _enhancement(F.adjust_brightness),
-    "sharpness": _enhancement(F.adjust_sharpness),
+    "sharpness": _enhancement(_sharpness),
     "shear_x": lambda clip, level, sign: _affine(clip, shear_x=sign * 0.3 * level),
     "shear_y": lambda clip, level, sign: _affine(clip, shear_y=sign * 0.3 * level),
     "translate_x": lambda clip, level, sign: _affine(clip, x=sign * 0.45 * level * clip.shape[-1]),
