@@ -210,7 +210,7 @@ class Display:
         if self.orientation.transpose:
             height, width = width, height
         frame = self._whole(frame)
-        # Only in the form of most videos, to know how chroma is laid out.
+        # Only for yuv420p, as nearly all videos are: the margin depends on how many pixels share a chroma sample.
         as_decoded = (height, width) == (frame.height, frame.width) and self.orientation == Orientation()
         if crop and as_decoded and frame.format.name == "yuv420p":
             y, x = (max(0, start - CROP_MARGIN) // 2 * 2 for start in (top, left))
