@@ -9,6 +9,7 @@ As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +22,9 @@ from av.video.reformatter import ColorRange
 from video_swinv2.data.decode import open_container
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
 
 # The 90 kHz clock of MPEG, in seconds per tick. At all common frame rates a frame lasts a whole number of ticks, except
 # at 23.976 and 59.94 fps, where rounding changes times by less than a hundredth of a millisecond.
@@ -52,19 +55,8 @@ def to_ticks(times: Sequence[float]) -> list[int]:
     return result
 
 
-def write_video(
-    path: Path,
-    frames: Iterable[tuple[int, av.VideoFrame]],
-    *,
-    size: tuple[int, int],
-    fps: float,
-    settings: H264Settings,
-) -> int:
-    """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns how many were written.
-
-    `fps` goes into the header and gives the duration of frames; when a frame is shown depends on its tick alone. Raises
-    av.FFmpegError.
-    """
+def x264_options(settings: H264Settings) -> dict[str, str]:
+    """The options of FFmpeg's libx264 for the prepared form."""
     # bf=0: without B-frames the decoding order is the display order, and no edit list is needed.
     # threads=1: the work is parallelised over videos, one process each.
     # sc_threshold=0: no extra key frames at scene cuts.
@@ -74,14 +66,30 @@ def write_video(
     # without vector instructions). Without the tree the bytes are a function of the frames. At the same crf, files of
     # real clips get a tenth larger and 0.2 to 0.6 dB better.
     options["mbtree"] = "0"
-    options |= {"g": str(settings.gop), "keyint_min": str(settings.gop)}
-    count = 0
+    return options | {"g": str(settings.gop), "keyint_min": str(settings.gop)}
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[tuple[int, av.VideoFrame]],
+    *,
+    size: tuple[int, int],
+    fps: float,
+    settings: H264Settings,
+) -> str:
+    """Encode (tick, frame) pairs to `path`; `size` is (height, width), both even. Returns the pictures' sha256.
+
+    `fps` goes into the header and gives the duration of frames; when a frame is shown depends on its tick alone. Raises
+    av.FFmpegError.
+    """
+    digest = hashlib.sha256()
     # faststart moves the index to the front when the file is closed. bitexact leaves the version of the muxer out of
     # the file. The path is absolute because FFmpeg takes a bare "a:b" for a protocol.
     with av.open(
         str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
     ) as out:
-        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(10000), options=options)
+        rate = Fraction(fps).limit_denominator(10000)
+        stream = out.add_stream("libx264", rate=rate, options=x264_options(settings))
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         # By default the encoder counts time in units of 1/fps. Times would be rounded to multiples of that, and videos
@@ -89,10 +97,30 @@ def write_video(
         stream.codec_context.time_base = TIME_BASE
         for tick, frame in frames:
             frame.pts, frame.time_base, frame.duration = tick, TIME_BASE, max(1, round(1 / fps / TIME_BASE))
-            out.mux(stream.encode(frame))
-            count += 1
-        out.mux(stream.encode(None))  # the frames that the encoder still holds
-    return count
+            _write_packets(out, stream.encode(frame), digest)
+        _write_packets(out, stream.encode(None), digest)  # the frames that the encoder still holds
+    return digest.hexdigest()
+
+
+def pictures_sha256(path: Path) -> str:
+    """The sha256 of all compressed pictures of a video, in the order of the file. Raises av.FFmpegError, OSError."""
+    digest = hashlib.sha256()
+    with open_container(str(path.absolute())) as container:
+        for packet in container.demux(video=0):
+            digest.update(bytes(packet))
+    return digest.hexdigest()
+
+
+def _write_packets(out: OutputContainer, packets: Sequence[Packet[VideoStream]], digest: hashlib._Hash) -> None:
+    """Write packets of the encoder, and add to `digest` the bytes that they have in an MP4."""
+    for packet in packets:
+        # H.264 consists of NAL units. The encoder begins each with the bytes 0 0 1, before which there may be more
+        # zeros; the MP4 muxer puts its length in their place, in 4 bytes (ISO/IEC 14496-15, 5.3.2). Within a unit 0 0 1
+        # does not occur, and none ends in 0 (H.264, 7.4.1).
+        for part in bytes(packet).split(b"\0\0\1")[1:]:
+            unit = part.rstrip(b"\0")
+            digest.update(len(unit).to_bytes(4, "big") + unit)
+    out.mux(packets)
 
 
 def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> str:

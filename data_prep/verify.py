@@ -6,7 +6,8 @@ There are three levels:
              file is long enough for its last frame. Reads a few kB per file, and misses damage inside the frames.
     full     header, then decodes every frame and compares their number and duration. Misses damage that still decodes.
     hash     header, then compares the sha256 of each file with the record, and the fingerprint of each split with
-             dataset.json. Finds every changed byte. It does not decode, but relies on the check after preparing.
+             dataset.json. Finds every changed byte. It does not decode, since `prepare` has compared each file with
+             what the encoder made.
 
 Findings are saved in verify.sqlite while the check runs, so an interrupted check can be resumed. At the end, damaged
 files are recorded in prep.sqlite, where their rows are no longer `ok`: the next `prepare` makes them again.

@@ -42,7 +42,7 @@ def test_all_ways_give_the_same_scores(paths: tuple[Path, Path], monkeypatch: py
         return really_open(file, **options)
 
     monkeypatch.setattr(av, "open", counting_open)
-    what = {"split": "test", "videos": 2, "batch_views": 12, "rounds": 2, "device": "cpu"}
+    what = {"split": "test", "videos": 2, "batch_views": 12, "rounds": 2, "threads": 1, "device": "cpu"}
     result = bench_test(*paths, protocols="videoswin-4x3,center-1x1", **what)  # type: ignore[arg-type]  # as named
     assert opened == {"0.mp4": 3 * (1 + 13 + 13), "1.mp4": 3 * (1 + 13 + 13)}, (
         "one warm-up and two timed rounds of all three ways"
@@ -70,5 +70,6 @@ def test_a_video_that_cannot_be_read_is_named(paths: tuple[Path, Path], tmp_path
             videos=2,
             batch_views=12,
             rounds=1,
+            threads=1,
             device="cpu",
         )

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.data.test_decode import write_thin_video
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data import datasets
+from video_swinv2.data import decoders
 from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
@@ -186,8 +186,8 @@ def test_test_clips_are_never_for_training(clips):
 def test_frames_of_a_video_are_decoded_once_an_epoch(clips, monkeypatch):
     """In any order: the frames of a video are neighbours, differ, and come from opening the file once."""
     opened = []
-    reader = datasets.VideoReader
-    monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
+    reader = decoders.VideoReader
+    monkeypatch.setattr(decoders, "VideoReader", lambda path, **limits: opened.append(path) or reader(path, **limits))
     data = config(clips, frames=None, frames_per_video=3, frame_stride=1, image_size=[48, 64])
     plain = AugmentConfig(crop_area=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=0)
     samples = SampleDataset(unlabelled_mixture(data, validation=False), data, plain, 0, None)
@@ -210,9 +210,9 @@ def test_a_broken_video_is_opened_once_for_all_its_frames(clips, monkeypatch):
     data = config(clips, frames=None, frames_per_video=3)
     samples = SampleDataset(unlabelled_mixture(data, validation=False), data, AUGMENT, 0, None)
     opened = []
-    reader = datasets.VideoReader
+    reader = decoders.VideoReader
     monkeypatch.setattr(
-        datasets, "VideoReader", lambda path, **limits: opened.append(path.name) or reader(path, **limits)
+        decoders, "VideoReader", lambda path, **limits: opened.append(path.name) or reader(path, **limits)
     )
     assert len(samples[(0, 6)].broken) == 1
     assert opened == ["clip 2.mp4", "clip 3.mp4"]
@@ -248,3 +248,22 @@ def test_batches_are_divided_evenly_or_refused():
     assert plan_batch(7, 5, 1).micro == 1
     with pytest.raises(UsageError, match=r"optim\.batch: 10 samples cannot be shared by 4"):
         plan_batch(10, 2, 4)
+
+
+@pytest.mark.parametrize("short_side", [None, 40])
+def test_a_crop_cut_while_decoding_gives_the_same_sample(clips, monkeypatch, short_side):
+    augment = AugmentConfig(crop_area=(0.1, 1.0), rand_augment=2, erasing=0.5)
+    (clips / "clip 2.mp4").write_bytes(b"not a video")  # clip 3 is read in its place, with the crop of number 2
+    addresses = [(0, 2), (0, 3), (0, 3), (1, 0), (5, 4)]
+    samples = dataset(clips, augment=augment, short_side=short_side)
+    shapes = []
+    inner = samples.transform.finish
+    monkeypatch.setattr(samples.transform, "finish", lambda crop: shapes.append(crop.shape[-2:]) or inner(crop))
+    found = [samples[address].pixels for address in addresses]
+    assert all(shape.numel() < 48 * 64 for shape in shapes)
+    # An ordinary function in place of the transform gets whole clips.
+    whole = dataset(clips, augment=augment, short_side=short_side)
+    transform, seen = whole.transform, []
+    whole.transform = lambda clip: seen.append(clip.shape) or transform(clip)
+    assert all(torch.equal(a, whole[address].pixels) for a, address in zip(found, addresses, strict=True))
+    assert {tuple(shape[-2:]) for shape in seen} == {(48, 64) if short_side is None else (40, 54)}

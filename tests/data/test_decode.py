@@ -298,6 +298,9 @@ def test_rotation_and_mirroring_are_applied(tmp_path: Path, turn: int, mirror: b
     with VideoReader(path) as reader:
         image = reader.frames([1])[0].permute(1, 2, 0).numpy()
         assert reader.size == image.shape[:2]
+        crop = reader.frames([1], crop=lambda height, width: (height // 4, width // 3, 20, 30))[0]
+        top, left = image.shape[0] // 4, image.shape[1] // 3
+        assert np.array_equal(crop.permute(1, 2, 0), image[top : top + 20, left : left + 30])
     # FFmpeg's angle is counterclockwise, as is NumPy's; a mirrored picture has none, so its matrix is written out.
     expected = np.rot90(picture, k=round(reported / 90) % 4) if not mirror else mirrored(path, picture)
     assert np.abs(image.astype(int) - expected).mean() < 20

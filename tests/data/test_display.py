@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from video_swinv2.data import display
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.display import WholeFrames
 
@@ -109,3 +110,45 @@ def test_the_mark_is_taken_off_without_touching_pixels() -> None:
         assert not found.interlaced_frame
         assert found.pts == 7
         assert np.array_equal(found.to_ndarray(), marked.to_ndarray())
+
+
+def noisy_frames(height: int, width: int) -> list[av.VideoFrame]:
+    """3 frames of noise in luma and chroma."""
+    noise = np.random.default_rng(0)
+    sizes = ((height, width), (height // 2, width // 2), (height // 2, width // 2))
+    return [frame_of(*(noise.integers(16, 236, size, np.uint8) for size in sizes)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("tags", ["", "colormatrix=bt709:fullrange=on", "interlaced=1"])
+@pytest.mark.parametrize("size", [(96, 128), (92, 142)])
+def test_a_crop_has_the_pixels_of_the_whole_picture(tmp_path: Path, size: tuple[int, int], tags: str) -> None:
+    path = write_lossless(tmp_path / "v.mp4", noisy_frames(*size), **{"x264-params": tags})
+    draw = np.random.default_rng(1)
+    with VideoReader(path) as reader:
+        for short_side in (None, 64):
+            whole = reader.frames([0, 2, 1], short_side)
+            height, width = whole.shape[-2:]
+            for _ in range(40):
+                rows, columns = int(draw.integers(1, height + 1)), int(draw.integers(1, width + 1))
+                box = int(draw.integers(height - rows + 1)), int(draw.integers(width - columns + 1)), rows, columns
+                asked: list[tuple[int, int]] = []
+                crop = reader.frames(
+                    [0, 2, 1], short_side, lambda *size, box=box, asked=asked: asked.append(size) or box
+                )
+                assert asked == [(height, width)]
+                assert np.array_equal(crop, whole[..., box[0] : box[0] + rows, box[1] : box[1] + columns]), box
+
+
+def test_nothing_is_converted_outside_a_crop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lossless(tmp_path / "v.mp4", noisy_frames(96, 128))
+    converted: list[tuple[int, int]] = []
+    inner = display.colour_planes
+
+    def noting(picture: av.VideoFrame) -> list[NDArray[np.uint8]]:
+        converted.append((picture.height, picture.width))
+        return inner(picture)
+
+    monkeypatch.setattr(display, "colour_planes", noting)
+    with VideoReader(path) as reader:
+        reader.frames([1], None, lambda height, width: (31, 40, 20, 30))
+    assert converted == [(26, 34)], "at most three pixels more on each side"

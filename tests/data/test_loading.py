@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.waiting import wait_until
 from video_swinv2.config import AugmentConfig, DataConfig
-from video_swinv2.data import datasets, loading
+from video_swinv2.data import datasets, decoders, loading
 from video_swinv2.data.datasets import SampleDataset
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
 from video_swinv2.data.manifest import read_manifest
@@ -88,14 +88,14 @@ def _nothing_is_left_over():
 
 def disturb(monkeypatch, name, act):
     """Whoever opens the video `name` calls `act` first; workers inherit this by fork."""
-    reader = datasets.VideoReader
+    reader = decoders.VideoReader
 
     def opened(path: Path, **limits: float):
         if path.name == name:
             act()
         return reader(path, **limits)
 
-    monkeypatch.setattr(datasets, "VideoReader", opened)
+    monkeypatch.setattr(decoders, "VideoReader", opened)
 
 
 def die():
@@ -155,7 +155,7 @@ def test_a_batch_whose_worker_dies_before_it_is_pinned_is_read_again(clips, tmp_
     """The thread that pins memory then fails to fetch the batch and ends, and does not say why."""
     expected = list(read(samples(clips, 0)))
     arrived, died, opened, errors = tmp_path / "arrived", tmp_path / "died", [], []
-    reader, loop = datasets.VideoReader, pin_memory._pin_memory_loop
+    reader, loop = decoders.VideoReader, pin_memory._pin_memory_loop
     start, judge = loading.start_loader, loading.is_worker_death
 
     def open_two_files_and_die(path, **limits):
@@ -179,7 +179,7 @@ def test_a_batch_whose_worker_dies_before_it_is_pinned_is_read_again(clips, tmp_
             batches._pin_memory_thread.join()  # the next batch is not asked for before
         return batches
 
-    monkeypatch.setattr(datasets, "VideoReader", open_two_files_and_die)
+    monkeypatch.setattr(decoders, "VideoReader", open_two_files_and_die)
     monkeypatch.setattr(loading, "start_loader", start_and_be_busy)
     monkeypatch.setattr(pin_memory, "_pin_memory_loop", begin_after_the_death)
     monkeypatch.setattr(
@@ -287,17 +287,17 @@ def test_a_hung_decoder_in_validation_costs_one_answer(clips, monkeypatch, pin):
 
 
 def test_workers_that_die_one_after_the_other_end_the_run(clips, monkeypatch, pin):
-    reader = datasets.VideoReader
-    monkeypatch.setattr(datasets, "VideoReader", lambda path, **limits: die() or reader(path, **limits))
+    reader = decoders.VideoReader
+    monkeypatch.setattr(decoders, "VideoReader", lambda path, **limits: die() or reader(path, **limits))
     with pytest.raises(UserError, match=r"5 loader workers died .* lower data\.workers \(1\) or optim\.micro_batch"):
         list(read(samples(clips, 1), pin=pin))
 
 
 def test_repeats_are_decoded_once_and_augmented_differently(clips, monkeypatch):
     opened = []
-    disturbed = datasets.VideoReader
+    disturbed = decoders.VideoReader
     monkeypatch.setattr(
-        datasets, "VideoReader", lambda path, **limits: opened.append(path) or disturbed(path, **limits)
+        decoders, "VideoReader", lambda path, **limits: opened.append(path) or disturbed(path, **limits)
     )
     dataset = samples(clips, 0, repeats=2)
     assert len(dataset) == 2 * CLIPS

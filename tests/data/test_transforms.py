@@ -1,11 +1,25 @@
 """Augmentation treats all frames of a clip alike; mixing and normalisation do what they say."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from tests.closeness import assert_close
 from video_swinv2.config import AugmentConfig
-from video_swinv2.data.transforms import mix, normalise, training_transform, validation_transform
+from video_swinv2.data.transforms import (
+    GREY,
+    OPERATIONS,
+    mix,
+    normalise,
+    training_transform,
+    validation_transform,
+)
+
+WARP: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": list(GREY)}
 
 
 def test_all_frames_get_the_same_change():
@@ -72,3 +86,30 @@ def test_nothing_to_mix_gives_plain_shares():
     mixed, shares = mix(inputs, labels, 3, AugmentConfig())
     assert mixed is inputs
     assert shares.tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["equalize", "sharpness", "rotate", "shear_y", "translate_x", "solarize_add"])
+def test_operations_give_the_bits_of_torchvision(name: str) -> None:
+    """Those that are computed in another way; on noise, few values, a single value and frames that are too small."""
+    theirs = {
+        "equalize": lambda clip, level, sign: F.equalize(clip),
+        "sharpness": lambda clip, level, sign: F.adjust_sharpness(clip, max(0.1, 1.0 + sign * 0.9 * level)),
+        "rotate": lambda clip, level, sign: F.rotate(clip, sign * 30.0 * level, **WARP),
+        "shear_y": lambda clip, level, sign: F.affine(
+            clip, 0.0, [0, 0], 1.0, [0, math.degrees(math.atan(sign * 0.3 * level))], center=[0, 0], **WARP
+        ),
+        "translate_x": lambda clip, level, sign: F.affine(
+            clip, 0.0, [sign * 0.45 * level * clip.shape[-1], 0], 1.0, [0.0, 0.0], center=[0, 0], **WARP
+        ),
+        "solarize_add": lambda clip, level, sign: torch.where(
+            clip < 128, (clip.int() + int(level * 110)).clamp(max=255).to(torch.uint8), clip
+        ),
+    }[name]
+    noise = torch.randint(256, (5, 3, 40, 51), dtype=torch.uint8)
+    smooth = F.resize(torch.randint(256, (4, 3, 6, 7), dtype=torch.uint8), [60, 70], antialias=True)
+    few = torch.randint(3, (2, 3, 20, 30), dtype=torch.uint8) * 100
+    same = torch.full((2, 3, 20, 30), 7, dtype=torch.uint8)
+    for clip in (noise, smooth, few, same, noise[..., :2, :9], noise.transpose(0, 1)[:, :3].transpose(-1, -2)):
+        for level in (0.0, 0.13, 0.5, 0.7, 0.9, 1.0):
+            for sign in (1, -1):
+                assert torch.equal(OPERATIONS[name](clip, level, sign), theirs(clip, level, sign)), (clip.shape, level)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from data_prep.encode import TIME_BASE, H264Settings, to_ticks, write_video
+from data_prep.encode import TIME_BASE, H264Settings, pictures_sha256, to_ticks, write_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import commit_file, partial_path
 
@@ -34,7 +34,8 @@ def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
     pictures = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(moments, frames, strict=True))
     part = partial_path(tmp_path / "v.mp4")
     assert part.name.startswith(".")
-    assert write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264Settings(gop=16)) == 40
+    encoded = write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264Settings(gop=16))
+    assert encoded == pictures_sha256(part)
     commit_file(part, tmp_path / "v.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     with av.open(str(tmp_path / "v.mp4")) as container:

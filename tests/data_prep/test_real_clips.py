@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep.jobs import TranscodeSettings
 from data_prep.prepare import prepare
 from data_prep.state import PreparationState
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.decoders import OTHER_DECODERS, Decoder, PreparedReader, open_video, why_missing
 from video_swinv2.data.media import VIDEO_SUFFIXES
 
 TOPS = ("raw_clips", "ut_interaction", "odd_clips")
@@ -63,41 +64,24 @@ def test_every_file_gets_the_right_outcome(
     assert wrong == []
 
 
-def through_decord(path: Path, indices: list[int]) -> tuple[int, np.ndarray]:
-    decord = pytest.importorskip("decord")
-    reader = decord.VideoReader(str(path), num_threads=1)
-    return len(reader), reader.get_batch(indices).asnumpy()
-
-
-def through_torchcodec(path: Path, indices: list[int]) -> tuple[int, np.ndarray]:
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError) as fault:
-        pytest.skip(f"torchcodec does not load here ({str(fault).splitlines()[0]})")
-    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
-    return len(decoder), decoder.get_frames_at(indices).data.permute(0, 2, 3, 1).numpy()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("through", [through_decord, through_torchcodec])
-def test_prepared_videos_decode_alike(
-    prepared: tuple[Path, dict[str, dict[str, object]]],
-    through: Callable[[Path, list[int]], tuple[int, np.ndarray]],
-) -> None:
+@pytest.mark.parametrize("decoder", list(OTHER_DECODERS))
+def test_prepared_videos_decode_alike(prepared: tuple[Path, dict[str, dict[str, object]]], decoder: Decoder) -> None:
+    if reason := why_missing(decoder):
+        pytest.skip(f"{decoder} does not load here ({reason})")
     folder, rows = prepared
     compared = 0
     for name, row in rows.items():
         if row["status"] != "ok" or min(int(row["height"]), int(row["width"])) < 16:  # type: ignore[call-overload]
             continue
         path = folder / "out" / str(row["target"])
-        with VideoReader(path) as reader:
-            indices = np.random.default_rng(0).integers(0, len(reader), 9).tolist()
+        with VideoReader(path) as ours, open_video(path, decoder) as theirs:
+            assert isinstance(theirs, PreparedReader), name
+            assert len(theirs) == len(ours) == row["frames"], name
+            indices = np.random.default_rng(0).integers(0, len(ours), 9).tolist()
             # In the colours of swscale's default arithmetic, which the other decoders use.
-            frames = {index: frame.to_ndarray(format="rgb24") for index, frame in reader.sequence() if index in indices}
-            ours = np.stack([frames[index] for index in indices]).astype(int)
-            count = len(reader)
-        length, theirs = through(path, indices)
-        assert length == count == row["frames"], name
-        assert np.abs(ours - theirs).mean() < 0.1, name  # decord: 0 in every one
+            frames = {index: frame.to_ndarray(format="rgb24") for index, frame in ours.sequence() if index in indices}
+            wanted = torch.from_numpy(np.stack([frames[index] for index in indices])).permute(0, 3, 1, 2)
+            assert torch.equal(theirs.frames(indices), wanted), name
         compared += 1
     assert compared > 200

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.encode import TIME_BASE, difference_from_prepared_form
+from data_prep.encode import TIME_BASE, H264Settings, difference_from_prepared_form, write_video
 from data_prep.jobs import (
     FULL_HD,
     Outcome,
@@ -22,7 +22,7 @@ from data_prep.jobs import (
     initial_limit_seconds,
 )
 from data_prep.pool import run_jobs
-from data_prep.transcode import remove_partial_files, transcode_video
+from data_prep.transcode import ReadBackError, read_back, remove_partial_files, transcode_video
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import sha256
 
@@ -209,9 +209,7 @@ def test_differences_from_the_prepared_form(tmp_path: Path, change: dict[str, ob
 def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
     source = write(tmp_path / "a.mp4", [place / 25 for place in range(40)])
-    with av.open(str(source)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    place, size = packets[20]
+    place, size = pictures_of(source)[20]
     whole = bytearray(source.read_bytes())
     whole[place : place + size] = noise.tobytes()[:size]
     source.write_bytes(whole)
@@ -219,6 +217,39 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path) -> None:
     outcome, made = make(source, TranscodeSettings(32, copy=True))
     assert made.read_bytes() != bytes(whole) or outcome.reason
     assert outcome.detail or outcome.reason
+
+
+def pictures_of(path: Path) -> list[tuple[int, int]]:
+    """(position, length) in bytes of each compressed picture in a file."""
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+
+def test_whatever_the_disk_makes_of_a_written_file_is_found(tmp_path: Path) -> None:
+    path, ticks = tmp_path / "a.mp4", [3600 * place for place in range(40)]
+    noise = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
+    frames = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(ticks, noise, strict=True))
+    pictures = write_video(path, frames, size=(32, 48), fps=25.0, settings=H264Settings())
+    read_back(path, (32, 48), ticks, pictures)
+    written = path.read_bytes()
+    place, size = pictures_of(path)[30]
+    flipped = bytearray(written)
+    flipped[place + size // 2] ^= 1
+    path.write_bytes(flipped)
+    with VideoReader(path) as reader:
+        assert sum(1 for _ in reader.sequence()) == 40, "decoding does not find a flipped bit"
+    with pytest.raises(ReadBackError, match="pictures read back differ"):
+        read_back(path, (32, 48), ticks, pictures)
+    path.write_bytes(written[:-1])
+    with pytest.raises(ReadBackError):
+        read_back(path, (32, 48), ticks, pictures)
+    path.write_bytes(written)
+    with pytest.raises(ReadBackError, match="39 frames written, 40 read back"):
+        read_back(path, (32, 48), ticks[:-1], pictures)
+    with pytest.raises(ReadBackError, match="frame times"):
+        read_back(path, (32, 48), [*ticks[:-1], ticks[-1] + 2], pictures)
+    with pytest.raises(ReadBackError, match=r"\(48, 32\) written"):
+        read_back(path, (48, 32), ticks, pictures)
 
 
 def test_pixels_come_out_square(outside_data: Path, tmp_path: Path) -> None:

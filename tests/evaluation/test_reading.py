@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.data.test_decode import write_thin_video
@@ -19,7 +20,7 @@ from video_swinv2.data.manifest import Entry, Manifest
 from video_swinv2.data.media import IMAGE
 from video_swinv2.data.workers import AbandonedFile
 from video_swinv2.evaluation.protocols import find_protocol
-from video_swinv2.evaluation.reading import Group, VideoGroups, _suspect_groups, deliver_groups
+from video_swinv2.evaluation.reading import Group, VideoGroups, VideoRecord, _suspect_groups, deliver_groups
 from video_swinv2.evaluation.splits import protocol_for_split
 from video_swinv2.weights.store import Preprocessing
 
@@ -98,3 +99,23 @@ def test_files_are_read_as_what_they_are_whatever_the_first_one_is(
         assert {name for name, value in spread.items() if value > 10} == {
             name for name, kind in kinds.items() if kind != IMAGE
         }
+
+
+def test_a_group_holds_its_videos_in_order_and_one_video_is_not_copied() -> None:
+    preprocessing = Preprocessing(frames=2, frame_stride=1, image_size=(8, 8))
+    groups = VideoGroups(
+        [],
+        find_protocol("videoswin-4x3"),
+        preprocessing,
+        group_videos=3,
+        frame_order="in-order",
+        seed=0,
+        time_limit_seconds=60.0,
+    )
+    first, last = torch.randint(0, 256, (2, 12, 3, 2, 8, 8), dtype=torch.uint8)
+    records = [VideoRecord(0), VideoRecord(1, reason="is empty"), VideoRecord(2)]
+    group = groups.assemble(4, list(zip(records, (first, None, last), strict=True)))
+    assert (group.number, group.videos) == (4, tuple(records))
+    assert torch.equal(group.pixels, torch.cat([first, torch.zeros_like(first), last]))
+    assert groups.assemble(0, [(records[0], first)]).pixels.data_ptr() == first.data_ptr()
+    assert torch.equal(groups.assemble(0, [(records[1], None)]).pixels, torch.zeros_like(first))

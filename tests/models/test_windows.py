@@ -1,6 +1,8 @@
 """Windows: split and join, padding, and the mask against a definition by coordinates."""
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from tests.closeness import assert_close
 from video_swinv2.models.position_bias import expand_table
 from video_swinv2.models.windows import (
     crop_to,
+    from_windows,
     pad_to,
     padded_grid,
     roll,
     shrink_window,
+    to_windows,
     window_layout,
     window_partition,
     window_reverse,
@@ -148,3 +152,22 @@ def test_windows_are_those_of_torchvisions_video_swin(grid, shifted):
     out = theirs.proj((logits.softmax(-1) @ v).transpose(2, 3).flatten(3))
     with torch.no_grad():
         assert_close(roll(window_reverse(out, plan.window, grid), plan.shift), theirs(x))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "window"), [((8, 8), (4, 4)), ((6, 7), (4, 3)), ((3, 6, 7), (2, 4, 7)), ((2, 3), (4, 4))]
+)
+def test_tokens_move_as_in_the_steps_one_by_one(grid, window, shifted):
+    """To the windows and back, bit for bit, and so do their gradients; with padding, without, and in one window."""
+    layout = window_layout(grid, window, shifted, torch.device("cpu"))
+    found = []
+    for way in (layout, dataclasses.replace(layout, moves=None)):
+        x = torch.arange(2.0 * math.prod(grid) * 3).view(2, *grid, 3).requires_grad_()
+        windows = to_windows(x, way)
+        back = from_windows(windows * torch.arange(1.0, 1 + windows[0].numel()).view_as(windows[0]), way)
+        (gradient,) = torch.autograd.grad(back, x, torch.arange(x.numel()).view_as(x).float())
+        found.append((windows, back, gradient))
+    assert (layout.moves is None) == (grid == (2, 3))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)

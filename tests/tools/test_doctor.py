@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from video_swinv2.bench.sample_clip import frame_number, write_clip
 from video_swinv2.cli import main
 from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.decoders import OTHER_DECODERS, why_missing
 from video_swinv2.errors import UsageError
 from video_swinv2.tools import doctor
 from video_swinv2.tools.doctor import check_decoders, check_device, plan_run
@@ -28,12 +30,20 @@ def test_every_frame_of_the_generated_clip_encodes_its_number(tmp_path: Path) ->
 
 def test_decoders_are_tried_on_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.name: finding for finding in check_decoders()}
-    assert found["PyAV"] == Finding("PyAV", "ok", "frames are exact")
-    assert found["decord"].state in ("ok", "note")
+    assert list(found) == ["PyAV", "torchcodec", "decord"], "each is named, installed or not"
+    assert found["PyAV"].found.startswith("frames are exact")
+    for decoder in OTHER_DECODERS:
+        reason = why_missing(decoder)
+        assert found[decoder].state == ("note" if reason else "ok")
+        assert found[decoder].found == (reason or doctor.USES[decoder])
+    monkeypatch.setitem(sys.modules, "decord", None)
+    missing = check_decoders()[-1]
+    assert (missing.state, missing.found) == ("note", "not installed")
+    assert missing.fix == "none needed: PyAV reads everything; else install decord"
     monkeypatch.setattr(doctor, "TEST_FRAMES", (0, 8, 16, 29))
-    real = doctor._read_av
+    real = doctor._read
     # A decoder that returns other frames than requested: 0, 16, 29, 29.
-    monkeypatch.setattr(doctor, "_read_av", lambda path: [real(path)[0], *real(path)[2:], real(path)[-1]])
+    monkeypatch.setattr(doctor, "_read", lambda *what: [real(*what)[0], *real(*what)[2:], real(*what)[-1]])
     wrong = next(finding for finding in check_decoders() if finding.name == "PyAV")
     assert (wrong.state, wrong.fix) == ("fault", "pip install av")
     assert wrong.found == "returns wrong frames for 8, 16"

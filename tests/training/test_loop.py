@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import video_swinv2 as vs
+from data_prep.jobs import TranscodeSettings
+from data_prep.prepare import prepare
 from tests.training.runs import write_recipe
 from video_swinv2.cli import main
 from video_swinv2.config import load_config
@@ -86,6 +88,16 @@ def test_the_files_that_a_run_leaves_behind(recipe, tmp_path):
     assert card.provenance["init"] == "scratch"
     assert vs.load_model(folder)(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 2)
     assert load_config(folder / "config.yaml") == load_config(tmp_path / "0.yaml")
+
+
+def test_the_record_names_the_decoder_that_reads(recipe, clips, tmp_path):
+    pytest.importorskip("decord")
+    prepare(clips, tmp_path / "prepared", TranscodeSettings(short_side=32), workers=1, log=lambda text: None)
+    for source, decoder, used in ((clips, "decord", "pyav"), (tmp_path / "prepared", "decord", "decord")):
+        out = tmp_path / f"run {used}"
+        data = {"source": str(source), "decoder": decoder}
+        run(load_config(recipe(out=str(out), data=data, optim={"epochs": 1}, val_epochs=1)), Classification)
+        assert json.loads((out / "run.json").read_text())["decoder"] == used
 
 
 def test_a_killed_run_resumes_bit_for_bit(recipe, tmp_path):

@@ -59,7 +59,16 @@ class Round:
 
 
 def bench_test(
-    model_path: Path, data: Path, *, protocols: str, split: str, videos: int, batch_views: int, rounds: int, device: str
+    model_path: Path,
+    data: Path,
+    *,
+    protocols: str,
+    split: str,
+    videos: int,
+    batch_views: int,
+    rounds: int,
+    threads: int,
+    device: str,
 ) -> dict[str, Any]:
     """Score the first `videos` videos of a split in all three ways, which take turns in this process.
 
@@ -67,6 +76,7 @@ def bench_test(
     process on a CPU and wall time on a GPU. Raises UserError for a video that cannot be read, and if the logits of the
     three ways differ by more than rounding.
     """
+    torch.set_num_threads(threads)
     card, where = read_card(model_path), torch.device(device)
     model = load_model(model_path).to(where)
     chosen = find_protocols(protocols)
@@ -104,7 +114,7 @@ def bench_test(
         "difference": difference,
         "rounds": rounds,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
     }
 
 

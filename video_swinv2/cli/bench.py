@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from video_swinv2.command import MAX_SIZE, Verbs, add_verb, whole_number, whole_numbers
 from video_swinv2.errors import UsageError
 from video_swinv2.files import json_text
+
+# The keys of PEERS in bench/clip_readers.py (tested), which is not imported here because it loads torch.
+LOADER_PEERS = ("plain", "torchcodec", "decord", "videomae", "pytorchvideo")
 
 
 def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -20,18 +24,19 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     verb = add_verb(verbs, "bench", _bench, text, "video-swinv2 bench model --against torchvision")
     verb.add_argument(
         "what",
-        choices=("model", "train", "loader", "test"),
+        choices=("model", "train", "loader", "test", "prepare", "scale"),
         help="model: the network against another library's, or its attention backends against each other; train: "
-        "training steps under each engine, and torchvision's Video Swin; loader: clips read per second by number of "
-        "workers, and a plain DataLoader; test: where a multi-view test spends its time, and what one decode for all "
-        "views saves",
+        "training steps under each engine, and torchvision's Video Swin; loader: clips read per second and core by "
+        "number of workers, and by other libraries; test: where a multi-view test spends its time, and what one decode "
+        "for all views saves; prepare: `data_prep prepare` against the ffmpeg program, and its start with a long list; "
+        "scale: how costs grow with the size of each thing",
     )
     verb.add_argument(
         "--against",
-        choices=("torchvision", "timm", "backends"),
-        default="torchvision",
+        choices=("torchvision", "timm", "backends", *LOADER_PEERS),
         help="model: clips against torchvision's Video Swin, SimMIM on images against timm's SwinV2, or the attention "
-        "backends against each other (default: %(default)s)",
+        "backends against each other (default: torchvision); loader: a plain DataLoader, one that reads with "
+        "torchcodec or decord, VideoMAE's, or pytorchvideo's (default: plain)",
     )
     verb.add_argument(
         "--model",
@@ -56,11 +61,17 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="train, loader: height and width (default: %(default)s)",
     )
     verb.add_argument(
+        "--short-side",
+        type=whole_number(most=MAX_SIZE),
+        metavar="N",
+        help="loader: resize the short side to this before cropping, as the recipes do (256 for 224 pixels)",
+    )
+    verb.add_argument(
         "--processes",
         type=whole_number(most=1000),
         default=1,
         metavar="N",
-        help="train: number of devices (default: %(default)s)",
+        help="train: number of devices; prepare: videos at a time (default: %(default)s)",
     )
     verb.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="train: precision (default: %(default)s)"
@@ -69,7 +80,8 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="loader, test: a prepared data set (default for loader: generated clips)",
+        help="loader, test: a prepared data set (default for loader: generated clips); prepare: a folder of raw videos "
+        "(default: generated ones)",
     )
     verb.add_argument(
         "--workers",
@@ -83,7 +95,14 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         type=whole_number(),
         default=64,
         metavar="N",
-        help="loader, test: clips per round (default: %(default)s)",
+        help="loader, test, prepare: clips per round (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--rows",
+        type=whole_numbers(least=1, most=100_000_000),
+        metavar="N[,N]",
+        help="loader: also measure how a list of N videos is started on; prepare: the same (default: 246534); scale: "
+        "lengths of lists (default: 10000,30000,100000)",
     )
     verb.add_argument("--split", default="test", help="test: split of the data (default: %(default)s)")
     verb.add_argument(
@@ -108,21 +127,32 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    {"model": _bench_model, "train": _bench_train, "loader": _bench_loader, "test": _bench_test}[options.what](options)
+    benchmarks = {
+        "model": _bench_model,
+        "train": _bench_train,
+        "loader": _bench_loader,
+        "test": _bench_test,
+        "prepare": _bench_prepare,
+        "scale": _bench_scale,
+    }
+    benchmarks[options.what](options)
 
 
 def _bench_model(options: argparse.Namespace) -> None:
     from video_swinv2.bench.layer import bench_layer, layer_table
     from video_swinv2.bench.model import bench_model, model_table
 
+    against: Any = options.against or "torchvision"
+    if against in LOADER_PEERS:
+        raise UsageError(f"--against {against}: is for loader; use torchvision, timm or backends")
     common = {"rounds": options.rounds, "threads": options.threads, "device": options.device}
-    if options.against == "backends":
+    if against == "backends":
         rows = bench_layer(options.model or "swinv2_tiny", batch=options.batch or 1, **common)
         print(json_text(rows, indent=1) if options.json else layer_table(rows))
         return
     # The defaults of each comparison: images against timm, a clip against torchvision.
-    name, batch = ("swinv2_base", 8) if options.against == "timm" else ("swinv2_tiny", 1)
-    result = bench_model(options.model or name, against=options.against, batch=options.batch or batch, **common)
+    name, batch = ("swinv2_base", 8) if against == "timm" else ("swinv2_tiny", 1)
+    result = bench_model(options.model or name, against=against, batch=options.batch or batch, **common)
     print(json_text(result, indent=1) if options.json else model_table(result))
 
 
@@ -148,13 +178,15 @@ def _bench_train(options: argparse.Namespace) -> None:
 
 
 def _bench_loader(options: argparse.Namespace) -> None:
-    from video_swinv2.bench.loader import Reading, bench_loader, loader_table
+    from video_swinv2.bench.clip_readers import Reading
+    from video_swinv2.bench.loader import bench_loader, loader_table
 
-    # Frames are resized to a slightly larger short side than the crop, in the usual ratio of 256 to 224. The stride is
-    # 2.
-    short_side = round(options.pixels * 256 / 224)
-    reading = Reading(options.frames, 2, options.pixels, short_side, options.batch or 8, options.clips)
-    result = bench_loader(options.data, reading, options.workers, rounds=options.rounds)
+    against: Any = options.against or "plain"
+    if against not in LOADER_PEERS:
+        raise UsageError(f"--against {against}: is for model; use one of {', '.join(LOADER_PEERS)}")
+    reading = Reading(options.frames, 2, options.pixels, options.short_side, options.batch or 8, options.clips)
+    rows = _only_number(options.rows, 0)
+    result = bench_loader(options.data, reading, options.workers, against=against, rounds=options.rounds, rows=rows)
     print(json_text(result, indent=1) if options.json else loader_table(result))
 
 
@@ -171,6 +203,33 @@ def _bench_test(options: argparse.Namespace) -> None:
         videos=options.clips,
         batch_views=options.batch or 12,
         rounds=options.rounds,
+        threads=options.threads,
         device=options.device,
     )
     print(json_text(result, indent=1) if options.json else bench_test_table(result))
+
+
+def _bench_prepare(options: argparse.Namespace) -> None:
+    from video_swinv2.bench.preparation import bench_preparation, preparation_table
+
+    rows = _only_number(options.rows, 246_534)
+    result = bench_preparation(
+        options.data, clips=options.clips, workers=options.processes, rows=rows, rounds=options.rounds
+    )
+    print(json_text(result, indent=1) if options.json else preparation_table(result))
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    from video_swinv2.bench.scale import bench_scale, scale_table
+
+    result = bench_scale(options.rows or (10_000, 30_000, 100_000), rounds=options.rounds)
+    print(json_text(result, indent=1) if options.json else scale_table(result))
+
+
+def _only_number(rows: tuple[int, ...] | None, default: int) -> int:
+    """The single number of --rows. Raises UsageError for several, which only `bench scale` compares."""
+    if rows is None:
+        return default
+    if len(rows) > 1:
+        raise UsageError("--rows: takes one number here; only `bench scale` compares several")
+    return rows[0]

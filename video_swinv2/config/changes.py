@@ -32,6 +32,7 @@ CHANGES_LEARNING: dict[str, bool] = {
             "data.frame_stride",
             "data.frames_per_video",
             "data.short_side",
+            "data.decoder",
             "data.train_split",
             "data.val_split",
             "augment.repeats",

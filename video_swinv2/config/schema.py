@@ -121,6 +121,9 @@ class DataConfig:
     """Pixels to which the short side of a video is scaled before the random crop; omit it to keep the video's size."""
     workers: Workers = 2
     """Number of data loading processes per training process."""
+    decoder: Literal["auto", "pyav", "torchcodec", "decord"] = "auto"
+    """Library that decodes videos. `torchcodec` and `decord` read only data sets made by `prepare`, with slightly other
+    colours; PyAV reads everything else. `auto` is the quickest with the right colours, which at present is PyAV."""
     decode_seconds: Seconds = 60.0
     """A video that takes longer than this to decode counts as broken."""
     max_pixels: PictureSize = 2**26

@@ -9,7 +9,7 @@ before or on the number of processes, so a resumed run sees exactly the samples 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
-from video_swinv2.data.decode import DecodeError, VideoReader, named_errors
+from video_swinv2.data.decode import DecodeError, named_errors
+from video_swinv2.data.decoders import choose_decoder, open_video
+from video_swinv2.data.display import Box
 from video_swinv2.data.images import is_image, read_entry
 from video_swinv2.data.index import TarMember, compact_entries
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.mixture import Mixture, MixtureSource, SampleOrigin
 from video_swinv2.data.sampling import centre_clip, seeded, spread_clip
-from video_swinv2.data.transforms import training_transform, validation_transform
+from video_swinv2.data.transforms import TrainingTransform, training_transform, validation_transform
 from video_swinv2.data.workers import FilesInHand, patience_seconds
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.models.simmim import mask_cells, random_mask
@@ -131,6 +133,8 @@ class SampleDataset(Dataset[Sample]):
         """The table in which each worker records the file that it is reading, by its first sample number. The loader
         sets it before it starts workers."""
         self.data = data
+        self.decoder = choose_decoder(data)
+        """The decoder that reads the videos; PyAV whatever the header of a file shows to be of another form."""
         self.size = size
         self.seed = seed
         self.random = augment is not None
@@ -158,7 +162,7 @@ class SampleDataset(Dataset[Sample]):
             with seeded(self.seed, epoch, number) as generator:
                 try:
                     with named_errors(origin.entry.path):  # a thin picture may be resized to more than memory holds
-                        pixels = self.transform(self._read(origin, epoch))
+                        pixels = self._read(origin, epoch)
                 except DecodeError as error:
                     broken.append(str(error))
                     if self.random or label < 0:
@@ -184,19 +188,33 @@ class SampleDataset(Dataset[Sample]):
         return patience_seconds(self.data.decode_seconds, GRACE_SECONDS)
 
     def _read(self, origin: SampleOrigin, epoch: int) -> Tensor:
-        """The pixels of one sample before augmentation, uint8 (T, 3, H, W); T is 1 for an image model."""
+        """The pixels of one sample after augmentation, uint8 (T, 3, *size); T is 1 for an image model."""
         # All samples of a file are neighbours in the order of an epoch, so nearly every further one hits this cache of
         # one decoded file. An error is kept too, so that a broken file is not opened for each of its samples.
         key = (epoch, origin.first)
-        if self.last_decoded is None or self.last_decoded[0] != key:
-            self.last_decoded = key, self._decode(origin, key)
-        clips = self.last_decoded[1]
+        if self.last_decoded is not None and self.last_decoded[0] == key:
+            clips = self.last_decoded[1]
+        elif origin.count == 1 and isinstance(self.transform, TrainingTransform) and not is_image(origin.entry):
+            # The only sample of a video: its crop is drawn while the video is open, and only the crop is converted.
+            # It is not kept, since the same video, read in place of another, has another crop.
+            clips = self._decode(origin, key, self.transform.draw_crop)
+            if isinstance(clips, Tensor):
+                return self.transform.finish(clips[0])
+            self.last_decoded = key, clips
+        else:
+            clips = self._decode(origin, key)
+            self.last_decoded = key, clips
         if isinstance(clips, DecodeError):
             raise clips
-        return clips[origin.nth // self.repeats]
+        return self.transform(clips[origin.nth // self.repeats])
 
-    def _decode(self, origin: SampleOrigin, key: Address) -> Tensor | DecodeError:
-        """All clips of a file in this epoch, uint8 (clips, T, 3, H, W), decoded in one pass; or the error."""
+    def _decode(
+        self, origin: SampleOrigin, key: Address, crop: Callable[[int, int], Box] | None = None
+    ) -> Tensor | DecodeError:
+        """All clips of a file in this epoch, uint8 (clips, T, 3, H, W), decoded in one pass; or the error.
+
+        `crop` is for `VideoReader.frames`, which reads videos only.
+        """
         entry = origin.entry
         file = origin.first % self.mixture.distinct_samples
         if file in self.given_up:
@@ -207,7 +225,7 @@ class SampleDataset(Dataset[Sample]):
         try:
             with watched:
                 if not is_image(entry):
-                    return self._decode_video(origin, key)
+                    return self._decode_video(origin, key, crop)
                 if self.data.frames is not None:  # a list can name images among its videos
                     return DecodeError(f"{entry.path}: is an image, but data.frames asks for clips", "not_video")
                 # (3, H, W) -> (1, 1, 3, H, W): an image is one clip of one frame.
@@ -215,16 +233,18 @@ class SampleDataset(Dataset[Sample]):
         except DecodeError as error:
             return error
 
-    def _decode_video(self, origin: SampleOrigin, key: Address) -> Tensor:
+    def _decode_video(self, origin: SampleOrigin, key: Address, crop: Callable[[int, int], Box] | None) -> Tensor:
         frames, stride = self.data.frames or 1, self.data.frame_stride
         count = max(origin.count // self.repeats, 1)  # clips of this video in an epoch, each repeated
         limit_seconds, max_pixels = self.data.decode_seconds, self.data.max_pixels
-        with VideoReader(origin.entry.path, time_limit_seconds=limit_seconds, max_pixels=max_pixels) as video:
+        with open_video(
+            origin.entry.path, self.decoder, time_limit_seconds=limit_seconds, max_pixels=max_pixels
+        ) as video:
             clips = [centre_clip(len(video), frames, stride)] * count
             if self.random:
                 # Seeded with the file's first sample: the clips do not depend on which sample of it is read first.
                 with seeded(self.seed, *key):
                     clips = [spread_clip(len(video), frames, stride, nth, count) for nth in range(count)]
             # One request for all clips: the reader decodes forward only once, and each distinct frame only once.
-            pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side)
+            pixels = video.frames([frame for clip in clips for frame in clip], self.data.short_side, crop)
         return pixels.unflatten(0, (count, frames))  # (count * T, 3, H, W) -> (count, T, 3, H, W)

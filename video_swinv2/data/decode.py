@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -34,7 +34,15 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorTrc
 
-from video_swinv2.data.display import MAX_PIXELS, Display, Orientation, PictureSizeError, check_pixels
+from video_swinv2.data.display import (
+    MAX_PIXELS,
+    Box,
+    Display,
+    Orientation,
+    PictureSizeError,
+    check_pixels,
+    size_for,
+)
 from video_swinv2.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,12 +157,18 @@ class VideoReader:
         self._packets = []
         self._container.close()
 
-    def frames(self, indices: Sequence[int], short_side: int | None = None) -> torch.Tensor:
+    def frames(
+        self, indices: Sequence[int], short_side: int | None = None, crop: Callable[[int, int], Box] | None = None
+    ) -> torch.Tensor:
         """Decode the frames with the given indices -> uint8 (len(indices), 3, H, W), RGB.
 
-        Indices may come in any order and repeat. With `short_side`, frames are resized, up or down, so that their short
-        side has exactly that many pixels. A frame that cannot be decoded is replaced (see `decode_damaged`). Raises
-        IndexError for an index outside 0..n-1 and DecodeError if nothing can be decoded.
+        Indices may come in any order and repeat. A frame that cannot be decoded is replaced (see `decode_damaged`).
+        Raises IndexError for an index outside 0..n-1 and DecodeError if nothing can be decoded.
+
+        Args:
+            short_side: resize frames, up or down, so that their short side has exactly that many pixels.
+            crop: called once with the height and width of the frames, gives the part of them that is returned. The rest
+                is not converted to RGB where that can be avoided.
         """
         import torch  # not at the top: data_prep imports this file and has to start without loading torch
 
@@ -169,12 +183,16 @@ class VideoReader:
             # Each frame is written to its rows as soon as it is decoded, so that there is a single copy of the pixels:
             # 16 frames of 8K are 1.6 GB.
             pixels: NDArray[np.uint8] | None = None
+            box: Box | None = None
             for index, frame in self._wanted(wanted):
-                picture = self.picture(frame, short_side).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+                if pixels is None and crop is not None:
+                    box = crop(*size_for(self._display.note(frame), short_side))
+                planes = self._display.planes(frame, short_side, box)
                 if pixels is None:
-                    pixels = np.empty((len(indices), *picture.shape), np.uint8)
+                    pixels = np.empty((len(indices), 3, *planes[0].shape), np.uint8)
                 for row in rows[index]:
-                    pixels[row] = picture
+                    for channel, plane in zip(pixels[row], planes, strict=True):
+                        channel[:] = plane
             return torch.from_numpy(pixels)
 
     def sequence(self, first: int = 0) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -36,8 +36,15 @@ ACCURATE = (
 # The largest picture that is read, of a video or an image, unless the caller says otherwise: 8192 x 8192 pixels. Videos
 # of 8K have half of them, and so have the largest that H.264, HEVC and AV1 define below their highest levels.
 MAX_PIXELS = 2**26
+# swscale interpolates chroma from one sample on either side. With this many more pixels on each side, and edges at even
+# pixels, a crop has the same pixels as the whole picture.
+CROP_MARGIN = 2
 # Width / height of a pixel. A ratio outside this range is taken for a damaged header, and pixels for square.
 PLAUSIBLE_PIXEL_ASPECT = (Fraction(1, 8), Fraction(8))
+
+
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) of a part of a picture, in pixels."""
 
 
 class PictureSizeError(ValueError):
@@ -60,7 +67,7 @@ class Orientation(NamedTuple):
     flip_y: bool = False
 
     def apply(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """(H, W, C) as decoded -> (H, W, C) as shown."""
+        """(H, W) or (H, W, C) as decoded -> the same as shown."""
         # Views only: nothing is copied.
         if self.transpose:
             image = image.swapaxes(0, 1)
@@ -108,6 +115,31 @@ def size_for(shown: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     return (short_side, long_side) if shown[0] <= shown[1] else (long_side, short_side)
 
 
+class FrameFilter:
+    """Passes frames through one of FFmpeg's filters, of those that share the pixels (in 2 to 5 microseconds)."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._graph: av.filter.Graph | None = None
+        # What the graph is made for: pixel format, width, height and the arguments of the filter.
+        self._kind: tuple[str, int, int, str] | None = None
+
+    def __call__(self, frame: av.VideoFrame, arguments: str) -> av.VideoFrame:
+        """The frame after the filter with these arguments."""
+        kind = (frame.format.name, frame.width, frame.height, arguments)
+        if self._graph is None or kind != self._kind:
+            self._graph, self._kind = av.filter.Graph(), kind
+            self._graph.threads = 1
+            # The filter passes time stamps on as they are, so any time base will do.
+            source = self._graph.add_buffer(
+                format=frame.format, width=frame.width, height=frame.height, time_base=Fraction(1, 90000)
+            )
+            self._graph.link_nodes(source, self._graph.add(self._name, arguments), self._graph.add("buffersink"))
+            self._graph.configure()
+        self._graph.vpush(frame)
+        return self._graph.vpull()
+
+
 class WholeFrames:
     """Takes the mark "interlaced" off frames, so that swscale resizes them whole, as the `ffmpeg` command does.
 
@@ -118,26 +150,12 @@ class WholeFrames:
     """
 
     def __init__(self) -> None:
-        self._graph: av.filter.Graph | None = None
-        self._kind: tuple[str, int, int] | None = None  # pixel format, width and height that the graph is made for
+        # PyAV can read the mark but not change it; FFmpeg's filter `setfield` can.
+        self._filter = FrameFilter("setfield")
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """The frame itself if it has no such mark, otherwise one that shares its pixels (in 5 microseconds)."""
-        if not frame.interlaced_frame:
-            return frame
-        kind = (frame.format.name, frame.width, frame.height)
-        if self._graph is None or kind != self._kind:
-            self._graph, self._kind = av.filter.Graph(), kind
-            self._graph.threads = 1
-            # The filter passes time stamps on as they are, so any time base will do.
-            source = self._graph.add_buffer(
-                format=frame.format, width=frame.width, height=frame.height, time_base=Fraction(1, 90000)
-            )
-            # PyAV can read the mark but not change it; FFmpeg's filter `setfield` can.
-            self._graph.link_nodes(source, self._graph.add("setfield", "prog"), self._graph.add("buffersink"))
-            self._graph.configure()
-        self._graph.vpush(frame)
-        return self._graph.vpull()
+        """The frame itself if it has no such mark, otherwise one that shares its pixels."""
+        return self._filter(frame, "prog") if frame.interlaced_frame else frame
 
 
 class Display:
@@ -154,6 +172,7 @@ class Display:
         self._stream = stream
         self._max_pixels = max_pixels
         self._whole = WholeFrames()
+        self._cut = FrameFilter("crop")
         self._reformatter = VideoReformatter()
 
     def note(self, frame: av.VideoFrame) -> tuple[int, int]:
@@ -170,16 +189,51 @@ class Display:
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
         """The frame as shown, uint8 (H, W, 3), RGB, its short side resized, up or down, to `short_side`.
 
-        Raises PictureSizeError, as for a thin picture whose short side becomes many times larger.
+        Each colour is contiguous in memory. Raises PictureSizeError, as for a thin picture whose short side becomes
+        many times larger.
+        """
+        return np.stack(self.planes(frame, short_side)).transpose(1, 2, 0)  # (3, H, W) -> (H, W, 3)
+
+    def planes(
+        self, frame: av.VideoFrame, short_side: int | None = None, crop: Box | None = None
+    ) -> list[NDArray[np.uint8]]:
+        """Red, green and blue of `picture`, or of a crop of it: uint8 (H, W) each. They need not be contiguous.
+
+        A crop has the pixels of the whole picture, but where neither resizing nor rotation comes in between, only the
+        crop is converted to RGB. Converting whole frames takes two fifths of the time of decoding them.
         """
         height, width = size_for(self.note(frame), short_side)
         check_pixels(height, width, self._max_pixels)
+        top, left, rows, columns = crop or (0, 0, height, width)
         # Resize in the orientation as decoded and rotate afterwards: rotating an array is a view of it and costs
         # nothing. This step also makes pixels square, since `size` includes the pixel aspect ratio.
         if self.orientation.transpose:
             height, width = width, height
+        frame = self._whole(frame)
+        # Only for yuv420p, as nearly all videos are: the margin depends on how many pixels share a chroma sample.
+        as_decoded = (height, width) == (frame.height, frame.width) and self.orientation == Orientation()
+        if crop and as_decoded and frame.format.name == "yuv420p":
+            y, x = (max(0, start - CROP_MARGIN) // 2 * 2 for start in (top, left))
+            height = min(height, (top + rows + CROP_MARGIN + 1) // 2 * 2) - y
+            width = min(width, (left + columns + CROP_MARGIN + 1) // 2 * 2) - x
+            frame = self._cut(frame, f"{width}:{height}:{x}:{y}:exact=1")
+            top, left = top - y, left - x
         # One thread, because for small pictures starting the scaler's threads costs five times the scaling itself.
         # Only for YUV is planar RGB faster (see ACCURATE); from packed 15 and 16-bit RGB, swscale gets it wrong.
         kind = "rgb24" if frame.format.is_rgb else "gbrp"
-        picture = self._reformatter.reformat(self._whole(frame), width, height, kind, interpolation=ACCURATE, threads=1)
-        return self.orientation.apply(np.asarray(picture.to_ndarray(), dtype=np.uint8))
+        picture = self._reformatter.reformat(frame, width, height, kind, interpolation=ACCURATE, threads=1)
+        shown = [self.orientation.apply(plane) for plane in colour_planes(picture)]
+        return [plane[top : top + rows, left : left + columns] for plane in shown]
+
+
+def colour_planes(picture: av.VideoFrame) -> list[NDArray[np.uint8]]:
+    """Red, green and blue of a frame in the format gbrp or rgb24, (H, W) each: views of the memory of gbrp."""
+    if picture.format.name == "rgb24":
+        return list(picture.to_ndarray().transpose(2, 0, 1))
+    # `to_ndarray` would interleave the colours, which takes as long as the conversion to RGB.
+    green, blue, red = (
+        # A plane is a buffer, which PyAV's stubs cannot say below Python 3.12.
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]  # type: ignore[call-overload]
+        for plane in picture.planes
+    )
+    return [red, green, blue]

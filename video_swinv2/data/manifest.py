@@ -93,6 +93,17 @@ def read_dataset_record(root: Path) -> DatasetRecord:
     return record
 
 
+def is_prepared(source: Path) -> bool:
+    """Whether `source` is a folder made by `prepare`, with the lists that it wrote: all of its clips have one form."""
+    if not (source / "dataset.json").is_file():
+        return False
+    record = read_dataset_record(source)
+    lists = {source / f"{split}.csv": content.list_sha256 for split, content in record.splits.items()}
+    return record.settings.get("made_by") == "prepare" and all(
+        path.is_file() and sha256(path) == recorded for path, recorded in lists.items()
+    )
+
+
 def class_list_hash(classes: Sequence[str]) -> str:
     """sha256 of the ordered class names, one per line."""
     return hashlib.sha256("\n".join(classes).encode()).hexdigest()

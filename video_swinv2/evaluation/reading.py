@@ -156,13 +156,12 @@ class VideoGroups(Dataset[Group]):
             return VideoRecord(position, views, stand_ins=stand_ins), pixels
 
     def assemble(self, number: int, videos: Sequence[tuple[VideoRecord, Tensor | None]]) -> Group:
-        """Stack the videos of a group: (V, 3, [T,] H, W) each -> (G * V, 3, [T,] H, W), zeros where a video failed."""
-        shape = (len(videos), self.views, *view_shape(self.preprocessing))
-        pixels = torch.zeros(shape, dtype=torch.uint8)
-        for row, (_, part) in zip(pixels, videos, strict=True):
-            if part is not None:
-                row.copy_(part)
-        return Group(number, pixels.flatten(0, 1), tuple(record for record, _ in videos))
+        """Join the videos of a group: (V, 3, [T,] H, W) each -> (G * V, 3, [T,] H, W), zeros where a video failed."""
+        shape = (self.views, *view_shape(self.preprocessing))
+        parts = [torch.zeros(shape, dtype=torch.uint8) if part is None else part for _, part in videos]
+        # A group of one video, as most are, is not copied: at 224 pixels that takes a seventh of the time of reading.
+        pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return Group(number, pixels, tuple(record for record, _ in videos))
 
     def _read_in_worker(self, position: int) -> tuple[VideoRecord, Tensor | None]:
         # The record survives the worker in shared memory: it is how `deliver_groups` finds the video that killed it.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_swinv2.models.position_bias import NarrowLinear, bias_table, expand_table, token_codes, without_autocast
-from video_swinv2.models.sequential import sequential_attention
+from video_swinv2.models.sequential import length_factors, lengths_of, sequential_attention
 from video_swinv2.models.windows import PerAxis, WindowLayout
 
 Backend = Literal["auto", "eager", "sdpa", "flex", "sequential"]
@@ -58,14 +58,11 @@ class WindowAttention(nn.Module):
         batch, windows, tokens, dim = x.shape
         # Zeros stand in for the missing key bias, so that one product computes q, k and v.
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        # (B, W, N, 3C) -> (B, W, N, 3, G, D) -> (3, B, W, G, N, D)
-        q, k, v = qkv.view(batch, windows, tokens, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
-        # Norms and scale are computed in at least fp32. In half precision the norms could overflow, and the floor of
-        # 1e-12 in `_scale_to_length` would underflow to zero and turn zero vectors into 0/0.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scale = self.logit_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp()
-        q, k = _scale_to_length(q.to(wide), scale), _scale_to_length(k.to(wide), 1.0)
+        # (B, W, N, 3C) -> (B, W, N, 3, G, D)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).view(batch, windows, tokens, 3, self.heads, -1)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        # (G, 1, 1) -> (G, 1)
+        scale = self.logit_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp().flatten(1)
         # Computed in every pass and never kept, because nothing shows reliably whether a weight has changed: writes
         # through `.data` leave no trace. With clips it costs 1 to 2 % of a forward pass
         # (docs/results/model-speed.md).
@@ -73,14 +70,16 @@ class WindowAttention(nn.Module):
         backend = auto_backend(x.device, tokens) if self.attention == "auto" else self.attention
         # Autocast would cast q and k back to half precision before their product.
         with without_autocast(x.device):
-            out = ATTEND[backend](q, k, v, table, layout)
-        # (B, W, G, N, D) -> (B, W, N, G, D) -> (B, W, N, C)
-        return self.proj(out.transpose(2, 3).reshape(batch, windows, tokens, dim))
-
-
-def _scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
-    """Scale the vectors along the last axis to `length`; zero vectors stay zero."""
-    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12))
+            if backend == "sequential":
+                # (B, W, ...) -> (M, ...) and back; its result is (M, N, G, D)
+                out = sequential_attention(qkv.flatten(0, 1), scale, table, layout)
+            else:
+                # (B, W, N, 3, G, D) -> q, k, v (B, W, G, N, D) -> (B, W, G, N, D) -> (B, W, N, G, D)
+                q_k = qkv[:, :, :, :2].to(wide)
+                q, k = (q_k * length_factors(q_k, lengths_of(scale))).permute(3, 0, 1, 4, 2, 5)
+                v = qkv[:, :, :, 2].transpose(2, 3)
+                out = ATTEND[backend](q, k, v, table, layout).transpose(2, 3)
+        return self.proj(out.reshape(batch, windows, tokens, dim))
 
 
 def auto_backend(device: torch.device, tokens: int) -> str:
@@ -167,13 +166,8 @@ def _flex_attention(device_type: str) -> Callable[..., Any]:
     return flex_attention
 
 
-def _sequential(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: WindowLayout) -> Tensor:
-    return sequential_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), table, layout).view_as(v)
-
-
 ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, WindowLayout], Tensor]] = {
     "eager": _eager,
     "sdpa": _sdpa,
     "flex": _flex,
-    "sequential": _sequential,
 }

@@ -4,22 +4,28 @@ Letters: M windows of all samples, W windows of one sample, N tokens in a window
 offsets in a window. A *piece* is what is computed at once, m windows and g heads.
 
 Logits exist for one piece at a time, so memory does not grow with the number of windows. On CPUs a piece fits into the
-cache, which makes this the fastest backend there. Two nested loops do the work:
+cache, which makes this the fastest backend there. Three nested loops do the work:
 
-    for each group of heads whose bias (g, N, N) fits into the memory allowed       (nearly always one group)
-        expand the bias table of these heads
-        for each piece of m windows and g heads
-            forward:   attention weights P = softmax(q k^T + bias + mask);  out = P v
-            backward:  recompute P unless it was kept;  then compute the gradients of the piece
+    for each group of heads whose bias (G, N, N) fits into the memory allowed       (nearly always all heads)
+        for each m windows: bring q and k to their lengths
+            for each piece of m windows and g heads
+                forward:   out = softmax(L) v with the logits L = q k^T + bias + mask;  S = log(sum(exp(L))) of each row
+                backward:  recompute the attention weights P = exp(L - S), then compute the gradients of the piece
 
-The backward pass needs P. It is recomputed from q, k and the table, except for small problems on CPUs, where the
-forward pass keeps it. With O = P V and the logits L, the gradients are, as in FlashAttention (arXiv 2205.14135):
+With O = P V, the gradients are, as in FlashAttention (arXiv 2205.14135):
 
     dV = P^T dO
     dL = P * (dO V^T - rowsum(dO * O))      gradient of the softmax; rowsum(dO * O) = rowsum(dP * P), without P
     dQ = dL K,   dK = dL^T Q,   dbias = the sum of dL over all windows
 
-q already carries the learned scale of its head, so every product here is unscaled.
+q and k are brought to their lengths here and not by the caller. What is kept for the backward pass is therefore only
+the projection, which exists anyway, the output, and S.
+
+Products have the precision of the projection and are accumulated in fp32. In bf16, a stored product has 8 significant
+bits. That is enough for P, dL and the gradients, but not for L and dO V^T, from which S and the row sum are subtracted:
+near a logit of 90, 8 bits are steps of 0.5. The subtraction is therefore part of the product, before anything is
+rounded: rows have what to subtract in two additional channels, columns have ones there (`_extended`). Norms, S and
+dbias have at least fp32.
 """
 
 from __future__ import annotations
@@ -34,169 +40,243 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from video_swinv2.models.position_bias import expand_table, reduce_to_table
-from video_swinv2.models.windows import WindowLayout, same_region
+from video_swinv2.models.windows import WindowLayout
 
-# These limits count logits, of 4 bytes each in fp32.
-CPU_PIECE = 2**19  # per piece on a CPU: 2 MiB, about the cache of a core
-CPU_KEPT = 2**23  # weights that a layer keeps on a CPU: 32 MiB; beyond this, loading them is slower than recomputing
-PIECE_LIMIT = 2**27  # per piece on other devices, and for the expanded bias of a group on all devices: 512 MiB
+# Limits on the bytes of the logits of a piece. On a CPU several tensors of this size have to fit into a core's cache.
+CPU_PIECE = 2**20
+PIECE_LIMIT = 2**29  # also on the expanded bias of a group of heads, on all devices
+LOG2_E = math.log2(math.e)
 
 
-def sequential_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: WindowLayout) -> Tensor:
-    """softmax(q k^T + bias) v: q (scaled), k and v (M, G, N, D), table (G, R) -> (M, G, N, D) in the dtype of v."""
-    out: Tensor = _Sequential.apply(q, k, v, table, layout)
+def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, layout: WindowLayout) -> Tensor:
+    """softmax(scale * cos(q, k) + bias) v: qkv (M, N, 3, G, D), scale (G, 1), table (G, R) -> (M, N, G, D).
+
+    scale and table have at least fp32. The result has the dtype of qkv.
+    """
+    out: Tensor = _Sequential.apply(qkv, scale, table, layout)
     return out
+
+
+def lengths_of(scale: Tensor) -> Tensor:
+    """The lengths of q, which is the scale, and of k, which is 1: (G, 1) -> (2, G, 1)."""
+    return torch.stack((scale, torch.ones_like(scale)))
+
+
+def length_factors(q_k: Tensor, lengths: Tensor) -> Tensor:
+    """What to multiply q and k (..., 2, G, D) by to give them the lengths (2, G, 1): (..., 2, G, 1).
+
+    q_k has to have at least fp32. In half precision the norms could overflow, and the floor of 1e-12 would underflow to
+    zero and turn zero vectors, which stay zero, into 0/0.
+    """
+    return lengths / torch.linalg.vector_norm(q_k, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class _Sequential(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: WindowLayout) -> Tensor:
-        out = _empty_like_projection(v)
-        kept = _room_for_weights(q, v) if any(ctx.needs_input_grad) else None
-        for group in _head_groups(q):
-            # The bias lies between 0 and 16. A constant shift does not change the softmax, and values around 0 lose
-            # less to rounding in half precision.
-            bias = expand_table((table[group] - 8).to(v.dtype), layout.window)
-            # Slices of `out` are views, so writing the result of a piece fills the output in place.
-            parts = [t[:, group] for t in (q.to(v.dtype), k.to(v.dtype), v, out)]
-            for windows, heads, mask in _pieces(parts[0], layout, bias.dtype):
-                part_q, part_k, part_v, result = (t[windows, heads] for t in parts)
-                if kept is None:
-                    # A fused kernel need not write the logits to memory. q, k, v (m, g, N, D), mask (m or 1, g, N, N)
-                    seen = bias[None, heads] if mask is None else bias[heads] + mask
-                    result.copy_(F.scaled_dot_product_attention(part_q, part_k, part_v, seen, scale=1.0))
-                else:
-                    # (m, g, N, N) -> (m * g, N, N). `view` works because a piece with several windows has all heads,
-                    # and the small problems whose weights are kept have a single group.
-                    weights = kept[:, group][windows, heads].view(-1, *bias.shape[1:])
-                    _softmax(part_q.flatten(0, 1), part_k.flatten(0, 1), bias[heads], mask, weights)
-                    result.copy_((weights @ part_v.flatten(0, 1)).view_as(result))
-        ctx.save_for_backward(q, k, v, table, out, *(() if kept is None else (kept,)))
-        ctx.layout = layout
+    def forward(ctx: Any, qkv: Tensor, scale: Tensor, table: Tensor, layout: WindowLayout) -> Tensor:
+        windows, tokens, _, heads, channels = qkv.shape
+        out = qkv.new_empty(windows, tokens, heads, channels)
+        log_sums = scale.new_empty(windows, tokens, heads) if any(ctx.needs_input_grad) else None
+        for group in _head_groups(qkv):
+            # The results are written to views of the output tensors.
+            _group_forward(
+                qkv[:, :, :, group],
+                scale[group],
+                table[group],
+                layout,
+                out[:, :, group],
+                None if log_sums is None else log_sums[:, :, group],
+            )
+        if log_sums is not None:
+            ctx.save_for_backward(qkv, scale, table, out, log_sums)
+            ctx.layout = layout
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        q, k, v, table, out, *kept = ctx.saved_tensors
-        grads = _empty_like_projection(q), _empty_like_projection(k), _empty_like_projection(v)
-        grad_table = torch.empty_like(table)
-        # rowsum(dO * O) for all pieces, at the precision of q: (M, G, N, D) -> (M, G, N, 1)
-        inner = (grad.to(q.dtype) * out.to(q.dtype)).sum(dim=-1, keepdim=True)
-        windows_at_once, heads_at_once = _at_once(q)
-        # Two buffers, for P and dL, are reused by all pieces, since fresh memory costs a page fault for every 4 KiB.
-        scratch = table.new_empty(2, windows_at_once * heads_at_once * q.shape[2] ** 2)
-        for group in _head_groups(q):
-            # No shift by 8 is needed: the table has the precision of q, at least fp32 (WindowAttention.forward).
-            bias = expand_table(table[group], ctx.layout.window)
-            grad_bias = torch.zeros_like(bias)
-            parts = [t[:, group] for t in (q, k, v, grad, inner, *grads)]
-            for windows, heads, mask in _pieces(parts[0], ctx.layout, bias.dtype):
-                *given, grad_q, grad_k, grad_v = [t[windows, heads] for t in parts]
-                # (m, g, N, D) -> (m * g, N, D), at the precision of the bias
-                part_q, part_k, *others = (t.to(bias.dtype).flatten(0, 1) for t in given)
-                # The last piece may be smaller, so each buffer is cut to (m * g, N, N).
-                shape = (len(part_q), *bias.shape[1:])
-                weights, grad_logits = (part[: math.prod(shape)].view(shape) for part in scratch)
-                if kept:
-                    weights = kept[0][:, group][windows, heads].view(-1, *bias.shape[1:])
-                else:
-                    _softmax(part_q, part_k, bias[heads], mask, weights)
-                _piece_backward(
-                    (part_q, part_k, *others), weights, grad_logits, (grad_q, grad_k, grad_v, grad_bias[heads])
-                )
-            grad_table[group] = reduce_to_table(grad_bias, ctx.layout.window)
-        return *grads, grad_table, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        qkv, scale, table, out, log_sums = ctx.saved_tensors
+        grad_qkv, grad_scale, grad_table = torch.empty_like(qkv), torch.empty_like(scale), torch.empty_like(table)
+        for group in _head_groups(qkv):
+            given = qkv[:, :, :, group], scale[group], table[group]
+            saved = out[:, :, group], log_sums[:, :, group], grad[:, :, group]
+            grad_scale[group], grad_table[group] = _group_backward(given, saved, ctx.layout, grad_qkv[:, :, :, group])
+        return grad_qkv, grad_scale, grad_table, None
 
 
-def _room_for_weights(q: Tensor, v: Tensor) -> Tensor | None:
-    """Allocate the attention weights of all pieces, (M, G, N, N). Returns None where recomputing them is better.
+def _group_forward(
+    qkv: Tensor, scale: Tensor, table: Tensor, layout: WindowLayout, out: Tensor, log_sums: Tensor | None
+) -> None:
+    """Write the output (M, N, G, D) of a group of heads, and S (M, N, G) if it is needed."""
+    bias = _expanded_bias(table, layout, qkv.dtype)[:, None]
+    lengths = lengths_of(scale)
+    windows_at_once, heads_at_once = _at_once(qkv, qkv.dtype)
+    for windows in _slices(len(qkv), windows_at_once):
+        mask = _mask(windows, layout, qkv.dtype)
+        # (m, N, 2, G, D) and (m, N, G, D) -> q, k, v (G, m, N, D)
+        q_k = qkv[windows, :, :2].to(scale.dtype)
+        q, k = (q_k * length_factors(q_k, lengths)).to(qkv.dtype).permute(2, 3, 0, 1, 4)
+        v = qkv[windows, :, 2].permute(2, 0, 1, 3)
+        for heads in _slices(len(q), heads_at_once):
+            # (g, 1, N, N), or with the mask (g, m, N, N)
+            seen = bias[heads] if mask is None else bias[heads] + mask
+            result, log_sum = _attend(q[heads], k[heads], v[heads], seen, log_sums)
+            out[windows, :, heads] = result.permute(1, 2, 0, 3)
+            if log_sums is not None:
+                log_sums[windows, :, heads] = log_sum.permute(1, 2, 0)
 
-    On CPUs, recomputing them takes a third of the backward pass, and small problems have memory to spare. If q and v
-    differ in dtype (mixed precision), the forward pass works in that of v and the backward pass in that of q, so the
-    weights of the one cannot serve the other.
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, log_sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output of a piece (g, m, N, D), and S (g, m, N) in the dtype of `log_sums`; without them, S is not needed.
+
+    q, k, v (g, m, N, D), bias (g, 1 or m, N, N). A fused kernel need not write the logits to memory.
     """
-    total, heads, tokens, _ = q.shape
-    small = total * heads * tokens**2 <= CPU_KEPT and q.device.type == "cpu" and q.dtype == v.dtype
-    return q.new_empty(total, heads, tokens, tokens) if small else None
+    if q.device.type == "cpu":
+        # This is what scaled_dot_product_attention calls on CPUs, but it does not return S.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = flash(q, k, v, attn_mask=bias, scale=1.0)
+        return out, log_sum
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+    if log_sums is None:
+        return out, out
+    return out, (q.to(log_sums.dtype) @ k.to(log_sums.dtype).mT + bias).logsumexp(dim=-1)
 
 
-def _softmax(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, weights: Tensor) -> None:
-    """Write softmax(q k^T + bias + mask) of a piece to `weights` (m * g, N, N); q, k (m * g, N, D), bias (g, N, N)."""
-    heads, tokens = bias.shape[:2]
-    windows = len(q) // heads
-    # (g, N, N) -> (m * g, N, N), the bias repeated for every window. A single window needs no copy.
-    bias = bias if windows == 1 else bias.expand(windows, -1, -1, -1).flatten(0, 1)
-    torch.baddbmm(bias, q, k.transpose(1, 2), out=weights)
-    if mask is not None:
-        weights.view(windows, heads, tokens, tokens).add_(mask)
-    torch.softmax(weights, dim=-1, out=weights)
+def _group_backward(
+    given: tuple[Tensor, Tensor, Tensor], saved: tuple[Tensor, Tensor, Tensor], layout: WindowLayout, grad_qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of scale and table of a group of heads; that of qkv is written to `grad_qkv`.
+
+    given: qkv (M, N, 3, G, D), scale (G, 1) and table (G, R). saved: O (M, N, G, D), S (M, N, G) and dO (M, N, G, D).
+    """
+    (qkv, scale, table), (out, log_sums, grad) = given, saved
+    # The range of fp16 is too narrow for products of gradients.
+    dtype = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype
+    # P is computed as 2^(log2(e) (L - S)): on CPUs, exp takes 30 times as long for fp32 numbers that underflow.
+    bias = _expanded_bias(table, layout, dtype)
+    d_scale, d_bias = torch.zeros_like(scale), torch.zeros_like(bias, dtype=table.dtype)
+    lengths = lengths_of(scale)
+    windows_at_once, heads_at_once = _at_once(qkv, dtype)
+    # Two buffers, for P and dL, are reused by all pieces, since fresh memory costs a page fault for every 4 KiB.
+    scratch = bias.new_empty(2, windows_at_once * heads_at_once * bias[0].numel())
+    for windows in _slices(len(qkv), windows_at_once):
+        mask = _mask(windows, layout, dtype)
+        # All with heads first: (2, G, m, N, D), (G, m, N, D) and (G, m, N)
+        q_k = qkv[windows, :, :2].to(scale.dtype)
+        factors = length_factors(q_k, lengths).permute(2, 3, 0, 1, 4)
+        q_k = q_k.permute(2, 3, 0, 1, 4) * factors
+        v, d_out, values = (t[windows].permute(2, 0, 1, 3) for t in (qkv[:, :, 2], grad, out))
+        log_sum = log_sums[windows].permute(2, 0, 1)
+        inner = (d_out.to(scale.dtype) * values).sum(dim=-1)
+        rows = _extended(q_k[0], -log_sum, dtype), _extended(d_out, -inner, dtype)
+        columns = _extended(q_k[1], 1, dtype), _extended(v, 1, dtype)
+        d_qkv = rows[0].new_empty(3, *v.shape)
+        for heads in _slices(len(v), heads_at_once):
+            piece = [t[heads] for t in (*rows, *columns)]
+            _piece_backward(piece, bias[heads], mask, scratch, d_qkv[:, heads], d_bias[heads])
+        d_scale += _length_backward(q_k, factors, lengths, d_qkv[:2])
+        grad_qkv[windows] = d_qkv.permute(2, 3, 0, 1, 4)
+    return d_scale, reduce_to_table(d_bias, layout.window)
 
 
 def _piece_backward(
-    given: tuple[Tensor, ...], weights: Tensor, grad_logits: Tensor, results: tuple[Tensor, ...]
+    given: list[Tensor], bias: Tensor, mask: Tensor | None, scratch: Tensor, d_qkv: Tensor, d_bias: Tensor
 ) -> None:
     """Compute the gradients of one piece, with the formulas in the docstring of this module.
 
-    given: q, k, v, dO and rowsum(dO * O) of the piece, each (m * g, N, ...). weights: P. grad_logits: a buffer that is
-    overwritten with dL. results: the gradients of q, k and v, (m, g, N, D), are overwritten. That of the bias,
-    (g, N, N), is added to, because it sums over the windows of all pieces.
+    given: q, dO, k and v, all `_extended` to (g, m, N, D + 2). bias (g, N, N), mask (m, N, N). scratch: two buffers,
+    for P and dL. d_qkv (3, g, m, N, D) is overwritten. d_bias (g, N, N) is added to: it sums over all windows.
     """
-    q, k, v, grad, inner = given
-    grad_bias = results[-1]
-    torch.bmm(grad, v.transpose(1, 2), out=grad_logits).sub_(inner).mul_(weights)
-    # (m * g, N, N) -> (m, g, N, N) -> (g, N, N), summed over the windows of the piece; m = 1 needs no sum.
-    grad_bias += grad_logits if len(q) == len(grad_bias) else grad_logits.view(-1, *grad_bias.shape).sum(dim=0)
-    values = (grad_logits @ k, grad_logits.transpose(1, 2) @ q, weights.transpose(1, 2) @ grad)
-    for result, value in zip(results[:3], values, strict=True):
-        result.copy_(value.view_as(result))
+    heads, windows, tokens, _ = given[0].shape
+    # (g, m, N, N) in the buffers; the last piece may be smaller.
+    shape = heads, windows, tokens, tokens
+    weights, d_logits = (buffer[: math.prod(shape)].view(shape) for buffer in scratch)
+    if mask is None:
+        weights.copy_(bias[:, None])
+    else:
+        torch.add(bias[:, None], mask, out=weights)
+    # (g, m, N, ...) -> (g * m, N, ...)
+    q, d_out, k, v, p, d_l = (t.flatten(0, 1) for t in (*given, weights, d_logits))
+    d_q, d_k, d_v = (t.flatten(0, 1) for t in d_qkv)
+    p.baddbmm_(q, k.mT, beta=LOG2_E, alpha=LOG2_E).exp2_()
+    torch.bmm(d_out, v.mT, out=d_l).mul_(p)
+    for part in d_logits.unbind(1):
+        d_bias += part
+    torch.bmm(d_l, k[..., :-2], out=d_q)
+    torch.bmm(d_l.mT, q[..., :-2], out=d_k)
+    torch.bmm(p.mT, d_out[..., :-2], out=d_v)
 
 
-def _head_groups(q: Tensor) -> Iterator[slice]:
-    """Groups of heads whose expanded bias fits into PIECE_LIMIT; nearly always a single group with all heads."""
-    heads, tokens = q.shape[1:3]
-    at_once = max(1, PIECE_LIMIT // tokens**2)
-    for first in range(0, heads, at_once):
-        yield slice(first, first + at_once)
+def _extended(x: Tensor, extra: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """(..., D) -> (..., D + 2): a row with the number `extra` (...) in two channels, or a column with 1 in both.
 
-
-def _pieces(q: Tensor, layout: WindowLayout, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """For each piece: its windows, its heads, and the mask (m, 1, N, N) to add to its logits.
-
-    The mask is None if all tokens of each window may see each other, which holds for most windows. It is a number that
-    is added, because filling through a boolean mask takes five times as long on CPUs. Its values are 0 and the lowest
-    number of the dtype. They are made by a multiplication, where -inf would turn the zeros into NaN.
+    The product of such a row and column is that of their vectors plus the number. It takes two channels because bf16
+    has 8 significant bits: the first holds the upper ones, the second the next 8.
     """
-    total, heads, _, _ = q.shape
-    windows_at_once, heads_at_once = _at_once(q)
+    out = torch.empty(*x.shape[:-1], x.shape[-1] + 2, dtype=dtype, device=x.device)
+    out[..., :-2] = x
+    out[..., -2:] = 1
+    if isinstance(extra, Tensor):
+        out[..., -2] = extra
+        out[..., -1] = extra - out[..., -2]
+    return out
+
+
+def _length_backward(x: Tensor, factors: Tensor, lengths: Tensor, grad: Tensor) -> Tensor:
+    """Turn the gradient of x = factors * y into that of y, in place; returns that of the length of q, (G, 1).
+
+    x and its gradient are q and k, (2, G, m, N, D), factors (2, G, m, N, 1), lengths (2, G, 1). The length depends on
+    the part of the gradient along x only, and y on the part across x:
+
+        dlength = (grad . x) / length,   dy = factor (grad - x (grad . x) / length^2)
+    """
+    lengths = lengths[..., None, None]
+    along = (grad * x).sum(dim=-1, keepdim=True) / lengths
+    grad.copy_(factors * (grad - x * (along / lengths)))
+    return along[0].sum(dim=(1, 2))
+
+
+def _expanded_bias(table: Tensor, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+    """(G, R) -> (G, N, N) in `dtype`, minus 8, the middle of its range.
+
+    Shifting all logits does not change the softmax, and values around 0 lose less to rounding in half precision.
+    """
+    return expand_table((table - 8).to(dtype), layout.window)
+
+
+def _mask(windows: slice, layout: WindowLayout, dtype: torch.dtype) -> Tensor | None:
+    """The mask (m, N, N) to add to the logits of some windows, or None if all their tokens may see each other.
+
+    Most windows need none. It is a number that is added, because filling through a boolean mask takes five times as
+    long on CPUs: 0 for equal labels, and -inf or the lowest number of the dtype for others.
+    """
     label, divided = layout.label, layout.divided
-    for first in range(0, total, windows_at_once):
-        # The M windows are those of one sample after another, and all samples share the layout of W windows.
-        last = min(first + windows_at_once, total)
-        mask = None
-        if label is not None and any(divided[n % len(divided)] for n in range(first, last)):
-            # Numbered on the device: a list of numbers would be copied to the GPU, and the CPU would wait for that.
-            numbers = torch.arange(first, last, device=label.device) % len(divided)
-            mask = (~same_region(label[numbers]))[:, None].to(dtype).mul_(torch.finfo(dtype).min)
-        for head in range(0, heads, heads_at_once):
-            yield slice(first, first + windows_at_once), slice(head, head + heads_at_once), mask
+    # The M windows are those of one sample after another, and all samples share the layout of W windows.
+    if label is None or not any(divided[n % len(divided)] for n in range(windows.start, windows.stop)):
+        return None
+    # Numbered on the device: a list of numbers would be copied to the GPU, and the CPU would wait for that.
+    numbers = torch.arange(windows.start, windows.stop, device=label.device) % len(divided)
+    labels = label[numbers].to(dtype)  # small integers, which every dtype can tell apart
+    return (labels[:, :, None] - labels[:, None, :]).square_().mul_(torch.finfo(dtype).min)
 
 
-def _at_once(q: Tensor) -> tuple[int, int]:
-    """The numbers of windows and heads in a piece of q (M, G, N, D); the last piece may have fewer.
-
-    Heads come first: a piece has more than one window only if it has all heads.
-    """
-    total, heads, tokens, _ = q.shape
-    budget = CPU_PIECE if q.device.type == "cpu" else PIECE_LIMIT
-    heads_at_once = max(1, min(heads, budget // tokens**2))
-    return max(1, min(total, budget // (heads_at_once * tokens**2))), heads_at_once
+def _head_groups(qkv: Tensor) -> Iterator[slice]:
+    """Groups of heads whose expanded bias fits into PIECE_LIMIT; nearly always a single group with all heads."""
+    _, tokens, _, heads, _ = qkv.shape
+    return _slices(heads, max(1, PIECE_LIMIT // (qkv.itemsize * tokens**2)))
 
 
-def _empty_like_projection(t: Tensor) -> Tensor:
-    """An empty (M, G, N, D) tensor that is stored as (M, N, G, D).
+def _at_once(qkv: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """The numbers of windows and heads in a piece, for logits of `dtype`: as many windows as fit, then heads."""
+    windows, tokens, _, heads, _ = qkv.shape
+    limit = CPU_PIECE if qkv.device.type == "cpu" else PIECE_LIMIT
+    budget = max(1, limit // (dtype.itemsize * tokens**2))
+    # Divided evenly: of 4 windows, 2 and 2 rather than 3 and 1.
+    windows_at_once = math.ceil(windows / math.ceil(windows / budget))
+    return windows_at_once, min(heads, budget // windows_at_once)
 
-    This is the order of the projections before and after the attention: merging the heads again, (M, N, G, D) ->
-    (M, N, C), is then a view and needs no copy.
-    """
-    return torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+def _slices(total: int, at_once: int) -> Iterator[slice]:
+    """Divide the numbers from 0 to `total` into slices of `at_once`; the last may have fewer."""
+    for first in range(0, total, at_once):
+        yield slice(first, min(first + at_once, total))

@@ -29,13 +29,10 @@ from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.windows import (
     PerAxis,
     WindowLayout,
-    crop_to,
-    pad_to,
-    roll,
+    from_windows,
     shrink_window,
+    to_windows,
     window_layout,
-    window_partition,
-    window_reverse,
 )
 
 IntOrPerAxis = int | Sequence[int]
@@ -113,12 +110,8 @@ class Block(nn.Module):
         return self.enorm(x) if hasattr(self, "enorm") else x
 
     def _attend(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
-        # (B, *S, C) -> (B, *padded, C), rolled so that shifted windows begin at a multiple of the window
-        x = roll(pad_to(x, layout.padded), [-s for s in layout.shift])
-        # -> (B, W, N, C) and attention within each window. windows.py works through an example.
-        x = self.attn(window_partition(x, layout.window), layout, norm)
-        # -> (B, *padded, C), rolled back -> (B, *S, C), without the padding
-        return crop_to(roll(window_reverse(x, layout.window, layout.padded), layout.shift), layout.grid)
+        # (B, *S, C) -> (B, W, N, C), attention within each window, and back. windows.py works through an example.
+        return from_windows(self.attn(to_windows(x, layout), layout, norm), layout)
 
 
 class PatchMerging(nn.Module):

@@ -12,6 +12,9 @@ block proceeds as follows:
     attend   within each window and each region    see `region_labels`
     join, roll back, crop                          the same steps in reverse
 
+The steps before and those after the attention only move tokens. `window_layout` applies them to the numbers of the
+tokens once (`token_moves`), and `to_windows` and `from_windows` then copy each token straight to its place.
+
 A shifted window can contain tokens that are not neighbours: tokens from opposite ends of an axis, which the roll has
 brought together, and padding. They are told apart by labels, and a token attends only to tokens with its own label.
 Microsoft instead adds -100 to the logits of such pairs, which leaves some influence. Here the result does not depend
@@ -24,6 +27,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +151,8 @@ class WindowLayout:
     """(W, N) int64, `region_labels`; None when every token may see all tokens of its window."""
     divided: tuple[bool, ...] = ()
     """For each of the W windows, whether it contains more than one label. Most do not, and need no mask."""
+    moves: tuple[Tensor, Tensor] | None = None
+    """The steps before and after the attention as copies of tokens, `token_moves`; None to apply them one by one."""
 
     @property
     def allowed(self) -> Tensor | None:
@@ -162,14 +168,76 @@ def same_region(label: Tensor) -> Tensor:
     return label[:, :, None] == label[:, None, :]
 
 
+def token_moves(grid: PerAxis, window: PerAxis, shift: PerAxis) -> tuple[Tensor, Tensor]:
+    """Where tokens go when a grid is padded, rolled and split into windows: two int64 tensors.
+
+    The first, (W * N,), gives for every place in the windows the number of its token, in row-major order of the grid;
+    padding has the number after the last. The second, (tokens,), gives the place of every token.
+    """
+    tokens = math.prod(grid)
+    # From 1, because `pad_to` fills in zeros: (1, *S, 1) -> (W * N,)
+    numbers = torch.arange(1, tokens + 1).view(1, *grid, 1)
+    numbers = roll(pad_to(numbers, padded_grid(grid, window)), [-s for s in shift])
+    order = (window_partition(numbers, window).flatten() - 1) % (tokens + 1)
+    return order, order.argsort()[:tokens]
+
+
+def to_windows(x: Tensor, layout: WindowLayout) -> Tensor:
+    """Pad, roll and split a grid into windows: (B, *S, C) -> (B, W, N, C). Padding is zero."""
+    if layout.moves is None:
+        return window_partition(roll(pad_to(x, layout.padded), [-s for s in layout.shift]), layout.window)
+    order, places = layout.moves
+    moved: Tensor = _Move.apply(x.flatten(1, -2), order, places)
+    return moved.unflatten(1, (-1, math.prod(layout.window)))
+
+
+def from_windows(windows: Tensor, layout: WindowLayout) -> Tensor:
+    """Join windows, roll back and crop: (B, W, N, C) -> (B, *S, C)."""
+    if layout.moves is None:
+        return crop_to(roll(window_reverse(windows, layout.window, layout.padded), layout.shift), layout.grid)
+    order, places = layout.moves
+    moved: Tensor = _Move.apply(windows.flatten(1, 2), places, order)
+    return moved.unflatten(1, layout.grid)
+
+
+class _Move(torch.autograd.Function):
+    """Moves tokens: place i of the result holds the token `sources[i]` of (B, tokens, C), or zeros for padding.
+
+    `targets` is the inverse. The gradient of indexing in general adds up, since an index may occur twice; that is slow,
+    and on GPUs not reproducible. Here every token has one place at most, where its gradient is found.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(sources, targets)
+        return _take(x, sources, len(targets))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sources, targets = ctx.saved_tensors
+        return _Move.apply(grad, targets, sources), None, None
+
+
+def _take(x: Tensor, sources: Tensor, present: int) -> Tensor:
+    """(B, present, C) -> (B, sources, C), where the number after the last token stands for zeros."""
+    if len(sources) > present:  # with padding
+        x = F.pad(x, (0, 0, 0, 1))
+    return x.index_select(1, sources)
+
+
 def window_layout(grid: PerAxis, window: Sequence[int], shifted: bool, device: torch.device) -> WindowLayout:
     """The layout of one kind of block (shifted or not) over `grid`, with its labels on `device`."""
     shrunk, shift = shrink_window(window, grid)
     if not shifted:
         shift = (0,) * len(grid)
     padded = padded_grid(grid, shrunk)
+    moves = None
+    # Not for a single window, which needs no steps, and not in compiled programs, which would compute it in each pass.
+    if shrunk != padded and not torch.compiler.is_compiling():
+        order, places = token_moves(tuple(grid), shrunk, shift)
+        moves = order.to(device), places.to(device)
     if not any(shift) and padded == tuple(grid):
-        return WindowLayout(tuple(grid), padded, shrunk, shift, None)
+        return WindowLayout(tuple(grid), padded, shrunk, shift, None, moves=moves)
     # A window is divided if it contains two bands of any axis. This is computed on the host from short lists, because
     # reading it back from the labels would synchronise with the GPU.
     divided_per_axis = []
@@ -178,4 +246,5 @@ def window_layout(grid: PerAxis, window: Sequence[int], shifted: bool, device: t
         divided_per_axis.append([len(set(bands[i : i + w])) > 1 for i in range(0, len(bands), w)])
     # The product combines one entry per axis, in the row-major order of `window_partition`.
     divided = tuple(any(along_axes) for along_axes in itertools.product(*divided_per_axis))
-    return WindowLayout(tuple(grid), padded, shrunk, shift, region_labels(grid, shrunk, shift).to(device), divided)
+    label = region_labels(grid, shrunk, shift).to(device)
+    return WindowLayout(tuple(grid), padded, shrunk, shift, label, divided, moves)

@@ -130,13 +130,13 @@ def _fuse_attention(encoder: SwinV2) -> None:
 
 @contextmanager
 def _sequential_as_on_gpus() -> Iterator[None]:
-    """Inside, the sequential backend takes as many windows at once as on a GPU, and keeps no attention weights."""
-    before = sequential.CPU_PIECE, sequential.CPU_KEPT
-    sequential.CPU_PIECE, sequential.CPU_KEPT = sequential.PIECE_LIMIT, 0
+    """Inside, the sequential backend takes as many windows at once as on a GPU."""
+    before = sequential.CPU_PIECE
+    sequential.CPU_PIECE = sequential.PIECE_LIMIT
     try:
         yield
     finally:
-        sequential.CPU_PIECE, sequential.CPU_KEPT = before
+        sequential.CPU_PIECE = before
 
 
 def pass_memory(

@@ -7,9 +7,7 @@ of what a run takes from the machine in `resources.py`.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ import torch.distributed as dist
 
 from video_swinv2.bench.sample_clip import frame_number, write_clip
 from video_swinv2.config import Config, load_config
-from video_swinv2.data.decode import VideoReader
+from video_swinv2.data.decoders import LOADING, Decoder, open_video, why_missing
 from video_swinv2.errors import UsageError
 from video_swinv2.tools.demo import recipe
 from video_swinv2.tools.findings import Finding, State, describe_error
@@ -38,6 +36,12 @@ DEFAULT_RECIPE = "kinetics400/base.yaml"  # whose run is assumed if none is give
 # The frames of the generated clip that each decoder must return: the first and the last, one inside a group of pictures
 # (GOP, 16 frames) and the key frame that starts the second one.
 TEST_FRAMES = (0, 7, 16, 29)
+# What a decoder that works is used for.
+USES = {
+    "pyav": "frames are exact; reads everything unless data.decoder names another",
+    "torchcodec": "frames are exact, colours are swscale's default; for data.decoder: torchcodec",
+    "decord": "frames are exact, colours are swscale's default; for data.decoder: decord",
+}
 FRAME_TOLERANCE = 0.4  # in frames: compression changes the grey that encodes the frame number a little
 
 
@@ -129,7 +133,7 @@ def check_device(device_type: str, processes: int) -> list[Finding]:
 
 
 def check_decoders() -> list[Finding]:
-    """Whether each installed decoder returns the requested frames of a generated clip; only PyAV is required.
+    """Whether each decoder of `data.decoder` returns the requested frames of a generated clip; PyAV alone is required.
 
     The grey in the middle of each frame encodes the frame's number (`bench/sample_clip.py`), so a decoder that is off
     by one frame is detected.
@@ -138,39 +142,35 @@ def check_decoders() -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         count = write_clip(path, size=(64, 96), seconds=1)
-        for name, read in (("PyAV", _read_av), ("decord", _read_decord), ("torchcodec", _read_torchcodec)):
-            fix = "pip install av" if name == "PyAV" else "none needed: PyAV is used instead"
-            if name != "PyAV" and importlib.util.find_spec(name) is None:
+        decoders: tuple[tuple[str, Decoder], ...] = (
+            ("PyAV", "pyav"),
+            ("torchcodec", "torchcodec"),
+            ("decord", "decord"),
+        )
+        for name, decoder in decoders:
+            fix = (
+                "pip install av"
+                if decoder == "pyav"
+                else f"none needed: PyAV reads everything; else {LOADING[decoder]}"
+            )
+            if_missing: State = "fault" if decoder == "pyav" else "note"
+            if decoder != "pyav" and (reason := why_missing(decoder)):
+                found.append(Finding(name, if_missing, reason, fix))
                 continue
-            if_missing: State = "fault" if name == "PyAV" else "note"
             try:
-                greys = read(path)
-            except Exception as error:  # libraries fail to load in many ways
+                greys = _read(path, decoder)
+            except Exception as error:  # libraries fail in many ways
                 found.append(Finding(name, if_missing, describe_error(error), fix))
                 continue
             seen = [frame_number(grey, count) for grey in greys]
             pairs = zip(TEST_FRAMES, seen, strict=True)
             wrong = [wanted for wanted, got in pairs if abs(wanted - got) > FRAME_TOLERANCE]
-            text = f"returns wrong frames for {', '.join(map(str, wrong))}" if wrong else "frames are exact"
+            text = f"returns wrong frames for {', '.join(map(str, wrong))}" if wrong else USES[decoder]
             found.append(Finding(name, "fault" if wrong else "ok", text, fix if wrong else ""))
     return found
 
 
-def _read_av(path: Path) -> list[float]:
-    """The mean grey in the middle of each of TEST_FRAMES, decoded by PyAV. Frames are (3, 64, 96)."""
-    with VideoReader(path) as video:
+def _read(path: Path, decoder: Decoder) -> list[float]:
+    """The mean grey in the middle of each of TEST_FRAMES, which are (3, 64, 96)."""
+    with open_video(path, decoder) as video:
         return [float(frame[:, 30:34, 44:52].float().mean()) for frame in video.frames(TEST_FRAMES)]
-
-
-def _read_decord(path: Path) -> list[float]:
-    """The same by decord, whose frames are (64, 96, 3)."""
-    decord = importlib.import_module("decord")
-    frames = decord.VideoReader(str(path)).get_batch(list(TEST_FRAMES)).asnumpy()
-    return [float(frame[30:34, 44:52].mean()) for frame in frames]
-
-
-def _read_torchcodec(path: Path) -> list[float]:
-    """The same by torchcodec, whose frames are (3, 64, 96)."""
-    decoders = importlib.import_module("torchcodec.decoders")
-    frames = decoders.VideoDecoder(str(path)).get_frames_at(indices=list(TEST_FRAMES)).data
-    return [float(frame[:, 30:34, 44:52].float().mean()) for frame in frames]

@@ -498,5 +498,5 @@ class TrainingRun:
             "speed": self.throughput.overall(),
             "hours": seconds / 3600,
             "device_hours": seconds * self.world.size / 3600,
-            "decoder": "pyav",
+            "decoder": self.task.train_samples.decoder,
         }
