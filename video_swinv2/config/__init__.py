@@ -25,6 +25,7 @@ from video_swinv2.config.schema import (
     MaskConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationConfig,
     WeightedSource,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "Positive",
     "Seconds",
     "Seed",
+    "SegmentationConfig",
     "Size",
     "WeightedSource",
     "Workers",

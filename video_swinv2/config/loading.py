@@ -21,6 +21,7 @@ from video_swinv2.config.schema import (
     MaskConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationConfig,
 )
 from video_swinv2.errors import UsageError
 from video_swinv2.files import refuse_special_file
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "augment": AugmentConfig,
     "mask": MaskConfig,
+    "segmentation": SegmentationConfig,
     "engine": EngineConfig,
 }
 MAX_PARTS = 8  # of a dotted key; no key has as many

@@ -185,6 +185,24 @@ class MaskConfig:
 
 
 @dataclass(config=STRICT, frozen=True)
+class SegmentationConfig:
+    """Semantic segmentation: how pixels and classes are read and augmented, and the heads that are trained."""
+
+    reduce_zero_label: bool = False
+    """Whether index 0 of the masks is no class, so that 1 is the first one, as in ADE20K."""
+    scale: Ratios = (0.5, 2.0)
+    """Smallest and largest factor by which an image is resized before a crop of `data.image_size` is taken."""
+    max_class_share: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """A crop is drawn again, up to ten times, while one class covers more than this fraction of it."""
+    photometric: bool = True
+    """Whether brightness, contrast, saturation and hue are changed at random."""
+    channels: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 512
+    """Channels of the UPerNet head; the auxiliary head has half as many."""
+    auxiliary: Factor = 0.4
+    """Weight of the loss of the auxiliary head, which is used in training only; 0 omits that head."""
+
+
+@dataclass(config=STRICT, frozen=True)
 class OptimConfig:
     """AdamW, the learning rate schedule, and the loss."""
 
@@ -204,9 +222,9 @@ class OptimConfig:
     warmup_lr: Factor = 0.0
     """Learning rate of the first step of the warm-up. With 0, that step changes no weight."""
     min_lr: Factor = 0.0
-    """Learning rate that a cosine schedule reaches after its last step, as in timm and torch (that of the last step
-    itself is a little higher), and the lower bound of a multistep one."""
-    schedule: Literal["cosine", "multistep"] = "cosine"
+    """Learning rate that a cosine or linear schedule reaches after its last step, as in timm and torch (that of the
+    last step itself is a little higher), and the lower bound of a multistep one."""
+    schedule: Literal["cosine", "linear", "multistep"] = "cosine"
     """How the learning rate falls after the warm-up."""
     milestones: tuple[Epochs, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""
@@ -252,7 +270,10 @@ class Config:
     optim: OptimConfig
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    segmentation: SegmentationConfig = dataclasses.field(default_factory=SegmentationConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    task: Literal["classification", "simmim"] | None = None
+    """What `train` learns; by default classification. `pretrain` learns simmim."""
     init_cpb_norm: Normaliser | None = None
     """Log-CPB normaliser of each stage with which the `init` weights were trained, if they do not record it."""
     init_time_noise: Factor = 0.0
@@ -272,9 +293,10 @@ class Config:
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
     """Number of checkpoints that are kept, the latest ones."""
-    best_metric: Literal["val/top1", "val/top5", "val/loss"] | None = None
+    best_metric: Literal["val/top1", "val/top5", "val/loss", "val/miou", "val/pixel_accuracy"] | None = None
     """Validation metric by which the weights for `model.safetensors` are chosen; of equal ones, the later are taken. By
-    default `train` uses val/top1, and `pretrain` val/loss. val/top5 exists with more than five classes."""
+    default it is val/top1 of a classification, val/loss of SimMIM, and val/miou of a segmentation. val/top5 exists with
+    more than five classes."""
     early_stop_epochs: Epochs | None = None
     """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
     last step."""

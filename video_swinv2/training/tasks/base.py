@@ -1,8 +1,13 @@
 """The interface between the training loop and its tasks, and what tasks share: models, pixels and model files.
 
 The loop is responsible for steps, processes, checkpoints and schedules; a task for the data, the model, the loss and
-the metrics. To add a task, write a class with the methods of `Task` in a new file beside `classification.py` and
-`simmim.py`, and a command that passes the class to `training.loop.run`.
+the metrics. To add a task, write a class with the methods of `Task` in a new file beside the others, and add it to
+`choosing.py`, which finds the class for the key `task` of a configuration.
+
+A dense task (boxes, masks of pixels) gives its `SampleDataset` the annotations of its images. Its batches then have
+targets, and may be padded (`data.datasets`). In validation each of its images is a batch of its own, because padding
+would change what the model sees. What it measures need not be a mean over samples: `tally` may return counts as a
+tensor, or a list of what was found, and `figures` makes metrics of them.
 
 Letters: B batch, T frames, H W pixels.
 """
@@ -12,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter
@@ -29,6 +34,9 @@ from video_swinv2.weights.store import save_model
 
 Forward = Callable[..., Tensor]
 """`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
+Tally = dict[str, Any]
+"""What is counted during a validation, by name. A number or a tensor on the CPU is summed over all samples; a list is
+joined. Plain data, because processes send it to each other."""
 
 
 class Task(Protocol):
@@ -64,12 +72,14 @@ class Task(Protocol):
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The mean training loss of a micro-batch, a scalar. The batch is already on the device."""
 
-    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Sums over the samples of a validation micro-batch; the key `samples` holds their number.
+    def tally(self, forward: Forward, batch: Batch) -> Tally:
+        """Sums over the samples of a validation micro-batch, which the loop adds up over micro-batches and processes.
 
-        The loop adds up the sums of all micro-batches and processes and divides by `samples`. They are sums because a
-        mean of means would depend on how the samples are split into micro-batches.
+        They are sums because a mean of means would depend on how the samples are split into micro-batches.
         """
+
+    def figures(self, tally: Tally) -> dict[str, float]:
+        """The metrics of a whole validation, without the `val/` of their names, from what `tally` has counted."""
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
         """A picture that shows the model's output on a few validation samples, (3, H, W) uint8; None for none.
@@ -98,6 +108,11 @@ MakeTask = Callable[[Config, Construction], Task]
 def in_one_process(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
     """The construction of a task outside a run: nothing is partitioned, and nobody has to agree."""
     return nullcontext()
+
+
+def averages(tally: Tally) -> dict[str, float]:
+    """The sums of a tally divided by its key `samples`: the `figures` of tasks that measure nothing but means."""
+    return {key: value / tally["samples"] for key, value in sorted(tally.items()) if key != "samples"}
 
 
 def build_model(config: Config, num_classes: int) -> SwinV2:

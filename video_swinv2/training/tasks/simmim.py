@@ -38,6 +38,8 @@ from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
     Construction,
     Forward,
+    Tally,
+    averages,
     build_model,
     in_one_process,
     normalised_pixels,
@@ -88,7 +90,7 @@ class Pretraining:
         inputs, masks, target = self._inputs(batch)
         return masked_l1(forward(inputs, masks), target, masks, self.mask_unit)
 
-    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
+    def tally(self, forward: Forward, batch: Batch) -> Tally:
         """The summed loss of each sample, for the model and for `masked_mean`, the baseline that it has to beat."""
         inputs, masks, target = self._inputs(batch)
         predictions = {"loss": forward(inputs, masks), "mean_loss": masked_mean(target, masks, self.mask_unit)}
@@ -99,6 +101,10 @@ class Pretraining:
             samples = zip(prediction.split(1), target.split(1), masks.split(1), strict=True)
             sums[key] = sum(float(masked_l1(p, t, m, self.mask_unit)) for p, t, m in samples)
         return sums
+
+    def figures(self, tally: Tally) -> dict[str, float]:
+        """The means over all samples."""
+        return averages(tally)
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
         """The same few validation samples at every call, as original, masked and reconstructed: (3, H, W) uint8."""
