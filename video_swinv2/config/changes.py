@@ -51,6 +51,7 @@ CHANGES_LEARNING: dict[str, bool] = {
             "mask.shape",
             "mask.ratio",
             "mask.normalise_target",
+            "segmentation.ignore_index",
             "segmentation.reduce_zero_label",
             "segmentation.scale",
             "segmentation.max_class_share",

@@ -118,7 +118,8 @@ class DataConfig:
     frames_per_video: Pixels = 1
     """Number of samples that `pretrain` takes from each video per epoch, spread over the video and decoded together."""
     short_side: Pixels | None = None
-    """Pixels to which the short side of a video is scaled before the random crop; omit it to keep the video's size."""
+    """Pixels to which the short side of a video, or in segmentation of an image, is scaled before the random crop; omit
+    it to keep the size."""
     workers: Workers = 2
     """Number of data loading processes per training process."""
     decode_seconds: Seconds = 60.0
@@ -188,12 +189,16 @@ class MaskConfig:
 class SegmentationConfig:
     """Semantic segmentation: how pixels and classes are read and augmented, and the heads that are trained."""
 
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    """Index in the masks of pixels that belong to no class. They add nothing to the loss and do not count in tests. 255
+    always is one."""
     reduce_zero_label: bool = False
-    """Whether index 0 of the masks is no class, so that 1 is the first one, as in ADE20K."""
+    """Whether index 0 of the masks is no class either, so that 1 is the first one, as in ADE20K."""
     scale: Ratios = (0.5, 2.0)
-    """Smallest and largest factor by which an image is resized before a crop of `data.image_size` is taken."""
+    """Smallest and largest factor by which an image, scaled to `data.short_side` if that is set, is resized before a
+    crop of `data.image_size` is taken."""
     max_class_share: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """A crop is drawn again, up to ten times, while one class covers more than this fraction of it."""
+    """A crop is drawn again, up to ten times, while one class covers at least this fraction of it."""
     photometric: bool = True
     """Whether brightness, contrast, saturation and hue are changed at random."""
     channels: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 512
