@@ -3,7 +3,7 @@
 models          create_model, list_models, SwinV2, SimMIM
 weights         load_model, save_model, read_card, load_weights; SwinV2.from_pretrained and .save_pretrained
 data            VideoDataset, transforms, AugmentConfig, Preprocessing
-detection       create_detector, Detector, DetectionAugment
+detection       create_detector, Detector, DetectionDataset, DetectionAugment
 tests           multi_view, accuracy
 
 docs/library.md shows them at work.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from video_swinv2.config import AugmentConfig
     from video_swinv2.data import transforms
     from video_swinv2.data.video_dataset import VideoDataset
+    from video_swinv2.dense.detection_dataset import DetectionDataset
     from video_swinv2.dense.detection_transforms import DetectionAugment
     from video_swinv2.dense.detectors import Detector, create_detector
     from video_swinv2.dense.loading import load_model
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AugmentConfig",
     "DetectionAugment",
+    "DetectionDataset",
     "Detector",
     "Preprocessing",
     "SimMIM",
@@ -56,6 +58,7 @@ __all__ = [
 _PLACES = {
     "AugmentConfig": "config:AugmentConfig",
     "DetectionAugment": "dense.detection_transforms:DetectionAugment",
+    "DetectionDataset": "dense.detection_dataset:DetectionDataset",
     "Detector": "dense.detectors:Detector",
     "Preprocessing": "models.preprocessing:Preprocessing",
     "SimMIM": "models.simmim:SimMIM",

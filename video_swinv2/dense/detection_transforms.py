@@ -11,16 +11,16 @@ Everything random comes from a generator, so that the result is a function of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-Target = Mapping[str, Tensor]
+from video_swinv2.data.datasets import Target
+
 SMALLEST_SIDE = 1.0  # pixels; of what a crop leaves of a box, anything smaller is dropped
 PADDING = 114  # grey value of what a crop has beyond the image; close to ImageNet's mean
 
@@ -129,7 +129,8 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
 def crop(image: Tensor, target: Target, top: int, left: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
     """The part of the image and of its target from (top, left) on, of `size` (height, width).
 
-    Beyond the image it is grey. Boxes are clipped, and objects of which less than a pixel is left are removed.
+    Beyond the image it is grey. Boxes are clipped, to what is left of the mask if there are masks, and
+    objects of which less than a pixel is left are removed.
     """
     height, width = size
     changed = dict(target)
@@ -143,20 +144,23 @@ def crop(image: Tensor, target: Target, top: int, left: int, size: tuple[int, in
     if "boxes" not in changed:
         return image, changed
     before = changed["boxes"]
-    boxes = clip_boxes_to_image(before - before.new_tensor([left, top] * 2), (height - below, width - beside))
+    moved = before - before.new_tensor([left, top] * 2)
+    boxes = clip_boxes_to_image(moved, (height - below, width - beside))
+    if "masks" in changed:
+        # Where a crop cuts an object, what is left of its mask may be smaller than what is left of its box.
+        cut = torch.where((boxes != moved).any(dim=1) & changed["masks"].flatten(1).bool().any(dim=1))[0]
+        boxes[cut] = masks_to_boxes(changed["masks"][cut]) + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
     sides = boxes[:, 2:] - boxes[:, :2]
     kept = (sides >= SMALLEST_SIDE).all(dim=1)
     changed["boxes"] = boxes
     if "masks" in changed:
-        # The box of a mask is that of its own part within the crop, which may be smaller than the clipped box.
-        kept &= changed["masks"].flatten(1).any(dim=1)
-    if "area" in changed:
-        # Of the area of an object, the share that is left of its box is an estimate; a mask has the exact number.
+        kept &= changed["masks"].flatten(1).bool().any(dim=1)
+    if "area" in changed and "masks" in changed:
+        changed["area"] = changed["masks"].flatten(1).sum(dim=1).to(changed["area"])
+    elif "area" in changed:
+        # Of the area of an object, the share that is left of its box is an estimate.
         whole = (before[:, 2:] - before[:, :2]).prod(dim=1)
-        share = sides.prod(dim=1) / whole.clamp(min=1e-6)
-        changed["area"] = changed["area"] * share
-        if "masks" in changed:
-            changed["area"] = changed["masks"].flatten(1).sum(dim=1).to(changed["area"])
+        changed["area"] = changed["area"] * sides.prod(dim=1) / whole.clamp(min=1e-6)
     for key in ("boxes", "labels", "masks", "area", "iscrowd"):
         if key in changed:
             changed[key] = changed[key][kept]

@@ -20,8 +20,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from video_swinv2.data.datasets import Target
 from video_swinv2.dense.cascade import CascadeHeads
-from video_swinv2.dense.detection_transforms import Target, fitted_size, resize
+from video_swinv2.dense.detection_transforms import fitted_size, resize
 from video_swinv2.dense.proposals import Sampler, proposal_network
 from video_swinv2.dense.pyramid import PyramidBackbone
 from video_swinv2.dense.suppression import Suppression

@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.display import MAX_PIXELS, PictureSizeError, check_pixels
-from video_swinv2.data.images import FORMATS, read_image
+from video_swinv2.data.images import read_image, shown_size
 from video_swinv2.data.manifest import Entry
 from video_swinv2.data.media import IMAGE_SUFFIXES
 from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS
@@ -41,7 +41,6 @@ from video_swinv2.files import check_class_names, name_unreadable, read_class_li
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 UNKNOWN = -1  # in a table of indices: an index that means nothing
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values by which height and width change places
 # Of PNG: the bytes of the bit depth and of the colour type, and the types whose values are numbers.
 DEPTH_BYTE, COLOUR_BYTE, HEADER_BYTES, GREY_TYPE, PALETTE_TYPE = 24, 25, 26, 0, 3
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -95,7 +94,7 @@ class SegmentationData:
         entry, path = self.entries[place], self.masks[place]
         content = _read_bytes(path)
         mask = self._classes(path, _decode_mask(content, path, self.max_pixels))
-        size = _image_size(entry.path)
+        size = shown_size(entry.path)
         if tuple(mask.shape) != size:
             raise DecodeError(
                 f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {entry.path.name} is "
@@ -312,19 +311,6 @@ def _decode_mask(content: bytes, path: Path, max_pixels: int) -> NDArray[np.uint
     except Exception as error:  # for a damaged file, Pillow lets through whatever struct, zlib or indexing raise
         fault = (str(error) or type(error).__name__).splitlines()[0]
         raise DecodeError(f"{path}: not a readable PNG ({fault})") from error
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of an image as `read_image` returns it, from its header."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ORIENTATION) in TURNED
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except UnidentifiedImageError as error:
-        raise DecodeError(f"{path}: is not an image that is read ({', '.join(FORMATS)})", "not_image") from error
-    except Exception as error:  # as in `_decode_mask`
-        fault = (str(error) or type(error).__name__).splitlines()[0]
-        raise DecodeError(f"{path}: not a readable image ({fault})") from error
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
