@@ -11,12 +11,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 import video_swinv2 as vs
 from tests.closeness import assert_close, assert_same
 from video_swinv2.dense.cascade import CascadeHeads
 from video_swinv2.dense.detection_transforms import resize
+from video_swinv2.dense.detection_views import View, multi_scale_views
 from video_swinv2.dense.detectors import KINDS
 from video_swinv2.dense.proposals import ExactAnchors
 from video_swinv2.dense.suppression import Suppression
@@ -455,3 +456,36 @@ def test_overfitting_one_batch(kind):
         if history[-1] < 0.05 * history[0]:
             break
     assert history[-1] < 0.05 * history[0], history[::20]
+
+
+def test_views_of_an_image():
+    """A mirrored view sees the mirrored image, and its boxes and masks come back as those of the image itself."""
+    model = detector("mask_rcnn").eval()
+    image = torch.rand(3, 64, 96)
+    with torch.no_grad():
+        mirrored = model.detect(image.flip(-1), [View(64, 128)])
+        found = model.detect(image, [View(64, 128, flip=True)])
+    left, top, right, bottom = mirrored["boxes"].unbind(1)
+    assert_close(found["boxes"], torch.stack((96 - right, top, 96 - left, bottom), dim=1))
+    assert_close(found["scores"], mirrored["scores"])
+    assert_close(found["masks"], mirrored["masks"].flip(-1))
+
+
+def test_boxes_of_several_views_compete():
+    model = detector("mask_rcnn").eval()
+    model.suppression = Suppression(max_detections=20)
+    image = torch.rand(3, 64, 96)
+    views = multi_scale_views((48, 64), 128, flip=True)
+    assert views == [View(48, 128), View(48, 128, True), View(64, 128), View(64, 128, True)]
+    with torch.no_grad():
+        found = model.detect(image, views)
+        alone = [model.detect(image, [view]) for view in views]
+        assert_same(model.detect(image, [View(64, 128)]), model.detect(image))
+    assert found["masks"].shape == (20, 1, 28, 28)
+    best = max(float(one["scores"][0]) for one in alone)
+    assert float(found["scores"][0]) == best
+    pairs = box_iou(found["boxes"], found["boxes"]) - torch.eye(20)
+    same = found["labels"][:, None] == found["labels"][None]
+    assert (pairs[same] <= 0.5).all()
+    origins = {tuple(box) for one in alone for box in one["boxes"].tolist()}
+    assert len(origins & {tuple(box) for box in found["boxes"].tolist()}) > 10

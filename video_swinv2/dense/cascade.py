@@ -116,7 +116,11 @@ class CascadeHeads(nn.Module):
             if target is None:
                 raise ValueError("targets: none in training; pass them, or call eval()")
             return {}, self._losses(features, proposals, size, target)
-        return self._detections(features, proposals, size), {}
+        boxes, scores, labels = detections(*self.candidates(features, proposals, size), size, self.suppression)
+        found = {"boxes": boxes, "labels": labels, "scores": scores}
+        if self.mask_roi_pool is not None:
+            found["masks"] = self.masks(features, boxes, labels, size)
+        return found, {}
 
     def _losses(
         self, features: Mapping[str, Tensor], proposals: Tensor, size: tuple[int, int], target: Mapping[str, Tensor]
@@ -159,9 +163,10 @@ class CascadeHeads(nn.Module):
         pooled = self.mask_roi_pool(features, [boxes], [size])
         return self.mask_predictor(self.mask_head(pooled)).float()
 
-    def _detections(
+    def candidates(
         self, features: Mapping[str, Tensor], proposals: Tensor, size: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
+        """Every proposal of an image as a box of every class, (R, K + 1, 4) in pixels, and the scores (R, K + 1)."""
         stages = [stage for stage in self.stages if isinstance(stage, RoIHeads)]
         scores = []
         boxes = proposals
@@ -172,13 +177,12 @@ class CascadeHeads(nn.Module):
             if stage is not stages[-1]:
                 boxes = _refined(stage, deltas, boxes, size)
         # All stages have a say in what a box is, and the last one in where it is.
-        mean = torch.stack(scores).mean(dim=0)
-        boxes, kept_scores, labels = detections(decoded, mean, size, self.suppression)
-        found = {"boxes": boxes, "labels": labels, "scores": kept_scores}
-        if self.mask_roi_pool is not None:
-            logits = self._mask_logits(features, boxes, size)
-            found["masks"] = maskrcnn_inference(logits, [labels])[0]
-        return found
+        return decoded, torch.stack(scores).mean(dim=0)
+
+    def masks(self, features: Mapping[str, Tensor], boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The masks of detections, boxes (D, 4) and labels (D,): probabilities within each box, (D, 1, 28, 28)."""
+        probabilities: Tensor = maskrcnn_inference(self._mask_logits(features, boxes, size), [labels])[0]
+        return probabilities
 
 
 def _stage(

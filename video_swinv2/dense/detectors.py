@@ -23,9 +23,10 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from video_swinv2.data.datasets import Target
 from video_swinv2.dense.cascade import CascadeHeads
 from video_swinv2.dense.detection_transforms import fitted_size, resize
+from video_swinv2.dense.detection_views import View
 from video_swinv2.dense.proposals import Sampler, proposal_network
 from video_swinv2.dense.pyramid import PyramidBackbone
-from video_swinv2.dense.suppression import Suppression
+from video_swinv2.dense.suppression import Suppression, detections
 from video_swinv2.models.attention import Backend
 from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
@@ -188,25 +189,42 @@ class Detector(nn.Module):
             return {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
         found = []
         for image in images:
-            result = self.detect(image, resized=resized)
+            result = self.detect(image, [View()] if resized else None)
             if "masks" in result:
                 result["masks"] = paste_masks_in_image(result["masks"], result["boxes"], tuple(image.shape[-2:]))
             found.append(result)
         return found
 
-    def detect(self, image: Tensor, *, resized: bool = False) -> dict[str, Tensor]:
+    def detect(self, image: Tensor, views: Sequence[View] | None = None) -> dict[str, Tensor]:
         """The detections of one image in eval mode, as `forward` returns them, but with masks (D, 1, 28, 28).
+
+        views: the image is looked at in each of these ways. The boxes of all views compete in one suppression, and the
+        masks of what is kept are the means over the views. By default once, as `short_side` and `max_side` say.
 
         A mask covers the box of its detection. `paste_masks_in_image` of torchvision makes it one of the whole image,
         which for 100 detections in a large image takes hundreds of megabytes.
         """
-        height, width = image.shape[-2:]
-        shown, _ = self._prepared(image, {}, resized)
-        maps = self._maps(shown)
-        proposals, _ = self._propose(shown, maps, None)
-        found, _ = self.roi_heads(maps, proposals, tuple(shown.shape[-2:]))
-        scale = found["boxes"].new_tensor([width / shown.shape[-1], height / shown.shape[-2]] * 2)
-        return found | {"boxes": found["boxes"] * scale}
+        size = (image.shape[-2], image.shape[-1])
+        seen, boxes, scores = [], [], []
+        default = View(self.design.short_side, self.design.max_side)
+        for view in [default] if views is None else views:
+            shown = self._pixels(view.show(image))
+            maps = self._maps(shown)
+            proposals, _ = self._propose(shown, maps, None)
+            shown_size = (shown.shape[-2], shown.shape[-1])
+            found, probabilities = self.roi_heads.candidates(maps, proposals, shown_size)
+            boxes.append(view.boxes_in_image(found.reshape(-1, 4), shown_size, size).view_as(found))
+            scores.append(probabilities)
+            seen.append((view, maps if self.design.has_masks else {}, shown_size))
+        kept, kept_scores, labels = detections(torch.cat(boxes), torch.cat(scores), size, self.suppression)
+        result = {"boxes": kept, "labels": labels, "scores": kept_scores}
+        if self.design.has_masks:
+            masks = []
+            for view, maps, shown_size in seen:
+                found = self.roi_heads.masks(maps, view.boxes_in_view(kept, shown_size, size), labels, shown_size)
+                masks.append(found.flip(-1) if view.flip else found)
+            result["masks"] = torch.stack(masks).mean(dim=0)
+        return result
 
     def _image_losses(self, image: Tensor, target: Target, resized: bool, seed: int | None) -> dict[str, Tensor]:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -215,23 +233,23 @@ class Detector(nn.Module):
             if isinstance(sampler, Sampler):
                 sampler.generator = generator
         wanted = {key: target[key] for key in ("boxes", "labels", "masks") if key in target}
-        shown, target = self._prepared(image, wanted, resized)
-        maps = self._maps(shown)
-        proposals, losses = self._propose(shown, maps, target)
-        _, others = self.roi_heads(maps, proposals, tuple(shown.shape[-2:]), target)
-        return losses | others
-
-    def _prepared(self, image: Tensor, target: Target, resized: bool) -> tuple[Tensor, Target]:
-        """The image as the network takes it, (1, 3, H', W') normalised, and its target at that size."""
         if not resized:
             design = self.design
             size = fitted_size((image.shape[-2], image.shape[-1]), design.short_side, design.max_side)
-            image, target = resize(image, target, size)
+            image, wanted = resize(image, wanted, size)
+        shown = self._pixels(image)
+        maps = self._maps(shown)
+        proposals, losses = self._propose(shown, maps, wanted)
+        _, others = self.roi_heads(maps, proposals, tuple(shown.shape[-2:]), wanted)
+        return losses | others
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """An image (3, H, W), float in 0..1 or uint8 -> (1, 3, H, W), normalised."""
         pixels = image.float() if image.is_floating_point() else image.float() / 255
         preprocessing = self.encoder.preprocessing
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if preprocessing is None else (preprocessing.mean, preprocessing.std)
         shape = (3, 1, 1)
-        return ((pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape))[None], target
+        return ((pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape))[None]
 
     def _maps(self, pixels: Tensor) -> dict[str, Tensor]:
         """(1, 3, H, W) -> the maps "0" to "3" and "pool", (1, C, H_i, W_i)."""
