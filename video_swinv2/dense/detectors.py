@@ -156,9 +156,9 @@ class Detector(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[Target] | None = None,
-        *,
         resized: bool = False,
         seeds: Sequence[int] | None = None,
+        paste_masks: bool = True,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Images -> in training the losses by name, each the mean over the images; in eval mode one dict per image.
 
@@ -170,6 +170,7 @@ class Detector(nn.Module):
                 `short_side` and `max_side` of the design say, in training too.
             seeds: one number per image, from which the anchors and boxes for its losses are drawn. By default they are
                 drawn from torch's global generator.
+            paste_masks: whether masks are made masks of the whole image; otherwise they are as `detect` returns them.
 
         The dict of an image has `boxes` float32 (D, 4) in pixels of the image as given, `labels` int64 (D,) from 1,
         `scores` (D,), best first, and with a mask head `masks` float32 (D, 1, H, W) in 0..1.
@@ -190,7 +191,7 @@ class Detector(nn.Module):
         found = []
         for image in images:
             result = self.detect(image, [View()] if resized else None)
-            if "masks" in result:
+            if "masks" in result and paste_masks:
                 result["masks"] = paste_masks_in_image(result["masks"], result["boxes"], tuple(image.shape[-2:]))
             found.append(result)
         return found
