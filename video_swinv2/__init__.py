@@ -4,6 +4,7 @@ models          create_model, list_models, SwinV2, SimMIM
 weights         load_model, save_model, read_card, load_weights; SwinV2.from_pretrained and .save_pretrained
 data            VideoDataset, transforms, AugmentConfig, Preprocessing
 detection       create_detector, Detector, DetectionDataset, DetectionAugment
+segmentation    create_segmenter, Segmenter, SegmentationDataset, SegmentationAugment
 tests           multi_view, accuracy
 
 docs/library.md shows them at work.
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from video_swinv2.dense.detection_transforms import DetectionAugment
     from video_swinv2.dense.detectors import Detector, create_detector
     from video_swinv2.dense.loading import load_model
+    from video_swinv2.dense.segmentation_data import SegmentationDataset
+    from video_swinv2.dense.segmentation_transforms import SegmentationAugment
+    from video_swinv2.dense.segmenters import Segmenter, create_segmenter
     from video_swinv2.evaluation.multi_view import accuracy, multi_view
     from video_swinv2.models.preprocessing import Preprocessing
     from video_swinv2.models.simmim import SimMIM
@@ -39,12 +43,16 @@ __all__ = [
     "DetectionDataset",
     "Detector",
     "Preprocessing",
+    "SegmentationAugment",
+    "SegmentationDataset",
+    "Segmenter",
     "SimMIM",
     "SwinV2",
     "VideoDataset",
     "accuracy",
     "create_detector",
     "create_model",
+    "create_segmenter",
     "list_models",
     "load_model",
     "load_weights",
@@ -61,12 +69,16 @@ _PLACES = {
     "DetectionDataset": "dense.detection_dataset:DetectionDataset",
     "Detector": "dense.detectors:Detector",
     "Preprocessing": "models.preprocessing:Preprocessing",
+    "SegmentationAugment": "dense.segmentation_transforms:SegmentationAugment",
+    "SegmentationDataset": "dense.segmentation_data:SegmentationDataset",
+    "Segmenter": "dense.segmenters:Segmenter",
     "SimMIM": "models.simmim:SimMIM",
     "SwinV2": "models.swinv2:SwinV2",
     "VideoDataset": "data.video_dataset:VideoDataset",
     "accuracy": "evaluation.multi_view:accuracy",
     "create_detector": "dense.detectors:create_detector",
     "create_model": "models.variants:create_model",
+    "create_segmenter": "dense.segmenters:create_segmenter",
     "list_models": "models.variants:list_models",
     "load_model": "dense.loading:load_model",
     "load_weights": "weights.inflate:load_weights",

@@ -18,6 +18,7 @@ from video_swinv2.config.schema import (
     AugmentConfig,
     Config,
     DataConfig,
+    DetectionConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type] = {
     "augment": AugmentConfig,
     "mask": MaskConfig,
     "segmentation": SegmentationConfig,
+    "detection": DetectionConfig,
     "engine": EngineConfig,
 }
 MAX_PARTS = 8  # of a dotted key; no key has as many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 
 from video_swinv2.dense.detectors import Detector, DetectorDesign
+from video_swinv2.dense.segmenters import Segmenter, SegmenterDesign
+from video_swinv2.dense.upernet import Norm
 from video_swinv2.errors import UserError, first_line
 from video_swinv2.models.attention import Backend
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
@@ -39,6 +41,18 @@ class _DetectorRecord(Record):
     max_side: Side
 
 
+class _SegmenterRecord(Record):
+    """`SegmenterDesign` in a file."""
+
+    task: str
+    num_classes: Number
+    channels: Channels
+    auxiliary: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    norm: Norm
+    short_side: Side | None
+
+
 def load_model(
     path: Path | str,
     *,
@@ -64,14 +78,15 @@ def load_model(
     tensors, _ = read_tensors(path)
     changes = {"window": window, "attention": attention}
     architecture = card.architecture | {key: value for key, value in changes.items() if value is not None}
-    build = {"detection": _build_detector}.get(str(task))
+    build = _BUILDERS.get(str(task))
     if build is None:
         raise UserError(f"{path}: its card: dense.task: unknown task {task!r}; use a version that knows it")
     try:
         # Built without memory or initial values; `assign` then makes the loaded tensors its parameters.
         with torch.device("meta"):
             model = build(empty_model(architecture, tensors), card.dense, path)
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        model.load_state_dict(floats, assign=True)
         model.classes = card.classes
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
@@ -85,3 +100,14 @@ def _build_detector(encoder: SwinV2, design: Mapping[str, object], path: Path) -
     record = parse_record(dict(design), _DetectorRecord, f"{path}: its card: dense", store.FIX)
     arguments = record.model_dump(exclude={"task"})
     return Detector(encoder, DetectorDesign(**arguments | {"anchor_sizes": tuple(record.anchor_sizes)}))
+
+
+def _build_segmenter(encoder: SwinV2, design: Mapping[str, object], path: Path) -> Segmenter:
+    record = parse_record(dict(design), _SegmenterRecord, f"{path}: its card: dense", store.FIX)
+    return Segmenter(encoder, SegmenterDesign(**record.model_dump(exclude={"task"})))
+
+
+_BUILDERS: dict[str, Callable[[SwinV2, Mapping[str, object], Path], Detector | Segmenter]] = {
+    "detection": _build_detector,
+    "segmentation": _build_segmenter,
+}

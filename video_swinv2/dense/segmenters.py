@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_swinv2.dense.pyramid import PyramidBackbone
-from video_swinv2.dense.upernet import GROUP_CHANNELS, AuxiliaryHead, Norm, UPerHead, enlarged
+from video_swinv2.dense.upernet import CHANNELS_STEP, AuxiliaryHead, Norm, UPerHead, enlarged
 from video_swinv2.models.attention import Backend
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
 from video_swinv2.models.variants import create_model
@@ -35,21 +35,25 @@ class SegmenterDesign:
     num_classes: int
     """K."""
     channels: int = 512
-    """Channels of the UPerNet head, a multiple of 32; the auxiliary head has half as many."""
+    """Channels of the UPerNet head, a multiple of 64; the auxiliary head has half as many."""
     auxiliary: bool = True
     """Whether there is an auxiliary head, for the loss."""
     dropout: float = 0.0
     """Rate of dropout of channels before the classifiers, in training."""
     norm: Norm = "group"
     """The norm of the heads; `upernet.py` says why it is not batch norm, which published weights have."""
+    short_side: int | None = None
+    """Pixels to which the shorter side of an image was scaled for training, and is in tests; None keeps its size."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= MAX_CLASSES:
             raise ValueError(f"num_classes: invalid value {self.num_classes}; give a number from 1 to {MAX_CLASSES}")
-        if self.channels < 1 or self.channels % (2 * GROUP_CHANNELS):
-            raise ValueError(f"channels: {self.channels} is not a positive multiple of {2 * GROUP_CHANNELS}")
+        if self.channels < 1 or self.channels % CHANNELS_STEP:
+            raise ValueError(f"channels: {self.channels} is not a positive multiple of {CHANNELS_STEP}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: invalid value {self.dropout}; give a rate from 0 to below 1")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side: invalid value {self.short_side}; give a positive number of pixels")
         if self.norm not in ("group", "batch"):
             raise ValueError(f"norm: {self.norm!r} is not one of group, batch")
 
@@ -145,6 +149,7 @@ def create_segmenter(
     auxiliary: bool = True,
     dropout: float = 0.0,
     norm: Norm = "group",
+    short_side: int | None = None,
 ) -> Segmenter:
     """Create a freshly initialised segmenter: images (B, 3, H, W), normalised -> logits (B, num_classes, H, W).
 
@@ -153,12 +158,12 @@ def create_segmenter(
         num_classes: number of classes, at most 255; pixels of no class have the index 255.
         image_size: the size of the crops that it is trained on, in pixels; images of any other size work too.
         window, cpb_norm, drop_path, attention, checkpoint_blocks: as in `create_model`.
-        channels, auxiliary, dropout, norm: as in `SegmenterDesign`.
+        channels, auxiliary, dropout, norm, short_side: as in `SegmenterDesign`.
 
     `load_weights(segmenter.encoder, path)` starts it from pre-trained weights. Raises ValueError for an unknown name
     and for sizes that do not fit together.
     """
-    design = SegmenterDesign(num_classes, channels, auxiliary, dropout, norm)
+    design = SegmenterDesign(num_classes, channels, auxiliary, dropout, norm, short_side)
     encoder = create_model(
         name,
         image_size=image_size,

@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["group", "batch"]
-GROUP_CHANNELS = 16  # per group; 32 groups of 512 channels, the default of the group norm paper
+GROUPS = 32  # of channels, the default of the group norm paper,
+MIN_GROUP = 8  # but with at least so many channels in each: narrow heads learn worse with fewer groups or smaller ones
+CHANNELS_STEP = 64  # of the main head, so that the groups divide them and the half of them
 POOL_SIZES = (1, 2, 3, 6)  # tokens along each side of the pooled maps
 AUXILIARY_STAGE = 2  # from 0; the third map
 
@@ -37,7 +39,7 @@ class ConvNorm(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, norm: Norm) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
-            nn.GroupNorm(out_channels // GROUP_CHANNELS, out_channels)
+            nn.GroupNorm(min(GROUPS, out_channels // MIN_GROUP), out_channels)
             if norm == "group"
             else nn.BatchNorm2d(out_channels),
             nn.ReLU(),

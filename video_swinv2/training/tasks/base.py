@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
 from video_swinv2.weights.store import save_model
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 """`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
 Tally = dict[str, Any]
 """What is counted during a validation, by name. A number or a tensor on the CPU is summed over all samples; a list is
@@ -104,6 +105,8 @@ Construction = Callable[[Mapping[str, object]], AbstractContextManager[None]]
 MakeTask = Callable[[Config, Construction], Task]
 """Constructs a task; the class of a task is one."""
 
+GAP = 2  # white pixels between the tiles of a picture
+
 
 def in_one_process(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
     """The construction of a task outside a run: nothing is partitioned, and nobody has to agree."""
@@ -115,8 +118,11 @@ def averages(tally: Tally) -> dict[str, float]:
     return {key: value / tally["samples"] for key, value in sorted(tally.items()) if key != "samples"}
 
 
-def build_model(config: Config, num_classes: int) -> SwinV2:
-    """A model with random weights, built from the config. Raises UsageError naming the key that is wrong."""
+def build_model(config: Config, num_classes: int, features_only: bool = False) -> SwinV2:
+    """A model with random weights, built from the config. Raises UsageError naming the key that is wrong.
+
+    features_only: for the backbone of a dense task, which gives feature maps and has no head.
+    """
     # The keys of the model section are constructor arguments; the sizes of the input come from the data section.
     model, data = config.model, config.data
     try:
@@ -132,6 +138,7 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
             head_dropout=model.head_dropout,
             attention=model.attention,
             checkpoint_blocks=model.checkpoint_blocks,
+            features_only=features_only,
         )
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
@@ -169,3 +176,16 @@ def save_task_model(
     height, width = (size, size) if isinstance(size, int) else size
     preprocessing = Preprocessing(config.data.frames, config.data.frame_stride, (height, width))
     save_model(module, path, classes=classes, preprocessing=preprocessing, provenance=provenance, weights=weights)
+
+
+def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
+    """Join R rows: clips (B, 3, T, H, W) -> (3, B R H, T W), images (B, 3, H, W) -> (3, R H, B W), plus the gaps."""
+    # Images are laid out as the frames of a single clip: (B, 3, H, W) -> (1, 3, T = B, H, W).
+    clips = [row.transpose(0, 1)[None] if row.ndim == 4 else row for row in rows]
+    # R times (B, 3, T, H, W) -> (B, R, 3, T, H, W); each tile gets a white gap at its right and bottom.
+    tiles = F.pad(torch.stack(clips, dim=1), (0, GAP, 0, GAP), value=255)
+    samples, count, channels, frames, height, width = tiles.shape
+    # -> (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across.
+    sheet = tiles.permute(2, 0, 1, 4, 3, 5)
+    # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
+    return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_swinv2.config import Config, MaskConfig
@@ -41,6 +40,7 @@ from video_swinv2.training.tasks.base import (
     Tally,
     averages,
     build_model,
+    contact_sheet,
     in_one_process,
     normalised_pixels,
     sample_kind,
@@ -49,7 +49,6 @@ from video_swinv2.training.tasks.base import (
 )
 
 PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # how many validation samples a picture shows
-GAP = 2  # white pixels between tiles
 
 
 class Pretraining:
@@ -184,16 +183,3 @@ def draw_reconstruction(original: Tensor, reconstructed: Tensor, hidden: Tensor)
     grey = torch.tensor(GREY, dtype=torch.uint8, device=original.device).view(1, 3, *[1] * (original.ndim - 2))
     masked, rebuilt = (torch.where(hidden[:, None], filling, original) for filling in (grey, reconstructed))
     return contact_sheet([original, masked, rebuilt])
-
-
-def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
-    """Join R rows: clips (B, 3, T, H, W) -> (3, B R H, T W), images (B, 3, H, W) -> (3, R H, B W), plus the gaps."""
-    # Images are laid out as the frames of a single clip: (B, 3, H, W) -> (1, 3, T = B, H, W).
-    clips = [row.transpose(0, 1)[None] if row.ndim == 4 else row for row in rows]
-    # R times (B, 3, T, H, W) -> (B, R, 3, T, H, W); each tile gets a white gap at its right and bottom.
-    tiles = F.pad(torch.stack(clips, dim=1), (0, GAP, 0, GAP), value=255)
-    samples, count, channels, frames, height, width = tiles.shape
-    # -> (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across.
-    sheet = tiles.permute(2, 0, 1, 4, 3, 5)
-    # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
-    return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]
