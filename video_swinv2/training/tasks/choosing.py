@@ -6,11 +6,13 @@ from video_swinv2.config import Config
 from video_swinv2.errors import UsageError
 from video_swinv2.training.tasks.base import MakeTask
 from video_swinv2.training.tasks.classification import Classification
+from video_swinv2.training.tasks.detection import Detection
 from video_swinv2.training.tasks.segmentation import Segmentation
 from video_swinv2.training.tasks.simmim import Pretraining
 
 TASKS: dict[str, MakeTask] = {
     "classification": Classification,
+    "detection": Detection,
     "segmentation": Segmentation,
     "simmim": Pretraining,
 }
