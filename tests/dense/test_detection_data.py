@@ -245,6 +245,7 @@ def test_objects_without_segmentation_give_no_masks(tmp_path):
             r"gone.png: no such image, but .*instances_train2017.json lists it",
         ),
         ("images", lambda images: images[0].update(file_name="../../secret"), "is not a path inside"),
+        ("images", lambda images: images[0].update(file_name="x" * 300), "no such image"),
         ("images", lambda images: images[0].update(id=10), "two images have the same id"),
         ("images", lambda images: images.clear(), "there is no image 10"),
         ("categories", lambda found: found[0].update(id=3), "two categories have the same id"),
@@ -296,7 +297,9 @@ def test_the_fingerprint_follows_the_objects(tmp_path):
 
 
 def test_voc(tmp_path):
-    dataset = vs.DetectionDataset(voc(tmp_path), "train")
+    voc(tmp_path)
+    (tmp_path / "JPEGImages" / "one.txt").write_text("something else")
+    dataset = vs.DetectionDataset(tmp_path, "train")
     dataset.check()
     assert dataset.classes == ("cat", "dog")
     assert dataset.notes == ("classes from the annotations, in this order: cat, dog",)

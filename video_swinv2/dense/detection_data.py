@@ -188,7 +188,7 @@ def compact(
     faults: list[str] = []
     kept_images, kept_objects = [], []
     for image in images:
-        if not image.path.is_file():
+        if not os.path.isfile(image.path):  # unlike Path.is_file, it is not stopped by a name that is too long
             faults.append(f"{image.path}: no such image, but {where} lists it; add it, or remove its annotation")
             continue
         objects = []

@@ -9,13 +9,15 @@ they are the names in all annotations, sorted.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from video_swinv2.data.images import shown_size
-from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS
+from video_swinv2.data.media import IMAGE_SUFFIXES
+from video_swinv2.data.trees import SPLIT_SYNONYMS, SPLITS, suffix_of
 from video_swinv2.dense.detection_data import AnnotatedImage, AnnotatedObject, DetectionData, compact
 from video_swinv2.errors import UsageError
 from video_swinv2.files import name_unreadable, path_under, read_class_list, read_text_lines
@@ -45,7 +47,8 @@ def read_voc(root: Path, split: str, classes: Sequence[str] | None = None, *, dr
     """The annotations of a split; arguments and errors as in `read_detection_data`."""
     names = _names(root, split)
     with name_unreadable(root / "JPEGImages"):
-        pictures = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
+        files = sorted((root / "JPEGImages").iterdir())
+    pictures = {path.stem: path for path in files if suffix_of(path.name) in IMAGE_SUFFIXES}
     listed, notes = "the class list", []
     if classes is None and (root / "classes.txt").is_file():
         classes, listed = read_class_list(root / "classes.txt"), "classes.txt"
@@ -120,7 +123,7 @@ def _size(path: Path, annotation: Element, picture: Path) -> tuple[int, int]:
     height, width = map(int, texts)
     if height and width:
         return height, width
-    return shown_size(picture) if picture.is_file() else (1, 1)
+    return shown_size(picture) if os.path.isfile(picture) else (1, 1)
 
 
 def _text(path: Path, place: int, found: Element, key: str) -> str:

@@ -47,6 +47,7 @@ from video_swinv2.training.tasks.base import (
 )
 
 PICTURES = 4  # validation images in a picture
+FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")  # of a validation
 SHOWN_SCORE = 0.3  # of the least sure detection in a picture
 SEED = "seed"  # in a target: from which number the anchors and boxes for its losses are drawn
 # Keys that mean nothing here. Ignoring them silently would hide a mistake in the config.
@@ -143,12 +144,12 @@ class Detection:
         return {"samples": len(found), "found": found}
 
     def figures(self, tally: Tally) -> dict[str, float]:
-        """COCO's figures, for boxes and, with the prefix mask_, for masks; those of nothing to find are left out."""
+        """COCO's main figures, for boxes and, with the prefix mask_, for masks; without those of nothing to find."""
         found: list[ImageDetections] = tally["found"]
-        values = detection_figures(self._val_data, found).figures
-        if self.design.has_masks:
-            masks = detection_figures(self._val_data, found, masks=True).figures
-            values = values | {f"mask_{name}": value for name, value in masks.items()}
+        values: dict[str, float] = {}
+        for masks in (False, True) if self.design.has_masks else (False,):
+            figures = detection_figures(self._val_data, found, masks=masks).figures
+            values |= {f"{'mask_' if masks else ''}{name}": figures[name] for name in FIGURES}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     @property
