@@ -74,6 +74,9 @@ def test_figures_are_those_of_numpy_on_one_process_and_on_two(model: Path, data:
     assert result["miou_interval"][0] < result["miou"] < result["miou_interval"][1]
     assert result["images"] == {"listed": IMAGES, "scored": IMAGES, "failed": 0}
     assert Image.open(tmp_path / "one" / "mistakes.png").height == IMAGES * 160
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert f"{100 * result['miou']:.1f}<small> % mIoU" in page
+    assert "data:image/png;base64," in page
     log = tmp_path / "two.log"
     assert Ranks(2, run_test, model, data, tmp_path / "two", log=log).wait() == [0, 0], log.read_text()[-3000:]
     two = read(tmp_path / "two")
@@ -89,7 +92,7 @@ def test_several_views_are_a_test_of_their_own(
 ) -> None:
     out = tmp_path / "t"
     assert main(["test", str(model), str(data), "--protocol", "slide", "--out", str(out)]) == 0
-    assert "results:" in capsys.readouterr().out
+    assert "report:" in capsys.readouterr().out
     assert read(out)["protocol_numbers"]["mode"] == "slide"
     assert main(["test", str(model), str(data), "--protocol", "whole-multi-scale", "--out", str(out)]) == 2
     assert "holds the result of another test, of different protocol_numbers" in capsys.readouterr().err

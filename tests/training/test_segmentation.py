@@ -232,6 +232,10 @@ def test_what_does_not_fit_is_refused_in_a_line(recipe: Recipe, override: str, m
     assert "\n" not in str(fault.value)
 
 
+def test_the_next_command_tests_on_a_split_that_exists(recipe: Recipe, tmp_path: Path) -> None:
+    assert task(recipe("a")).next_command(tmp_path).endswith(f"--split val --out {tmp_path}/test")
+
+
 def test_the_configuration_names_the_task(recipe: Recipe) -> None:
     config = load_config(recipe("a"))
     assert task_to_train(config) is Segmentation

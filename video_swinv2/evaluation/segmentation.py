@@ -44,11 +44,12 @@ from video_swinv2.evaluation.planning import record_machine
 from video_swinv2.files import atomic_write, sha256, write_json
 from video_swinv2.progress import Progress
 from video_swinv2.records import Record, parse_record, read_record
+from video_swinv2.report.segmentation import MISTAKES, REPORT, RESULTS, write_segmentation_report
 from video_swinv2.weights.store import ModelCard, model_file, read_card
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of published multi-scale tests, which also mirror each
 PROTOCOLS = ("whole", "slide", "whole-multi-scale", "slide-multi-scale")
-MISTAKES = 8  # images in the picture of the surest mistakes
+SHOWN_MISTAKES = 8  # images in the picture of the surest mistakes
 TILE_HEIGHT = 160  # pixels
 WRONG = (230, 30, 30)
 
@@ -102,7 +103,7 @@ def run_segmentation_test(
     out: Path | str,
     overrides: TestOverrides | None = None,
 ) -> dict[str, Any]:
-    """Test a segmenter on a split, and write results.json and mistakes.png to `out`.
+    """Test a segmenter on a split, and write results.json, mistakes.png and report.html to `out`.
 
     protocol: one of PROTOCOLS. Windows are of the size of the training crops, or of `overrides.image_size`.
 
@@ -172,7 +173,7 @@ def _run(
     world: World,
 ) -> dict[str, Any]:
     if world.rank == 0:
-        _refuse_other_test(out / "results.json", record)
+        _refuse_other_test(out / RESULTS, record)
         report_missing_bf16(settings.precision, world.device)
     started = time.perf_counter()
     mine, confusion = _score(model, data, views, settings, world)
@@ -190,8 +191,9 @@ def _run(
         for image in images:
             if image.fault:
                 print(f"test: {image.fault}; all of its pixels count as wrong", file=sys.stderr)
-        _write_mistakes(images, out / "mistakes.png")
-        write_json(out / "results.json", result)
+        _write_mistakes(images, out / MISTAKES)
+        write_json(out / RESULTS, result)
+        write_segmentation_report(out)
     gather_shares(world, None)  # nobody leaves before the files are written
     return result
 
@@ -254,7 +256,7 @@ def _picture(image: Tensor, mask: Tensor, predicted: Tensor, wrong: Tensor, clas
 def _keep_surest(images: list[ImageResult]) -> None:
     """Drop the pictures of all but the surest mistakes, so that no more than those take memory."""
     shown = sorted((image for image in images if image.picture is not None), key=_sureness)
-    for image in shown[MISTAKES:]:
+    for image in shown[SHOWN_MISTAKES:]:
         images[images.index(image)] = replace(image, picture=None)
 
 
@@ -308,7 +310,9 @@ def _refuse_other_test(path: Path, record: dict[str, Any]) -> None:
 
 def _write_mistakes(images: Sequence[ImageResult], path: Path) -> None:
     """The pictures of the surest mistakes below each other; what is narrower than others is white at the right."""
-    rows = [torch.from_numpy(i.picture) for i in sorted(images, key=_sureness) if i.picture is not None][:MISTAKES]
+    rows = [torch.from_numpy(i.picture) for i in sorted(images, key=_sureness) if i.picture is not None][
+        :SHOWN_MISTAKES
+    ]
     if not rows:
         return
     width = max(row.shape[2] for row in rows)
@@ -331,7 +335,7 @@ def summarize_segmentation(result: dict[str, Any], out: Path | str) -> list[str]
         for row in result["per_class"]
     ]
     lines.append(f"{images['scored']} of {images['listed']} images scored, {result['seconds']:.1f} seconds")
-    return [*lines, f"results: {Path(out) / 'results.json'}; surest mistakes: {Path(out) / 'mistakes.png'}"]
+    return [*lines, f"report: {Path(out) / REPORT}"]
 
 
 def _per_cent(share: float) -> str:

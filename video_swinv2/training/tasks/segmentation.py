@@ -63,7 +63,10 @@ class Segmentation:
         _refuse_unused(config)
         source, settings = os.fspath(config.data.source[0]), config.segmentation
         train = _read(config, config.data.train_split)
-        val = _read(config, config.data.val_split) if config.data.val_split in segmentation_splits(source) else None
+        splits = segmentation_splits(source)
+        val = _read(config, config.data.val_split) if config.data.val_split in splits else None
+        # Where nothing was set aside for the test, the command that comes next tests on the validation split.
+        self._test_split = config.data.val_split if val and "test" not in splits else "test"
         # Every file is checked here, because a run would otherwise meet a wrong one only when the epoch reaches it.
         fingerprint, val_fingerprint = train.check(), val.check() if val else None
         self.classes = train.classes
@@ -175,7 +178,8 @@ class Segmentation:
     def next_command(self, folder: Path) -> str:
         """The command that tests the best weights."""
         model, out = (shlex.quote(str(folder / name)) for name in ("model.safetensors", "test"))
-        return f"video-swinv2 test {model} {shlex.quote(str(self.config.data.source[0]))} --out {out}"
+        split = "" if self._test_split == "test" else f" --split {shlex.quote(self._test_split)}"
+        return f"video-swinv2 test {model} {shlex.quote(str(self.config.data.source[0]))}{split} --out {out}"
 
 
 @dataclasses.dataclass(frozen=True)
