@@ -393,6 +393,20 @@ def test_weights_of_other_models(tmp_path):
     )
 
 
+def test_weights_of_a_pretraining(tmp_path):
+    """The encoder of a SimMIM file, with its normaliser, in a detector with another window."""
+    encoder = vs.create_model("swinv2_nano", image_size=64, window=8)
+    vs.save_model(vs.SimMIM(encoder, 32), tmp_path / "simmim.safetensors")
+    model = detector(window=4)
+    account = vs.load_weights(model.encoder, tmp_path / "simmim.safetensors")
+    assert not account.initialised
+    assert {"mask_token", "decoder.0.weight", "norm.weight"} <= account.unused.keys()
+    expected = encoder.state_dict()
+    assert_same(model.encoder.state_dict(), {name: expected[name] for name in model.encoder.state_dict()})
+    assert model.encoder.cpb_norm == [(8, 8), (8, 8), (4, 4), (2, 2)]
+    assert model.encoder.window == (4, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
