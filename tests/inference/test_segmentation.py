@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from PIL import Image
 import video_swinv2 as vs
 from video_swinv2.cli import main
 from video_swinv2.dense.segmentation_pictures import class_colours, colour_map, overlay_with_legend
+from video_swinv2.errors import UserError
+from video_swinv2.inference.export import export
 from video_swinv2.models.preprocessing import Preprocessing
 
 
@@ -75,6 +78,26 @@ def test_words_tables_and_faults(model: Path, images: Path, capsys: pytest.Captu
     assert rows[-1]["error"]
     assert main(["predict", str(model), str(images), "--explain", str(images.parent / "x")]) == 2
     assert "--explain: is for classifiers" in capsys.readouterr().err
+
+
+def test_a_segmenter_is_exported_to_onnx(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    found = export(model, out, image_size=(48, 64))
+    assert found.difference < 1e-4
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [3, 48, 64]
+    images = torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        expected = vs.load_model(model)(images)
+    logits = torch.from_numpy(session.run(None, {"pixels": images.numpy()})[0])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    description = json.loads(session.get_modelmeta().custom_metadata_map["video_swinv2"])
+    assert (description["classes"], description["output"]) == (
+        ["road", "sky", "tree"],
+        "logits (batch, classes, H, W) float32",
+    )
+    with pytest.raises(UserError, match="omit frames"):
+        export(model, tmp_path / "b.onnx", frames=4)
 
 
 def test_a_legend_has_the_largest_class_first_and_colours_differ() -> None:
