@@ -14,7 +14,9 @@ import torch
 from tests.conftest import REPOSITORY
 from video_swinv2.config import Config, load_config
 from video_swinv2.data.loading import plan_batch
+from video_swinv2.dense.segmenters import Segmenter, SegmenterDesign
 from video_swinv2.engine.optimizer import freeze_stages, make_schedule, parameter_groups
+from video_swinv2.errors import UsageError
 from video_swinv2.models.simmim import SimMIM
 from video_swinv2.plan.plan import make_plan
 from video_swinv2.training.tasks.base import build_model
@@ -22,7 +24,7 @@ from video_swinv2.training.tasks.simmim import resolved_mask
 
 CONFIGS = REPOSITORY / "configs"
 ALL_RECIPES = sorted(CONFIGS.rglob("*.yaml"))
-SMALL = ("demo", "ut_interaction", "photographs")  # for one small machine, with numbers of our own
+SMALL = ("demo", "ut_interaction", "photographs", "camvid")  # for one small machine, with numbers of our own
 RECIPES = [path for path in ALL_RECIPES if path.parent.name not in SMALL]
 NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in RECIPES]
 # Numbers of training clips: the official lists (Kinetics-700: mmaction2's copy), UCF101's and HMDB51's first split.
@@ -35,6 +37,7 @@ SAMPLES = {
     "something_v2": 168_913,
     "ucf101": 9_537,
     "hmdb51": 3_570,
+    "ade20k": 20_210,
 }
 CLASSES = {
     "image": 1000,
@@ -44,6 +47,7 @@ CLASSES = {
     "something_v2": 174,
     "ucf101": 101,
     "hmdb51": 51,
+    "ade20k": 150,
 }
 
 
@@ -116,13 +120,16 @@ def build(config: Config, folder: str) -> torch.nn.Module:
         if folder == "pretrain":
             encoder = build_model(config, 0)
             return SimMIM(encoder, resolved_mask(config, encoder).unit)
+        if config.task == "segmentation":
+            design = SegmenterDesign(CLASSES[folder], config.segmentation.channels)
+            return Segmenter(build_model(config, 0, features_only=True), design)
         encoder = build_model(config, CLASSES[folder])
     freeze_stages(encoder, config.optim.frozen_stages)
     return encoder
 
 
 def depths(module: torch.nn.Module) -> tuple[int, ...]:
-    return tuple((module.encoder if isinstance(module, SimMIM) else module).depths)  # type: ignore[union-attr, arg-type]
+    return tuple(getattr(module, "encoder", module).depths)
 
 
 def test_what_the_published_recipes_say() -> None:
@@ -147,10 +154,26 @@ def test_what_the_published_recipes_say() -> None:
         assert [optim.epochs, optim.warmup_epochs, optim.batch, optim.lr] == rest
         assert optim.weight_decay == 0.1
     assert load_config(CONFIGS / "something_v2" / "base.yaml").augment.flip == 0, "left and right are classes"
+    for size in ("tiny", "small", "base"):
+        config = load_config(CONFIGS / "ade20k" / f"{size}.yaml")
+        schedule = make_schedule(config.optim, round(config.optim.epochs * 20_210 / 16), 20_210)
+        assert (schedule.steps, schedule.warmup_steps, schedule.kind) == (
+            pytest.approx(160_000, abs=20),
+            1500,
+            "linear",
+        )
+        assert (config.optim.lr, config.optim.weight_decay, config.optim.batch) == (6e-5, 0.01, 16)
+        assert (config.model.drop_path, config.data.image_size, config.segmentation.channels) == (0.3, 512, 512)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if load_config(path).task is not None], ids=str)
+def test_a_plan_says_that_it_is_not_for_dense_tasks(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"task: \w+ cannot be planned"):
+        make_plan(load_config(path), processes=8, samples=1000, classes=10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", [path for path in RECIPES if load_config(path).task is None], ids=str)
 def test_a_recipe_can_be_planned(path: Path) -> None:
     """Every recipe, started as its header says, fits into the memory of 80 GB devices."""
     folder = path.parent.name

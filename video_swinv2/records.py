@@ -48,15 +48,15 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES, fix: str = FIX) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes, where: str, fix: str = FIX) -> Any:
+def parse_json(text: str | bytes, where: str, fix: str = FIX, max_bytes: int = MAX_BYTES) -> Any:
     """The value of a JSON text. Raises UserError, beginning with `where` and ending with `fix`, for a faulty one.
 
     Of equal keys in one object, the last counts. NaN and infinity, which older versions of this program wrote, are
     null, as `json_text` writes them now. Integers that do not fit into 64 bits and more than MAX_DEPTH lists and
     objects within each other are faults.
     """
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{where}: JSON of {len(text):,} characters, more than the {MAX_BYTES:,} that are read; {fix}")
+    if len(text) > max_bytes:
+        raise UserError(f"{where}: JSON of {len(text):,} characters, more than the {max_bytes:,} that are read; {fix}")
     try:
         value = _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
         _check_depth(value)

@@ -8,9 +8,9 @@ from PIL import Image
 from tests.data.test_decode import write_thin_video
 from video_swinv2.config import AugmentConfig, DataConfig, MaskConfig
 from video_swinv2.data import decoders
-from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset
+from video_swinv2.data.datasets import UNREADABLE_LABEL, SampleDataset, collate
 from video_swinv2.data.loading import StepSampler, plan_batch, training_loader, validation_loader
-from video_swinv2.data.manifest import read_manifest
+from video_swinv2.data.manifest import Entry, read_manifest
 from video_swinv2.data.sources import labelled_manifest, unlabelled_mixture
 from video_swinv2.errors import UsageError, UserError
 
@@ -267,3 +267,67 @@ def test_a_crop_cut_while_decoding_gives_the_same_sample(clips, monkeypatch, sho
     whole.transform = lambda clip: seen.append(clip.shape) or transform(clip)
     assert all(torch.equal(a, whole[address].pixels) for a, address in zip(found, addresses, strict=True))
     assert {tuple(shape[-2:]) for shape in seen} == {(48, 64) if short_side is None else (40, 54)}
+
+
+class Brightness:
+    """Annotations: the target of image i has the shape (1, i); an image is cropped to a random number of rows."""
+
+    def read(self, label):
+        return {"number": torch.full((1, label), label)}
+
+    def transform(self, image, target, generator):
+        rows = int(torch.randint(1, 9, (), generator=generator))
+        return image[:, :rows, :8], target | {"rows": torch.tensor(rows)}
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """Four images in shades of grey from 50 to 200."""
+    entries = []
+    for i in range(4):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (16, 12), (50 * (i + 1),) * 3).save(path)
+        entries.append(Entry(path.name, path, i))
+    return entries
+
+
+def dense(entries, augment, seed=0):
+    data = DataConfig(source="x", image_size=8, workers=0)
+    return SampleDataset(entries, data, augment, seed, None, Brightness())
+
+
+def test_targets_come_with_their_images_as_functions_of_the_address(annotated):
+    samples, again = dense(annotated, AUGMENT), dense(annotated, AUGMENT)
+    seen = {}
+    for epoch in range(6):
+        sample, other = samples[(epoch, 2)], again[(epoch, 2)]
+        assert sample.target["number"].tolist() == [[2, 2]]
+        assert sample.pixels.shape == (3, sample.target["rows"], 8)
+        assert torch.equal(sample.pixels, other.pixels)
+        seen[epoch] = int(sample.target["rows"])
+    assert len(set(seen.values())) > 1
+    assert not samples.one_size
+    assert SampleDataset(annotated, samples.data, AUGMENT, 0, None).one_size
+
+
+def test_a_batch_pads_images_and_gives_them_back(annotated):
+    samples = dense(annotated, AUGMENT)
+    single = [samples[(0, i)] for i in range(4)]
+    assert len({sample.pixels.shape for sample in single}) > 1
+    batch = collate(single).to(torch.device("cpu"))
+    assert batch.pixels.shape == (4, 3, max(sample.pixels.shape[1] for sample in single), 8)
+    for image, sample, padded in zip(batch.images(batch.pixels), single, batch.pixels, strict=True):
+        assert torch.equal(image, sample.pixels)
+        assert padded.sum() == image.sum()  # nothing but zeros around it
+    assert [target["number"].shape[1] for target in batch.targets] == [0, 1, 2, 3]
+
+
+def test_an_unreadable_annotated_image_is_replaced_in_training_and_kept_in_validation(annotated):
+    annotated[1].path.write_bytes(b"not an image")
+    sample = dense(annotated, AUGMENT)[(0, 1)]
+    assert sample.target["number"].tolist() == [[2, 2]]
+    assert len(sample.broken) == 1
+    kept = dense(annotated, None)[(0, 1)]
+    assert (kept.label, kept.target["number"].tolist()) == (UNREADABLE_LABEL, [[1]])
+    assert kept.pixels.shape == (3, 8, 8)
+    assert not kept.pixels.any()

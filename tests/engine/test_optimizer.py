@@ -47,6 +47,9 @@ SMALL = (2, 2, 18, 2)
         ("encoder.norm.bias", 25),
         ("head.weight", 25),
         ("decoder.0.weight", 25),
+        ("backbone.encoder.patch_embed.norm.bias", 0),
+        ("backbone.encoder.layers.2.downsample.reduction.weight", 22),
+        ("backbone.norm0.weight", 25),
     ],
 )
 def test_layer_ids_of_small(name: str, expected: int) -> None:
@@ -128,6 +131,30 @@ def test_an_invalid_layer_decay_is_refused(layer_decay: float) -> None:
         parameter_groups(nn.Linear(2, 2), TINY, weight_decay=0.0, layer_decay=layer_decay)
 
 
+def test_the_head_of_a_dense_model_is_all_but_its_encoder() -> None:
+    module = nn.Module()
+    module.backbone = nn.Module()
+    module.backbone.encoder = create_model("swinv2_nano", features_only=True)
+    module.backbone.norm0 = nn.LayerNorm(8)
+    module.classifier = nn.Conv2d(8, 2, 1)
+    groups = parameter_groups(module, (2, 2, 2, 2), weight_decay=0.1, backbone_lr=0.1)
+    scales = {name: group["lr_scale"] for group in groups for name in group["parameter_names"]}
+    assert {name for name, scale in scales.items() if scale == 1.0} == {
+        "backbone.norm0.weight",
+        "backbone.norm0.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert scales["backbone.encoder.layers.0.blocks.0.norm1.bias"] == 0.1
+
+
+def test_linear_falls_in_equal_steps_after_the_warm_up() -> None:
+    schedule = Schedule(lr=1.0, steps=12, warmup_steps=2, min_lr=0.5, kind="linear")
+    assert [schedule.lr_at(step) for step in range(14)] == pytest.approx(
+        [0, 0.5, 1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.5]
+    )
+
+
 def test_cosine_with_warm_up() -> None:
     schedule = Schedule(lr=1.0, steps=12, warmup_steps=4, min_lr=0.2, warmup_lr=0.1)
     expected = {
@@ -193,7 +220,7 @@ def test_a_run_that_is_all_warm_up_ends_at_its_last_step() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "linear"}, "optim.schedule: unknown schedule 'linear'"),
+        ({"kind": "poly"}, "optim.schedule: unknown schedule 'poly'"),
         ({"steps": 0}, "do not fit"),
         ({"warmup_steps": 11}, "11 warm-up steps do not fit into 10 steps"),
         ({"lr": -1.0}, "negative"),

@@ -60,8 +60,8 @@ class Trial:
         if self.number != SOUND:
             content, done = mutate(content, self.kind, self.number)
         folder = Path(tempfile.mkdtemp(prefix=f"{self.kind}-{self.number}-", dir=self.folder))
-        # Lists and records refer to what is beside them.
-        if self.kind in ("list", "record"):
+        # Lists, records and boxes refer to what is beside them.
+        if self.kind in ("list", "record", "boxes"):
             shutil.copytree(self.seed.parent, folder, copy_function=os.link, dirs_exist_ok=True)
             (folder / self.seed.name).unlink()
         path = folder / self.seed.name

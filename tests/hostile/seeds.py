@@ -23,6 +23,7 @@ from data_prep.prepare import prepare
 from tests.data.mutations import KINDS, MUTATIONS
 from tests.hostile.bounded import REPOSITORY
 from tests.inference.conftest import save_model
+from video_swinv2.dense.outlines import encode_mask
 from video_swinv2.report.scores import Scores, save_scores
 from video_swinv2.weights.store import load_model
 
@@ -95,6 +96,7 @@ def write_seeds(folder: Path, kinds: Iterable[str]) -> dict[str, list[Path]]:
         "list": _lists,
         "record": _prepared,
         "config": _configs,
+        "boxes": _boxes,
     }
     return {kind: writers[kind](folder, clip) for kind in kinds}
 
@@ -201,10 +203,40 @@ def _configs(folder: Path, clip: Path) -> list[Path]:
     return [Path(shutil.copy(path, folder / f"{number}-{path.name}")) for number, path in enumerate(recipes[:6])]
 
 
+def _boxes(folder: Path, clip: Path) -> list[Path]:
+    """Annotations in COCO's and VOC's layouts, each beside its images."""
+    root = folder / "boxes"
+    for layout in ("coco", "voc"):
+        (root / layout).mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.new("RGB", (30, 20)).save(root / layout / f"{name}.png")
+    text = """{"images": [
+{"id": 1, "file_name": "a.png", "height": 20, "width": 30},
+{"id": 2, "file_name": "b.png", "height": 20, "width": 30}],
+"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+"annotations": [
+{"id": 1, "image_id": 1, "category_id": 3, "bbox": [2, 3, 10, 8], "area": 80, "segmentation": [[2, 3, 12, 3, 12, 11]]},
+{"id": 2, "image_id": 1, "category_id": 7, "bbox": [0, 0, 4, 5], "iscrowd": 1, "segmentation":
+{"size": [20, 30], "counts": [0, 5, 15, 5, 15, 5, 15, 5, 535]}},
+{"id": 3, "image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4], "segmentation": {"size": [20, 30], "counts": "TEXT"}}]}
+"""
+    mask = np.zeros((20, 30), dtype=np.uint8)
+    mask[2:6, 1:4] = 1
+    coco = root / "coco" / "_annotations.coco.json"
+    coco.write_text(text.replace("TEXT", str(encode_mask(mask)["counts"])))
+    voc = root / "voc" / "a.xml"
+    voc.write_text(
+        "<annotation><size>\n<width>30</width>\n<height>20</height></size>\n<object><name>cat</name>\n"
+        "<difficult>0</difficult><bndbox>\n<xmin>3</xmin><ymin>4</ymin>\n<xmax>12</xmax><ymax>11</ymax>\n</bndbox>"
+        "</object></annotation>\n"
+    )
+    return [coco, voc]
+
+
 def mutate(data: bytes, kind: str, number: int) -> tuple[bytes, str]:
     """Mutation `number` of the content of a file of some kind -> (content, what was done); a function of all three."""
     rng = np.random.default_rng(number)
-    changes = TEXT_MUTATIONS if kind in ("list", "record", "config") else BINARY_MUTATIONS
+    changes = TEXT_MUTATIONS if kind in ("list", "record", "config", "boxes") else BINARY_MUTATIONS
     done = []
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
         change = changes[int(rng.integers(len(changes)))]

@@ -26,6 +26,7 @@ from video_swinv2.data.decode import VideoReader
 from video_swinv2.data.images import read_image
 from video_swinv2.data.manifest import Entry, find_splits, read_manifest
 from video_swinv2.data.shards import shard_collection
+from video_swinv2.dense.detection_dataset import DetectionDataset
 from video_swinv2.errors import UserError
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.reading import VideoGroups
@@ -127,6 +128,19 @@ def _read_splits(source: Path) -> None:
         read_manifest(source, split)
 
 
+def boxes(path: Path) -> None:
+    """The annotations of a detection data set, whose images are beside them, and every item."""
+    with tempfile.TemporaryDirectory() as root:
+        links = ("train",) if path.suffix == ".json" else ("Annotations", "JPEGImages")
+        for name in links:
+            Path(root, name).symlink_to(path.parent)
+        for drop_faulty in (False, True):
+            dataset = DetectionDataset(root, "train", drop_faulty=drop_faulty, ignored=True)
+            dataset.check()
+            for place in range(len(dataset)):
+                dataset[place]
+
+
 def shard(path: Path) -> None:
     """The index of a shard of images."""
     shard_collection(str(path))
@@ -151,6 +165,7 @@ TARGETS: dict[str, tuple[Callable[[Path], object], ...]] = {
     "list": (video_list,),
     "record": (record,),
     "config": (load_config,),
+    "boxes": (boxes,),
 }
 
 

@@ -10,7 +10,7 @@ from tests.hostile import fuzz, targets
 from tests.hostile.bounded import run_bounded
 from video_swinv2.errors import UserError
 
-KINDS = ("archive", "config", "image", "list", "model", "record", "scores", "shard")
+KINDS = ("archive", "boxes", "config", "image", "list", "model", "record", "scores", "shard")
 
 
 def test_a_short_run_finds_no_fault(tmp_path: Path) -> None:

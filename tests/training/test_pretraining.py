@@ -20,8 +20,9 @@ from video_swinv2.data.transforms import GREY
 from video_swinv2.files import sha256
 from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
+from video_swinv2.training.tasks.base import contact_sheet
 from video_swinv2.training.tasks.classification import Classification
-from video_swinv2.training.tasks.simmim import Pretraining, contact_sheet, draw_reconstruction
+from video_swinv2.training.tasks.simmim import Pretraining, draw_reconstruction
 from video_swinv2.weights.store import read_tensors
 
 CHAIN = [[12, 12], [12, 12], [12, 12], [6, 6]]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from video_swinv2.cli.weights import axis_sizes
 from video_swinv2.command import MAX_SIZE, WEEK_SECONDS, Verbs, add_verb, number, whole_number
+from video_swinv2.errors import UsageError
 from video_swinv2.escaping import for_terminal
 
 
@@ -60,6 +61,12 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="write an image per file that shows where in its frames the evidence for the first answer lies (Grad-CAM)",
     )
     verb.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="of a segmenter: write the mask of each image, and the image with its classes in colours and a legend",
+    )
+    verb.add_argument(
         "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
     )
     verb.add_argument(
@@ -77,8 +84,14 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     """Run `predict`. The exit code is 1 if any source could not be read."""
+    from video_swinv2.weights.store import read_card
+
     if options.features or options.gallery:
         return _retrieve(options)
+    if read_card(options.model).dense.get("task") == "segmentation":
+        return _predict_masks(options)
+    if options.pictures:
+        raise UsageError("--pictures: is for segmenters; use --explain or --video for a classifier")
 
     from video_swinv2.evaluation.overrides import TestOverrides
     from video_swinv2.inference.classifier import DEFAULT_PROTOCOL
@@ -108,6 +121,23 @@ def _predict(options: argparse.Namespace) -> int:
     if world.rank == 0:
         print_now(format_predictions(predictions, options.form))
     return 1 if any(prediction.error for prediction in predictions) else 0
+
+
+def _predict_masks(options: argparse.Namespace) -> int:
+    """Run `predict` with a segmenter. The exit code is 1 if any image could not be read."""
+    from video_swinv2.evaluation.overrides import TestOverrides
+    from video_swinv2.inference.segmentation import format_masks, predict_masks
+
+    for option in ("every", "video", "explain"):
+        if getattr(options, option):
+            raise UsageError(f"--{option}: is for classifiers; omit it for a segmenter")
+    with TestOverrides().session("start the same command again") as world:
+        found = predict_masks(
+            options.model, options.sources, protocol=options.protocol or "whole", pictures=options.pictures, world=world
+        )
+    if world.rank == 0:
+        print(format_masks(found, options.form, options.top))
+    return 1 if any(each.error for each in found) else 0
 
 
 def _retrieve(options: argparse.Namespace) -> int:

@@ -19,15 +19,14 @@ def add_testing_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
     example = "video-swinv2 test runs/a/model.safetensors data/k400 --protocol videoswin-4x3,center-1x1 --out runs/t"
-    verb = add_verb(verbs, "test", _test, "measure multi-view accuracy and write a report", example)
+    verb = add_verb(verbs, "test", _test, "measure the accuracy of a model on a data set and write a report", example)
     verb.add_argument("model", type=Path, metavar="MODEL", help="model file")
     verb.add_argument("data", type=Path, metavar="DATA", help="data set with labels")
     verb.add_argument(
         "--protocol",
-        default="videoswin-4x3",
         metavar="NAME[,NAME]",
-        help="which views to test (default: %(default)s); several protocols share one decode of each video, and each "
-        "gets its own folder",
+        help="which views to test (default: videoswin-4x3); several protocols share one decode of each video, and each "
+        "gets its own folder. A segmenter takes one of whole (default), slide, whole-multi-scale and slide-multi-scale",
     )
     verb.add_argument(
         "--split", default="test", help="split to test (default: %(default)s); `all` takes every image of a folder tree"
@@ -55,11 +54,15 @@ def _test(options: argparse.Namespace) -> None:
     from video_swinv2.distributed.launchers import is_rank_zero
     from video_swinv2.evaluation.overrides import parse_overrides
     from video_swinv2.evaluation.testing import run_tests, summarize_tests
+    from video_swinv2.weights.store import read_card
 
+    if read_card(options.model).dense.get("task") == "segmentation":
+        _test_segmenter(options)
+        return
     results = run_tests(
         options.model,
         options.data,
-        protocols=options.protocol,
+        protocols=options.protocol or "videoswin-4x3",
         split=options.split,
         classes_by=options.classes_by,
         out=options.out,
@@ -69,6 +72,24 @@ def _test(options: argparse.Namespace) -> None:
         # One protocol is printed as its result, several as a dictionary by name.
         printed = results if len(results) > 1 else next(iter(results.values()))
         print(json_text(printed, indent=1) if options.json else summarize_tests(results, options.out))
+
+
+def _test_segmenter(options: argparse.Namespace) -> None:
+    from video_swinv2.distributed.launchers import is_rank_zero
+    from video_swinv2.evaluation.overrides import parse_overrides
+    from video_swinv2.evaluation.segmentation import run_segmentation_test, summarize_segmentation
+
+    result = run_segmentation_test(
+        options.model,
+        options.data,
+        protocol=options.protocol or "whole",
+        split=options.split,
+        out=options.out,
+        overrides=parse_overrides(options.overrides),
+    )
+    if is_rank_zero():
+        lines = summarize_segmentation(result, options.out)
+        print(json_text(result, indent=1) if options.json else terminal_lines(lines))
 
 
 def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:

@@ -15,7 +15,12 @@ from video_swinv2.files import json_text
 def add_training_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add `pretrain`, `train` and `plan`."""
     _add_run(verbs, "pretrain", _pretrain, "pre-train with SimMIM on images, video frames or clips")
-    train = _add_run(verbs, "train", _train, "train a classifier on labelled images or clips")
+    train = _add_run(
+        verbs,
+        "train",
+        _train,
+        "train on labelled images or clips: classification, or the task that the configuration names",
+    )
     series = train.add_mutually_exclusive_group()
     series.add_argument(
         "--seeds",
@@ -57,11 +62,11 @@ def _pretrain(options: argparse.Namespace) -> None:
     from video_swinv2.config import load_config
     from video_swinv2.plan.plan import plan_micro_batch
     from video_swinv2.training.loop import run
-    from video_swinv2.training.tasks.simmim import Pretraining
+    from video_swinv2.training.tasks.choosing import task_to_pretrain
 
     config = load_config(options.config, options.overrides)
     planner = functools.partial(plan_micro_batch, pretraining=True)
-    run(config, Pretraining, planner, accept_changes=options.accept_changes)
+    run(config, task_to_pretrain(config), planner, accept_changes=options.accept_changes)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -69,14 +74,15 @@ def _train(options: argparse.Namespace) -> None:
     from video_swinv2.plan.plan import plan_micro_batch
     from video_swinv2.training.loop import run
     from video_swinv2.training.series import run_series, with_folds, with_seeds
-    from video_swinv2.training.tasks.classification import Classification
+    from video_swinv2.training.tasks.choosing import task_to_train
 
     config = load_config(options.config, options.overrides)
+    make_task = task_to_train(config)
     if options.seeds or options.folds:
         configs = with_seeds(config, options.seeds) if options.seeds else with_folds(config, options.folds)
-        run_series(configs, Classification, plan_micro_batch, accept_changes=options.accept_changes)
+        run_series(configs, make_task, plan_micro_batch, accept_changes=options.accept_changes)
     else:
-        run(config, Classification, plan_micro_batch, accept_changes=options.accept_changes)
+        run(config, make_task, plan_micro_batch, accept_changes=options.accept_changes)
 
 
 def _add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:

@@ -22,9 +22,11 @@ from video_swinv2.config.schema import (
     AugmentConfig,
     Config,
     DataConfig,
+    DetectionConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationConfig,
     WeightedSource,
 )
 
@@ -35,6 +37,7 @@ __all__ = [
     "Change",
     "Config",
     "DataConfig",
+    "DetectionConfig",
     "EngineConfig",
     "MaskConfig",
     "ModelConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "Positive",
     "Seconds",
     "Seed",
+    "SegmentationConfig",
     "Size",
     "WeightedSource",
     "Workers",

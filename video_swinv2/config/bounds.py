@@ -74,6 +74,8 @@ def _refuse_reversed(values: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[float, Field(gt=0, le=1)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_refuse_reversed)]
 """The smallest and the largest share."""
+PixelRange = Annotated[tuple[Pixels, Pixels], AfterValidator(_refuse_reversed)]
+HeadChannels = Annotated[int, Field(ge=1, le=2**14)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Ratios = Annotated[tuple[Ratio, Ratio], AfterValidator(_refuse_reversed)]
 """The smallest and the largest ratio."""

@@ -17,9 +17,11 @@ from video_swinv2.config.schema import (
     AugmentConfig,
     Config,
     DataConfig,
+    DetectionConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
+    SegmentationConfig,
     WeightedSource,
 )
 from video_swinv2.errors import UsageError, nearest_key
@@ -32,6 +34,8 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "augment": AugmentConfig,
     "mask": MaskConfig,
+    "segmentation": SegmentationConfig,
+    "detection": DetectionConfig,
     "engine": EngineConfig,
 }
 MAX_PARTS = 8  # of a dotted key; no key has as many

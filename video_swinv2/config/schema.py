@@ -19,9 +19,11 @@ from video_swinv2.config.bounds import (
     Factor,
     Fraction,
     Fraction01,
+    HeadChannels,
     Minutes,
     Normaliser,
     PictureSize,
+    PixelRange,
     Pixels,
     Positive,
     PositiveFactor,
@@ -118,7 +120,8 @@ class DataConfig:
     frames_per_video: Pixels = 1
     """Number of samples that `pretrain` takes from each video per epoch, spread over the video and decoded together."""
     short_side: Pixels | None = None
-    """Pixels to which the short side of a video is scaled before the random crop; omit it to keep the video's size."""
+    """Pixels to which the short side of a video, or in segmentation of an image, is scaled before the random crop; omit
+    it to keep the size."""
     workers: Workers = 2
     """Number of data loading processes per training process."""
     decoder: Literal["auto", "pyav", "torchcodec", "decord"] = "auto"
@@ -188,6 +191,63 @@ class MaskConfig:
 
 
 @dataclass(config=STRICT, frozen=True)
+class SegmentationConfig:
+    """Semantic segmentation: how pixels and classes are read and augmented, and the heads that are trained."""
+
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    """Index in the masks of pixels that belong to no class. They add nothing to the loss and do not count in tests. 255
+    always is one."""
+    reduce_zero_label: bool = False
+    """Whether index 0 of the masks is no class either, so that 1 is the first one, as in ADE20K."""
+    scale: Ratios = (0.5, 2.0)
+    """Smallest and largest factor by which an image, scaled to `data.short_side` if that is set, is resized before a
+    crop of `data.image_size` is taken."""
+    max_class_share: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """A crop is drawn again, up to ten times, while one class covers at least this fraction of it."""
+    photometric: bool = True
+    """Whether brightness, contrast, saturation and hue are changed at random."""
+    channels: Annotated[int, Field(ge=64, le=4096, multiple_of=64)] = 512
+    """Channels of the UPerNet head, a multiple of 64; the auxiliary head has half as many."""
+    auxiliary: Factor = 0.4
+    """Weight of the loss of the auxiliary head, which is used in training only; 0 omits that head."""
+
+
+@dataclass(config=STRICT, frozen=True)
+class DetectionConfig:
+    """Object detection: how images and objects are read and augmented, and the heads that are trained.
+
+    `data.image_size` is the shorter side of an image and the limit of its longer side in validations and tests, such as
+    [800, 1333].
+    """
+
+    kind: Literal["faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"] = "faster_rcnn"
+    """`faster_rcnn` finds boxes, `mask_rcnn` boxes and masks, and `cascade_mask_rcnn` both, refined in three stages."""
+    short_sides: PixelRange | None = None
+    """Smallest and largest shorter side in pixels, drawn for each image (multi-scale training); by default that of
+    `data.image_size`."""
+    jitter: Ratios | None = None
+    """Large-scale jitter instead of `short_sides`: smallest and largest factor, such as [0.1, 2], by which an image is
+    resized before it is cropped or padded to a square of the longer side of `data.image_size`."""
+    drop_faulty: bool = False
+    """Whether to leave out missing images and faulty objects, with a note, instead of refusing the data set."""
+    fpn_channels: HeadChannels = 256
+    """Channels of the feature pyramid network."""
+    head_channels: HeadChannels = 1024
+    """Channels of the hidden layers of the box heads."""
+    mask_channels: HeadChannels = 256
+    """Channels of the hidden layers of the mask head."""
+    anchor_sizes: Annotated[tuple[Pixels, ...], Field(min_length=5, max_length=5)] = (32, 64, 128, 256, 512)
+    """Side in pixels of the anchors on each of the five maps, the finest first. Choose smaller ones for smaller images:
+    the objects should lie between the first and the last."""
+    proposals: Positive = 1000
+    """Maximum number of proposals per image; twice as many in training."""
+    sampled_anchors: Positive = 256
+    """Number of anchors per image that the loss of the proposals is computed on."""
+    sampled_boxes: Positive = 512
+    """Number of proposals per image that the losses of the heads are computed on."""
+
+
+@dataclass(config=STRICT, frozen=True)
 class OptimConfig:
     """AdamW, the learning rate schedule, and the loss."""
 
@@ -209,9 +269,9 @@ class OptimConfig:
     warmup_lr: Factor = 0.0
     """Learning rate of the first step of the warm-up. With 0, that step changes no weight."""
     min_lr: Factor = 0.0
-    """Learning rate that a cosine schedule reaches after its last step, as in timm and torch (that of the last step
-    itself is a little higher), and the lower bound of a multistep one."""
-    schedule: Literal["cosine", "multistep"] = "cosine"
+    """Learning rate that a cosine or linear schedule reaches after its last step, as in timm and torch (that of the
+    last step itself is a little higher), and the lower bound of a multistep one."""
+    schedule: Literal["cosine", "linear", "multistep"] = "cosine"
     """How the learning rate falls after the warm-up."""
     milestones: tuple[Epochs, ...] = ()
     """Epochs at which a multistep schedule multiplies the learning rate by 0.1."""
@@ -244,6 +304,19 @@ class OptimConfig:
             raise UsageError("optim.class_weights: all are 0; give at least one class a weight")
 
 
+BestMetric = Literal[
+    "val/top1",
+    "val/top5",
+    "val/loss",
+    "val/miou",
+    "val/pixel_accuracy",
+    "val/ap",
+    "val/ap50",
+    "val/mask_ap",
+    "val/mask_ap50",
+]
+
+
 @dataclass(config=STRICT, frozen=True)
 class Config:
     """The configuration of one run."""
@@ -257,7 +330,11 @@ class Config:
     optim: OptimConfig
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    segmentation: SegmentationConfig = dataclasses.field(default_factory=SegmentationConfig)
+    detection: DetectionConfig = dataclasses.field(default_factory=DetectionConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    task: Literal["classification", "simmim", "segmentation", "detection"] | None = None
+    """What `train` learns; by default classification. `pretrain` learns simmim."""
     init_cpb_norm: Normaliser | None = None
     """Log-CPB normaliser of each stage with which the `init` weights were trained, if they do not record it."""
     init_time_noise: Factor = 0.0
@@ -272,14 +349,16 @@ class Config:
     val_epochs: Epochs = 1.0
     """Epochs between two validations. There is one more before the first step and one after the last."""
     pictures_epochs: Epochs | None = None
-    """Epochs between two sets of SimMIM pictures, which are drawn at validations; by default at every validation."""
+    """Epochs between two sets of pictures of SimMIM, segmentation and detection, which are drawn at validations; by
+    default at every validation."""
     checkpoint_minutes: Minutes = 10.0
     """Minutes between two checkpoints; one is also written at each validation and on SIGTERM."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
     """Number of checkpoints that are kept, the latest ones."""
-    best_metric: Literal["val/top1", "val/top5", "val/loss"] | None = None
+    best_metric: BestMetric | None = None
     """Validation metric by which the weights for `model.safetensors` are chosen; of equal ones, the later are taken. By
-    default `train` uses val/top1, and `pretrain` val/loss. val/top5 exists with more than five classes."""
+    default it is val/top1 of a classification, val/loss of SimMIM, val/miou of a segmentation, and val/ap of a
+    detection. val/top5 exists with more than five classes, val/mask_ap and val/mask_ap50 for detectors with masks."""
     early_stop_epochs: Epochs | None = None
     """The run ends early if no validation has improved on the best one for this many epochs; omit it to train to the
     last step."""

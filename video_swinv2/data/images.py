@@ -36,6 +36,7 @@ from video_swinv2.errors import UsageError
 
 # What Pillow may read. It knows forty more formats, some of which start another program (EPS) or are hardly tested.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values by which height and width change places
 
 
 def is_image(entry: AnyEntry) -> bool:
@@ -56,6 +57,21 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises DecodeError if it is missing, truncated, not an image or has more than `max_pixels` pixels.
     """
     return _decode(path, str(path), max_pixels)
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """(H, W) of an image as `read_image` returns it, from its header. Raises DecodeError if that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(ORIENTATION) in TURNED
+                return (image.width, image.height) if turned else (image.height, image.width)
+    except UnidentifiedImageError as error:
+        raise DecodeError(f"{path}: is not an image that is read ({', '.join(FORMATS)})", "not_image") from error
+    except Exception as error:  # as in `_decode`
+        fault = (str(error) or type(error).__name__).splitlines()[0]
+        raise DecodeError(f"{path}: not a readable image ({fault})") from error
 
 
 def read_tar_member(member: TarMember, max_pixels: int = MAX_PIXELS) -> Tensor:

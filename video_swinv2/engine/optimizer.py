@@ -23,8 +23,9 @@ def parameter_groups(
     """The trainable parameters as optimizer groups, from shallow to deep.
 
     Each group has ``name params parameter_names lr_scale weight_decay``. ``lr_scale`` is ``layer_decay ** (sum(depths)
-    + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for everything but the head (Video Swin). If both are 1,
-    there are at most two groups, with and without weight decay. Raises UserError if there is nothing to train,
+    + 1 - layer_id)`` (BEiT, SimMIM), times ``backbone_lr`` for everything but the head (Video Swin), which in a dense
+    model is everything outside the encoder. If both are 1, there are at most two groups, with and without weight decay.
+    Raises UserError if there is nothing to train,
     ValueError for a parameter name that does not fit ``depths``, and UsageError for a layer decay outside (0, 1].
     """
     if not 0.0 < layer_decay <= 1.0:
@@ -33,10 +34,12 @@ def parameter_groups(
     # Parameters by (layer, whether at the full learning rate, whether decayed). Without layer decay all count as the
     # last layer, which keeps the number of groups small: each group costs a collective per step.
     members: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    wrapped = any("encoder." in name for name, _ in module.named_parameters())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             layer = layer_id(name, depths)  # always called, because it refuses names that do not fit
-            at_full_rate = backbone_lr == 1.0 or name.startswith("head.")
+            in_head = "encoder." not in name if wrapped else name.startswith("head.")
+            at_full_rate = backbone_lr == 1.0 or in_head
             key = (layer if layer_decay < 1.0 else last, at_full_rate, decays(name, parameter))
             members.setdefault(key, []).append((name, parameter))
     if not members:
@@ -103,7 +106,7 @@ def _check_complete(module: nn.Module, groups: Sequence[dict[str, Any]]) -> None
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate as a function of the optimizer step: linear warm-up, then cosine or multi-step decay.
+    """The learning rate as a function of the optimizer step: linear warm-up, then cosine, linear or multi-step decay.
 
     A function of the step alone: nothing has to be saved for a run to resume. Raises UsageError for invalid values.
     """
@@ -121,8 +124,8 @@ class Schedule:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "multistep"):
-            raise UsageError(f"optim.schedule: unknown schedule {self.kind!r}; use cosine or multistep")
+        if self.kind not in ("cosine", "linear", "multistep"):
+            raise UsageError(f"optim.schedule: unknown schedule {self.kind!r}; use cosine, linear or multistep")
         if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
             raise UsageError(
                 f"optim.warmup_epochs: {self.warmup_steps} warm-up steps do not fit into {self.steps} steps; use fewer"
@@ -131,7 +134,7 @@ class Schedule:
             raise UsageError("optim: lr, min_lr and warmup_lr must not be negative")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"optim.milestones: {list(self.milestones)} must be increasing steps")
-        if self.milestones and self.kind == "cosine":
+        if self.milestones and self.kind != "multistep":
             raise UsageError(
                 "optim.milestones: only used by a multistep schedule; remove them or use optim.schedule=multistep"
             )
@@ -140,21 +143,23 @@ class Schedule:
         """The learning rate of a step, counted from 0.
 
         With a warm-up, step 0 has ``warmup_lr`` (by default 0, so that it changes no weight) and step ``warmup_steps``
-        the peak. The cosine schedule arrives at ``min_lr`` after the last step, so the rate of that step, ``steps`` -
-        1, is a little higher. Both are the rules of timm's CosineLRScheduler (with ``warmup_prefix``) and of torch's
-        LinearLR and CosineAnnealingLR. multistep never falls below ``min_lr``.
+        the peak. The cosine and the linear schedule arrive at ``min_lr`` after the last step, so the rate of that step,
+        ``steps`` - 1, is a little higher. These are the rules of timm's CosineLRScheduler (with ``warmup_prefix``) and
+        of torch's LinearLR and CosineAnnealingLR. Linear is the "poly" of segmentation recipes with a power of 1.
+        multistep never falls below ``min_lr``.
         """
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         if self.kind == "multistep":
             # bisect_right counts the milestones <= step: the step of a milestone already has the lower rate.
             return max(self.min_lr, self.lr * self.factor ** bisect_right(self.milestones, step))
-        # Half a cosine period over the steps after the warm-up. The check also excludes a division by 0, if all steps
-        # are warm-up.
+        # The check also excludes a division by 0, if all steps are warm-up.
         if step >= self.steps:
             return self.min_lr
         progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        # Half a cosine period over the steps after the warm-up, or a straight line.
+        share = 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.min_lr + (self.lr - self.min_lr) * share
 
 
 def make_schedule(optim: OptimConfig, steps: int, samples: int) -> Schedule:

@@ -145,6 +145,13 @@ def record_test(plan: TestPlan, world: World) -> dict[str, Any]:
         "data_fingerprint": plan.manifest.fingerprint,
         "lost_in_preparation": plan.manifest.failed_in_preparation,
         "decoder": f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}",
+        **record_machine(overrides, world),
+    }
+
+
+def record_machine(overrides: TestOverrides, world: World) -> dict[str, Any]:
+    """The part of a record that says what a test was computed with, whatever the task. Plain JSON."""
+    return {
         "versions": {
             "video_swinv2": video_swinv2.__version__,
             "python": platform.python_version(),

@@ -21,12 +21,14 @@ from torch.export import Dim, ExportedProgram
 
 from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.transforms import normalise
+from video_swinv2.dense.loading import load_model as load_segmenter
+from video_swinv2.dense.segmenters import Segmenter
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import view_shape
 from video_swinv2.files import atomic_write, json_text
 from video_swinv2.inference.media_types import find_media_files, read_file_views
-from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2
+from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2, per_axis
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card, require_rgb
 
 OPSET = 23  # the first opset with an operator for scaled dot-product attention
@@ -45,7 +47,7 @@ class Comparison:
     """How closely the outputs of an exported program agree with those of its model on `samples` samples.
 
     difference: the largest absolute difference between two logits. same_top: the number of samples for which the top
-    five classes are the same, in the same order.
+    five classes are the same, in the same order, or of a segmenter the first class of every pixel.
     """
 
     difference: float
@@ -76,11 +78,10 @@ def export(
     _check_request(out, opset)
     file_card = read_card(model_path)
     require_rgb(file_card.architecture, model_path)
-    if file_card.architecture.get("features_only"):
+    if file_card.architecture.get("features_only") and not file_card.dense:
         raise UserError(f"{model_path}: a features_only model returns feature maps and no logits; export a classifier")
     # With sdpa, the attention of a block is exported as one operator, which ONNX has, too, from opset 23 on.
-    model = load_model(model_path, frames=frames, image_size=image_size, window=window, attention="sdpa")
-    card = _card_at_sizes_of(model, file_card)
+    model, card = _load(model_path, file_card, frames, image_size, window)
     samples = _comparison_inputs(card.preprocessing, [Path(path) for path in check])
     # The first batch serves as the example input of the export, too.
     inputs = next(samples)
@@ -123,11 +124,21 @@ def _check_request(out: Path, opset: int | None) -> None:
         raise UserError(f"{out}: {', '.join(missing)} not installed; pip install 'video-swinv2[export]'")
 
 
-def _card_at_sizes_of(model: SwinV2, card: ModelCard) -> ModelCard:
-    """The card of the file, with its sizes replaced by those that the model was loaded with."""
-    height, width = model.image_size
-    preprocessing = dataclasses.replace(card.preprocessing, frames=model.frames, image_size=(height, width))
-    return dataclasses.replace(card, preprocessing=preprocessing, architecture=model.architecture())
+def _load(
+    path: Path, card: ModelCard, frames: int | None, image_size: IntOrPerAxis | None, window: IntOrPerAxis | None
+) -> tuple[SwinV2 | Segmenter, ModelCard]:
+    """A classifier or a segmenter, and the card of the file with its sizes replaced by those to export at."""
+    if card.dense.get("task") == "segmentation":
+        # A segmenter takes images of any size. The exported program is for one, by default that of the training crops.
+        segmenter: Segmenter = load_segmenter(path, frames=frames, window=window, attention="sdpa")
+        encoder, size = segmenter.encoder, card.preprocessing.image_size if image_size is None else image_size
+        height, width = per_axis("image_size", size, 2)
+        model: SwinV2 | Segmenter = segmenter
+    else:
+        model = encoder = load_model(path, frames=frames, image_size=image_size, window=window, attention="sdpa")
+        height, width = encoder.image_size
+    preprocessing = dataclasses.replace(card.preprocessing, frames=encoder.frames, image_size=(height, width))
+    return model, dataclasses.replace(card, preprocessing=preprocessing, architecture=encoder.architecture())
 
 
 def _description(card: ModelCard) -> dict[str, object]:
@@ -135,7 +146,7 @@ def _description(card: ModelCard) -> dict[str, object]:
     axes = "batch, 3, H, W" if card.preprocessing.frames is None else "batch, 3, T, H, W"
     return {
         "input": f"pixels ({axes}) float32: RGB from 0 to 1, less mean, over std, both per channel",
-        "output": "logits (batch, classes) float32",
+        "output": f"logits (batch, classes{', H, W' if card.dense else ''}) float32",
         "classes": list(card.classes),
         "preprocessing": dataclasses.asdict(card.preprocessing),
         "architecture": card.architecture,
@@ -195,16 +206,17 @@ def _write_onnx(exported: ExportedProgram, part: Path, description: str, opset: 
     return lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0])
 
 
-def _compare(model: SwinV2, program: Program, batches: Iterable[Tensor]) -> Comparison:
+def _compare(model: SwinV2 | Segmenter, program: Program, batches: Iterable[Tensor]) -> Comparison:
     """Run model and program on the same batches, which should differ in size. NaN counts as an infinite difference."""
     worst, samples, same = 0.0, 0, 0
     for batch in batches:
         with torch.no_grad():
             ours, theirs = model(batch), program(batch)
         worst = max(worst, torch.nan_to_num((theirs - ours).abs(), nan=torch.inf).max().item())
-        # Each sample counts if all of its top classes agree, in order.
-        top = min(TOP, ours.shape[1])
-        agreeing = (ours.topk(top).indices == theirs.topk(top).indices).all(dim=1)
+        # Each sample counts if all of its top classes agree, in order; of a segmenter, the first one of every pixel.
+        top = min(TOP, ours.shape[1]) if ours.ndim == 2 else 1
+        same_order = ours.topk(top, dim=1).indices == theirs.topk(top, dim=1).indices
+        agreeing = same_order.flatten(1).all(dim=1)
         samples, same = samples + len(batch), same + int(agreeing.sum())
     return Comparison(worst, samples, same)
 

@@ -134,7 +134,7 @@ def predict(
                 results[i] = Prediction(name, (), reason)
             else:
                 readable[media_type].append(i)
-    explanations = _output_paths(explain, [name for name, _ in found], ".jpg", "--explain")
+    explanations = output_paths(explain, [name for name, _ in found], ".jpg", "--explain")
     # Files that are not watched are read ahead by several processes, so all of them are classified first.
     for media_type, positions in readable.items():
         share = positions[world.rank :: world.size]
@@ -143,7 +143,7 @@ def predict(
         results |= dict(zip(share, predictions, strict=True))
     # What is watched follows in the given order, one source at a time.
     watched_names = [name for name, media_type in found if media_type in watched]
-    copies = _output_paths(timing.video, watched_names, ".mp4", "--video")
+    copies = output_paths(timing.video, watched_names, ".mp4", "--video")
     for i, (name, media_type) in enumerate(found):
         if media_type in watched:
             results[i] = _predict_over_time(
@@ -284,7 +284,7 @@ def unreadable_reason(path: Path, media_type: str | None, wanted: str) -> str:
     return "an image, but this model takes videos" if (media_type, wanted) == (IMAGE, VIDEO) else ""
 
 
-def _output_paths(folder: Path | None, names: Sequence[str], suffix: str, option: str) -> list[Path | None]:
+def output_paths(folder: Path | None, names: Sequence[str], suffix: str, option: str) -> list[Path | None]:
     """The path in `folder` for what is written about each source, or None for each if there is no folder.
 
     It is named after the file, the last part of a URL's path, or its host. All paths differ from each other and

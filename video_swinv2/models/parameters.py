@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# State-dict names of SwinV2, with an optional "encoder." prefix when SimMIM wraps the model (removed before matching).
+# State-dict names of SwinV2. SimMIM and dense models wrap it, so that its names have a prefix that ends with "encoder."
+# (removed before matching).
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
 _DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
 _UNDECAYED_NAMES = ("absolute_pos_embed", "mask_token")
@@ -21,7 +22,7 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
     patch merging after a stage has the depth of the stage's last block. Raises ValueError for a block that is not in a
     model with these ``depths``.
     """
-    name = name.removeprefix("encoder.")
+    name = _in_encoder(name)
     if name.startswith("patch_embed.") or name == "mask_token":
         return 0
     if found := _BLOCK.match(name):
@@ -49,10 +50,15 @@ def decays(name: str, parameter: Tensor) -> bool:
     This is what SwinV2's ``no_weight_decay`` lists intend. Microsoft's SimMIM pre-training code looks for
     ``encoder.cpb_mlp``, which no parameter name contains, and therefore does decay logit scales and log-CPB networks.
     """
-    name = name.removeprefix("encoder.")
+    name = _in_encoder(name)
     # Under ZeRO-3 a partitioned parameter is an empty tensor, and `ds_shape` is its full shape.
     axes = len(getattr(parameter, "ds_shape", parameter.shape))
     # One axis or none: biases and the weights of norms.
     if axes <= 1 or name.endswith(".bias") or name in _UNDECAYED_NAMES:
         return False
     return not any(part in name for part in _UNDECAYED_PARTS)
+
+
+def _in_encoder(name: str) -> str:
+    """The name that a parameter has in the SwinV2 itself: "backbone.encoder.norm.bias" -> "norm.bias"."""
+    return name.rpartition("encoder.")[2]

@@ -151,6 +151,12 @@ def make_plan(
     """
     if processes < 1:
         raise UsageError(f"--processes {processes}: give 1 or more")
+    if config.task in ("segmentation", "detection"):
+        raise UsageError(
+            f"task: {config.task} cannot be planned yet; start `train` with a small optim.micro_batch, which prints "
+            "the memory and the time that a run takes"
+        )
+    pretraining = pretraining or config.task == "simmim"
     if config.engine.engine == "plain" and processes > 1:
         raise UsageError("engine: plain runs in one process; omit --processes or use engine.engine=deepspeed")
     # The same functions as in `train`, so that a config that `train` refuses is refused here with the same message.

@@ -23,7 +23,8 @@ from video_swinv2.files import json_text
 from video_swinv2.records import Record, parse_json, parse_record, read_bytes, read_json, read_record
 
 MAX_METRICS_BYTES = 2**29  # of metrics.jsonl: two million lines
-ACCURACIES = ("val/top1", "val/top5")
+ACCURACIES = ("val/top1", "val/top5")  # shares of samples, whose noise follows from their number
+SHARES = (*ACCURACIES, "val/miou", "val/mean_accuracy", "val/pixel_accuracy")  # shown in per cent
 SERIES_FILE = "series.json"
 MAX_CURVE_POINTS = 240  # more cannot be told apart in a plot a few hundred pixels wide
 
@@ -90,7 +91,7 @@ def metric_text(key: str, value: float) -> str:
 
 
 def _value_text(key: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if key in ACCURACIES else f"{value:.4f}"
+    return f"{100 * value:.2f} %" if key in SHARES else f"{value:.4f}"
 
 
 class _Configuration(Record):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from video_swinv2.models.attention import WindowAttention
@@ -21,7 +22,7 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.windows import shrink_window
 
 
-def count_forward_flops(module: nn.Module, *inputs: Tensor) -> int:
+def count_forward_flops(module: nn.Module, *inputs: Any) -> int:
     """Floating-point operations of one forward pass, counted by torch's FlopCounterMode.
 
     The module is run once. On the meta device or on fake tensors this takes neither memory nor much time. The networks

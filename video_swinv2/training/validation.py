@@ -6,7 +6,7 @@ Every sample counts exactly once, so the metrics do not depend on the number of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from video_swinv2.data.datasets import Batch, SampleDataset, collate
 from video_swinv2.data.loading import validation_loader
-from video_swinv2.distributed.collectives import all_gather_objects, all_reduce_sum
+from video_swinv2.distributed.collectives import all_gather_objects
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.base import Engine
-from video_swinv2.training.tasks.base import Task
+from video_swinv2.training.tasks.base import Tally, Task
 
 
 @contextmanager
@@ -52,20 +52,29 @@ def validate(
     world: World,
     report_broken: Callable[[Sequence[str]], None],
 ) -> dict[str, float]:
-    """The task's metrics averaged over all samples, with keys such as `val/loss`.
+    """The task's metrics over all samples, with keys such as `val/loss`.
 
     report_broken: called with the lines about files that could not be read.
 
     Collective; call it inside `evaluation_mode`.
     """
-    sums: dict[str, float] = {"samples": 0.0}
-    for batch, counts in _equally_many_batches(samples, micro_batch, world):
+    counted: Tally = {}
+    # Samples of different sizes go one by one: padded to the size of another, a sample would not be quite the same.
+    for batch, counts in _equally_many_batches(samples, micro_batch if samples.one_size else 1, world):
         tally = task.tally(engine.forward, batch.to(world.device))
         if counts:
             report_broken(batch.broken)
-            for key, value in tally.items():
-                sums[key] = sums.get(key, 0.0) + value
-    return _averages(sums, world)
+            _add(counted, tally)
+    total: Tally = {}
+    for tally in all_gather_objects(world, counted):
+        _add(total, tally)
+    return {f"val/{key}": value for key, value in task.figures(total).items()}
+
+
+def _add(total: Tally, tally: Tally) -> None:
+    """Add a tally to `total`, key by key: numbers and tensors are summed, lists are joined."""
+    for key, value in tally.items():
+        total[key] = total[key] + value if key in total else value
 
 
 def _equally_many_batches(samples: SampleDataset, micro_batch: int, world: World) -> Iterator[tuple[Batch, bool]]:
@@ -87,13 +96,3 @@ def _equally_many_batches(samples: SampleDataset, micro_batch: int, world: World
         # With fewer samples than processes, some have no batch to repeat, and take the first sample of the split.
         batch = batch or collate([samples[(0, 0)]])
         yield batch, False
-
-
-def _averages(sums: Mapping[str, float], world: World) -> dict[str, float]:
-    """The sums over all processes divided by the number of samples, as metrics."""
-    # A process without any sample of its own knows no key but `samples`, although all processes must reduce the same
-    # keys in the same order. So they first agree on the keys.
-    keys = sorted({key for names in all_gather_objects(world, list(sums)) for key in names})
-    summed = dict(zip(keys, all_reduce_sum(world, [sums.get(key, 0.0) for key in keys]), strict=True))
-    count = summed.pop("samples")
-    return {f"val/{key}": value / count for key, value in summed.items()}

@@ -81,7 +81,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         raise UserError(f"{path}: {error}") from error
     layout = named.layout
     if card is not None:
-        layout = f"{card.architecture['name']} of this project, {'SimMIM' if layout == 'SimMIM' else 'classifier'}"
+        kind = {"SimMIM": "SimMIM", "dense": f"model for {card.dense.get('task')}"}.get(layout, "classifier")
+        layout = f"{card.architecture['name']} of this project, {kind}"
     derived = {name: t for name, t in named.tensors.items() if name.endswith(DERIVED)}
     # The closer a source is to the weights, the more it is trusted: first a configuration inside the checkpoint, then
     # one beside it, then what its layout implies, and last its name.

@@ -106,8 +106,10 @@ def fill_model(
         values[PATCH_KERNEL] = values[PATCH_KERNEL] + zero_sum_time_noise(values[PATCH_KERNEL], time_noise, seed)
         account.inflated[PATCH_KERNEL] += f"; plus noise that sums to zero over time ({time_noise:g} deviations)"
     # Tensors of the model that the file does not have: `_reason_initialised` raises for those that it should have.
+    own = checkpoint.card.architecture if checkpoint.card is not None else {}
+    of_backbone = account.layout == "Hugging Face" or bool(own.get("features_only"))
     for name in sorted(target.keys() - values.keys()):
-        account.initialised[name] = _reason_initialised(name, found, head, account)
+        account.initialised[name] = _reason_initialised(name, found, head, of_backbone, account)
     # A diverged run may have saved NaN, which would spoil everything that is computed with these weights.
     bad = next((name for name, value in values.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
@@ -227,13 +229,16 @@ def _mapped_head(model: SwinV2, class_map: Sequence[int], found: dict[str, Tenso
     return ""
 
 
-def _reason_initialised(name: str, found: dict[str, Tensor], head: str, account: Account) -> str:
-    """Why a tensor of the model is not in the file; UserError if it should be."""
+def _reason_initialised(name: str, found: dict[str, Tensor], head: str, of_backbone: bool, account: Account) -> str:
+    """Why a tensor of the model is not in the file; UserError if it should be.
+
+    of_backbone: whether the file may be of a model that gives feature maps.
+    """
     if name in HEAD and head:
         return head
     if name == "mask_token":
         return "the file was not pre-trained with SimMIM"
-    if name in FINAL_NORM and account.layout == "Hugging Face" and not found.keys() & {*FINAL_NORM, *HEAD}:
+    if name in FINAL_NORM and of_backbone and not found.keys() & {*FINAL_NORM, *HEAD}:
         return "a feature backbone has no final norm; the model keeps its own"
     raise account.refusal(f"{name} is missing in the file", "the file is damaged or has another architecture")
 

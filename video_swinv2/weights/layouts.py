@@ -81,6 +81,8 @@ ALWAYS: tuple[Rule, ...] = (
     (r"^(layers\.\d+\.blocks\.\d+\.)norm3\.", r"\1enorm."),
 )
 
+DENSE_PREFIX = "backbone.encoder."  # of the encoder in a detector or segmenter of this project
+
 
 def to_microsoft(tensors: Tensors) -> NamedTensors:
     """Recognise the layout and rename its tensors. Raises UnknownLayoutError for anything but a SwinV2."""
@@ -92,6 +94,8 @@ def to_microsoft(tensors: Tensors) -> NamedTensors:
         named = NamedTensors("Hugging Face", _fuse_qkv(_rename(tensors, HUGGING_FACE)))
     elif "features.0.0.weight" in tensors:
         named = _split_bias(_rename(tensors, TORCHVISION))
+    elif any(name.startswith(DENSE_PREFIX) for name in tensors):
+        named = _encoder_alone(tensors)
     elif any(name.startswith("encoder.") for name in tensors):
         named = NamedTensors("SimMIM", _rename(tensors, ((r"^encoder\.", ""),)))
     elif "head.fc.weight" in tensors or _merges_at_the_start(tensors):
@@ -128,6 +132,13 @@ def _refuse_foreign(tensors: Tensors) -> None:
     for part, what in FOREIGN.items():
         if any(part in name for name in tensors):
             raise UnknownLayoutError(f"{what} (it has {part.strip('.')})")
+
+
+def _encoder_alone(tensors: Tensors) -> NamedTensors:
+    """The encoder of a detector or segmenter of this project; what is built on it is dropped."""
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(DENSE_PREFIX)}
+    others = dict.fromkeys(tensors.keys() - encoder.keys(), "belongs to the heads of a dense task")
+    return NamedTensors("dense", {name.removeprefix(DENSE_PREFIX): t for name, t in encoder.items()}, others)
 
 
 def _merges_at_the_start(tensors: Tensors) -> bool:

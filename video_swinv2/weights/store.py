@@ -51,6 +51,8 @@ class ModelCard:
     preprocessing: Preprocessing
     provenance: dict[str, object] = field(default_factory=dict)
     """Where the weights came from, as plain data."""
+    dense: dict[str, object] = field(default_factory=dict)
+    """Of a detector or segmenter: its `task`, and what is built on the architecture, as plain data; otherwise empty."""
 
 
 class _Architecture(Record):
@@ -92,6 +94,7 @@ class _Card(Record, extra="ignore"):
     classes: list[str]
     preprocessing: _Preprocessing
     provenance: dict[str, Any] = Field(default_factory=dict)
+    dense: dict[str, Any] = Field(default_factory=dict)  # checked by `dense.loading`
 
 
 def save_model(
@@ -103,7 +106,7 @@ def save_model(
     provenance: Mapping[str, object] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a SwinV2, or a SimMIM around one, to a single file, completely or not at all.
+    """Write a SwinV2, or a SimMIM, detector or segmenter around one, to a single file, completely or not at all.
 
     Args:
         classes: the names of the head's rows, in order, () if unknown; by default `model.classes`.
@@ -114,21 +117,23 @@ def save_model(
     Raises UserError if the file cannot be written, if there are more or fewer class names than rows of the head, or if
     the preprocessing is neither given nor known.
     """
-    encoder = model if isinstance(model, SwinV2) else model.encoder
+    encoder = model if isinstance(model, SwinV2) else getattr(model, "encoder", None)
     if not isinstance(encoder, SwinV2):
-        raise TypeError(f"save_model takes a SwinV2 or a SimMIM, not {type(model).__name__}")
+        raise TypeError(f"save_model takes a SwinV2, SimMIM, detector or segmenter, not {type(model).__name__}")
+    # Detectors and segmenters have a `dense_design`, which says how to build them around the encoder.
+    design = getattr(model, "dense_design", None)
+    dense: dict[str, Any] = design() if design is not None else {}
+    rows = dense.get("num_classes", encoder.num_classes if isinstance(model, SwinV2) else None)
     classes = encoder.classes if classes is None else classes
     preprocessing = own_preprocessing(encoder, path) if preprocessing is None else preprocessing
-    if isinstance(model, SwinV2) and classes and len(classes) != encoder.num_classes:
-        raise UserError(
-            f"{path}: {len(classes)} class names for a head of {encoder.num_classes}; give one name per class"
-        )
+    if classes and rows is not None and len(classes) != rows:
+        raise UserError(f"{path}: {len(classes)} class names for a head of {rows}; give one name per class")
     card = {
         "architecture": encoder.architecture(),
         "classes": list(classes),
         "preprocessing": dataclasses.asdict(preprocessing),
         "provenance": dict(provenance or {}),
-    }
+    } | ({"dense": dense} if dense else {})
     path = Path(path)
     # safetensors refuses tensors that are not contiguous.
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
@@ -245,6 +250,7 @@ def parse_card(metadata: Mapping[str, str], path: Path) -> ModelCard | None:
             tuple(preprocessing.std),
         ),
         card.provenance,
+        card.dense,
     )
 
 
@@ -277,6 +283,8 @@ def load_model(
     """
     path = model_file(path)
     card = read_card(path)
+    if card.dense:
+        raise UserError(f"{path}: a model for {card.dense.get('task')}, not a classifier; load it with vs.load_model")
     tensors, _ = read_tensors(path)
     if any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"{path}: a SimMIM pre-training file has no classifier; fine-tune it with init={path}")

@@ -1,8 +1,13 @@
 """The interface between the training loop and its tasks, and what tasks share: models, pixels and model files.
 
 The loop is responsible for steps, processes, checkpoints and schedules; a task for the data, the model, the loss and
-the metrics. To add a task, write a class with the methods of `Task` in a new file beside `classification.py` and
-`simmim.py`, and a command that passes the class to `training.loop.run`.
+the metrics. To add a task, write a class with the methods of `Task` in a new file beside the others, and add it to
+`choosing.py`, which finds the class for the key `task` of a configuration.
+
+A dense task (boxes, masks of pixels) gives its `SampleDataset` the annotations of its images. Its batches then have
+targets, and may be padded (`data.datasets`). In validation each of its images is a batch of its own, because padding
+would change what the model sees. What it measures need not be a mean over samples: `tally` may return counts as a
+tensor, or a list of what was found, and `figures` makes metrics of them.
 
 Letters: B batch, T frames, H W pixels.
 """
@@ -12,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -27,8 +33,11 @@ from video_swinv2.models.swinv2 import SwinV2
 from video_swinv2.models.variants import create_model
 from video_swinv2.weights.store import save_model
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 """`Engine.forward`, which tasks call instead of their module: it adds autocast and what ZeRO needs."""
+Tally = dict[str, Any]
+"""What is counted during a validation, by name. A number or a tensor on the CPU is summed over all samples; a list is
+joined. Plain data, because processes send it to each other."""
 
 
 class Task(Protocol):
@@ -64,12 +73,14 @@ class Task(Protocol):
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The mean training loss of a micro-batch, a scalar. The batch is already on the device."""
 
-    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
-        """Sums over the samples of a validation micro-batch; the key `samples` holds their number.
+    def tally(self, forward: Forward, batch: Batch) -> Tally:
+        """Sums over the samples of a validation micro-batch, which the loop adds up over micro-batches and processes.
 
-        The loop adds up the sums of all micro-batches and processes and divides by `samples`. They are sums because a
-        mean of means would depend on how the samples are split into micro-batches.
+        They are sums because a mean of means would depend on how the samples are split into micro-batches.
         """
+
+    def figures(self, tally: Tally) -> dict[str, float]:
+        """The metrics of a whole validation, without the `val/` of their names, from what `tally` has counted."""
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
         """A picture that shows the model's output on a few validation samples, (3, H, W) uint8; None for none.
@@ -94,14 +105,24 @@ Construction = Callable[[Mapping[str, object]], AbstractContextManager[None]]
 MakeTask = Callable[[Config, Construction], Task]
 """Constructs a task; the class of a task is one."""
 
+GAP = 2  # white pixels between the tiles of a picture
+
 
 def in_one_process(data_facts: Mapping[str, object]) -> AbstractContextManager[None]:
     """The construction of a task outside a run: nothing is partitioned, and nobody has to agree."""
     return nullcontext()
 
 
-def build_model(config: Config, num_classes: int) -> SwinV2:
-    """A model with random weights, built from the config. Raises UsageError naming the key that is wrong."""
+def averages(tally: Tally) -> dict[str, float]:
+    """The sums of a tally divided by its key `samples`: the `figures` of tasks that measure nothing but means."""
+    return {key: value / tally["samples"] for key, value in sorted(tally.items()) if key != "samples"}
+
+
+def build_model(config: Config, num_classes: int, features_only: bool = False) -> SwinV2:
+    """A model with random weights, built from the config. Raises UsageError naming the key that is wrong.
+
+    features_only: for the backbone of a dense task, which gives feature maps and has no head.
+    """
     # The keys of the model section are constructor arguments; the sizes of the input come from the data section.
     model, data = config.model, config.data
     try:
@@ -117,6 +138,7 @@ def build_model(config: Config, num_classes: int) -> SwinV2:
             head_dropout=model.head_dropout,
             attention=model.attention,
             checkpoint_blocks=model.checkpoint_blocks,
+            features_only=features_only,
         )
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
@@ -154,3 +176,16 @@ def save_task_model(
     height, width = (size, size) if isinstance(size, int) else size
     preprocessing = Preprocessing(config.data.frames, config.data.frame_stride, (height, width))
     save_model(module, path, classes=classes, preprocessing=preprocessing, provenance=provenance, weights=weights)
+
+
+def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
+    """Join R rows: clips (B, 3, T, H, W) -> (3, B R H, T W), images (B, 3, H, W) -> (3, R H, B W), plus the gaps."""
+    # Images are laid out as the frames of a single clip: (B, 3, H, W) -> (1, 3, T = B, H, W).
+    clips = [row.transpose(0, 1)[None] if row.ndim == 4 else row for row in rows]
+    # R times (B, 3, T, H, W) -> (B, R, 3, T, H, W); each tile gets a white gap at its right and bottom.
+    tiles = F.pad(torch.stack(clips, dim=1), (0, GAP, 0, GAP), value=255)
+    samples, count, channels, frames, height, width = tiles.shape
+    # -> (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across.
+    sheet = tiles.permute(2, 0, 1, 4, 3, 5)
+    # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
+    return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]

@@ -25,6 +25,8 @@ from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
     Construction,
     Forward,
+    Tally,
+    averages,
     build_model,
     in_one_process,
     normalised_pixels,
@@ -89,7 +91,7 @@ class Classification:
         smoothing = self.config.optim.label_smoothing
         return F.cross_entropy(forward(inputs).float(), targets, weight=weights, label_smoothing=smoothing)
 
-    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
+    def tally(self, forward: Forward, batch: Batch) -> Tally:
         """The summed loss and the numbers of correct answers, on the centre clip and crop of each sample."""
         # A sample that could not be read has the label UNREADABLE_LABEL (-100): cross_entropy ignores it and no answer
         # equals it, but it is part of `samples`. So it counts as a wrong answer and adds nothing to the loss.
@@ -103,6 +105,10 @@ class Classification:
             "top1": float(correct[:, 0].sum()),
         }
         return sums | ({"top5": float(correct.sum())} if self.has_top5 else {})
+
+    def figures(self, tally: Tally) -> dict[str, float]:
+        """The means over all samples."""
+        return averages(tally)
 
     def picture(self, forward: Forward, device: torch.device) -> None:
         """Classification has no picture to draw."""

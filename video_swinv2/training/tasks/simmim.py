@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -39,9 +38,13 @@ from video_swinv2.models.simmim import (
 from video_swinv2.models.swinv2 import SwinV2, per_axis
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
+    GAP,
     Construction,
     Forward,
+    Tally,
+    averages,
     build_model,
+    contact_sheet,
     in_one_process,
     normalised_pixels,
     sample_kind,
@@ -50,7 +53,6 @@ from video_swinv2.training.tasks.base import (
 )
 
 PICTURE_IMAGES, PICTURE_CLIPS = 8, 2  # how many validation samples a picture shows
-GAP = 2  # white pixels between tiles
 ROW_NAMES = ("original", "masked", "predicted")
 MIN_FONT, FONTS_PER_TILE = 9, 14  # pixels; the names of the rows of higher tiles are larger
 
@@ -93,7 +95,7 @@ class Pretraining:
         inputs, masks, target = self._inputs(batch)
         return masked_l1(forward(inputs, masks), target, masks, self.mask_unit)
 
-    def tally(self, forward: Forward, batch: Batch) -> dict[str, float]:
+    def tally(self, forward: Forward, batch: Batch) -> Tally:
         """The summed loss of each sample, for the model and for `masked_mean`, the baseline that it has to beat."""
         inputs, masks, target = self._inputs(batch)
         predictions = {"loss": forward(inputs, masks), "mean_loss": masked_mean(target, masks, self.mask_unit)}
@@ -104,6 +106,10 @@ class Pretraining:
             samples = zip(prediction.split(1), target.split(1), masks.split(1), strict=True)
             sums[key] = sum(float(masked_l1(p, t, m, self.mask_unit)) for p, t, m in samples)
         return sums
+
+    def figures(self, tally: Tally) -> dict[str, float]:
+        """The means over all samples."""
+        return averages(tally)
 
     def picture(self, forward: Forward, device: torch.device) -> Tensor | None:
         """The same few validation samples at every call, as original, masked and predicted: (3, H, W) uint8."""
@@ -196,16 +202,3 @@ def name_rows(names: Sequence[str], tile_height: int, height: int) -> Tensor:
         # "rm": the text ends at the tiles, and its middle is that of the row.
         draw.text((width - 2 * GAP, top + tile_height / 2), name, fill="black", font=font, anchor="rm")
     return torch.from_numpy(np.array(margin)).permute(2, 0, 1)  # (height, W, 3) -> (3, height, W)
-
-
-def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
-    """Join R rows: clips (B, 3, T, H, W) -> (3, B R H, T W), images (B, 3, H, W) -> (3, R H, B W), plus the gaps."""
-    # Images are laid out as the frames of a single clip: (B, 3, H, W) -> (1, 3, T = B, H, W).
-    clips = [row.transpose(0, 1)[None] if row.ndim == 4 else row for row in rows]
-    # R times (B, 3, T, H, W) -> (B, R, 3, T, H, W); each tile gets a white gap at its right and bottom.
-    tiles = F.pad(torch.stack(clips, dim=1), (0, GAP, 0, GAP), value=255)
-    samples, count, channels, frames, height, width = tiles.shape
-    # -> (3, B, R, H, T, W): samples, their rows and pixel rows run down the sheet, frames and pixel columns across.
-    sheet = tiles.permute(2, 0, 1, 4, 3, 5)
-    # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
-    return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]

@@ -1,0 +1,82 @@
+"""The report of a segmentation test: one page from its results.json and mistakes.png."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from video_swinv2.files import atomic_write
+from video_swinv2.pages import render
+from video_swinv2.records import Record, read_bytes, read_record
+
+MAX_CONFUSIONS = 12  # rows of the table
+MIN_CONFUSED = 0.02  # of the pixels of a class
+RESULTS, MISTAKES, REPORT = "results.json", "mistakes.png", "report.html"
+MAX_PICTURE_BYTES = 2**26
+# Keys of results.json that the page shows as they are.
+SHOWN = ("model", "model_sha256", "data", "split", "data_fingerprint", "protocol", "protocol_numbers", "device",
+         "precision", "processes", "versions", "seconds")  # fmt: skip
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Images(Record):
+    listed: int
+    scored: int
+    failed: int
+
+
+class _Class(Record, populate_by_name=True):
+    name: str = Field(alias="class")
+    iou: Share | None
+    accuracy: Share | None
+    pixels: int
+
+
+class SegmentationResult(Record, extra="allow"):
+    """What the page needs of results.json. A share that is not a number, as of a class without pixels, is None."""
+
+    images: _Images
+    miou: Share | None
+    miou_interval: list[Share | None]
+    mean_accuracy: Share | None
+    pixel_accuracy: Share | None
+    per_class: list[_Class]
+    confusion: list[list[Annotated[int, Field(ge=0)]]]
+
+
+def write_segmentation_report(out: Path) -> None:
+    """Write report.html to a folder of a test, from the files in it. Raises UserError if results.json is faulty."""
+    result = read_record(out / RESULTS, SegmentationResult)
+    extra = result.model_extra or {}
+    low, high = result.miou_interval
+    picture = out / MISTAKES
+    values: dict[str, object] = {
+        "title": f"{Path(str(extra.get('data', out))).name}, {extra.get('split', '')}",
+        "miou": result.miou or 0.0,
+        "interval": (low or 0.0, high or 0.0),
+        "mean_accuracy": result.mean_accuracy or 0.0,
+        "pixel_accuracy": result.pixel_accuracy or 0.0,
+        "scored": result.images.scored,
+        "failed": result.images.failed,
+        "classes": result.per_class,
+        "confusions": _confusions(result),
+        "mistakes": base64.b64encode(read_bytes(picture, MAX_PICTURE_BYTES)).decode() if picture.is_file() else "",
+        "record": [(key, extra[key]) for key in SHOWN if key in extra],
+    }
+    with atomic_write(out / REPORT) as part:
+        part.write_bytes(render("video_swinv2.report", "segmentation.html.j2", values))
+
+
+def _confusions(result: SegmentationResult) -> list[dict[str, Any]]:
+    """The pairs of classes that are confused most, by the share of the pixels of the true class."""
+    names = [row.name for row in result.per_class]
+    rows: list[dict[str, Any]] = []
+    for true, counts in enumerate(result.confusion):
+        for predicted, count in enumerate(counts[: len(names)]):
+            share = count / max(sum(counts), 1)
+            if predicted != true and share >= MIN_CONFUSED:
+                rows.append({"true": names[true], "predicted": names[predicted], "share": share})
+    return sorted(rows, key=lambda row: -row["share"])[:MAX_CONFUSIONS]
