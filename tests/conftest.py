@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # which made some tests seven times as slow.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
+# AMX would make bf16 the precision `auto` and round products in its own way. oneDNN reads this at its first product.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def _seed(name: str) -> None:

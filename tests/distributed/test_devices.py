@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from video_swinv2.distributed.devices import (
+    AUTOCAST_DTYPES,
     choose_device,
+    computing_precision,
     product_dtype,
     report_missing_bf16,
-    trainable_precision,
     use_bf16,
 )
 from video_swinv2.distributed.launchers import LaunchInfo
@@ -60,21 +61,49 @@ def test_precision_depends_on_what_the_gpu_can_do(
 ) -> None:
     """bf16 needs a GPU that computes in it, in training and in a test, whether asked for or chosen."""
     pretend_gpus(monkeypatch, 1, bf16)
-    assert trainable_precision("bf16", CUDA) == trained
-    assert trainable_precision("fp16", CUDA) == "fp16"
-    assert trainable_precision("bf16", CPU) == "bf16"
+    assert computing_precision("bf16", CUDA) == trained
+    assert computing_precision("fp16", CUDA) == "fp16"
+    assert computing_precision("bf16", CPU) == "bf16"
     assert use_bf16("auto", CUDA) is use_bf16("bf16", CUDA) is tested
     report_missing_bf16("auto", CUDA)
     assert capsys.readouterr().err == ""
     report_missing_bf16("bf16", CUDA)
     assert ("this GPU has no bf16, so fp32 is used" in capsys.readouterr().err) is not tested
-    assert not use_bf16("auto", CPU)
     assert use_bf16("bf16", CPU)
     assert not use_bf16("fp32", CUDA)
 
 
-def test_products_are_measured_in_fp32_on_cpus() -> None:
-    assert product_dtype("bf16", CPU) == torch.float32
+@pytest.mark.parametrize(
+    ("amx", "limit", "expected"),
+    [
+        (True, None, "bf16"),
+        (True, "default", "bf16"),
+        (True, "avx512_core_amx", "bf16"),
+        (True, "AVX512_CORE_BF16", "fp32"),
+        (False, None, "fp32"),
+        (False, "ALL", "fp32"),
+    ],
+)
+def test_auto_is_bf16_on_cpus_whose_products_use_amx(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, limit: str | None, expected: str
+) -> None:
+    """In training and in a test. What is asked for by name is done on every CPU."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert computing_precision("auto", CPU) == expected
+    assert use_bf16("auto", CPU) is (expected == "bf16")
+    assert [computing_precision(name, CPU) for name in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
+    assert product_dtype("auto", CPU) == product_dtype("bf16", CPU) == AUTOCAST_DTYPES.get(expected, torch.float32)
+
+
+def test_tests_do_not_depend_on_amx() -> None:
+    """conftest.py forbids it to this process and those it starts, so that `auto` is fp32 on every CPU."""
+    assert computing_precision("auto", CPU) == "fp32"
+
+
+def test_products_are_measured_in_the_precision_asked_for_on_gpus() -> None:
     assert [product_dtype(name, CUDA) for name in ("bf16", "fp16", "fp32")] == [
         torch.bfloat16,
         torch.float16,

@@ -171,3 +171,13 @@ def test_tokens_move_as_in_the_steps_one_by_one(grid, window, shifted):
     assert (layout.moves is None) == (grid == (2, 3))
     for got, expected in zip(*found, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (6, 7)])
+def test_a_layout_made_in_inference_mode_serves_training(grid):
+    """As when a model is validated before its first step: layouts are kept."""
+    with torch.inference_mode():
+        layout = window_layout(grid, (4, 4), True, torch.device("cpu"))
+    x = torch.randn(1, *grid, 2).requires_grad_()
+    from_windows(to_windows(x, layout), layout).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))

@@ -79,6 +79,7 @@ def test_the_files_that_a_run_leaves_behind(recipe, tmp_path):
     assert len(losses(folder)) == 12
     record = json.loads((folder / "run.json").read_text())
     assert (record["step"], record["steps"], record["batch"], record["accumulation"]) == (12, 12, 4, 2)
+    assert record["precision"] == "fp32"
     measured = {line["step"]: line["val/top1"] for line in read_metrics(folder) if "val/top1" in line}
     assert sorted(measured) == [0, 4, 8, 12]
     assert record["best"] == max(top1 for step, top1 in measured.items() if step)

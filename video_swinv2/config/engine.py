@@ -27,9 +27,10 @@ class EngineConfig:
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What DeepSpeed partitions over the processes: nothing (0), optimizer states (1), gradients too (2), weights too
     (3)."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Precision of matrix products, through torch autocast. Weights, gradients and moments are always fp32. fp16 is
-    for GPUs without bf16 and uses a loss scale."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of matrix products, through torch autocast. Weights, gradients and moments are always fp32. `auto` is
+    bf16 where it is faster, on GPUs with bf16 and CPUs with AMX, and fp32 elsewhere. fp16 is for GPUs without bf16 and
+    uses a loss scale."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU if PyTorch sees one, or else the CPU."""
     communication: Literal["fp32", "bf16"] = "fp32"

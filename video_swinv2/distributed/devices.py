@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -50,16 +51,35 @@ def has_native_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def trainable_precision(precision: str, device: torch.device) -> str:
-    """The precision to train in: the requested one, or fp32 if bf16 is requested and the GPU can only emulate it."""
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the device computes faster in bf16 than in fp32: GPUs with bf16 units, and CPUs with AMX.
+
+    AVX-512 instructions for bf16 alone are not enough: there a forward pass takes 1.1 times as long as in fp32, and
+    without them 2.2 times. With AMX it takes half as long (docs/results/model-speed.md).
+    """
+    return has_native_bf16(device) if device.type == "cuda" else _has_amx()
+
+
+def _has_amx() -> bool:
+    """Whether matrix products of this process use AMX: the CPU has it, and oneDNN, which computes them, may use it."""
+    # This variable is oneDNN's. It names the newest instructions that oneDNN may use; AMX is among the newest.
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return torch.cpu._is_amx_tile_supported() and ("AMX" in allowed or allowed in ("DEFAULT", "ALL"))
+
+
+def computing_precision(precision: str, device: torch.device) -> str:
+    """The precision to compute in, in training and inference: bf16, fp16 or fp32.
+
+    ``auto`` is bf16 where it pays, and fp32 elsewhere. bf16 becomes fp32 on a GPU that can only emulate it.
+    """
+    if precision == "auto":
+        return "bf16" if bf16_pays(device) else "fp32"
     return "fp32" if precision == "bf16" and not has_native_bf16(device) else precision
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run inference in bf16. ``auto`` does so on GPUs only; on none is bf16 emulated, as in training."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return trainable_precision(precision, device) == "bf16"
+    """Whether to run inference in bf16; `computing_precision` says when."""
+    return computing_precision(precision, device) == "bf16"
 
 
 def report_missing_bf16(precision: str, device: torch.device) -> None:
@@ -71,7 +91,8 @@ def report_missing_bf16(precision: str, device: torch.device) -> None:
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type of the matrix products whose speed limits how fast this device can train.
 
-    Always fp32 on CPUs, whatever the precision: most CPUs have no bf16 units and emulate it, up to a hundred times
-    slower.
+    fp32 on CPUs without AMX, whatever the precision: they emulate bf16, up to a hundred times slower.
     """
-    return AUTOCAST_DTYPES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
+    if precision == "auto":
+        precision = computing_precision(precision, device)
+    return AUTOCAST_DTYPES.get(precision, torch.float32) if device.type == "cuda" or _has_amx() else torch.float32

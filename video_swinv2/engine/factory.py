@@ -9,7 +9,7 @@ from torch import nn
 
 from video_swinv2.config import EngineConfig
 from video_swinv2.distributed.collectives import print_on_rank_zero
-from video_swinv2.distributed.devices import trainable_precision
+from video_swinv2.distributed.devices import computing_precision
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.base import Engine, StepSettings
 from video_swinv2.engine.deepspeed import DeepSpeedEngine
@@ -39,9 +39,9 @@ def make_engine(
         raise UsageError(
             f"engine.engine: plain runs in one process, and there are {world.size}; use engine.engine=deepspeed"
         )
-    precision = trainable_precision(config.precision, world.device)
+    precision = computing_precision(config.precision, world.device)
     # bf16 on a GPU that would only emulate it. The run continues in fp32, and the user is told.
-    if precision != config.precision:
+    if config.precision not in ("auto", precision):
         print_on_rank_zero(
             world, f"engine.precision: this GPU has no {config.precision}, so {precision} is used; fp16 is faster here"
         )

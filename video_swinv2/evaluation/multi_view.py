@@ -56,7 +56,7 @@ def multi_view(
         protocol: a name, or a protocol spelled out; docs/test.md has both.
         preprocessing: by default `model.preprocessing`.
         batch_views: number of views that the model is given at a time.
-        precision: auto, fp32 or bf16; auto is bf16 on GPUs that have it.
+        precision: auto, fp32 or bf16; auto is bf16 on GPUs that have it and on CPUs with AMX.
         time_limit_seconds: how long decoding may take.
 
     Raises UsageError for an unknown protocol or a model without preprocessing, and DecodeError for a file that cannot

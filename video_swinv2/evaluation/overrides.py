@@ -64,7 +64,8 @@ class TestOverrides:
     """Of the shuffled frame order, and of the views drawn for the report's curve. A probe counts its own seeds."""
     device: Device = "auto"
     precision: Precision = "auto"
-    """auto is bf16 on a GPU that computes in it, else fp32. A GPU that only emulates bf16 gets fp32 in either case."""
+    """auto is bf16 on a GPU that computes in it and on a CPU with AMX, else fp32. A GPU that only emulates bf16 gets
+    fp32 in either case."""
     time_limit_seconds: Seconds = 60.0
     """A video that takes longer than this to open or to decode counts as failed."""
     max_pixels: PictureSize = MAX_PIXELS

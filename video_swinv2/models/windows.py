@@ -209,12 +209,13 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(sources, targets)
+        # Not by save_for_backward, which refuses tensors made in inference mode, as layouts of a validation are.
+        ctx.moves = sources, targets
         return _take(x, sources, len(targets))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        sources, targets = ctx.saved_tensors
+        sources, targets = ctx.moves
         return _Move.apply(grad, targets, sources), None, None
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from video_swinv2.config import Config
+from video_swinv2.distributed.devices import computing_precision
 from video_swinv2.models import sequential
 from video_swinv2.models.attention import auto_backend
 from video_swinv2.models.simmim import SimMIM, mask_cells
@@ -172,7 +173,9 @@ def micro_batch_memory(module: nn.Module, config: Config, device: str) -> Callab
 
     As on a device of type `device`; call both inside `without_memory`. The function runs each size at most once.
     """
-    half = config.engine.precision != "fp32"
+    precision = config.engine.precision
+    # A GPU that is only planned for cannot be asked; those that people train on have bf16.
+    half = precision != "fp32" if device == "cuda" else computing_precision(precision, torch.device(device)) != "fp32"
     encoder = encoder_of(module)
     inputs = _input_maker(config, encoder, isinstance(module, SimMIM))
     if device == "cuda":

@@ -121,5 +121,5 @@ def _values(source: Path, classes: Sequence[str], videos: Videos | None, device:
             "weight_decay": 0.05,
             "clip_norm": 5.0,
         },
-        "engine": {"engine": "plain", "precision": "bf16" if device == "cuda" else "fp32"},
+        "engine": {"engine": "plain", "precision": "auto"},
     }

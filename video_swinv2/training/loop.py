@@ -38,6 +38,7 @@ from video_swinv2.data.loading import plan_batch, training_loader
 from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import all_reduce_max, all_reduce_sum, print_on_rank_zero
+from video_swinv2.distributed.devices import computing_precision
 from video_swinv2.distributed.session import distributed_session
 from video_swinv2.distributed.signals import EXIT_RESTART, StopSignal, remove_restart_marker, write_restart_marker
 from video_swinv2.distributed.world import World
@@ -411,7 +412,7 @@ class TrainingRun:
             # Compared by find_start when the run is resumed.
             "identity": self._identity(),
             "provenance": self.provenance,
-            "arithmetic": arithmetic(self.world),
+            "arithmetic": arithmetic(self.world, self.config.engine.precision),
             "cpb_norm": [list(norm) for norm in self.task.encoder.cpb_norm],
         }
         self.checkpoints.save(tensors, state, step=self.step)
@@ -490,6 +491,7 @@ class TrainingRun:
             "accumulation": self.plan.accumulation,
             "repeats": self.task.train_samples.repeats,
             "device": str(self.world.device),
+            "precision": computing_precision(self.config.engine.precision, self.world.device),
             "seed": self.config.seed,
             "configs": self._configs(),
             "skipped_steps": self.faults.skipped,

@@ -14,6 +14,7 @@ import yaml
 
 from video_swinv2.config import Config, OptimConfig, to_yaml
 from video_swinv2.data.loading import BatchPlan
+from video_swinv2.distributed.devices import computing_precision
 from video_swinv2.distributed.world import World
 from video_swinv2.engine.optimizer import linear_scaling
 from video_swinv2.files import atomic_write, write_json
@@ -52,12 +53,16 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def arithmetic(world: World) -> dict[str, str]:
-    """What decides how this run's sums are rounded, by name. A checkpoint records it, for `arithmetic_changes`."""
+def arithmetic(world: World, precision: str) -> dict[str, str]:
+    """What decides how this run's sums are rounded, by name. A checkpoint records it, for `arithmetic_changes`.
+
+    precision: the setting `engine.precision`; of `auto`, what it stands for on this device is recorded.
+    """
     on_gpu = world.device.type == "cuda"
     found = {
         "processes": str(world.size),
         "device": torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
+        "precision": computing_precision(precision, world.device),
         "torch": torch.__version__,
     }
     if not on_gpu:  # on a GPU the CPU computes nothing but the samples, each in one worker with one thread

@@ -138,7 +138,7 @@ def find_start(
         folder = config.out if whose == OWN else str(config.resume)
         kept = parse_record(state, _RunState, f"{folder}: checkpoint of step {step}: state", "remove that checkpoint")
         _check_identity(folder, kept.identity, identity)
-        if changes := arithmetic_changes(kept.arithmetic, arithmetic(world)):
+        if changes := arithmetic_changes(kept.arithmetic, arithmetic(world, config.engine.precision)):
             print_on_rank_zero(world, for_terminal(changes))
         # The normaliser of log-CPB belongs to the weights, even if this config trains with another window.
         try:

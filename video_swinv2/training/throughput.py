@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from video_swinv2.config import Config
+from video_swinv2.distributed.devices import computing_precision
 from video_swinv2.distributed.world import World
 from video_swinv2.memory import peak_memory_bytes
 
@@ -89,7 +90,7 @@ class Throughput:
         self._config, self._world = config, world
         # Samples are counted over all processes, while TFLOP/s are reported per device: hence the division.
         self._tflop_per_sample_and_device = flops_per_sample / 1e12 / world.size
-        self._peak_tflops = peak_tflops(world, config.engine.precision)
+        self._peak_tflops = peak_tflops(world, computing_precision(config.engine.precision, world.device))
         self._samples = self._seconds = self._waited_seconds = 0.0
         self._last: dict[str, float] = {}
         self._intervals = 0
