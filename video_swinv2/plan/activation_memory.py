@@ -140,6 +140,26 @@ def _sequential_as_on_gpus() -> Iterator[None]:
         sequential.CPU_PIECE = before
 
 
+@contextmanager
+def _first_and_last_pieces() -> Iterator[None]:
+    """Inside, sequential attention computes the first and the last of its pieces only.
+
+    The others take no more memory: results are written to tensors that exist before, and of the windows of a sample the
+    last ones are divided, if any, and need a mask. All pieces of a clip would be thousands of fake operations.
+    """
+    every = sequential._slices
+
+    def ends(total: int, at_once: int) -> Iterator[slice]:
+        slices = list(every(total, at_once))
+        return iter(slices if len(slices) < 3 else (slices[0], slices[-1]))
+
+    sequential._slices = ends
+    try:
+        yield
+    finally:
+        sequential._slices = every
+
+
 def pass_memory(
     module: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], batch: int, *, bf16: bool
 ) -> PassMemory:
@@ -184,6 +204,7 @@ def micro_batch_memory(module: nn.Module, config: Config, device: str) -> Callab
     @functools.cache
     def run(samples: int) -> PassMemory:
         with ExitStack() as stack:
+            stack.enter_context(_first_and_last_pieces())
             if device == "cuda":
                 stack.enter_context(_sequential_as_on_gpus())
                 if half:
