@@ -57,12 +57,12 @@ def accepts(file: Path, key: str, value: str) -> bool:
 
 
 NAMES = {"out", "init", "model.name", "data.source", "data.train_split", "data.val_split", "resume", "wandb"}
-COUNTS = {"checkpoint_blocks", "workers", "frozen_stages", "rand_augment", "normalise_target", "seed"}
+COUNTS = {"checkpoint_blocks", "workers", "frozen_stages", "rand_augment", "normalise_target", "seed", "ignore_index"}
 """Whole numbers that may be 0."""
 SHARES = {"drop_path", "head_dropout", "max_broken", "flip", "erasing", "label_smoothing", "ema"}
 AMOUNTS = {
     "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "init_time_noise", "checkpoint_minutes", "rand_noise",
-    "rand_magnitude", "mixup", "cutmix",
+    "rand_magnitude", "mixup", "cutmix", "auxiliary",
 }  # fmt: skip
 POSITIVE = {
     "epochs", "lr", "clip_norm", "val_epochs", "pictures_epochs", "early_stop_epochs", "decode_seconds",
@@ -93,12 +93,16 @@ SPECIAL = {key: {"[3, 2]"} for key in SIZES} | {
     "class_weights": {"[3, 2]"},
     "betas": {"[0, 0]"},
     "zero_stage": {"0"},
-    "compile": {"0"},  # false
+    # false
+    "compile": {"0"},
+    "reduce_zero_label": {"0"},
+    "photometric": {"0"},
+    "drop_faulty": {"0"},
 }
 OPTIONAL = {
     "patch_size", "window", "cpb_norm", "frames", "short_side", "lr_batch", "clip_norm", "class_weights",
     "init_cpb_norm", "resume", "pictures_epochs", "early_stop_epochs", "wandb", "offload_folder", "milestones",
-    "deepspeed", "best_metric", "micro_batch",
+    "deepspeed", "best_metric", "micro_batch", "task", "short_sides", "jitter",
 }  # fmt: skip
 """Keys that may be null or empty."""
 

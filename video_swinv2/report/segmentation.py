@@ -67,7 +67,7 @@ def write_segmentation_report(out: Path) -> None:
         "record": [(key, extra[key]) for key in SHOWN if key in extra],
     }
     with atomic_write(out / REPORT) as part:
-        part.write_bytes(render("video_swinv2.report", "segmentation.html.j2", values))
+        part.write_bytes(render("video_swinv2.report", "segmentation_report.html.j2", values))
 
 
 def _confusions(result: SegmentationResult) -> list[dict[str, Any]]:
