@@ -318,13 +318,13 @@ def test_the_metric_of_the_best_weights_can_be_chosen_and_changed(config, clips,
 
 
 def test_a_loader_that_starves_the_device_is_reported_with_the_slowest_file(config, monkeypatch, capsys):
-    reader = datasets.VideoReader
+    open_video = datasets.open_video
 
-    def slow(path, **limits):
+    def slow(path, decoder, **limits):
         time.sleep(3.0 if path.name == "5.mp4" else 0.5)
-        return reader(path, **limits)
+        return open_video(path, decoder, **limits)
 
-    monkeypatch.setattr(datasets, "VideoReader", slow)
+    monkeypatch.setattr(datasets, "open_video", slow)
     folder = run(config("optim.epochs=1", "data.val_split=none"), Classification)
     record = json.loads((folder / "run.json").read_text())
     assert record["slowest_file"][1].endswith("/5.mp4")
