@@ -130,7 +130,8 @@ def _read_splits(source: Path) -> None:
 
 def boxes(path: Path) -> None:
     """The annotations of a detection data set, whose images are beside them, and every item."""
-    with tempfile.TemporaryDirectory() as root:
+    # Inside the folder of the annotations, so that an error that names an image names that folder, too.
+    with tempfile.TemporaryDirectory(dir=path.parent) as root:
         links = ("train",) if path.suffix == ".json" else ("Annotations", "JPEGImages")
         for name in links:
             Path(root, name).symlink_to(path.parent)
