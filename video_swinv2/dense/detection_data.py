@@ -272,6 +272,6 @@ def _joined_outlines(
     if without:
         partly = f"{without:,} of {len(objects):,} objects have no segmentation, so there are no masks"
         return None, [partly] if without < len(objects) else []
-    texts = [json.dumps(item.outline, separators=(",", ":")).encode() for item in objects]
+    texts = [json.dumps(item.outline, separators=(",", ":"), allow_nan=False).encode() for item in objects]
     begin = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return (np.frombuffer(b"".join(texts), dtype=np.uint8), begin), []
