@@ -123,6 +123,9 @@ def test_figures_are_those_of_pycocotools_on_one_process_and_on_two(model: Path,
     assert one["images"] == {"listed": IMAGES, "scored": IMAGES, "failed": 0}
     page = (tmp_path / "one" / "report.html").read_text()
     assert f"{100 * one['boxes']['ap']:.1f}<small> % AP of boxes" in page
+    for kind in ("boxes", "masks"):
+        for name in IDS:
+            assert f"{100 * by_class[name][kind]['ap']:.1f} %" in page[page.index("<h2>Classes") :]
     log = tmp_path / "two.log"
     assert Ranks(2, run_test, model, data, tmp_path / "two", log=log).wait() == [0, 0], log.read_text()[-3000:]
     two = json.loads((tmp_path / "two" / "results.json").read_text())
@@ -203,3 +206,32 @@ def test_data_that_does_not_fit_is_refused(
     vs.save_model(vs.create_model("swinv2_nano", num_classes=2, image_size=32, window=4), classifier, classes="ab")
     assert main(["test", str(classifier), str(data), "--out", str(tmp_path / "t"), "detection.soft_nms=true"]) == 2
     assert "detection.soft_nms: is for detectors, and this is a classifier" in capsys.readouterr().err
+
+
+def test_a_detector_that_finds_nothing_in_data_without_masks(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "voc"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    Image.new("RGB", (60, 40)).save(root / "JPEGImages/a.jpg")
+    box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>30</xmax><ymax>30</ymax></bndbox>"
+    size = "<size><width>60</width><height>40</height></size>"
+    (root / "Annotations/a.xml").write_text(f"<annotation>{size}<object><name>dog</name>{box}</object></annotation>")
+    (root / "ImageSets/Main/test.txt").write_text("a\n")
+    detector = vs.load_model(model)
+    with torch.no_grad():
+        detector.roi_heads.stages[0].box_predictor.cls_score.bias[0] = 1e4  # of the background
+    sure = tmp_path / "sure.safetensors"
+    vs.save_model(detector, sure, classes=CLASSES, preprocessing=Preprocessing(None, 1, (48, 80)))
+    assert main(["test", str(sure), str(root), "--out", str(tmp_path / "t")]) == 0
+    said = capsys.readouterr()
+    assert "so boxes alone are compared" in said.err
+    assert "boxes: AP 0.0 %" in said.out
+    result = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert result["boxes"]["ap"] == 0
+    assert result["per_image"][0]["missed"] == 1
+    assert "masks" not in result
+    assert json.loads((tmp_path / "t" / "detections.json").read_text()) == []
+    assert (tmp_path / "t" / "missed.png").is_file()
+    assert not (tmp_path / "t" / "mistakes.png").exists()

@@ -30,7 +30,12 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         metavar="FILE|DIR|URL|DEVICE|-",
         help="- reads standard input; a camera is a device such as /dev/video0",
     )
-    verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
+    verb.add_argument(
+        "--top",
+        type=whole_number(),
+        default=5,
+        help="classes, or of a detector objects, to print per file (default: %(default)s)",
+    )
     verb.add_argument(
         "--protocol",
         help="views of each file, whose crops are also those of each segment over time "

@@ -44,6 +44,7 @@ from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.escaping import for_terminal
 from video_swinv2.evaluation.dense import ADVICE, make_record, own_folder, own_images, refuse_other_test, write_sheet
 from video_swinv2.evaluation.overrides import TestOverrides
 from video_swinv2.files import atomic_write, json_text, write_json
@@ -140,8 +141,9 @@ def _run(
     if world.rank == 0:
         refuse_other_test(out / RESULTS, record)
         report_missing_bf16(settings.precision, world.device)
-        for note in data.notes:
-            print(f"test: {note}", file=sys.stderr)
+        boxes_only = "not every object of the data set has a segmentation, so boxes alone are compared"
+        for note in (*data.notes, *([boxes_only] if model.design.has_masks and not data.has_masks else [])):
+            print(for_terminal(f"test: {note}"), file=sys.stderr)
     started = time.perf_counter()
     shares = gather_shares(world, _detect(model, data, views, settings, world))
     images = sorted((image for share in shares for image in share), key=lambda image: image.found.place)
@@ -156,7 +158,7 @@ def _run(
         result = record | _figures(images, mistakes, data, model.design.has_masks and data.has_masks, settings.seed)
         result["seconds"] = round(time.perf_counter() - started, 3)
         for fault in failed:
-            print(f"test: {fault}; all of its objects count as missed", file=sys.stderr)
+            print(for_terminal(f"test: {fault}; all of its objects count as missed"), file=sys.stderr)
         with atomic_write(out / DETECTIONS) as part:
             part.write_text(json_text(data_set_results(found, data)) + "\n")
         _write_pictures(data, mistakes, [bool(image.fault) for image in images], out, settings.max_pixels)
