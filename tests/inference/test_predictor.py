@@ -27,7 +27,7 @@ from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import read_views
 from video_swinv2.inference.formatting import PREDICTION_COLUMNS, format_predictions
 from video_swinv2.inference.media_types import find_media_files, read_file_views
-from video_swinv2.inference.predictor import OverTime, _output_paths, predict
+from video_swinv2.inference.predictor import OverTime, output_paths, predict
 from video_swinv2.models.simmim import SimMIM
 
 CLASSES = ("a", "b", "c", "d")
@@ -253,5 +253,5 @@ def test_an_annotated_copy_replaces_no_source(tmp_path: Path) -> None:
     for folder in ("a", "out"):
         (tmp_path / folder).mkdir()
     names = [str(tmp_path / "a" / "clip.mp4"), str(tmp_path / "out" / "clip.mp4"), "http://host/clip.mp4"]
-    copies = _output_paths(tmp_path / "out", names, ".mp4", "--video")
+    copies = output_paths(tmp_path / "out", names, ".mp4", "--video")
     assert [path and path.name for path in copies] == ["clip-2.mp4", "clip-3.mp4", "clip-4.mp4"]
