@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.training.resume_worker import Ranks
 from video_swinv2.cli import main
 from video_swinv2.data.images import read_image
 from video_swinv2.dense.detection_pictures import LONGEST, detections_picture
@@ -69,6 +72,26 @@ def test_objects_are_those_of_the_model_and_are_drawn(
         with Image.open(each["picture"]) as picture:
             assert picture.size == (60, 40)
             assert np.abs(np.array(picture).astype(int) - image.permute(1, 2, 0).numpy()).max() > 100
+
+
+def write_objects(model: Path, images: Path, out: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main(["predict", str(model), str(images), "--json", "--min-score", "0"])
+    if said.getvalue():
+        out.write_text(said.getvalue())
+    sys.exit(code)
+
+
+def test_two_processes_share_the_images_and_one_prints_all(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "2.png").write_bytes(b"no image")
+    assert main(["predict", str(model), str(images), "--json", "--min-score", "0"]) == 1
+    alone = json.loads(capsys.readouterr().out)
+    out, log = tmp_path / "found.json", tmp_path / "log"
+    assert Ranks(2, write_objects, model, images, out, log=log).wait() == [1, 1], log.read_text()[-3000:]
+    assert json.loads(out.read_text()) == alone
+    assert [bool(each["error"]) for each in alone] == [False, False, True]
 
 
 def test_words_tables_and_faults(model: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
