@@ -199,7 +199,16 @@ def test_data_that_does_not_fit_is_refused(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = data / "annotations/instances_test.json"
-    path.write_text(path.read_text().replace('"dog"', '"horse"'))
+    whole = path.read_text()
+    content = json.loads(whole)
+    content["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    arguments = ["test", str(model), str(data), "--out", str(tmp_path / "faulty")]
+    assert main(arguments) == 2
+    assert "has no width or no height" in capsys.readouterr().err
+    assert main([*arguments, "detection.drop_faulty=true"]) == 0
+    assert "test: left out: " in capsys.readouterr().err
+    path.write_text(whole.replace('"dog"', '"horse"'))
     assert main(["test", str(model), str(data), "--out", str(tmp_path / "t")]) == 2
     assert "its category 'horse' is not among the 3 classes" in capsys.readouterr().err
     classifier = tmp_path / "classifier.safetensors"

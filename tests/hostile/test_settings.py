@@ -153,7 +153,8 @@ def test_settings_of_a_test(key: str) -> None:
         except UsageError as error:
             refused[value] = str(error)
     assert all(text.startswith(f"{key}: ") and text == for_terminal(text) for text in refused.values())
-    expected = {"0"} if key in ("data.workers", "seed", "detection.soft_nms", "detection.test_flip") else set()
+    with_0 = ("data.workers", "seed", "detection.soft_nms", "detection.test_flip", "detection.drop_faulty")
+    expected = {"0"} if key in with_0 else set()
     if TEST_KEYS[key].endswith("seconds"):
         expected = {"1.5"}
     if key in ("data.image_size", "model.window", "detection.test_sides"):

@@ -114,7 +114,7 @@ def run_detection_test(
         model = load_model(model_path, window=settings.window, attention=settings.attention).to(world.device)
         if not model.classes:
             raise UsageError(f"{model_path}: contains no class names to compare with; save the model with its classes")
-        found = read_detection_data(data, split, classes=model.classes)
+        found = read_detection_data(data, split, classes=model.classes, drop_faulty=bool(settings.drop_faulty))
         views = detector_views(model.design.short_side, model.design.max_side, settings)
         model.suppression = dataclasses.replace(model.suppression, soft=bool(settings.soft_nms))
         numbers = {

@@ -63,6 +63,8 @@ class TestOverrides:
     the longer side grows with the shorter one."""
     test_flip: bool | None = None
     """Of a detector: whether each image is also seen mirrored."""
+    drop_faulty: bool | None = None
+    """Of a detector: whether to leave out missing images and faulty objects, instead of refusing the data set."""
     batch_views: Positive = 12
     """Views per forward pass."""
     workers: Workers | None = None
@@ -111,6 +113,7 @@ KEYS = {
     "detection.soft_nms": "soft_nms",
     "detection.test_sides": "test_sides",
     "detection.test_flip": "test_flip",
+    "detection.drop_faulty": "drop_faulty",
     "batch_views": "batch_views",
     "seed": "seed",
 }
