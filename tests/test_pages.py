@@ -15,7 +15,12 @@ from video_swinv2.pages import _environment, render, tick_marks
 TEMPLATES = {
     "data_prep": ["status.html.j2"],
     "video_swinv2.inference": ["serve.html.j2"],
-    "video_swinv2.report": ["report.html.j2", "compare.html.j2", "segmentation_report.html.j2"],
+    "video_swinv2.report": [
+        "report.html.j2",
+        "compare.html.j2",
+        "segmentation_report.html.j2",
+        "detection_report.html.j2",
+    ],
 }
 
 

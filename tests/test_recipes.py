@@ -14,6 +14,7 @@ import torch
 from tests.conftest import REPOSITORY
 from video_swinv2.config import Config, load_config
 from video_swinv2.data.loading import plan_batch
+from video_swinv2.dense.detectors import Detector, DetectorDesign
 from video_swinv2.dense.segmenters import Segmenter, SegmenterDesign
 from video_swinv2.engine.optimizer import freeze_stages, make_schedule, parameter_groups
 from video_swinv2.errors import UsageError
@@ -24,7 +25,7 @@ from video_swinv2.training.tasks.simmim import resolved_mask
 
 CONFIGS = REPOSITORY / "configs"
 ALL_RECIPES = sorted(CONFIGS.rglob("*.yaml"))
-SMALL = ("demo", "ut_interaction", "photographs", "camvid")  # for one small machine, with numbers of our own
+SMALL = ("demo", "ut_interaction", "photographs", "camvid", "bccd")  # for one small machine, with numbers of our own
 RECIPES = [path for path in ALL_RECIPES if path.parent.name not in SMALL]
 NAMES = [str(path.relative_to(CONFIGS).with_suffix("")) for path in RECIPES]
 # Numbers of training clips: the official lists (Kinetics-700: mmaction2's copy), UCF101's and HMDB51's first split.
@@ -38,6 +39,7 @@ SAMPLES = {
     "ucf101": 9_537,
     "hmdb51": 3_570,
     "ade20k": 20_210,
+    "coco": 118_287,
 }
 CLASSES = {
     "image": 1000,
@@ -48,6 +50,7 @@ CLASSES = {
     "ucf101": 101,
     "hmdb51": 51,
     "ade20k": 150,
+    "coco": 80,
 }
 
 
@@ -123,6 +126,8 @@ def build(config: Config, folder: str) -> torch.nn.Module:
         if config.task == "segmentation":
             design = SegmenterDesign(CLASSES[folder], config.segmentation.channels)
             return Segmenter(build_model(config, 0, features_only=True), design)
+        if config.task == "detection":
+            return Detector(build_model(config, 0, features_only=True), DetectorDesign(80, config.detection.kind))
         encoder = build_model(config, CLASSES[folder])
     freeze_stages(encoder, config.optim.frozen_stages)
     return encoder
@@ -164,6 +169,22 @@ def test_what_the_published_recipes_say() -> None:
         )
         assert (config.optim.lr, config.optim.weight_decay, config.optim.batch) == (6e-5, 0.01, 16)
         assert (config.model.drop_path, config.data.image_size, config.segmentation.channels) == (0.3, 512, 512)
+    detectors = {
+        "mask_rcnn_tiny_1x": (12, (8, 11), 0.1),
+        "mask_rcnn_tiny_3x": (36, (27, 33), 0.2),
+        "cascade_tiny_3x": (36, (27, 33), 0.2),
+        "cascade_small_3x": (36, (27, 33), 0.2),
+        "cascade_base_3x": (36, (27, 33), 0.3),
+    }
+    assert {f"coco/{name}" for name in detectors} == {name for name in NAMES if name.startswith("coco/")}
+    for name, numbers in detectors.items():
+        config = load_config(CONFIGS / "coco" / f"{name}.yaml")
+        optim = config.optim
+        assert (optim.epochs, optim.milestones, config.model.drop_path) == numbers
+        assert (optim.lr, optim.weight_decay, optim.batch, optim.schedule) == (1e-4, 0.05, 16, "multistep")
+        assert (config.data.image_size, config.detection.short_sides) == ((800, 1333), (480, 800))
+        assert make_schedule(optim, round(optim.epochs * 118_287 / 16), 118_287).warmup_steps == 500
+        assert config.detection.kind == ("mask_rcnn" if "mask" in name else "cascade_mask_rcnn")
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if load_config(path).task is not None], ids=str)

@@ -22,6 +22,7 @@ from video_swinv2.dense.detection_metrics import (
     detection_figures,
     each_image_once,
     image_detections,
+    image_mistakes,
     matches,
     weighted_precision,
 )
@@ -251,3 +252,20 @@ def test_a_perfect_detector(tmp_path):
     assert figures.figures["ap"] == pytest.approx(1.0)
     assert figures.intervals["ap"] == pytest.approx((1.0, 1.0))
     assert detection_figures(again, found, masks=True).figures["ap50"] > 0.95
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mistakes_of_all_images_are_those_of_the_matches(seed):
+    data, found = random_data(seed), random_detections(random_data(seed), seed)
+    every = [image_mistakes(data, item) for item in found]
+    by_class = matches(data, found, masks=False)
+    assert sum(wrong.sum() for wrong, _ in every) == sum(item.wrong[0].sum() for item in by_class) > 0
+    missed = sum(item.objects.sum() - item.right[0].sum() for item in by_class)
+    assert sum(len(places) for _, places in every) == missed > 0
+    for place, (_, places) in enumerate(every):
+        assert not data.ignored[places].any(), "a crowd is never missed"
+        assert set(places) <= set(data.objects(place))
+    for item in found:
+        sure = item.surer_than(0.5)
+        assert np.array_equal(sure.scores, item.scores[item.scores >= 0.5])
+        assert len(sure.masks) == len(sure.boxes) == len(sure.labels) == len(sure.scores)

@@ -184,6 +184,10 @@ def task(config: Path, *overrides: str) -> Detection:
     return Detection(load_config(config, overrides))
 
 
+def test_the_next_command_tests_on_a_split_that_exists(recipe: Recipe, tmp_path: Path) -> None:
+    assert task(recipe("a")).next_command(tmp_path).endswith(f"--split val --out {tmp_path}/test")
+
+
 def test_an_unreadable_validation_image_counts_as_missed(recipe: Recipe) -> None:
     made = task(recipe("a"))
     assert made.val_samples is not None

@@ -30,7 +30,12 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         metavar="FILE|DIR|URL|DEVICE|-",
         help="- reads standard input; a camera is a device such as /dev/video0",
     )
-    verb.add_argument("--top", type=whole_number(), default=5, help="classes to print per file (default: %(default)s)")
+    verb.add_argument(
+        "--top",
+        type=whole_number(),
+        default=5,
+        help="classes, or of a detector objects, to print per file (default: %(default)s)",
+    )
     verb.add_argument(
         "--protocol",
         help="views of each file, whose crops are also those of each segment over time "
@@ -64,7 +69,14 @@ def _add_predict(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--pictures",
         type=Path,
         metavar="DIR",
-        help="of a segmenter: write the mask of each image, and the image with its classes in colours and a legend",
+        help="of a segmenter: write the mask of each image, and the image with its classes in colours and a legend; "
+        "of a detector: write each image with the boxes, and masks, that were found",
+    )
+    verb.add_argument(
+        "--min-score",
+        type=number(0, 1),
+        metavar="SCORE",
+        help="of a detector: leave out detections with a lower score (default: 0.3)",
     )
     verb.add_argument(
         "--features", type=Path, metavar="OUT.npz", help="instead of classifying, write the files' feature vectors"
@@ -88,10 +100,15 @@ def _predict(options: argparse.Namespace) -> int:
 
     if options.features or options.gallery:
         return _retrieve(options)
-    if read_card(options.model).dense.get("task") == "segmentation":
+    task = read_card(options.model).dense.get("task")
+    if task == "detection":
+        return _predict_objects(options)
+    if options.min_score is not None:
+        raise UsageError("--min-score: is for detectors; omit it")
+    if task == "segmentation":
         return _predict_masks(options)
     if options.pictures:
-        raise UsageError("--pictures: is for segmenters; use --explain or --video for a classifier")
+        raise UsageError("--pictures: is for segmenters and detectors; use --explain or --video for a classifier")
 
     from video_swinv2.evaluation.overrides import TestOverrides
     from video_swinv2.inference.classifier import DEFAULT_PROTOCOL
@@ -128,9 +145,7 @@ def _predict_masks(options: argparse.Namespace) -> int:
     from video_swinv2.evaluation.overrides import TestOverrides
     from video_swinv2.inference.segmentation import format_masks, predict_masks
 
-    for option in ("every", "video", "explain"):
-        if getattr(options, option):
-            raise UsageError(f"--{option}: is for classifiers; omit it for a segmenter")
+    _refuse_options(options, "a segmenter", "every", "video", "explain")
     with TestOverrides().session("start the same command again") as world:
         found = predict_masks(
             options.model, options.sources, protocol=options.protocol or "whole", pictures=options.pictures, world=world
@@ -138,6 +153,29 @@ def _predict_masks(options: argparse.Namespace) -> int:
     if world.rank == 0:
         print(format_masks(found, options.form, options.top))
     return 1 if any(each.error for each in found) else 0
+
+
+def _predict_objects(options: argparse.Namespace) -> int:
+    """Run `predict` with a detector. The exit code is 1 if any image could not be read."""
+    from video_swinv2.evaluation.overrides import TestOverrides
+    from video_swinv2.inference.detection import MIN_SCORE, format_objects, predict_objects
+
+    _refuse_options(options, "a detector", "protocol", "every", "video", "explain")
+    min_score = MIN_SCORE if options.min_score is None else options.min_score
+    with TestOverrides().session("start the same command again") as world:
+        found = predict_objects(
+            options.model, options.sources, min_score=min_score, pictures=options.pictures, world=world
+        )
+    if world.rank == 0:
+        print(format_objects(found, options.form, options.top))
+    return 1 if any(each.error for each in found) else 0
+
+
+def _refuse_options(options: argparse.Namespace, model: str, *names: str) -> None:
+    """Raise UsageError for options of `predict` that are for classifiers and were given with another `model`."""
+    for name in names:
+        if getattr(options, name):
+            raise UsageError(f"--{name}: is for classifiers; omit it for {model}")
 
 
 def _retrieve(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb, whole_number
+from video_swinv2.errors import UsageError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.files import json_text
 
@@ -26,7 +27,8 @@ def _add_test(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "--protocol",
         metavar="NAME[,NAME]",
         help="which views to test (default: videoswin-4x3); several protocols share one decode of each video, and each "
-        "gets its own folder. A segmenter takes one of whole (default), slide, whole-multi-scale and slide-multi-scale",
+        "gets its own folder. Segmenters take one of whole (default), slide, whole-multi-scale and slide-multi-scale; "
+        "detection.test_sides and detection.test_flip set the views of a detector",
     )
     verb.add_argument(
         "--split", default="test", help="split to test (default: %(default)s); `all` takes every image of a folder tree"
@@ -56,9 +58,11 @@ def _test(options: argparse.Namespace) -> None:
     from video_swinv2.evaluation.testing import run_tests, summarize_tests
     from video_swinv2.weights.store import read_card
 
-    if read_card(options.model).dense.get("task") == "segmentation":
-        _test_segmenter(options)
-        return
+    task = read_card(options.model).dense.get("task")
+    if task == "segmentation":
+        return _test_segmenter(options)
+    if task == "detection":
+        return _test_detector(options)
     results = run_tests(
         options.model,
         options.data,
@@ -89,6 +93,23 @@ def _test_segmenter(options: argparse.Namespace) -> None:
     )
     if is_rank_zero():
         lines = summarize_segmentation(result, options.out)
+        print(json_text(result, indent=1) if options.json else terminal_lines(lines))
+
+
+def _test_detector(options: argparse.Namespace) -> None:
+    from video_swinv2.distributed.launchers import is_rank_zero
+    from video_swinv2.evaluation.detection import run_detection_test, summarize_detection
+    from video_swinv2.evaluation.overrides import parse_overrides
+
+    if options.protocol:
+        raise UsageError(
+            "--protocol: is not for detectors; detection.test_sides=[640,800] and detection.test_flip=true set their "
+            "views"
+        )
+    overrides = parse_overrides(options.overrides)
+    result = run_detection_test(options.model, options.data, split=options.split, out=options.out, overrides=overrides)
+    if is_rank_zero():
+        lines = summarize_detection(result, options.out)
         print(json_text(result, indent=1) if options.json else terminal_lines(lines))
 
 

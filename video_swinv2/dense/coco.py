@@ -111,7 +111,9 @@ def read_coco(root: Path, split: str, classes: Sequence[str] | None = None, *, d
         except UserError as error:
             raise UsageError(str(error)) from error
         images.append(AnnotatedImage(image.file_name, file, (image.height, image.width), image.id, by_image[image.id]))
-    return compact(root, split, names, images, notes, str(path), drop_faulty=drop_faulty)
+    id_of = {label: number for number, label in label_of.items()}
+    ids = [id_of.get(label, -1) for label in range(1, len(names) + 1)]
+    return compact(root, split, names, images, notes, str(path), drop_faulty=drop_faulty, category_ids=ids)
 
 
 def _classes(

@@ -75,6 +75,8 @@ class DetectionData:
     """The images, those without objects included. The label of each is its place in this list."""
     notes: tuple[str, ...]
     """What was noticed, and what was left out, one line each."""
+    category_ids: NDArray[np.int64] = field(repr=False)
+    """(classes,): the number of each class in the data set's own files; -1 for a class that they do not have."""
     image_ids: NDArray[np.int64] = field(repr=False)
     sizes: NDArray[np.int64] = field(repr=False)
     """(images, 2): height and width."""
@@ -173,12 +175,14 @@ def compact(
     where: str,
     *,
     drop_faulty: bool,
+    category_ids: Sequence[int] | None = None,
 ) -> DetectionData:
     """Check what a file describes, and put it into arrays.
 
     Args:
         where: the file or folder that it comes from, for messages.
         drop_faulty: leave out missing images and faulty objects with a note, instead of raising UsageError.
+        category_ids: the number of each class in the file, -1 for none; by default the labels, from 1.
 
     Raises UsageError for no images at all and for class names that cannot be used.
     """
@@ -207,9 +211,9 @@ def compact(
         shown.append(f"left out: {len(faults) - SHOWN_FAULTS:,} more")
     outlines, outline_notes = _joined_outlines([item for objects in kept_objects for item in objects])
     entries = tuple(Entry(image.name, image.path, place) for place, image in enumerate(kept_images))
-    return _arrays(
-        root, split, tuple(classes), entries, (*notes, *shown, *outline_notes), kept_images, kept_objects, outlines
-    )
+    ids = np.array(range(1, len(classes) + 1) if category_ids is None else category_ids, dtype=np.int64)
+    notes = (*notes, *shown, *outline_notes)
+    return _arrays(root, split, tuple(classes), entries, notes, ids, kept_images, kept_objects, outlines)
 
 
 def _arrays(
@@ -218,6 +222,7 @@ def _arrays(
     classes: tuple[str, ...],
     entries: tuple[Entry, ...],
     notes: tuple[str, ...],
+    category_ids: NDArray[np.int64],
     images: Sequence[AnnotatedImage],
     objects: Sequence[Sequence[AnnotatedObject]],
     outlines: tuple[NDArray[np.uint8], NDArray[np.int64]] | None,
@@ -237,6 +242,7 @@ def _arrays(
         classes,
         entries,
         notes,
+        category_ids,
         np.array([image.image_id for image in images], dtype=np.int64),
         sizes,
         np.concatenate(([0], counts.cumsum())),

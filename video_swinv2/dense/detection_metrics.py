@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +54,14 @@ class ImageDetections:
     """(D,), best first."""
     masks: tuple[dict[str, Any], ...] | None
     """The run lengths of each; None for a detector without masks."""
+
+    def surer_than(self, score: float) -> ImageDetections:
+        """Those of at least this score."""
+        count = int((self.scores >= score).sum())
+        masks = None if self.masks is None else self.masks[:count]
+        return replace(
+            self, boxes=self.boxes[:count], labels=self.labels[:count], scores=self.scores[:count], masks=masks
+        )
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,16 @@ def coco_results(found: Sequence[ImageDetections], data: DetectionData) -> list[
                 result["segmentation"] = item.masks[number]
             results.append(result)
     return results
+
+
+def data_set_results(found: Sequence[ImageDetections], data: DetectionData) -> list[dict[str, Any]]:
+    """`coco_results` with the category ids of the data set, as its own tools read them.
+
+    Detections of classes that it does not have are left out, as its tools do not know them.
+    """
+    results = coco_results(found, data)
+    ids = (int(data.category_ids[result["category_id"] - 1]) for result in results)
+    return [result | {"category_id": number} for result, number in zip(results, ids, strict=True) if number >= 0]
 
 
 def coco_truth(data: DetectionData) -> dict[str, Any]:
@@ -233,16 +251,35 @@ def matches(data: DetectionData, found: Sequence[ImageDetections], masks: bool) 
     }
     objects = np.zeros((len(data.classes) + 1, len(data)), dtype=np.int64)
     for item in found:
-        truth = data.objects(item.place, ignored=True)
-        for label in np.union1d(item.labels, data.labels[truth]):
-            true = truth[data.labels[truth] == label]
-            true = true[np.argsort(data.ignored[true], kind="stable")]  # crowds last
+        for label, chosen, true in _by_label(data, item):
             objects[label, item.place] = (~data.ignored[true]).sum()
-            chosen = np.flatnonzero(item.labels == label)
-            chosen = chosen[np.argsort(-item.scores[chosen], kind="stable")][:MAX_DETECTIONS]
-            overlaps = _overlaps(data, item, chosen, true, masks)
-            parts[int(label)].append((item.place, item.scores[chosen], *_match(overlaps, data.ignored[true])))
+            right, wrong, _ = _match(_overlaps(data, item, chosen, true, masks), data.ignored[true])
+            parts[label].append((item.place, item.scores[chosen], right, wrong))
     return [_joined(parts[label], objects[label]) for label in labels]
+
+
+def image_mistakes(data: DetectionData, item: ImageDetections) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which detections of an image are wrong, (D,), and the places of the objects that none of them found.
+
+    Boxes are compared, at an IoU of 0.5 and otherwise as in `matches`.
+    """
+    wrong, missed = np.zeros(len(item.labels), dtype=bool), [np.zeros(0, dtype=np.int64)]
+    for _, chosen, true in _by_label(data, item):
+        _, unmatched, free = _match(_overlaps(data, item, chosen, true, False), data.ignored[true])
+        wrong[chosen] = unmatched[0]
+        missed.append(true[: free.shape[1]][free[0]])
+    return wrong, np.sort(np.concatenate(missed))
+
+
+def _by_label(data: DetectionData, item: ImageDetections) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Each label in an image, with the places of its detections, best first, and those of its objects, crowds last."""
+    truth = data.objects(item.place, ignored=True)
+    for label in np.union1d(item.labels, data.labels[truth]):
+        true = truth[data.labels[truth] == label]
+        true = true[np.argsort(data.ignored[true], kind="stable")]
+        chosen = np.flatnonzero(item.labels == label)
+        chosen = chosen[np.argsort(-item.scores[chosen], kind="stable")][:MAX_DETECTIONS]
+        yield int(label), chosen, true
 
 
 def _joined(
@@ -282,8 +319,11 @@ def _with_sides(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
 
 
-def _match(overlaps: NDArray[np.float64], ignored: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which detections are right, and which are wrong: (D, G) best first, and (G,) crowds last -> (T, D) each."""
+def _match(
+    overlaps: NDArray[np.float64], ignored: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """(D, G) best first, and (G,) crowds last -> which detections are right and which are wrong, (T, D) each, and which
+    objects were not found, (T, objects that are no crowds)."""
     count, objects = overlaps.shape
     right = np.zeros((len(OVERLAPS), count), dtype=bool)
     wrong = np.ones((len(OVERLAPS), count), dtype=bool)
@@ -301,7 +341,7 @@ def _match(overlaps: NDArray[np.float64], ignored: NDArray[np.bool_]) -> tuple[N
             free[rows[hit], best[hit]] = False
             right[:, number] = hit
         wrong[:, number] = ~right[:, number] & ~in_crowd
-    return right, wrong
+    return right, wrong, free
 
 
 def weighted_precision(found: ClassMatches, weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from video_swinv2.config import (
@@ -56,6 +56,15 @@ class TestOverrides:
     frame_order: FrameOrder = "in-order"
     """The order in which a clip's frames reach the model. Accuracies with "shuffled" and "reversed" show how much the
     model relies on the true order."""
+    soft_nms: bool | None = None
+    """Of a detector: lower the scores of overlapping boxes instead of dropping the boxes (Soft-NMS)."""
+    test_sides: Annotated[tuple[Pixels, ...], Field(min_length=1, max_length=32)] | None = None
+    """Of a detector: the shorter sides, in pixels, at which each image is seen; the boxes of all compete. The limit of
+    the longer side grows with the shorter one."""
+    test_flip: bool | None = None
+    """Of a detector: whether each image is also seen mirrored."""
+    drop_faulty: bool | None = None
+    """Of a detector: whether to leave out missing images and faulty objects, instead of refusing the data set."""
     batch_views: Positive = 12
     """Views per forward pass."""
     workers: Workers | None = None
@@ -101,6 +110,10 @@ KEYS = {
     "engine.precision": "precision",
     "engine.meeting_seconds": "meeting_seconds",
     "engine.silence_seconds": "silence_seconds",
+    "detection.soft_nms": "soft_nms",
+    "detection.test_sides": "test_sides",
+    "detection.test_flip": "test_flip",
+    "detection.drop_faulty": "drop_faulty",
     "batch_views": "batch_views",
     "seed": "seed",
 }
@@ -126,6 +139,13 @@ def parse_overrides(texts: Sequence[str]) -> TestOverrides:
         # pydantic reports the field, but the user knows the key.
         name = next(key for key, field in KEYS.items() if field == fault["loc"][0])
         raise UsageError(invalid_value(name, fault)) from error
+
+
+def refuse_detector_keys(overrides: TestOverrides, model: str) -> None:
+    """Raise UsageError for a setting of detectors in the test of `model`, such as "a classifier"."""
+    for key, name in KEYS.items():
+        if key.startswith("detection.") and getattr(overrides, name) is not None:
+            raise UsageError(f"{key}: is for detectors, and this is {model}; omit it")
 
 
 def override_preprocessing(preprocessing: Preprocessing, overrides: TestOverrides) -> Preprocessing:

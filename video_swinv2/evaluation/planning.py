@@ -24,7 +24,7 @@ from video_swinv2.data.manifest import Manifest, class_list_hash
 from video_swinv2.distributed.devices import use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing
+from video_swinv2.evaluation.overrides import TestOverrides, override_preprocessing, refuse_detector_keys
 from video_swinv2.evaluation.protocols import Protocol, find_protocols
 from video_swinv2.evaluation.reading import VideoGroups, videos_per_group
 from video_swinv2.evaluation.splits import ClassesBy, has_only_images, protocol_for_split, read_labelled_split
@@ -105,6 +105,7 @@ def plan_test(
 
     `protocols` are names joined by commas. Raises UsageError for a label, split, protocol or setting that does not fit.
     """
+    refuse_detector_keys(overrides, "a classifier")
     chosen = find_protocols(protocols)
     card = read_card(model_path)
     require_rgb(card.architecture, model_path)

@@ -30,7 +30,7 @@ from video_swinv2.distributed.world import World, alone
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.escaping import terminal_lines
 from video_swinv2.evaluation.features import Backbone, Features, extract_features, open_backbone, with_random_weights
-from video_swinv2.evaluation.overrides import TestOverrides
+from video_swinv2.evaluation.overrides import TestOverrides, refuse_detector_keys
 from video_swinv2.evaluation.planning import read_origins
 from video_swinv2.evaluation.protocols import find_protocol
 from video_swinv2.evaluation.splits import available_splits, protocol_for_split, read_labelled_split
@@ -193,6 +193,7 @@ def run_probe(
     if out is not None:
         refuse_inside_tree(out, [data])
     overrides = overrides or TestOverrides()
+    refuse_detector_keys(overrides, "a probe of features")
     world = world or alone(overrides.device)
     backbone = open_backbone(Path(model_path), overrides)
     source = _read_probe_data(Path(data), train_split, test_split)

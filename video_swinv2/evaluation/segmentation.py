@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.images import read_image
-from video_swinv2.data.manifest import class_list_hash
 from video_swinv2.data.sources import refuse_inside_tree
 from video_swinv2.data.transforms import normalise
 from video_swinv2.dense.loading import load_model
@@ -34,18 +32,24 @@ from video_swinv2.dense.segmentation_metrics import confusion_matrix, image_area
 from video_swinv2.dense.segmentation_pictures import colour_map
 from video_swinv2.dense.segmentation_views import SegmentationViews, class_probabilities
 from video_swinv2.dense.segmenters import IGNORE, Segmenter
-from video_swinv2.distributed.agreement import exclusive_folder, require_agreement
 from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.devices import report_missing_bf16, use_bf16
 from video_swinv2.distributed.world import World
 from video_swinv2.errors import UsageError, UserError
-from video_swinv2.evaluation.overrides import TestOverrides
-from video_swinv2.evaluation.planning import record_machine
-from video_swinv2.files import atomic_write, sha256, write_json
-from video_swinv2.progress import Progress
-from video_swinv2.records import Record, parse_record, read_record
-from video_swinv2.report.segmentation import MISTAKES, REPORT, RESULTS, write_segmentation_report
-from video_swinv2.weights.store import ModelCard, model_file, read_card
+from video_swinv2.evaluation.dense import (
+    ADVICE,
+    make_record,
+    own_folder,
+    own_images,
+    refuse_other_test,
+    write_sheet,
+)
+from video_swinv2.evaluation.overrides import TestOverrides, refuse_detector_keys
+from video_swinv2.files import write_json
+from video_swinv2.records import Record, parse_record
+from video_swinv2.report.dense import MISTAKES, REPORT, RESULTS
+from video_swinv2.report.segmentation import write_segmentation_report
+from video_swinv2.weights.store import ModelCard, read_card
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of published multi-scale tests, which also mirror each
 PROTOCOLS = ("whole", "slide", "whole-multi-scale", "slide-multi-scale")
@@ -77,14 +81,6 @@ class _MaskSettings(Record, extra="ignore"):
     reduce_zero_label: bool = False
 
 
-class _Earlier(Record, extra="ignore"):
-    """What says which test a results.json is of."""
-
-    model_sha256: str
-    data_fingerprint: str
-    protocol_numbers: dict[str, Any]
-
-
 def protocol_views(protocol: str, crop: tuple[int, int], short_side: int | None) -> SegmentationViews:
     """The views of a protocol. Raises UsageError for an unknown one."""
     if protocol not in PROTOCOLS:
@@ -112,7 +108,8 @@ def run_segmentation_test(
     replace another one, and UserError if no image can be read.
     """
     settings, out = overrides or TestOverrides(), Path(out)
-    with settings.session("start the same command again") as world:
+    refuse_detector_keys(settings, "a segmenter")
+    with settings.session(ADVICE) as world:
         refuse_inside_tree(out, [data])
         card = read_card(model_path)
         masks = parse_record(card.provenance.get("data") or {}, _MaskSettings, f"{model_path}: its card: provenance")
@@ -126,29 +123,18 @@ def run_segmentation_test(
         _check_classes(card, found, model_path)
         model = load_model(model_path, window=settings.window, attention=settings.attention).to(world.device)
         views = protocol_views(protocol, settings.image_size or card.preprocessing.image_size, model.design.short_side)
-        record = {
-            "task": "segmentation",
-            "model": str(model_path),
-            "model_sha256": sha256(model_file(model_path)),
-            "provenance": card.provenance,
-            "data": str(data),
-            "split": split,
-            "data_fingerprint": found.check(),
-            "classes_sha256": class_list_hash(found.classes),
-            "protocol": protocol,
-            "protocol_numbers": {
-                "mode": views.mode,
-                "crop": list(views.crop or ()),
-                "short_side": views.short_side,
-                "scales": list(views.scales),
-                "flip": views.flip,
-                "window": list(model.encoder.window),
-            },
-            **record_machine(settings, world),
+        numbers = {
+            "mode": views.mode,
+            "crop": list(views.crop or ()),
+            "short_side": views.short_side,
+            "scales": list(views.scales),
+            "flip": views.flip,
+            "window": list(model.encoder.window),
         }
-        require_agreement(world, {key: record[key] for key in ("model_sha256", "data_fingerprint", "protocol_numbers")})
-        busy = f"{out}: another test is writing here; wait for it or choose another --out"
-        with exclusive_folder(out, world, busy):
+        record = {"protocol": protocol} | make_record(
+            "segmentation", model_path, card, data, split, found.check(), found.classes, numbers, settings, world
+        )
+        with own_folder(out, world):
             return _run(model, found, views, settings, record, out, world)
 
 
@@ -173,7 +159,7 @@ def _run(
     world: World,
 ) -> dict[str, Any]:
     if world.rank == 0:
-        _refuse_other_test(out / RESULTS, record)
+        refuse_other_test(out / RESULTS, record)
         report_missing_bf16(settings.precision, world.device)
     started = time.perf_counter()
     mine, confusion = _score(model, data, views, settings, world)
@@ -191,7 +177,9 @@ def _run(
         for image in images:
             if image.fault:
                 print(f"test: {image.fault}; all of its pixels count as wrong", file=sys.stderr)
-        _write_mistakes(images, out / MISTAKES)
+        shown = [torch.from_numpy(i.picture) for i in sorted(images, key=_sureness) if i.picture is not None]
+        if shown:
+            write_sheet(shown[:SHOWN_MISTAKES], out / MISTAKES)
         write_json(out / RESULTS, result)
         write_segmentation_report(out)
     gather_shares(world, None)  # nobody leaves before the files are written
@@ -208,9 +196,8 @@ def _score(
     if preprocessing is None:
         raise RuntimeError("a model from a file has its preprocessing")
     total, found = torch.zeros(classes, classes + 1, dtype=torch.int64), list[ImageResult]()
-    numbers = range(world.rank, len(data.entries), world.size)
-    with Progress("test", len(numbers), unit="images", shown=world.rank == 0) as progress, torch.inference_mode():
-        for number in numbers:
+    with torch.inference_mode():
+        for number in own_images(len(data.entries), world):
             mask, fault = data.read_mask(number).to(world.device), ""
             probabilities = image = None
             try:
@@ -225,7 +212,6 @@ def _score(
             total += confusion
             found.append(_image_result(number, confusion, image, mask, probabilities, fault))
             _keep_surest(found)
-            progress.advance(1)
     return found, total
 
 
@@ -293,32 +279,6 @@ def _figures(
             for image in images
         ],
     }
-
-
-def _refuse_other_test(path: Path, record: dict[str, Any]) -> None:
-    """Raise UsageError if the folder holds the result of a test of something else."""
-    if not path.is_file():
-        return
-    earlier = read_record(path, _Earlier, "choose another --out, or remove the file")
-    differing = [key for key, value in earlier.model_dump().items() if record[key] != value]
-    if differing:
-        raise UsageError(
-            f"{path}: holds the result of another test, of different {', '.join(differing)}; choose another --out, or "
-            "remove the folder if you no longer need that result"
-        )
-
-
-def _write_mistakes(images: Sequence[ImageResult], path: Path) -> None:
-    """The pictures of the surest mistakes below each other; what is narrower than others is white at the right."""
-    rows = [torch.from_numpy(i.picture) for i in sorted(images, key=_sureness) if i.picture is not None][
-        :SHOWN_MISTAKES
-    ]
-    if not rows:
-        return
-    width = max(row.shape[2] for row in rows)
-    sheet = torch.cat([TF.pad(row, [0, 0, width - row.shape[2], 0], fill=255) for row in rows], dim=1)
-    with atomic_write(path) as part:
-        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(part, format="PNG")
 
 
 def summarize_segmentation(result: dict[str, Any], out: Path | str) -> list[str]:

@@ -71,13 +71,15 @@ def export(
     frames, image_size, window: sizes to export at, by default those of the file. check: videos to compare on, as files
     or folders; for an image model, images or single video files. By default the comparison uses random noise. report:
     called with each step as it begins. Raises UsageError for a wrong name or option, and UserError for a model that
-    cannot be exported (no RGB input, no logits) or whose exported program differs from it by more than
+    cannot be exported (no RGB input, no logits, a detector) or whose exported program differs from it by more than
     MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
     """
     model_path, out = Path(model_path), Path(out)
     _check_request(out, opset)
     file_card = read_card(model_path)
     require_rgb(file_card.architecture, model_path)
+    if file_card.dense.get("task") == "detection":
+        raise UserError(f"{model_path}: detectors cannot be exported yet; use `predict`, or vs.load_model in Python")
     if file_card.architecture.get("features_only") and not file_card.dense:
         raise UserError(f"{model_path}: a features_only model returns feature maps and no logits; export a classifier")
     # With sdpa, the attention of a block is exported as one operator, which ONNX has, too, from opset 23 on.

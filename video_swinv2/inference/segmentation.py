@@ -13,20 +13,18 @@ from pathlib import Path
 
 import torch
 
-from video_swinv2.data.decode import DecodeError
 from video_swinv2.data.images import read_image
-from video_swinv2.data.media import IMAGE
 from video_swinv2.data.transforms import normalise
 from video_swinv2.dense.loading import load_model
 from video_swinv2.dense.segmentation_pictures import class_shares, mask_image, overlay_with_legend
 from video_swinv2.dense.segmentation_views import SegmentationViews, predicted_classes
 from video_swinv2.dense.segmenters import Segmenter
-from video_swinv2.distributed.collectives import gather_shares
 from video_swinv2.distributed.world import World
 from video_swinv2.escaping import for_csv, terminal_lines
 from video_swinv2.evaluation.segmentation import protocol_views
 from video_swinv2.files import atomic_write, json_text
-from video_swinv2.inference.predictor import find_sources, output_paths, unreadable_reason
+from video_swinv2.inference.images import ImageSources
+from video_swinv2.inference.predictor import output_paths
 
 
 @dataclass(frozen=True)
@@ -56,24 +54,14 @@ def predict_masks(
     names = model.classes or tuple(str(number) for number in range(model.design.num_classes))
     preprocessing = model.encoder.preprocessing
     views = protocol_views(protocol, preprocessing.image_size, model.design.short_side)
-    found = find_sources(sources, IMAGE)
-    paths = [name for name, _ in found]
-    masks = output_paths(pictures, paths, ".png", "--pictures")
-    shown = output_paths(pictures, paths, ".jpg", "--pictures")
-    mine: dict[int, PredictedMask] = {}
-    for number in range(world.rank, len(found), world.size):
-        path, media_type = found[number]
-        if error := unreadable_reason(Path(path), media_type, IMAGE):
-            mine[number] = PredictedMask(path, error=error)
-            continue
-        try:
-            mine[number] = _predict(model, names, path, views, masks[number], shown[number])
-        except DecodeError as fault:
-            mine[number] = PredictedMask(path, error=str(fault))
-    together: dict[int, PredictedMask] = {}
-    for share in gather_shares(world, mine):
-        together |= share
-    return [together[number] for number in range(len(found))]
+    images = ImageSources(sources)
+    masks = output_paths(pictures, images.paths, ".png", "--pictures")
+    shown = output_paths(pictures, images.paths, ".jpg", "--pictures")
+
+    def predict(number: int, path: str) -> PredictedMask:
+        return _predict(model, names, path, views, masks[number], shown[number])
+
+    return images.answers(predict, lambda path, error: PredictedMask(path, error=error), world)
 
 
 def _predict(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,22 +9,11 @@ from pydantic import Field
 
 from video_swinv2.files import atomic_write
 from video_swinv2.pages import render
-from video_swinv2.records import Record, read_bytes, read_record
+from video_swinv2.records import Record, read_record
+from video_swinv2.report.dense import MISTAKES, REPORT, RESULTS, Images, Share, page_title, picture_text, shown_record
 
 MAX_CONFUSIONS = 12  # rows of the table
 MIN_CONFUSED = 0.02  # of the pixels of a class
-RESULTS, MISTAKES, REPORT = "results.json", "mistakes.png", "report.html"
-MAX_PICTURE_BYTES = 2**26
-# Keys of results.json that the page shows as they are.
-SHOWN = ("model", "model_sha256", "data", "split", "data_fingerprint", "protocol", "protocol_numbers", "device",
-         "precision", "processes", "versions", "seconds")  # fmt: skip
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Images(Record):
-    listed: int
-    scored: int
-    failed: int
 
 
 class _Class(Record, populate_by_name=True):
@@ -38,7 +26,7 @@ class _Class(Record, populate_by_name=True):
 class SegmentationResult(Record, extra="allow"):
     """What the page needs of results.json. A share that is not a number, as of a class without pixels, is None."""
 
-    images: _Images
+    images: Images
     miou: Share | None
     miou_interval: list[Share | None]
     mean_accuracy: Share | None
@@ -52,9 +40,8 @@ def write_segmentation_report(out: Path) -> None:
     result = read_record(out / RESULTS, SegmentationResult)
     extra = result.model_extra or {}
     low, high = result.miou_interval
-    picture = out / MISTAKES
     values: dict[str, object] = {
-        "title": f"{Path(str(extra.get('data', out))).name}, {extra.get('split', '')}",
+        "title": page_title(extra, out),
         "miou": result.miou or 0.0,
         "interval": (low or 0.0, high or 0.0),
         "mean_accuracy": result.mean_accuracy or 0.0,
@@ -63,8 +50,8 @@ def write_segmentation_report(out: Path) -> None:
         "failed": result.images.failed,
         "classes": result.per_class,
         "confusions": _confusions(result),
-        "mistakes": base64.b64encode(read_bytes(picture, MAX_PICTURE_BYTES)).decode() if picture.is_file() else "",
-        "record": [(key, extra[key]) for key in SHOWN if key in extra],
+        "mistakes": picture_text(out / MISTAKES),
+        "record": shown_record(extra),
     }
     with atomic_write(out / REPORT) as part:
         part.write_bytes(render("video_swinv2.report", "segmentation_report.html.j2", values))

@@ -14,6 +14,8 @@ Letters: B batch, T frames, H W pixels.
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -189,3 +191,12 @@ def contact_sheet(rows: Sequence[Tensor]) -> Tensor:
     sheet = tiles.permute(2, 0, 1, 4, 3, 5)
     # -> (3, B R H, T W), without the gaps at the right and bottom edge of the sheet.
     return sheet.reshape(channels, samples * count * height, frames * width)[:, :-GAP, :-GAP]
+
+
+def command_to_test(config: Config, folder: Path, split: str, *options: str) -> str:
+    """The command that tests the best weights of a run in `folder` on a split of its data set."""
+    model, data, out = (
+        shlex.quote(os.fspath(path)) for path in (folder / "model.safetensors", config.data.source[0], folder / "test")
+    )
+    chosen = () if split == "test" else (f"--split {shlex.quote(split)}",)
+    return " ".join(("video-swinv2 test", model, data, *options, *chosen, f"--out {out}"))

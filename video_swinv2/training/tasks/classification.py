@@ -6,7 +6,6 @@ Letters: B batch, K classes.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from video_swinv2.training.tasks.base import (
     Tally,
     averages,
     build_model,
+    command_to_test,
     in_one_process,
     normalised_pixels,
     sample_kind,
@@ -123,11 +123,8 @@ class Classification:
 
     def next_command(self, folder: Path) -> str:
         """The command that tests the best weights with the usual protocol for images or clips."""
-        model = shlex.quote(str(folder / "model.safetensors"))
         protocol = "center-1x1" if self.config.data.frames is None else "videoswin-4x3"
-        data, out = shlex.quote(str(self.config.data.source[0])), shlex.quote(str(folder / "test"))
-        split = "" if self._test_split == "test" else f" --split {shlex.quote(self._test_split)}"
-        return f"video-swinv2 test {model} {data} --protocol {protocol}{split} --out {out}"
+        return command_to_test(self.config, folder, self._test_split, f"--protocol {protocol}")
 
 
 def mirrored_classes(classes: Sequence[str]) -> tuple[tuple[str, str], tuple[str, str]] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from video_swinv2.training.tasks.base import (
     Forward,
     Tally,
     build_model,
+    command_to_test,
     contact_sheet,
     in_one_process,
     save_task_model,
@@ -69,8 +69,11 @@ class Detection:
         coco_masks()  # is needed at the first validation; better to miss it now
         source, settings = os.fspath(config.data.source[0]), config.detection
         train = _read(config, config.data.train_split, None)
-        has_val = config.data.val_split in detection_splits(source)
+        splits = detection_splits(source)
+        has_val = config.data.val_split in splits
         self.val_data = _read(config, config.data.val_split, train.classes) if has_val else None
+        # Where nothing was set aside for the test, the command that comes next tests on the validation split.
+        self._test_split = config.data.val_split if has_val and "test" not in splits else "test"
         # Every image is looked at here, because a run would otherwise meet a wrong one only when the epoch reaches it.
         fingerprint, val_fingerprint = train.check(), self.val_data.check() if self.val_data else None
         self.classes = train.classes
@@ -187,8 +190,7 @@ class Detection:
 
     def next_command(self, folder: Path) -> str:
         """The command that tests the best weights."""
-        model, out = (shlex.quote(str(folder / name)) for name in ("model.safetensors", "test"))
-        return f"video-swinv2 test {model} {shlex.quote(os.fspath(self.config.data.source[0]))} --out {out}"
+        return command_to_test(self.config, folder, self._test_split)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +33,7 @@ from video_swinv2.training.tasks.base import (
     Forward,
     Tally,
     build_model,
+    command_to_test,
     contact_sheet,
     in_one_process,
     normalised_pixels,
@@ -177,9 +177,7 @@ class Segmentation:
 
     def next_command(self, folder: Path) -> str:
         """The command that tests the best weights."""
-        model, out = (shlex.quote(str(folder / name)) for name in ("model.safetensors", "test"))
-        split = "" if self._test_split == "test" else f" --split {shlex.quote(self._test_split)}"
-        return f"video-swinv2 test {model} {shlex.quote(str(self.config.data.source[0]))}{split} --out {out}"
+        return command_to_test(self.config, folder, self._test_split)
 
 
 @dataclasses.dataclass(frozen=True)
