@@ -17,7 +17,7 @@ import video_swinv2 as vs
 from tests.closeness import assert_close, assert_same
 from video_swinv2.dense.cascade import CascadeHeads
 from video_swinv2.dense.detection_transforms import resize
-from video_swinv2.dense.detection_views import View, multi_scale_views
+from video_swinv2.dense.detection_views import View
 from video_swinv2.dense.detectors import KINDS
 from video_swinv2.dense.proposals import ExactAnchors
 from video_swinv2.dense.suppression import Suppression
@@ -489,7 +489,7 @@ def test_boxes_of_several_views_compete():
     model = detector("mask_rcnn").eval()
     model.suppression = Suppression(max_detections=20)
     image = torch.rand(3, 64, 96)
-    views = multi_scale_views((48, 64), 128, flip=True)
+    views = [View(side, 128, mirrored) for side in (48, 64) for mirrored in (False, True)]
     assert views == [View(48, 128), View(48, 128, True), View(64, 128), View(64, 128, True)]
     with torch.no_grad():
         found = model.detect(image, views)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
-from tests.training.resume_worker import Ranks, train_run
+from tests.training.dense_runs import check_resumed_equals_whole, finish, losses
 from tests.training.runs import write_recipe
 from video_swinv2.config import load_config
 from video_swinv2.data.datasets import UNREADABLE_LABEL, collate
@@ -26,7 +25,6 @@ from video_swinv2.training.loop import run
 from video_swinv2.training.metrics import read_metrics
 from video_swinv2.training.tasks.choosing import task_to_train
 from video_swinv2.training.tasks.detection import SEED, Detection, heads_flops
-from video_swinv2.weights.store import read_tensors
 
 Recipe = Callable[..., Path]
 COLOURS = np.array([[200, 40, 40], [40, 180, 60], [50, 60, 220]], dtype=np.uint8)
@@ -89,40 +87,12 @@ def recipe(data: Path, tmp_path: Path) -> Recipe:
     return write
 
 
-def losses(folder: Path) -> list[float]:
-    return [line["train/loss"] for line in read_metrics(folder) if "train/loss" in line]
-
-
-def start(config: Path, size: int) -> Ranks:
-    return Ranks(size, train_run, config, log=config.with_suffix(".log"))
-
-
-def finish(config: Path, size: int) -> Path:
-    codes = start(config, size).wait()
-    assert codes == [0] * size, config.with_suffix(".log").read_text()[-3000:]
-    return config.with_suffix("")
-
-
 def test_killed_and_resumed_equals_uninterrupted_and_two_processes_equal_one(recipe: Recipe) -> None:
     whole, killed = recipe("whole"), recipe("killed")
-    finish(whole, 2)
-    ranks, deadline = start(killed, 2), time.monotonic() + 600
-    checkpoints = killed.with_suffix("") / "checkpoints"
-    while not any(int(path.name[5:]) >= 2 for path in checkpoints.glob("step-??????")):
-        assert ranks.running, killed.with_suffix(".log").read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    ranks.kill([1, 0])
-    finish(killed, 2)
-    assert "step 0/" not in killed.with_suffix(".log").read_text().split("weights: own checkpoint")[-1]
+    check_resumed_equals_whole(whole, killed)
     # Micro-batches of two images: their losses are those of two micro-batches of one.
     one = finish(recipe("one", engine={"engine": "plain"}, optim={"micro_batch": 2}), 1)
     assert len(losses(one)) == 6
-    assert losses(killed.with_suffix("")) == losses(whole.with_suffix(""))
-    weights = [
-        read_tensors(folder / "last.safetensors")[0] for folder in (whole.with_suffix(""), killed.with_suffix(""))
-    ]
-    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     # One process sums in another order. At the beginning that is all; later a box may fall on the other side of a
     # threshold.
     theirs = losses(whole.with_suffix(""))

@@ -5,7 +5,6 @@ Letters: N boxes, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +41,6 @@ class View:
         """The inverse of `boxes_in_image`."""
         boxes = boxes * boxes.new_tensor([shown[1] / size[1], shown[0] / size[0]] * 2)
         return _mirrored(boxes, shown[1]) if self.flip else boxes
-
-
-def multi_scale_views(short_sides: Sequence[int], max_side: int, flip: bool) -> list[View]:
-    """Every size once, or with `flip` also mirrored."""
-    return [View(side, max_side, mirrored) for side in short_sides for mirrored in ([False, True] if flip else [False])]
 
 
 def _mirrored(boxes: Tensor, width: int) -> Tensor:
