@@ -69,6 +69,7 @@ ITEMS = (
     benchmark("inference-torchvision", "forward passes of torchvision's swin3d_b by batch", 20, 40),
     Item("giant", "a training step of the giant", pytest_command("tests/gpu/test_giant.py"), 40, 80),
     benchmark("backends", "attention backends in one layer", 60, 100),
+    benchmark("dense", "training steps of detectors and a segmenter by batch", 40, 70),
     benchmark("training-compiled", "training steps of base, blocks compiled", 75, 120),
     benchmark("engines", "training steps of base at each ZeRO stage", 60, 120),
     benchmark("inference-compiled", "forward passes of base, blocks compiled", 60, 100),

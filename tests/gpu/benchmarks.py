@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import video_swinv2 as vs
 from video_swinv2.bench.layer import layer_cases, measure_layer
 from video_swinv2.bench.measuring import (
     elapsed,
@@ -148,6 +149,67 @@ def engines(device: str) -> Rows:
         yield row | {"batch": work.clips, "processes": processes}
 
 
+def dense(device: str) -> Rows:
+    """Training steps (forward, backward, AdamW) of dense models on swinv2_tiny in bf16, at the recipes' sizes."""
+    where, gpu = here(device).device, device == "cuda"
+    name, window = ("swinv2_tiny", 8) if gpu else ("swinv2_nano", 4)
+    height, width = (800, 1333) if gpu else (64, 96)
+    side = 512 if gpu else 64
+    for kind in ("mask_rcnn", "cascade_mask_rcnn", "upernet"):
+        if kind == "upernet":
+            model: nn.Module = vs.create_segmenter(name, num_classes=150, image_size=side, window=window)
+        else:
+            model = vs.create_detector(name, num_classes=80, kind=kind, window=window)
+        model = model.to(where)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for batch in (1, 2, 4, 8, 16) if gpu else (1,):
+            inputs: tuple[Any, ...]
+            if kind == "upernet":
+                classes = torch.randint(0, 150, (batch, side, side), device=where)
+                inputs = (torch.rand(batch, 3, side, side, device=where), classes)
+            else:
+                images = [torch.rand(3, height, width, device=where)] * batch
+                inputs = (images, [_objects(height, width, where)] * batch, True)
+            row = {"way": kind, "batch": batch, "model": name, "pixels": side if kind == "upernet" else [height, width]}
+            try:
+                measured = _dense_steps(model, optimizer, inputs, where)
+            except torch.cuda.OutOfMemoryError:
+                yield row | {"not_run": "out of memory"}
+                break
+            yield row | measured | {"images_per_second": batch / measured["step_seconds"]}
+        del model, optimizer
+        gc.collect()
+
+
+def _objects(height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Seven objects, COCO's mean, with masks."""
+    corners = torch.rand(7, 2) * torch.tensor([width * 0.6, height * 0.6])
+    boxes = torch.cat([corners, corners + torch.rand(7, 2) * torch.tensor([width * 0.3, height * 0.3]) + 8], dim=1)
+    masks = torch.zeros(7, height, width, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.long().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    target = {"boxes": boxes, "labels": torch.randint(1, 81, (7,)), "masks": masks}
+    return {key: value.to(device) for key, value in target.items()}
+
+
+def _dense_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Any, ...], device: torch.device
+) -> dict[str, Any]:
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = model(*inputs)
+        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    wall_seconds(device)
+    reset_peak_bytes(device)
+    seconds = [elapsed(step, lambda: wall_seconds(device)) for _ in range(5)]
+    return {"step_seconds": statistics.median(seconds), "peak_bytes": peak_bytes(device)}
+
+
 def races(device: str) -> Rows:
     """`bench model`: ours and torchvision's in turns, in fp32, and where the time goes."""
     sizes = {} if device == "cuda" else {"frames": 2, "pixels": 32}
@@ -165,6 +227,7 @@ BENCHMARKS: dict[str, Callable[[str], Rows]] = {
     "backends": backends,
     "engines": engines,
     "races": races,
+    "dense": dense,
 }
 
 

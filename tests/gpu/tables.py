@@ -32,6 +32,7 @@ def tables(content: dict[str, Any]) -> str:
         _speed("", items, "inference", product, None),
         _engines(items.get("engines", []), product),
         _backends(items.get("backends", [])),
+        _dense(items.get("dense", [])),
         _accuracy(tests),
         _memory(tests),
         _outcomes(tests),
@@ -118,6 +119,22 @@ def _backends(rows: list[Row]) -> str:
     return "### Attention backends: one layer\n\n" + table_text(
         ["backend", "window", "pass", "clips", "ms", "peak MiB"], table
     )
+
+
+def _dense(rows: list[Row]) -> str:
+    """Images per second of a training step of each dense model by batch."""
+    if not rows:
+        return ""
+    table = []
+    for row in rows:
+        pixels = row["pixels"]
+        size = f"{pixels[0]}x{pixels[1]}" if isinstance(pixels, list) else f"{pixels}x{pixels}"
+        figures = [row["not_run"], "", ""] if "not_run" in row else [
+            f"{row['images_per_second']:.3g}", f"{row['step_seconds']:.3g}", f"{row['peak_bytes'] / 2**30:.1f}"
+        ]  # fmt: skip
+        table.append([row["way"], row["model"], size, str(row["batch"]), *figures])
+    columns = ["training, bf16", "backbone", "image", "batch", "images/s", "s/step", "peak GiB"]
+    return "### Detection and segmentation\n\n" + table_text(columns, table)
 
 
 def _accuracy(tests: list[Row]) -> str:
