@@ -13,6 +13,7 @@ from tests.models.equivalence import answers, can_differentiate
 from tests.models.parity import KINDS
 from tests.models.reference import GRIDS, Grid, features, randomise, reference_answers
 from video_swinv2.models.attention import WindowAttention
+from video_swinv2.models.position_bias import window_coordinates
 from video_swinv2.models.windows import WindowLayout, window_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -92,6 +93,7 @@ def test_gradients_in_bf16_are_near_those_in_fp64(scale, limit):
     The errors measured when q and k are the only numbers that are rounded are 0.012 and 0.075.
     """
     layout = window_layout((8, 14, 14), (8, 7, 7), True, torch.device("cpu"))
+    coordinates = window_coordinates((8, 7, 7), (8, 7, 7), torch.device("cpu"))
     x, grad = torch.randn(2, 1, 4, 392, 64, dtype=torch.float64)
     found = []
     layer = WindowAttention(64, 2, 3, "sequential").double()
@@ -102,7 +104,7 @@ def test_gradients_in_bf16_are_near_those_in_fp64(scale, limit):
         layer.to(dtype).zero_grad()
         given = x.to(dtype, copy=True).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            out = layer(given, layout, (8, 7, 7))
+            out = layer(given, layout, coordinates)
         out.backward(grad.to(out.dtype))
         found.append({"input": given.grad} | {name: p.grad.clone() for name, p in layer.named_parameters()})
     for name, expected in found[0].items():
@@ -117,10 +119,12 @@ def test_padding_is_never_attended_to():
     norm = model.cpb_norm[0]
     x = torch.randn(1, 3, 6, 7, 32)
     with torch.no_grad():
-        out = block(x, window_layout((3, 6, 7), (4, 4, 4), False, x.device), norm)
+        layout = window_layout((3, 6, 7), (4, 4, 4), False, x.device)
+        out = block(x, layout, window_coordinates(layout.window, norm, x.device))
         # The last window of the last two axes holds rows 4-5 and columns 4-6 alone: a window of its own.
         alone = x[:, :, 4:6, 4:7]
-        expected = block(alone, WindowLayout((3, 2, 3), (3, 2, 3), (3, 2, 3), (0, 0, 0), None), norm)
+        layout = WindowLayout((3, 2, 3), (3, 2, 3), (3, 2, 3), (0, 0, 0), None)
+        expected = block(alone, layout, window_coordinates(layout.window, norm, x.device))
     assert_close(out[:, :, 4:6, 4:7], expected)
 
 

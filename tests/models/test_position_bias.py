@@ -8,11 +8,22 @@ import torch
 from torch import nn
 
 from tests.closeness import assert_close
-from video_swinv2.models.position_bias import bias_table, expand_table, log_coordinates, token_codes, window_offsets
+from video_swinv2.models.position_bias import (
+    _Expand,
+    _expand_strided,
+    _reduce_skewed,
+    bias_table,
+    expand_table,
+    log_coordinates,
+    reduce_to_table,
+    token_codes,
+    window_coordinates,
+    window_offsets,
+)
 
 
 def pair_bias(mlp, window, norm):
-    return expand_table(bias_table(mlp, window, norm, torch.device("cpu")), window)
+    return expand_table(bias_table(mlp, window_coordinates(window, norm, torch.device("cpu"))), window)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +49,29 @@ def test_pairs_find_query_minus_key(window):
     table = window_offsets(window)
     code, constant = token_codes(window)
     assert torch.equal(table[code[:, None] - code[None, :] + constant], expected)
-    assert torch.equal(expand_table(table.t(), window), expected.movedim(-1, 0))
+    for expand in (expand_table, _expand_strided):  # on CPUs and on GPUs
+        assert torch.equal(expand(table.t(), window), expected.movedim(-1, 0))
+
+
+@pytest.mark.parametrize("window", [(3, 4), (2, 3, 5), (1, 7, 7), (5,), (2, 1, 3)])
+@pytest.mark.parametrize("reduce", [reduce_to_table, _reduce_skewed])  # on CPUs and on GPUs
+def test_gradients_of_pairs_add_up_in_the_table(window, reduce):
+    table = torch.randn(2, math.prod(2 * w - 1 for w in window), dtype=torch.float64, requires_grad=True)
+    tokens = math.prod(window)
+    grad = torch.randn(2, tokens, tokens, dtype=torch.float64)
+    code, constant = token_codes(window)
+    table[:, code[:, None] - code[None, :] + constant].backward(grad)
+    assert_close(reduce(grad, window), table.grad, 1e-12)
+
+
+def test_the_expansion_of_gpus_has_the_gradient_of_that_of_cpus():
+    window, found = (2, 3, 5), []
+    table, grad = torch.randn(4, 135, dtype=torch.float64), torch.randn(4, 30, 30, dtype=torch.float64)
+    for expand in (expand_table, _Expand.apply):
+        given = table.clone().requires_grad_()
+        expand(given, window).backward(grad)
+        found.append(given.grad)
+    assert_close(found[1], found[0], 1e-12)
 
 
 def test_larger_window_keeps_the_bias_of_common_offsets():

@@ -40,11 +40,11 @@ def test_fresh_blocks_are_the_identity():
 
 
 def test_drop_path_keeps_the_expectation():
-    out = DropPath(0.25)(torch.ones(40_000, 2))
+    out = DropPath(0.25)(torch.zeros(40_000, 2), torch.ones(40_000, 2))
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert torch.equal(out[:, 0], out[:, 1])
     assert out.mean().item() == pytest.approx(1.0, abs=0.01)
-    assert torch.equal(DropPath(0.25).eval()(out), out)
+    assert torch.equal(DropPath(0.25).eval()(out, torch.ones(40_000, 2)), out + 1)
 
 
 def test_dropped_branches_leave_a_sample_as_it_is():
@@ -135,3 +135,12 @@ def test_pixels_that_are_not_normalised_are_refused(dtype, simmim):
     words = rf"^swinv2_nano takes normalised floating-point pixels, not {dtype}; divide pixels of 0 to 255 by 255, then"
     with pytest.raises(TypeError, match=words):
         vs.SimMIM(model, 32)(pixels, torch.zeros(1, 2, 2, dtype=torch.bool)) if simmim else model(pixels)
+
+
+def test_a_pass_in_inference_mode_does_not_spoil_training():
+    model = vs.create_model("swinv2_nano", num_classes=3, frames=4, image_size=64, window=(2, 4, 4))
+    x = torch.randn(1, 3, 4, 64, 64)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert model.head.weight.grad.any()

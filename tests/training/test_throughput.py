@@ -1,7 +1,5 @@
 """What a run reports about its speed: operations of a sample by formula and by counter, and advice on the loader."""
 
-import math
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,8 +18,8 @@ from video_swinv2.training.throughput import loader_advice, peak_tflops
 def no_bias_networks(monkeypatch):
     """Zeros in place of the log-CPB tables: the formula leaves their networks out, the counter would count them."""
 
-    def zeros(mlp, window, norm, device):
-        return torch.zeros(mlp[-1].out_features, math.prod(2 * side - 1 for side in window))
+    def zeros(mlp, coordinates):
+        return torch.zeros(mlp[-1].out_features, len(coordinates))
 
     monkeypatch.setattr("video_swinv2.models.attention.bias_table", zeros)
 

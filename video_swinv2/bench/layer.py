@@ -15,6 +15,7 @@ from video_swinv2.bench.measuring import clock_for, elapsed, peak_bytes_of, run_
 from video_swinv2.bench.peers import FRAMES, variant_of
 from video_swinv2.distributed.devices import product_dtype
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
+from video_swinv2.models.position_bias import window_coordinates
 from video_swinv2.models.windows import PerAxis, window_layout, window_partition
 
 # Pixels and window (T, H, W) in tokens: from 392 to 4608 tokens in a window.
@@ -67,6 +68,7 @@ def measure_layer(
     # The grid in tokens: patches are 2 x 4 x 4. True shifts the windows, so that the attention mask is measured too.
     side = case["pixels"] // 4
     plan = window_layout((FRAMES // 2, side, side), case["window"], True, device)
+    coordinates = window_coordinates(plan.window, plan.window, device)
     backend: Backend = case["backend"]
     if backend == "flex" and device.type != "cuda":
         return {"not_run": "compiled on CUDA only"}
@@ -79,7 +81,7 @@ def measure_layer(
     def run() -> None:
         with torch.set_grad_enabled(case["gradients"]):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out = module(x, plan, plan.window)
+                out = module(x, plan, coordinates)
             if case["gradients"]:
                 # Any scalar made from the output can stand for a loss.
                 out.float().square().mean().backward()

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from video_swinv2.models.lengths import scaled_parts
 from video_swinv2.models.position_bias import NarrowLinear, bias_table, expand_table, token_codes, without_autocast
-from video_swinv2.models.sequential import length_factors, lengths_of, sequential_attention
-from video_swinv2.models.windows import PerAxis, WindowLayout
+from video_swinv2.models.sequential import sequential_attention
+from video_swinv2.models.windows import WindowLayout
 
 Backend = Literal["auto", "eager", "sdpa", "flex", "sequential"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -53,8 +54,8 @@ class WindowAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
-        """(B, W, N, C) -> (B, W, N, C); `norm` is the log-CPB normaliser of this stage."""
+    def forward(self, x: Tensor, layout: WindowLayout, coordinates: Tensor) -> Tensor:
+        """(B, W, N, C) -> (B, W, N, C); `coordinates` (R, axes) are the `window_coordinates` of the layout's window."""
         batch, windows, tokens, dim = x.shape
         # Zeros stand in for the missing key bias, so that one product computes q, k and v.
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
@@ -66,7 +67,7 @@ class WindowAttention(nn.Module):
         # Computed in every pass and never kept, because nothing shows reliably whether a weight has changed: writes
         # through `.data` leave no trace. With clips it costs 1 to 2 % of a forward pass
         # (docs/results/model-speed.md).
-        table = bias_table(self.cpb_mlp, layout.window, norm, x.device).to(wide)
+        table = bias_table(self.cpb_mlp, coordinates).to(wide)
         backend = auto_backend(x.device, tokens) if self.attention == "auto" else self.attention
         # Autocast would cast q and k back to half precision before their product.
         with without_autocast(x.device):
@@ -74,10 +75,10 @@ class WindowAttention(nn.Module):
                 # (B, W, ...) -> (M, ...) and back; its result is (M, N, G, D)
                 out = sequential_attention(qkv.flatten(0, 1), scale, table, layout)
             else:
-                # (B, W, N, 3, G, D) -> q, k, v (B, W, G, N, D) -> (B, W, G, N, D) -> (B, W, N, G, D)
-                q_k = qkv[:, :, :, :2].to(wide)
-                q, k = (q_k * length_factors(q_k, lengths_of(scale))).permute(3, 0, 1, 4, 2, 5)
-                v = qkv[:, :, :, 2].transpose(2, 3)
+                # Fused kernels take q, k and v in one dtype.
+                parts = scaled_parts(qkv, scale, wide if backend == "eager" else qkv.dtype)
+                # q, k and v (B, W, N, G, D) -> (B, W, G, N, D), and back
+                q, k, v = (part.transpose(2, 3) for part in parts)
                 out = ATTEND[backend](q, k, v, table, layout).transpose(2, 3)
         return self.proj(out.reshape(batch, windows, tokens, dim))
 
@@ -112,7 +113,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: WindowLayout) 
     # Adding the same constant to the logits of all keys does not change the softmax. The bias lies between 0 and 16.
     # Shifted to -8..8, it loses less to rounding in half precision.
     bias = expand_table((table - 8).to(v.dtype), layout.window)
-    q, k = q.to(v.dtype), k.to(v.dtype)
     allowed = layout.allowed
     if allowed is None:
         # The bias is the same for all windows, so windows can join the batch: (B, W, G, N, D) -> (B * W, G, N, D).
@@ -152,7 +152,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: WindowLayout) 
         window = b % label.shape[0]  # B and W were flattened with W inside, and every sample has the same layout
         return torch.where(label[window, i] == label[window, j], s, -math.inf)
 
-    flat = [t.flatten(0, 1).to(v.dtype) for t in (q, k, v)]
+    flat = (t.flatten(0, 1) for t in (q, k, v))
     out: Tensor = _flex_attention(q.device.type)(*flat, score_mod=score, scale=1.0)
     return out.view_as(v)
 

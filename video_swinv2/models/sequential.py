@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from video_swinv2.models.lengths import length_backward, length_factors, lengths_of
 from video_swinv2.models.position_bias import expand_table, reduce_to_table
 from video_swinv2.models.windows import WindowLayout
 
@@ -55,20 +56,6 @@ def sequential_attention(qkv: Tensor, scale: Tensor, table: Tensor, layout: Wind
     """
     out: Tensor = _Sequential.apply(qkv, scale, table, layout)
     return out
-
-
-def lengths_of(scale: Tensor) -> Tensor:
-    """The lengths of q, which is the scale, and of k, which is 1: (G, 1) -> (2, G, 1)."""
-    return torch.stack((scale, torch.ones_like(scale)))
-
-
-def length_factors(q_k: Tensor, lengths: Tensor) -> Tensor:
-    """What to multiply q and k (..., 2, G, D) by to give them the lengths (2, G, 1): (..., 2, G, 1).
-
-    q_k has to have at least fp32. In half precision the norms could overflow, and the floor of 1e-12 would underflow to
-    zero and turn zero vectors, which stay zero, into 0/0.
-    """
-    return lengths / torch.linalg.vector_norm(q_k, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class _Sequential(torch.autograd.Function):
@@ -174,7 +161,10 @@ def _group_backward(
         for heads in _slices(len(v), heads_at_once):
             piece = [t[heads] for t in (*rows, *columns)]
             _piece_backward(piece, bias[heads], mask, scratch, d_qkv[:, heads], d_bias[heads])
-        d_scale += _length_backward(q_k, factors, lengths, d_qkv[:2])
+        # lengths (2, G, 1) -> (2, G, 1, 1, 1)
+        d_q_k, d_lengths = length_backward(d_qkv[:2], q_k, factors, lengths[..., None, None])
+        d_qkv[:2] = d_q_k
+        d_scale += d_lengths[0].sum(dim=(1, 2))
         grad_qkv[windows] = d_qkv.permute(2, 3, 0, 1, 4)
     return d_scale, reduce_to_table(d_bias, layout.window)
 
@@ -220,20 +210,6 @@ def _extended(x: Tensor, extra: Tensor | int, dtype: torch.dtype) -> Tensor:
         out[..., -2] = extra
         out[..., -1] = extra - out[..., -2]
     return out
-
-
-def _length_backward(x: Tensor, factors: Tensor, lengths: Tensor, grad: Tensor) -> Tensor:
-    """Turn the gradient of x = factors * y into that of y, in place; returns that of the length of q, (G, 1).
-
-    x and its gradient are q and k, (2, G, m, N, D), factors (2, G, m, N, 1), lengths (2, G, 1). The length depends on
-    the part of the gradient along x only, and y on the part across x:
-
-        dlength = (grad . x) / length,   dy = factor (grad - x (grad . x) / length^2)
-    """
-    lengths = lengths[..., None, None]
-    along = (grad * x).sum(dim=-1, keepdim=True) / lengths
-    grad.copy_(factors * (grad - x * (along / lengths)))
-    return along[0].sum(dim=(1, 2))
 
 
 def _expanded_bias(table: Tensor, layout: WindowLayout, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from video_swinv2.models.attention import BACKENDS, Backend, WindowAttention
 from video_swinv2.models.parameters import decays, layer_id, stage_id
+from video_swinv2.models.position_bias import window_coordinates
 from video_swinv2.models.preprocessing import Preprocessing
 from video_swinv2.models.windows import (
     PerAxis,
@@ -40,7 +41,7 @@ IntOrPerAxis = int | Sequence[int]
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, drawn per sample. Surviving branches are scaled by 1 / (1 - rate).
+    """The addition of a residual branch with stochastic depth, drawn per sample: x + branch / (1 - rate), or x alone.
 
     A dropped branch is still computed and then multiplied by 0. Under ZeRO, a rank that skipped it would miss the
     collectives of its parameters, and the other ranks would wait for it forever.
@@ -50,13 +51,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """(B, *S, C), (B, *S, C) -> (B, *S, C)."""
         if not self.training or self.rate == 0:
-            return x
+            return x + branch
         survival = 1 - self.rate
         # (B, 1, ..., 1): one draw per sample, the same for all tokens and channels.
         mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < survival
-        return x * mask.to(x.dtype) / survival
+        return torch.addcmul(x, branch, mask.to(branch.dtype) / survival)
 
 
 class Mlp(nn.Module):
@@ -103,15 +105,19 @@ class Block(nn.Module):
         if extra_norm:
             self.enorm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
-        """(B, *S, C) -> (B, *S, C)."""
-        x = x + self.drop_path(self.norm1(self._attend(x, layout, norm)))
-        x = x + self.drop_path(self.norm2(self.mlp(x)))
+    def forward(self, x: Tensor, layout: WindowLayout, coordinates: Tensor) -> Tensor:
+        """(B, *S, C) -> (B, *S, C); `coordinates` are those of the window of `layout`, `window_coordinates`."""
+        x = self.drop_path(x, self.norm1(self._attend(x, layout, coordinates)))
+        x = self.drop_path(x, self.norm2(self.mlp(x)))
         return self.enorm(x) if hasattr(self, "enorm") else x
 
-    def _attend(self, x: Tensor, layout: WindowLayout, norm: PerAxis) -> Tensor:
+    def _attend(self, x: Tensor, layout: WindowLayout, coordinates: Tensor) -> Tensor:
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            # The product to come would cast anyway. Now, only half as many bytes have to move.
+            x = x.to(torch.get_autocast_dtype(kind))
         # (B, *S, C) -> (B, W, N, C), attention within each window, and back. windows.py works through an example.
-        return from_windows(self.attn(to_windows(x, layout), layout, norm), layout)
+        return from_windows(self.attn(to_windows(x, layout), layout, coordinates), layout)
 
 
 class PatchMerging(nn.Module):
@@ -135,6 +141,10 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(torch.cat(corners, dim=-1)))
 
 
+Geometry = tuple[WindowLayout, WindowLayout, Tensor]
+"""All that the blocks of a stage need to know of the grid: layouts without and with shift, and coordinates."""
+
+
 class Stage(nn.Module):
     """The blocks of one resolution, every second one with shifted windows, and the patch merging that follows them.
 
@@ -147,17 +157,17 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(dim) if merging else None
         self.window = window
         self.norm_window = norm
-        self._kept_layouts: tuple[object, tuple[WindowLayout, WindowLayout]] | None = None
+        self._kept: tuple[object, Geometry] | None = None
 
     def forward(self, x: Tensor, recomputed: int) -> Tensor:
         """(B, *S, C) -> (B, *S, C), before merging.
 
         The first `recomputed` blocks recompute their activations in the backward pass; the number may be negative.
         """
-        layouts = self._layouts(tuple(x.shape[1:-1]), x.device)
+        *layouts, coordinates = self._geometry(tuple(x.shape[1:-1]), x.device)
         for index, block in enumerate(self.blocks):
             # Blocks 0, 2, ... have plain windows, blocks 1, 3, ... shifted ones.
-            arguments = (x, layouts[index % 2], self.norm_window)
+            arguments = (x, layouts[index % 2], coordinates)
             if index < recomputed and torch.is_grad_enabled():
                 # The reentrant variant would lose all gradients if no input of the block required one, as behind a
                 # frozen patch embedding.
@@ -166,16 +176,24 @@ class Stage(nn.Module):
                 x = block(*arguments)
         return x
 
-    def _layouts(self, grid: PerAxis, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
-        """The layouts without and with shift, shared by all blocks and kept until grid, window or device change."""
-        key = (grid, self.window, device)
+    def _geometry(self, grid: PerAxis, device: torch.device) -> Geometry:
+        """The layouts without and with shift, and the coordinates of their window.
+
+        They are shared by all blocks, and kept until one of their sizes or the device changes.
+        """
+        key = (grid, self.window, self.norm_window, device)
         if torch.compiler.is_compiling():
             # Nothing is kept here: a graph that writes to its module would be compiled again at the second call.
-            return window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device)
-        if self._kept_layouts is None or self._kept_layouts[0] != key:
-            pair = (window_layout(grid, self.window, False, device), window_layout(grid, self.window, True, device))
-            self._kept_layouts = (key, pair)
-        return self._kept_layouts[1]
+            return self._new_geometry(grid, device)
+        if self._kept is None or self._kept[0] != key:
+            # A validation in inference mode may come first, and training cannot use tensors made in that mode.
+            with torch.inference_mode(False):
+                self._kept = (key, self._new_geometry(grid, device))
+        return self._kept[1]
+
+    def _new_geometry(self, grid: PerAxis, device: torch.device) -> Geometry:
+        plain, shifted = (window_layout(grid, self.window, moved, device) for moved in (False, True))
+        return plain, shifted, window_coordinates(plain.window, self.norm_window, device)
 
 
 class PatchEmbed(nn.Module):
