@@ -91,7 +91,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_measured_rows_become_tables(dry: dict[str, Any]) -> None:
-    text = tables(dry)
+    text = tables([dry])
     assert "a CPU, at small sizes that mean nothing" in text
     ours, peer = (dry["items"][number]["rows"] for number in (0, 1))
     assert [row["batch"] for row in ours] == [row["batch"] for row in peer] == [1, 2]
@@ -120,13 +120,40 @@ def test_rows_of_tests_become_tables() -> None:
         {"name": "tests", "what": "all tests", "status": "killed at its limit", "rows": rows},
         {"name": "engines", "what": "ZeRO", "status": "left out", "why": "9 s were left"},
     ]
-    text = tables({"facts": facts, "items": items})
+    text = tables([{"facts": facts, "items": items}])
     for words in (
         "8 x H100, driver 580", "| flex | bf16 | 2.0e-02 | 1.0e-01 |", "| test_d[base] | 11.00 | 10.00 | +10.0% |",
         "3 passed, 1 failed, 1 skipped.", "`test_runs.py::test_b`: assert 1 == 2", "* skipped: needs two GPUs",
         "* all tests: killed at its limit", "* ZeRO: left out (9 s were left)",
     ):  # fmt: skip
         assert words in _narrow(text)
+
+
+def test_a_later_run_replaces_the_figures_of_an_item() -> None:
+    facts = {"gpus": ["H200"], "driver": "580", "commit": "a" * 40, "changed_files": 0, "python": "3.12"}
+    step = {"way": "ours", "model": "swinv2_base", "frames": 32, "pixels": 224, "precision": "bf16", "batch": 1,
+            "flops_per_clip": 1e12, "peak_bytes": 2**30}  # fmt: skip
+    first = {"facts": facts, "items": [
+        {"name": "training-ours", "what": "training", "status": "done",
+         "rows": [step | {"clips_per_second": 3.0, "step_seconds": 0.333}]},
+        {"name": "engines", "what": "ZeRO", "status": "left out", "why": "9 s were left"},
+        {"name": "races", "what": "races", "status": "left out", "why": "8 s were left"},
+    ]}  # fmt: skip
+    second = {"facts": facts | {"commit": "b" * 40}, "items": [
+        {"name": "training-ours", "what": "training", "status": "done",
+         "rows": [step | {"clips_per_second": 4.0, "step_seconds": 0.25}]},
+        {"name": "engines", "what": "ZeRO", "status": "done", "rows": [
+            {"way": "ZeRO-1", "batch": 4, "processes": 1, "clips_per_second": 2.5, "peak_bytes": 2**30, "tflops": 40.0}]},
+    ]}  # fmt: skip
+    text = _narrow(tables([first, second]))
+    assert "| ours | 1 | 4 | 0.25 |" in text
+    assert "0.333" not in text
+    assert "| ZeRO-1 | 4 x 1 | 2.5 |" in text
+    assert "races: left out (8 s were left)" in text
+    assert "9 s were left" not in text
+    assert "commit aaaaaaaaaa; commit bbbbbbbbbb." in text
+    with pytest.raises(ValueError, match="different GPUs"):
+        tables([first, second | {"facts": facts | {"gpus": ["H100"]}}])
 
 
 def _narrow(text: str) -> str:

@@ -1,14 +1,16 @@
-"""Makes the tables of docs/gpu.md from the JSON file of `python -m tests.gpu`.
+"""Makes the tables of docs/gpu.md from JSON files of `python -m tests.gpu`.
 
 python -m tests.gpu.tables gpu.json                       prints them
 python -m tests.gpu.tables gpu.json --page docs/gpu.md    puts them between the two markers of that page
+
+Of several files, which have to be of one kind of GPU, the last one with figures of an item gives them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 Row = dict[str, Any]
 
 
-def tables(content: dict[str, Any]) -> str:
-    """The tables of one run, as Markdown."""
-    items: dict[str, list[Row]] = {item["name"]: item.get("rows", []) for item in content["items"]}
+def tables(runs: Sequence[dict[str, Any]]) -> str:
+    """The tables of one or several runs, as Markdown. Raises ValueError for runs on different kinds of GPU."""
+    if len(kinds := {str(run["facts"].get("gpus")) for run in runs}) > 1:
+        raise ValueError(f"{' and '.join(sorted(kinds))}: figures of different GPUs do not belong into one table")
+    latest = {item["name"]: item for run in runs for item in run["items"] if item.get("rows")}
+    not_run = {item["name"]: item for run in runs for item in run["items"] if item["name"] not in latest}
+    items: dict[str, list[Row]] = {name: item["rows"] for name, item in latest.items()}
     product = next((row["tflops"] for row in items.get("products", []) if row["precision"] == "bf16"), None)
     tests = [row for name in ("tests", "giant") for row in items.get(name, [])]
     parts = [
-        _facts(content, product),
+        _facts(runs, product),
         _speed("Training: the best batch of each", items, "training", product, 1),
         _speed("Inference: the best batch of each", items, "inference", product, 1),
         _speed("Every batch", items, "training", product, None),
@@ -36,23 +42,26 @@ def tables(content: dict[str, Any]) -> str:
         _accuracy(tests),
         _memory(tests),
         _outcomes(tests),
-        _missing(content["items"]),
+        _missing([*latest.values(), *not_run.values()]),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _facts(content: dict[str, Any], product: float | None) -> str:
+def _facts(runs: Sequence[dict[str, Any]], product: float | None) -> str:
     """What everything was measured on, in one paragraph."""
-    facts = content["facts"]
+    facts = runs[0]["facts"]
     gpus = facts.get("gpus") or []
     device = f"{len(gpus)} x {gpus[0]}, driver {facts['driver']}" if gpus else "a CPU, at small sizes that mean nothing"
     text = (
         f"Measured on {device}; torch {facts.get('torch')}, CUDA {facts.get('cuda')}, NCCL {facts.get('nccl')}, Python "
-        f"{facts['python']}, commit {(facts['commit'] or 'unknown')[:10]}"
+        f"{facts['python']}, {'; '.join(dict.fromkeys(_commit(run['facts']) for run in runs))}"
     )
-    if facts["changed_files"]:
-        text += f" with {facts['changed_files']} changed files"
     return text + ("." if product is None else f". A large matrix product in bf16 reaches {product:.3g} TFLOP/s.")
+
+
+def _commit(facts: dict[str, Any]) -> str:
+    text = f"commit {(facts['commit'] or 'unknown')[:10]}"
+    return f"{text} with {facts['changed_files']} changed files" if facts["changed_files"] else text
 
 
 def _speed(title: str, items: dict[str, list[Row]], what: str, product: float | None, best: int | None) -> str:
@@ -206,10 +215,12 @@ def put_into(page: str, text: str) -> str:
 def main() -> None:
     """See the docstring of this module."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="the JSON file that python -m tests.gpu wrote")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="JSON files that python -m tests.gpu wrote, the oldest first"
+    )
     parser.add_argument("--page", type=Path, help="a page with the two markers; without it the tables are printed")
     options = parser.parse_args()
-    text = tables(json.loads(options.file.read_text(encoding="utf-8")))
+    text = tables([json.loads(file.read_text(encoding="utf-8")) for file in options.files])
     if options.page is None:
         print(text)
     else:

@@ -9,7 +9,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.models.test_compile import INPUTS, gradients, inputs, small
-from video_swinv2.engine.factory import compile_blocks
+from video_swinv2.engine.factory import compile_blocks, compiles_flex
 from video_swinv2.models.attention import Backend
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +26,8 @@ def test_blocks_compile(
     """Training, with activation checkpointing around the first blocks, then evaluation."""
     if attention == "flex" and device.type == "cpu":
         pytest.skip("torch has no gradients of flex on CPUs")
+    if attention == "flex" and not compiles_flex():
+        pytest.skip(f"torch {torch.__version__} fails to compile flex within a block")
     torch.compiler.reset()
     plain = small(sizes[0], depths=(2, 1) if device.type == "cuda" else (1, 1)).to(device)
     plain.checkpoint_blocks = recomputed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from video_swinv2.config import EngineConfig
@@ -62,6 +63,21 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
     Compiling block by block lets the blocks of a stage share one compilation and keeps activation checkpointing
     outside the compiled region.
     """
-    for part in module.modules():
-        if isinstance(part, Block):
-            part.compile(backend=backend)
+    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    if any(block.attn.attention == "flex" for block in blocks) and not compiles_flex():
+        raise UsageError(
+            f"engine.compile: PyTorch {torch.__version__} fails to compile flex attention within a block; use "
+            "model.attention=auto, or PyTorch 2.15"
+        )
+    for block in blocks:
+        block.compile(backend=backend)
+
+
+def compiles_flex() -> bool:
+    """Whether this PyTorch can compile flex attention as a part of a block.
+
+    2.11 stops with "convert FlexibleLayout to FixedLayout first", because the bias and the codes of the tokens are
+    computed in the same graph (pytorch/pytorch#163300, #139836); 2.15 gives them a fixed layout.
+    """
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 15)
