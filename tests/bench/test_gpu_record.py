@@ -143,7 +143,8 @@ def test_a_later_run_replaces_the_figures_of_an_item() -> None:
         {"name": "training-ours", "what": "training", "status": "done",
          "rows": [step | {"clips_per_second": 4.0, "step_seconds": 0.25}]},
         {"name": "engines", "what": "ZeRO", "status": "done", "rows": [
-            {"way": "ZeRO-1", "batch": 4, "processes": 1, "clips_per_second": 2.5, "peak_bytes": 2**30, "tflops": 40.0}]},
+            {"way": "ZeRO-1", "batch": 4, "processes": 1, "clips_per_second": 2.5, "peak_bytes": 2**30,
+              "tflops": 40.0}]},
     ]}  # fmt: skip
     text = _narrow(tables([first, second]))
     assert "| ours | 1 | 4 | 0.25 |" in text

@@ -158,6 +158,22 @@ def test_mistakes_are_counted_and_shown(model: Path, data: Path, tmp_path: Path)
     assert (sheet[:, :350] == (230, 30, 30)).all(axis=2).any(), "the missed object is red"
 
 
+def test_a_report_is_rebuilt_and_not_compared(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_detection_test(model, data, out=tmp_path / "t")
+    page = tmp_path / "t" / "report.html"
+    written = page.read_text()
+    page.unlink()
+    assert main(["report", str(tmp_path / "t")]) == 0
+    assert page.read_text() == written
+    assert capsys.readouterr().out.strip() == str(page)
+    assert main(["report", str(tmp_path / "t"), str(tmp_path / "t")]) == 2
+    assert "a test of detection cannot be compared" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "t"), "--run", str(tmp_path)]) == 2
+    assert "is not for a test of detection" in capsys.readouterr().err
+
+
 def test_views_and_suppression_make_a_test_of_their_own(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

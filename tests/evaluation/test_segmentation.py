@@ -77,6 +77,9 @@ def test_figures_are_those_of_numpy_on_one_process_and_on_two(model: Path, data:
     page = (tmp_path / "one" / "report.html").read_text()
     assert f"{100 * result['miou']:.1f}<small> % mIoU" in page
     assert "data:image/png;base64," in page
+    (tmp_path / "one" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "one")]) == 0
+    assert (tmp_path / "one" / "report.html").read_text() == page
     log = tmp_path / "two.log"
     assert Ranks(2, run_test, model, data, tmp_path / "two", log=log).wait() == [0, 0], log.read_text()[-3000:]
     two = read(tmp_path / "two")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from video_swinv2.command import Verbs, add_verb, whole_number
 from video_swinv2.errors import UsageError
-from video_swinv2.escaping import terminal_lines
+from video_swinv2.escaping import for_terminal, terminal_lines
 from video_swinv2.files import json_text
 
 
@@ -198,6 +198,26 @@ def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from video_swinv2.report.compare import report_tests
+    from video_swinv2.report.dense import dense_task
 
+    tasks = {folder: dense_task(folder) for folder in options.folders}
+    if dense := [folder for folder, task in tasks.items() if task]:
+        if len(options.folders) > 1:
+            raise UsageError(
+                f"{dense[0]}: a test of {tasks[dense[0]]} cannot be compared; name one folder, for its report"
+            )
+        if options.run_folder:
+            raise UsageError(f"--run {options.run_folder}: is not for a test of {tasks[dense[0]]}; omit it")
+        _rebuild_dense_report(dense[0], tasks[dense[0]], options.json)
+        return
     result, lines = report_tests(options.folders, out=options.out, run=options.run_folder)
     print(json_text(result, indent=1) if options.json else terminal_lines(lines))
+
+
+def _rebuild_dense_report(folder: Path, task: str, as_json: bool) -> None:
+    from video_swinv2.report.dense import REPORT, RESULTS
+    from video_swinv2.report.detection import write_detection_report
+    from video_swinv2.report.segmentation import write_segmentation_report
+
+    {"detection": write_detection_report, "segmentation": write_segmentation_report}[task](folder)
+    print((folder / RESULTS).read_text(encoding="utf-8") if as_json else for_terminal(str(folder / REPORT)))

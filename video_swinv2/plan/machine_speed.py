@@ -23,9 +23,10 @@ from video_swinv2.distributed.devices import product_dtype
 
 MAX_SAMPLES = 8  # samples to read, after a first one that is not counted
 MAX_SECONDS = 4.0  # after this time the pass over the samples ends early
-# Which share of the speed of a large matrix product training is assumed to reach. For CPUs, docs/results/model-speed.md
-# measures 59 % on one thread. For GPUs the number is our assumption; measure with `bench train` and pass --tflops.
-TRAINING_SHARE = {"cpu": 0.5, "cuda": 0.35}
+# Which share of the speed of a large matrix product training reaches, by device and whether products are fp32: measured
+# on a CPU with AMX (docs/performance.md) and on an H200 (docs/gpu.md). That of a GPU in fp32 is our assumption. For
+# another device, measure with `bench train` and pass --tflops.
+TRAINING_SHARE = {("cpu", True): 0.5, ("cpu", False): 0.13, ("cuda", False): 0.09, ("cuda", True): 0.35}
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,6 @@ def training_flops_per_second(device: str, precision: str, processes: int) -> fl
     if device == "cuda" and not torch.cuda.is_available():
         return None
     where = torch.device(device)
-    speed = matmul_flops_per_second(where, lambda: wall_seconds(where), product_dtype(precision, where))
-    return speed * TRAINING_SHARE[device] / (processes if device == "cpu" else 1)
+    dtype = product_dtype(precision, where)
+    speed = matmul_flops_per_second(where, lambda: wall_seconds(where), dtype)
+    return speed * TRAINING_SHARE[device, dtype == torch.float32] / (processes if device == "cpu" else 1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from video_swinv2.records import Record, read_bytes
+from video_swinv2.records import Record, read_bytes, read_record
 
 RESULTS, MISTAKES, REPORT = "results.json", "mistakes.png", "report.html"
 MAX_PICTURE_BYTES = 2**26
@@ -25,6 +25,18 @@ class Images(Record):
     listed: int
     scored: int
     failed: int
+
+
+class _Task(Record, extra="ignore"):
+    task: str = ""
+
+
+def dense_task(folder: Path) -> str:
+    """`detection` or `segmentation` for the folder of such a test, "" for any other folder.
+
+    Raises UserError for a results.json that cannot be read.
+    """
+    return read_record(folder / RESULTS, _Task).task if (folder / RESULTS).is_file() else ""
 
 
 def picture_text(path: Path) -> str:
