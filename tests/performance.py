@@ -5,7 +5,7 @@
 
 `measure` runs the commands that the page shows, and keeps the JSON that each prints, with the machine and the commit,
 in docs/results/performance. PREPARED is a data set as `data_prep prepare` writes it, of ten-second clips, and RAW a
-folder of videos as they come. It takes an hour of a quiet core. `page` only reads the JSON; a test does the same, and
+folder of videos as they come. It takes three quarters of an hour on a quiet core. `page` only reads the JSON; a test does the same, and
 fails if the page says something else.
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 import video_swinv2 as vs
+from tests.markers import put_between
 from video_swinv2.bench.layer import layer_table
 from video_swinv2.bench.loader import loader_table
 from video_swinv2.bench.measuring import table_text
@@ -38,7 +39,6 @@ from video_swinv2.bench.testing import SEEK_PER_VIEW, bench_test_table
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = REPOSITORY / "docs" / "results" / "performance"
 PAGE, README = REPOSITORY / "docs" / "performance.md", REPOSITORY / "README.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ BENCHMARKS = {
         bench_test_table,
     ),
     "prepare": Benchmark(
-        "Preparation, beside the ffmpeg program", "prepare --data {raw} --clips 22 --rounds 3", preparation_table
+        "Preparation, beside the ffmpeg program", "prepare --data {raw} --clips 6 --rounds 3", preparation_table
     ),
-    "scale": Benchmark("How costs grow", "scale --rounds 3 --rows 10000,100000,1000000", scale_table),
+    "scale": Benchmark("How costs grow", "scale --rounds 2 --rows 10000,100000,1000000", scale_table),
 }
 
 
@@ -253,22 +253,13 @@ def headline(kept: dict[str, Any]) -> str:
     )
 
 
-def put_into(page: str, text: str, begin: str, end: str) -> str:
-    """Replace what is between two markers. Raises ValueError if they are not both there, in order."""
-    before, first, rest = page.partition(begin)
-    _, last, after = rest.partition(end)
-    if not (first and last):
-        raise ValueError(f"no {begin} followed by {end}")
-    return f"{before}{begin}{text}{end}{after}"
-
-
 def pages() -> dict[Path, str]:
     """The page and the README as the kept JSON has them."""
     kept = kept_results()
-    written = {PAGE: put_into(PAGE.read_text(encoding="utf-8"), f"\n\n{tables(kept)}\n\n", BEGIN, END)}
+    written = {PAGE: put_between(PAGE.read_text(encoding="utf-8"), f"\n\n{tables(kept)}\n\n")}
     if "model" in kept:
         readme = README.read_text(encoding="utf-8")
-        written[README] = put_into(readme, headline(kept), "<!-- speed: begin -->", "<!-- speed: end -->")
+        written[README] = put_between(readme, headline(kept), "<!-- speed: begin -->", "<!-- speed: end -->")
     return written
 
 

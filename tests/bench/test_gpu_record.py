@@ -16,7 +16,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.gpu.__main__ import ITEMS, Item, run_all
 from tests.gpu.benchmarks import BENCHMARKS
-from tests.gpu.tables import BEGIN, END, put_into, tables
+from tests.gpu.tables import tables
+from tests.markers import BEGIN, END, put_between
 
 WRITE_ROW = "import os; open(os.environ['GPU_ROWS'], 'a').write('{\"figure\": 1}\\n')"
 
@@ -164,9 +165,9 @@ def _narrow(text: str) -> str:
 
 def test_tables_replace_what_is_between_the_markers() -> None:
     page = (REPOSITORY / "docs" / "gpu.md").read_text(encoding="utf-8")
-    once = put_into(page, "the tables of a run")
-    assert put_into(once, "newer tables") == once.replace("the tables of a run", "newer tables")
+    once = put_between(page, "the tables of a run")
+    assert put_between(once, "newer tables") == once.replace("the tables of a run", "newer tables")
     assert once.startswith(page.partition(BEGIN)[0])
     assert once.endswith(page.partition(END)[2])
     with pytest.raises(ValueError, match="followed by"):
-        put_into(f"{END} {BEGIN}", "text")
+        put_between(f"{END} {BEGIN}", "text")

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.markers import put_between
 from video_swinv2.bench.measuring import table_text
-
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Row = dict[str, Any]
 
@@ -203,15 +202,6 @@ def _missing(items: Iterable[dict[str, Any]]) -> str:
     return "\n".join(["### Not measured", "", *lines]) if lines else ""
 
 
-def put_into(page: str, text: str) -> str:
-    """Replace what is between the markers of a page. Raises ValueError if they are not both there, in order."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no {BEGIN} followed by {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main() -> None:
     """See the docstring of this module."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.tables", description=__doc__.splitlines()[0])
@@ -224,7 +214,8 @@ def main() -> None:
     if options.page is None:
         print(text)
     else:
-        options.page.write_text(put_into(options.page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(put_between(page, f"\n\n{text}\n\n"), encoding="utf-8")
 
 
 if __name__ == "__main__":
