@@ -2,8 +2,8 @@
 
     python -m tests.dense.scenes runs/scenes
 
-writes the same images twice: `runs/scenes/boxes` in COCO's layout, with outlines, and `runs/scenes/masks` as images with
-index masks. The pictures in docs/images are of models trained on them, as the pages say.
+writes the same images twice: `runs/scenes/boxes` in COCO's layout, with outlines, and `runs/scenes/masks` as images
+with index masks. The pictures in docs/images are of models trained on them, as the pages say.
 """
 
 from __future__ import annotations
