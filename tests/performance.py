@@ -68,7 +68,7 @@ BENCHMARKS = {
             ("torchcodec-resized", "torchcodec, with resizing", "--workers 0 --short-side 256"),
             ("decord", "decord", "--workers 0,1,2"),
             ("videomae", "VideoMAE's loader", "--workers 0,2"),
-            ("pytorchvideo", "pytorchvideo", "--workers 0,2 --rows 650000"),
+            ("pytorchvideo", "pytorchvideo", "--workers 0,2"),
         )
     },
     "testing-4x3": Benchmark(
