@@ -113,7 +113,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, layout: WindowLayout, coordinates: Tensor) -> Tensor:
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            # The product to come would cast anyway; now, half as many bytes have to move. (CPUs are 3 % slower with it.)
+            # The product to come would cast anyway; now, half as many bytes have to move. CPUs are 3 % slower with it.
             x = x.to(torch.get_autocast_dtype("cuda"))
         # (B, *S, C) -> (B, W, N, C), attention within each window, and back. windows.py works through an example.
         return from_windows(self.attn(to_windows(x, layout), layout, coordinates), layout)
