@@ -33,7 +33,8 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.ops import MultiScaleRoIAlign
 
 import video_swinv2 as vs
-from video_swinv2.config import load_config
+from video_swinv2.config import OptimConfig, load_config
+from video_swinv2.data.transforms import normalise
 from video_swinv2.dense.detection_metrics import detection_figures, image_detections
 from video_swinv2.dense.detection_transforms import DetectionAugment
 from video_swinv2.dense.segmentation_metrics import (
@@ -42,7 +43,7 @@ from video_swinv2.dense.segmentation_metrics import (
     miou_interval,
     segmentation_figures,
 )
-from video_swinv2.dense.segmentation_transforms import SegmentationAugment
+from video_swinv2.dense.segmentation_transforms import SegmentationAugment, scaled_size
 from video_swinv2.dense.segmenters import IGNORE
 from video_swinv2.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -72,19 +73,18 @@ def batches(data: Dataset[Any], size: int, collate: Callable[[list[Any]], Any]) 
 
 
 def train(
-    model: nn.Module, given: Iterator[Any], loss_of: Callable[[Any], Tensor], rate: float, minutes: float
+    model: nn.Module, given: Iterator[Any], loss_of: Callable[[Any], Tensor], recipe: OptimConfig, minutes: float
 ) -> dict[str, float]:
     """AdamW with warm-up and a cosine over `minutes` of CPU time, reading included."""
-    config = {"lr": rate, "weight_decay": 0.05}
-    optimizer = torch.optim.AdamW(model.parameters(), **config)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     started, steps = time.process_time(), 0
     while (passed := (time.process_time() - started) / (60 * minutes)) < 1:
         factor = min(passed / WARMUP, 1.0) * (1 + math.cos(math.pi * passed)) / 2
-        optimizer.param_groups[0]["lr"] = rate * max(factor, 1e-3)
+        optimizer.param_groups[0]["lr"] = recipe.lr * max(factor, 1e-3)
         loss = loss_of(next(given))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or math.inf)
         optimizer.step()
         steps += 1
         if steps % 50 == 1:
@@ -98,9 +98,7 @@ def detection(data: Path, minutes: float) -> dict[str, Any]:
     settings, (side, longest) = config.detection, config.data.image_size
     change = DetectionAugment(tuple(settings.short_sides), longest, flip=config.augment.flip)
     train_data = vs.DetectionDataset(data, "train", transform=change)
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=group_norm, trainable_layers=5
-    )  # fmt: skip
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=group_norm, trainable_layers=5)
     # Its pyramid has the width of the recipe's.
     width, classes = settings.fpn_channels, len(train_data.classes) + 1
     backbone.fpn = type(backbone.fpn)([64, 128, 256, 512], width, backbone.fpn.extra_blocks)
@@ -125,9 +123,7 @@ def detection(data: Path, minutes: float) -> dict[str, Any]:
         losses = model(images, [{key: target[key] for key in keys} for _, target in batch])
         return torch.stack(list(losses.values())).sum()
 
-    spent = train(
-        model, batches(train_data, config.optim.batch, list), loss_of, config.optim.lr, minutes
-    )  # fmt: skip
+    spent = train(model, batches(train_data, config.optim.batch, list), loss_of, config.optim, minutes)
     model.eval()
     scale.min_size, scale.max_size = (side,), longest
     test = vs.DetectionDataset(data, "test", classes=train_data.classes)
@@ -160,27 +156,23 @@ def segmentation(data: Path, minutes: float) -> dict[str, Any]:
     model = with_group_norm(
         lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(train_data.classes))
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         images, masks = zip(*items, strict=True)
-        return (torch.stack(images) / 255 - mean) / std, torch.stack(masks).long()
+        return normalise(torch.stack(images), IMAGENET_MEAN, IMAGENET_STD), torch.stack(masks).long()
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
         images, masks = batch
         return F.cross_entropy(model(images)["out"], masks, ignore_index=IGNORE)
 
-    spent = train(
-        model, batches(train_data, config.optim.batch, collate), loss_of, config.optim.lr, minutes
-    )  # fmt: skip
+    spent = train(model, batches(train_data, config.optim.batch, collate), loss_of, config.optim, minutes)
     model.eval()
     matrices = []
     with torch.inference_mode():
         for image, mask in test:
-            pixels = (image[None] / 255 - mean) / std
-            if side is not None:
-                size = [round(length * side / min(image.shape[1:])) for length in image.shape[1:]]
-                pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+            pixels = normalise(image[None], IMAGENET_MEAN, IMAGENET_STD)
+            size = scaled_size(mask.shape, side)
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
             scores = F.interpolate(model(pixels)["out"], mask.shape, mode="bilinear").softmax(dim=1)
             matrices.append(confusion_matrix(scores[0].argmax(0), mask, len(test.classes)))
     figures = segmentation_figures(sum(matrices))
