@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import video_swinv2 as vs
+from tests.dense.small import save_small_detector
 from tests.training.resume_worker import Ranks
 from video_swinv2.cli import main
 from video_swinv2.data.images import read_image
@@ -31,14 +32,7 @@ CLASSES = ("cat", "cow", "dog")  # of the model; the data has no cow
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = vs.create_detector(
-        "swinv2_nano", num_classes=3, kind="mask_rcnn", window=4, fpn_channels=16, head_channels=32, mask_channels=8,
-        anchor_sizes=(8, 16, 32, 64, 128), proposals=30, short_side=48, max_side=80,
-    )  # fmt: skip
-    torch.nn.init.normal_(made.roi_heads.stages[0].box_predictor.cls_score.weight)  # so that all classes are answers
-    path = tmp_path / "model.safetensors"
-    vs.save_model(made, path, classes=CLASSES, preprocessing=Preprocessing(None, 1, (48, 80)))
-    return path
+    return save_small_detector(tmp_path / "model.safetensors", CLASSES)
 
 
 @pytest.fixture

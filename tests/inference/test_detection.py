@@ -15,36 +15,24 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.dense.small import save_small_detector, write_two_images
 from tests.training.resume_worker import Ranks
 from video_swinv2.cli import main
 from video_swinv2.data.images import read_image
 from video_swinv2.dense.detection_pictures import LONGEST, detections_picture
 from video_swinv2.dense.outlines import decode_outline
-from video_swinv2.models.preprocessing import Preprocessing
 
 SIZE = (40, 60)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = vs.create_detector(
-        "swinv2_nano", num_classes=2, kind="mask_rcnn", window=4, fpn_channels=16, head_channels=32, mask_channels=8,
-        anchor_sizes=(8, 16, 32, 64, 128), proposals=30, short_side=48, max_side=80,
-    )  # fmt: skip
-    torch.nn.init.normal_(made.roi_heads.stages[0].box_predictor.cls_score.weight)
-    path = tmp_path / "model.safetensors"
-    vs.save_model(made, path, classes=["cat", "=dog"], preprocessing=Preprocessing(None, 1, (48, 80)))
-    return path
+    return save_small_detector(tmp_path / "model.safetensors", ["cat", "=dog"])
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+    return write_two_images(tmp_path / "images", SIZE)
 
 
 def test_objects_are_those_of_the_model_and_are_drawn(

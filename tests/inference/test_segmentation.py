@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import video_swinv2 as vs
+from tests.dense.small import write_two_images
 from video_swinv2.cli import main
 from video_swinv2.dense.segmentation_pictures import class_colours, colour_map, overlay_with_legend
 from video_swinv2.errors import UserError
@@ -32,12 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 255, (30, 44, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+    return write_two_images(tmp_path / "images", (30, 44))
 
 
 def test_masks_and_pictures_are_written(model: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
