@@ -22,6 +22,7 @@ from video_swinv2.engine.factory import compile_blocks
 from video_swinv2.engine.gradients import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 from video_swinv2.engine.offload import MappedFolder
 from video_swinv2.errors import UsageError, UserError
+from video_swinv2.models.swinv2 import SwinV2
 
 WORKER = Path(__file__).with_name("engine_modes_worker.py")
 
@@ -172,6 +173,21 @@ def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
     assert any(block._compiled_call_impl for block in model.modules())
     for first, second in zip(*runs, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_blocks_stay_compiled() -> None:
+    """In training and in validation on images of two sizes, in which PyTorch would give up compiling by default."""
+    model = SwinV2(
+        embed_dim=32, depths=(2, 2), num_heads=(1, 2), num_classes=3, image_size=64, window=4, attention="eager"
+    )
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_blocks(model, backend="eager")
+        for size in (64, 96):
+            with torch.no_grad():
+                model.eval()(torch.randn(2, 3, size, size))
+        model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
 
 
 @pytest.mark.parametrize(

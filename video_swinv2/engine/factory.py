@@ -17,6 +17,7 @@ from video_swinv2.engine.deepspeed import DeepSpeedEngine
 from video_swinv2.engine.optimizer import build_optimizer, write_hyperparameters
 from video_swinv2.engine.plain import PlainEngine
 from video_swinv2.errors import UsageError
+from video_swinv2.models.attention import allow_many_graphs
 from video_swinv2.models.swinv2 import Block
 
 
@@ -69,6 +70,7 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
             f"engine.compile: PyTorch {torch.__version__} fails to compile flex attention within a block; use "
             "model.attention=auto, or PyTorch 2.15"
         )
+    allow_many_graphs()
     for block in blocks:
         block.compile(backend=backend)
 

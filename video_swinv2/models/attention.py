@@ -32,6 +32,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 MAX_LOG_SCALE = math.log(100.0)
 # From this many tokens per window, the (N, N) bias and its gradient dominate the memory of training on a GPU.
 LARGE_WINDOW = 1024
+MAX_GRAPHS = 128  # of torch.compile, for the code of all blocks
 
 
 class WindowAttention(nn.Module):
@@ -162,8 +163,19 @@ def _flex_attention(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # imported here because it takes a second to import
 
     if device_type == "cuda":
+        allow_many_graphs()
         return torch.compile(flex_attention)
     return flex_attention
+
+
+def allow_many_graphs() -> None:
+    """Let torch.compile make as many variants of a function as a model needs.
+
+    All blocks share their code. By default, PyTorch compiles 8 variants of it and then goes on uncompiled. A model needs
+    up to 8 in training, two per stage, as many in validation, and more if images have several sizes.
+    """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
 
 
 ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, WindowLayout], Tensor]] = {
