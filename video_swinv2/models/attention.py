@@ -171,8 +171,8 @@ def _flex_attention(device_type: str) -> Callable[..., Any]:
 def allow_many_graphs() -> None:
     """Let torch.compile make as many variants of a function as a model needs.
 
-    All blocks share their code. By default, PyTorch compiles 8 variants of it and then goes on uncompiled. A model needs
-    up to 8 in training, two per stage, as many in validation, and more if images have several sizes.
+    All blocks share their code. By default, PyTorch compiles 8 variants of it and then goes on uncompiled. A model
+    needs up to 8 in training, two per stage, as many in validation, and more if images have several sizes.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
