@@ -145,7 +145,7 @@ def _read_lists(source: Path, annotations: Sequence[Path]) -> SourceListing:
             if path.is_file() and (header := read_header(path)) and header.ignored:
                 ignored[path] = header.ignored
     notes = [f"{path}: columns that are not used: {', '.join(columns)}" for path, columns in ignored.items()]
-    classes = classes_of_source(root, annotations, first_uses((video.label, video.where) for video in videos))
+    classes = classes_of_source(root, annotations, lambda: first_uses((video.label, video.where) for video in videos))
     return SourceListing(root, classes, videos, tree, notes=notes)
 
 

@@ -287,7 +287,7 @@ def annotated(tmp_path):
     for i in range(4):
         path = tmp_path / f"{i}.png"
         Image.new("RGB", (16, 12), (50 * (i + 1),) * 3).save(path)
-        entries.append(Entry(path.name, path, i))
+        entries.append(Entry(path.name, str(path), i))
     return entries
 
 

@@ -72,7 +72,7 @@ def test_training_reads_files_as_what_they_are(
 ) -> None:
     """A clip model takes clips of videos and animated GIFs only; an image among them costs one sample."""
     kinds = write_disguised(tmp_path, write_video)
-    entries = [Entry(name, tmp_path / name, 1) for name in kinds]
+    entries = [Entry(name, f"{tmp_path}/{name}", 1) for name in kinds]
     data = DataConfig(source=str(tmp_path), image_size=32, frames=frames, frame_stride=2, short_side=32)
     samples = [SampleDataset(entries, data, None, 0, None)[(0, n)] for n in range(len(entries))]
     failed = {name for name, sample in zip(kinds, samples, strict=True) if sample.label == UNREADABLE_LABEL}

@@ -18,7 +18,7 @@ from video_swinv2.errors import UsageError
 
 
 def source(name, size):
-    return [Entry(f"{name}{i}", Path(f"{name}{i}"), -1) for i in range(size)]
+    return [Entry(f"{name}{i}", f"{name}{i}", -1) for i in range(size)]
 
 
 def drawn(mixture, epoch, seed=0):

@@ -48,7 +48,7 @@ def samples(files: list[Path], augment: AugmentConfig | None) -> SampleDataset:
         workers=WORKERS,
         decode_seconds=LIMIT_SECONDS,
     )
-    return SampleDataset([Entry(path.name, path, 0) for path in files], data, augment, 0, None)
+    return SampleDataset([Entry(path.name, str(path), 0) for path in files], data, augment, 0, None)
 
 
 def show(what: str, results: Iterable[str]) -> None:
@@ -90,7 +90,7 @@ def test_validation(files: list[Path]) -> None:
 def test_views(files: list[Path]) -> None:
     """The test delivers every group, and for each of its videos the views or a reason of one line."""
     groups = VideoGroups(
-        [Entry(path.name, path, 0) for path in files],
+        [Entry(path.name, str(path), 0) for path in files],
         find_protocol("videoswin-4x3"),
         Preprocessing(frames=4, frame_stride=2, image_size=(32, 32)),
         group_videos=3,

@@ -50,7 +50,7 @@ def test_a_video_that_cannot_be_read_fails_alone(
     unknown.write_bytes(whole.read_bytes().replace(b"avc1", b"none"))
     Image.new("RGB", (64, 48)).save(image)
     groups = VideoGroups(
-        [Entry(path.name, path, 0) for path in (thin, whole, unknown, image)],
+        [Entry(path.name, str(path), 0) for path in (thin, whole, unknown, image)],
         find_protocol("center-1x1"),
         Preprocessing(frames=4, frame_stride=2, image_size=(224, 224)),
         group_videos=2,
@@ -76,7 +76,7 @@ def test_files_are_read_as_what_they_are_whatever_the_first_one_is(
     kinds = write_disguised(tmp_path, write_video)
     preprocessing = Preprocessing(frames=frames, frame_stride=2, image_size=(32, 32))
     for names in (list(kinds), sorted(kinds, key=kinds.get)):  # type: ignore[arg-type]  # images first
-        entries = [Entry(name, tmp_path / name, 0) for name in names]
+        entries = [Entry(name, f"{tmp_path}/{name}", 0) for name in names]
         protocol = protocol_for_split(
             Manifest(tmp_path, "test", ("one",), entries, ""), find_protocol("videoswin-4x3"), preprocessing
         )

@@ -55,7 +55,7 @@ def samples(path: Path) -> None:
     data = DataConfig(
         source=str(path.parent), image_size=32, frames=4, short_side=36, workers=0, decode_seconds=LIMIT_SECONDS
     )
-    entries = [Entry(path.name, path, 0), Entry("sound.mp4", _sound_clip(), 0)]
+    entries = [Entry(path.name, str(path), 0), Entry("sound.mp4", str(_sound_clip()), 0)]
     for augment in (AugmentConfig(rand_augment=2, erasing=0.25), None):
         broken = SampleDataset(entries, data, augment, 0, None)[0, 0].broken
         if broken:
@@ -65,7 +65,7 @@ def samples(path: Path) -> None:
 def views(path: Path) -> None:
     """The views of a test."""
     groups = VideoGroups(
-        [Entry(path.name, path, 0)],
+        [Entry(path.name, str(path), 0)],
         find_protocol("videoswin-4x3"),
         Preprocessing(frames=4, frame_stride=2, image_size=(32, 32)),
         group_videos=1,

@@ -152,7 +152,7 @@ def test_training_and_tests_have_a_key_for_the_ceiling(write_video: Writer, tmp_
     path = write_video(tmp_path / "v.mp4", np.zeros((4, 48, 64, 3), np.uint8))
     assert DataConfig(".", 32).max_pixels == TestOverrides().max_pixels == MAX_PIXELS >= 7680 * 4320
     data = DataConfig(".", 32, frames=2, max_pixels=3071, workers=0)
-    sample = SampleDataset([Entry("v", path, 0)], data, None, 0, None)[0, 0]
+    sample = SampleDataset([Entry("v", str(path), 0)], data, None, 0, None)[0, 0]
     assert sample.broken == (
         f"{path}: a picture of 64 x 48 pixels exceeds max_pixels = 3071; remove it or raise the limit",
     )
@@ -165,7 +165,7 @@ def test_training_and_tests_have_a_key_for_the_ceiling(write_video: Writer, tmp_
 
 def video_groups(paths: Sequence[Path], *, max_pixels: int, frames: int | None = 2) -> VideoGroups:
     return VideoGroups(
-        [Entry(path.name, path, 0) for path in paths],
+        [Entry(path.name, str(path), 0) for path in paths],
         find_protocol("center-1x1"),
         Preprocessing(frames=frames, frame_stride=1, image_size=(32, 32)),
         group_videos=1,
@@ -208,7 +208,7 @@ def test_a_loader_worker_out_of_memory_costs_the_sample(
     small = write_video(tmp_path / "small.mp4", np.zeros((4, 48, 64, 3), np.uint8))
     hungry = mux(tmp_path / "hungry.mkv", large, SIDE)  # two frames of 243 MiB in RGB
     monkeypatch.setattr(loader_workers, "READING_BYTES", 320 * MIB)
-    entries = [Entry(path.name, path, 0) for path in (small, hungry, small)]
+    entries = [Entry(path.name, str(path), 0) for path in (small, hungry, small)]
     data = DataConfig(".", 32, frames=2, workers=1, max_pixels=SIDE**2)
     loader = validation_loader(SampleDataset(entries, data, None, 0, None), 1, rank=0, world=1, pin=False)
     broken = [batch.broken for batch in loader]

@@ -146,7 +146,7 @@ def _generate_videos(folder: Path) -> list[Path]:
 
 def _samples(paths: Sequence[Path], reading: Reading, workers: int, against: LoaderPeer) -> SampleDataset:
     """The samples that `train` would read."""
-    entries = [Entry(str(number), path, 0) for number, path in enumerate(paths)]
+    entries = [Entry(str(number), str(path), 0) for number, path in enumerate(paths)]
     return SampleDataset(entries, _config(str(paths[0]), reading, workers), _augment(against), 0, None)
 
 

@@ -175,7 +175,7 @@ def _read_seconds(path: Path, frames: int) -> float:
 def _load_seconds(path: Path, workers: int) -> float:
     """CPU seconds, workers included, of 8 batches of 4 clips from the training loader."""
     config = DataConfig(source=(str(path),), image_size=112, frames=8, frame_stride=2, short_side=128, workers=workers)
-    entries = [Entry(str(number), path, 0) for number in range(32)]
+    entries = [Entry(str(number), str(path), 0) for number in range(32)]
     dataset = SampleDataset(entries, config, AugmentConfig(), 0, None)
     before = os.times()
     loader = training_loader(dataset, plan_batch(4, 4, 1), seed=0, rank=0, first=0, last=8, pin=False)
@@ -239,7 +239,7 @@ def _use_list(rows: int) -> dict[str, float]:
             figures["read_seconds"] = elapsed(lambda: read_manifest(path, "train"), time.process_time)
 
         figures["read_bytes"] = peak_bytes_of(read, torch.device("cpu"))
-    mixture = Mixture([MixtureSource([Entry("", Path(), 0)] * rows)])
+    mixture = Mixture([MixtureSource([Entry("", "", 0)] * rows)])
     figures["order_seconds"] = elapsed(lambda: mixture.order(0, 0), time.process_time)
     return figures
 

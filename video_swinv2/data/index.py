@@ -376,7 +376,7 @@ class IndexedEntries(LazySequence[AnyEntry]):
         name = self.file_index.names[row]
         shown = f"{container}/{name}" if container else name
         if "offset" not in self.file_index.columns:  # containers are folders, and an entry is a file of its own
-            return Entry(shown, self.root / shown, label)
+            return Entry(shown, os.path.join(self.root, shown), label)
         offset, size = int(self.file_index.columns["offset"][row]), int(self.file_index.columns["size"][row])
         return TarMember(shown, self.root / container, label, offset, size)
 
@@ -386,7 +386,7 @@ class CompactEntries(LazySequence[AnyEntry]):
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.names = NameTable.from_names(entry.name for entry in entries)
-        self.paths = NameTable.from_names(str(entry.path) for entry in entries)
+        self.paths = NameTable.from_names(entry.location for entry in entries)
         self.labels = torch.tensor([entry.label for entry in entries], dtype=torch.int32)
 
     def __len__(self) -> int:
@@ -394,7 +394,7 @@ class CompactEntries(LazySequence[AnyEntry]):
 
     def item(self, place: int) -> AnyEntry:
         """The entry at position `place`."""
-        return Entry(self.names[place], Path(self.paths[place]), int(self.labels[place]))
+        return Entry(self.names[place], self.paths[place], int(self.labels[place]))
 
 
 def compact_entries(entries: Sequence[Entry]) -> Sequence[AnyEntry]:

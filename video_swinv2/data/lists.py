@@ -119,6 +119,9 @@ def split_column(path: Path) -> set[str]:
 
     Raises UsageError if only some lines have a value, and naming the line for one that is no name of a split.
     """
+    header = read_header(path)
+    if header is None or "split" not in header.places:
+        return set()  # without reading the rest of a list that may be long
     words = first_uses((word, f"{path}, line {number}") for number, (word,) in read_rows(path, "split"))
     for word, where in words.items():
         if word:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence, Set
+import stat
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,24 @@ MAX_SPARSE_ID = 1000
 IDS_PER_CLASS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One video or image file.
 
-    `name` is as listed and unique within its split, `path` is absolute, and `label` is an index into the classes, or -1
-    for none. Videos of the same `group` are not independent, such as clips cut from one recording; '' is unknown.
+    `name` is as listed and unique within its split, `location` is the absolute path, and `label` is an index into the
+    classes, or -1 for none. Videos of the same `group` are not independent, such as clips cut from one recording; '' is
+    unknown. The path is kept as text: a `Path` would be most of the memory and a third of the time of a long list.
     """
 
     name: str
-    path: Path
+    location: str
     label: int
     group: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The absolute path."""
+        return Path(self.location)
 
 
 @dataclass(frozen=True)
@@ -147,17 +154,20 @@ def read_manifest(
     rows = [row for path in chosen for row in read_listed_videos(root, path, split)]
     if not rows:
         raise UsageError(f"{chosen[0]}: no videos for split {split!r}")
-    # Classes are collected from all splits. If one split lacked a class, train and val would number them differently.
-    paths = dict.fromkeys(path for found in sources.values() for path in found)
-    listed = first_uses(use for path in paths for use in labels_in(root, path).items())
-    own = classes_of_source(root, annotations, listed, classes)
+
+    def labels() -> Mapping[str, str]:
+        # Of all splits: if one split lacked a class, train and val would number the classes differently.
+        paths = dict.fromkeys(path for found in sources.values() for path in found)
+        return first_uses(use for path in paths for use in labels_in(root, path).items())
+
+    own = classes_of_source(root, annotations, labels, classes)
     wanted = tuple(classes) if classes is not None else own
     used: dict[str | int, str] = first_uses((row.label, row.where) for row in rows)
     indices = label_indices(used, own, wanted)
     # -1, for no label, selects the None at the end.
     names = (*wanted, None)
     entries = tuple(
-        Entry(row.name, Path(row.path), label, group_of(row.name, names[label], row.group))
+        Entry(row.name, row.path, label, group_of(row.name, names[label], row.group))
         for row in rows
         for label in (indices[row.label],)
     )
@@ -179,7 +189,10 @@ def content_fingerprint(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def classes_of_source(
-    root: Path, annotations: Sequence[Path], labels: Mapping[str, str], wanted: Sequence[str] | None = None
+    root: Path,
+    annotations: Sequence[Path],
+    labels: Callable[[], Mapping[str, str]],
+    wanted: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """The source's own class names, in order.
 
@@ -187,7 +200,8 @@ def classes_of_source(
     sorted names, or "0", "1", ... up to the largest id.
 
     Args:
-        labels: every label of the source, with the file and line of its first use.
+        labels: gives every label of the source, with the file and line of its first use. It is called only if nothing
+            else says what the classes are, since long lists take seconds to read.
 
     Raises UsageError, naming the line, for a number among names and for a number too large to be an id.
     """
@@ -199,8 +213,9 @@ def classes_of_source(
             return read_class_list(folder / "classes.txt")
     if wanted is not None:
         return tuple(wanted)
-    names = tuple(sorted(label for label in labels if not isinstance(label, Numeral)))
-    ids = {label.class_id(where): where for label, where in labels.items() if isinstance(label, Numeral)}
+    found = labels()
+    names = tuple(sorted(label for label in found if not isinstance(label, Numeral)))
+    ids = {label.class_id(where): where for label, where in found.items() if isinstance(label, Numeral)}
     ids.pop(-1, None)
     if not ids:
         check_class_names(names, str(root))
@@ -320,8 +335,17 @@ def _fingerprint(entries: Sequence[Entry], classes: Sequence[str]) -> str:
     """sha256 over (name, class name, size in bytes) of the files in order; a file that does not exist has size -1."""
     digest = hashlib.sha256()
     for entry in entries:
-        size = os.path.getsize(entry.path) if os.path.isfile(entry.path) else -1
+        size = _size(entry.location)
         label = classes[entry.label] if entry.label >= 0 else ""
         # Names that are not valid UTF-8 contain surrogates, which the default "strict" would refuse to encode.
         digest.update(f"{entry.name}\t{label}\t{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    """The bytes of a file; -1 if there is none. One question to the file system, which may be a slow one."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

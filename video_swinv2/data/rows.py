@@ -155,7 +155,7 @@ def _without_comments(file: TextIO, path: Path) -> Iterator[str]:
         if len(line) > MAX_LINE or "\0" in line:
             what = "a NUL character" if "\0" in line else f"more than {MAX_LINE} characters"
             raise UsageError(f"{path}, line {number}: {what}; give a list of paths")
-        yield "\n" if line.lstrip().startswith("#") else line
+        yield "\n" if "#" in line and line.lstrip().startswith("#") else line
 
 
 def _plain_name(column: str) -> str:

@@ -119,7 +119,7 @@ def check_files_exist(entries: Sequence[Entry]) -> None:
 
     Checked at the start, because a run would otherwise meet the missing file only when the epoch reaches it.
     """
-    missing = [entry.path for entry in entries if not os.path.isfile(entry.path)]
+    missing = [entry.location for entry in entries if not os.path.isfile(entry.location)]
     if missing:
         raise UserError(
             f"{missing[0]}: is listed but does not exist ({len(missing)} of {len(entries)} files are missing); "

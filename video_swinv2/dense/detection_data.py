@@ -210,7 +210,7 @@ def compact(
     if len(faults) > SHOWN_FAULTS:
         shown.append(f"left out: {len(faults) - SHOWN_FAULTS:,} more")
     outlines, outline_notes = _joined_outlines([item for objects in kept_objects for item in objects])
-    entries = tuple(Entry(image.name, image.path, place) for place, image in enumerate(kept_images))
+    entries = tuple(Entry(image.name, str(image.path), place) for place, image in enumerate(kept_images))
     ids = np.array(range(1, len(classes) + 1) if category_ids is None else category_ids, dtype=np.int64)
     notes = (*notes, *shown, *outline_notes)
     return _arrays(root, split, tuple(classes), entries, notes, ids, kept_images, kept_objects, outlines)

@@ -176,7 +176,7 @@ def _data(
                     f"{path}: is missing, the {other} of {(mask if other == 'image' else image).name}; add it, or "
                     "remove the name from the list"
                 )
-    entries = tuple(Entry(name, image, place) for place, (name, image, _) in enumerate(pairs))
+    entries = tuple(Entry(name, str(image), place) for place, (name, image, _) in enumerate(pairs))
     masks = tuple(mask for _, _, mask in pairs)
     return SegmentationData(root, split, classes, entries, masks, indices, listed, max_pixels)
 

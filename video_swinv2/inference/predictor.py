@@ -189,7 +189,7 @@ def _predict_files(
     views = classifier.views_of("clip", protocol.clips)
     # Groups of one file, so that each file is delivered, or reported as failed, on its own. The label -1 is unused.
     groups = VideoGroups(
-        [Entry(name, Path(name).absolute(), -1) for name, _ in files],
+        [Entry(name, str(Path(name).absolute()), -1) for name, _ in files],
         protocol,
         classifier.card.preprocessing,
         group_videos=1,

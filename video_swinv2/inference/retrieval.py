@@ -190,7 +190,7 @@ def _extract(
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """The vectors (n, C) of n files, and the reason for each one that could not be read (otherwise empty)."""
     # A manifest in memory, which the feature extraction of tests can read. The label -1 is not used.
-    entries = [Entry(name, Path(name).absolute(), -1) for name in names]
+    entries = [Entry(name, str(Path(name).absolute()), -1) for name in names]
     manifest = Manifest(Path(), "files", (), entries, fingerprint="")
     features = extract_features(backbone, manifest, protocol, overrides, None, world)
     return features.vectors, features.reasons

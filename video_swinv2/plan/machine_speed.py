@@ -51,7 +51,7 @@ def measure_reading(config: Config, entries: Sequence[AnyEntry] | Mixture | None
         return None
     with tempfile.TemporaryDirectory() as folder:
         write_clip(Path(folder) / "clip.mp4")
-        clip = Entry("clip.mp4", Path(folder) / "clip.mp4", 0)
+        clip = Entry("clip.mp4", f"{folder}/clip.mp4", 0)
         dataset = SampleDataset([clip], config.data, config.augment, config.seed, None)
         return ReadingSpeed(_samples_per_second(dataset), "of a generated clip, 10 s of 256x340")
 
