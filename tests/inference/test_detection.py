@@ -115,11 +115,3 @@ def test_a_large_image_is_shown_smaller_with_its_boxes_in_place() -> None:
     assert coloured[220:590, 120:490].all()
     assert not coloured[:, 520:].any()
     assert not coloured[620:].any()
-
-
-def test_export_says_what_to_do_instead(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(model), str(tmp_path / "model.onnx")]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "detectors cannot be exported yet; use `predict`" in error
-    assert not (tmp_path / "model.onnx").exists()

@@ -49,4 +49,6 @@ class PyramidBackbone(nn.Module):
         """
         maps = self.encoder.forward_pyramid(x)
         # (B, C_i, *S_i) -> channels last, which is how the encoder computed them, for the norm -> channels first
-        return [self.get_submodule(f"norm{i}")(m.movedim(1, -1)).movedim(-1, 1) for i, m in enumerate(maps)]
+        return [
+            self.get_submodule(f"norm{i}")(m.movedim(1, m.ndim - 1)).movedim(m.ndim - 1, 1) for i, m in enumerate(maps)
+        ]

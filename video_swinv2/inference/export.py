@@ -1,7 +1,7 @@
 """Export of a model file to torch.export (`.pt2`) or ONNX, for use without this package.
 
 An exported program accepts any batch size and contains the class names and the preprocessing. It is kept only if its
-outputs agree with those of the model.
+outputs agree with those of the model. A detector, which differs in all of this but the last, is `detector_export.py`'s.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from video_swinv2.data.media import IMAGE, VIDEO
 from video_swinv2.data.transforms import normalise
-from video_swinv2.dense.loading import load_model as load_segmenter
+from video_swinv2.dense.detectors import Detector
+from video_swinv2.dense.loading import load_model as load_dense_model
 from video_swinv2.dense.segmenters import Segmenter
 from video_swinv2.errors import UsageError, UserError
 from video_swinv2.evaluation.protocols import PROTOCOLS
 from video_swinv2.evaluation.views import view_shape
 from video_swinv2.files import atomic_write, json_text
+from video_swinv2.inference.detector_export import MIN_SHARE_FOUND, compare_detections, write_onnx
 from video_swinv2.inference.media_types import find_media_files, read_file_views
 from video_swinv2.models.swinv2 import IntOrPerAxis, SwinV2, per_axis
 from video_swinv2.weights.store import CARD_KEY, ModelCard, Preprocessing, load_model, read_card, require_rgb
@@ -46,13 +48,27 @@ Program = Callable[[Tensor], Tensor]
 class Comparison:
     """How closely the outputs of an exported program agree with those of its model on `samples` samples.
 
-    difference: the largest absolute difference between two logits. same_top: the number of samples for which the top
-    five classes are the same, in the same order, or of a segmenter the first class of every pixel.
+    difference: the largest absolute difference between two logits. same: the number of samples for which the top five
+    classes are the same, in the same order, or of a segmenter the first class of every pixel. Of a detector, samples
+    are detections, `same` those that both find, and the difference is that of `compare_detections`.
     """
 
     difference: float
     samples: int
-    same_top: int
+    same: int
+    of: str = "logits"
+    """What was compared: logits or detections."""
+
+    def __str__(self) -> str:
+        if self.of == "detections":
+            return (
+                f"{self.same} of {self.samples} detections are the model's, and differ by at most "
+                f"{self.difference:.1e} in their scores and in parts of the image"
+            )
+        return (
+            f"the logits differ from the model's by at most {self.difference:.1e}, and {self.same} of {self.samples} "
+            "samples have the same top five classes"
+        )
 
 
 def export(
@@ -71,15 +87,15 @@ def export(
     frames, image_size, window: sizes to export at, by default those of the file. check: videos to compare on, as files
     or folders; for an image model, images or single video files. By default the comparison uses random noise. report:
     called with each step as it begins. Raises UsageError for a wrong name or option, and UserError for a model that
-    cannot be exported (no RGB input, no logits, a detector) or whose exported program differs from it by more than
-    MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
+    cannot be exported (no RGB input, no logits, a detector as .pt2) or whose exported program differs from it by more
+    than MAX_LOGIT_DIFFERENCE. A failed export leaves no file behind.
     """
     model_path, out = Path(model_path), Path(out)
     _check_request(out, opset)
     file_card = read_card(model_path)
     require_rgb(file_card.architecture, model_path)
     if file_card.dense.get("task") == "detection":
-        raise UserError(f"{model_path}: detectors cannot be exported yet; use `predict`, or vs.load_model in Python")
+        return _export_detector(model_path, file_card, out, frames, image_size, window, opset, check, report)
     if file_card.architecture.get("features_only") and not file_card.dense:
         raise UserError(f"{model_path}: a features_only model returns feature maps and no logits; export a classifier")
     # With sdpa, the attention of a block is exported as one operator, which ONNX has, too, from opset 23 on.
@@ -87,9 +103,7 @@ def export(
     samples = _comparison_inputs(card.preprocessing, [Path(path) for path in check])
     # The first batch serves as the example input of the export, too.
     inputs = next(samples)
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    if out.suffix == ".onnx" and size >= MAX_ONNX_BYTES:
-        raise UserError(f"{out}: an ONNX file is limited to 2 GB, and the weights have {size / 1e9:.1f} GB; use .pt2")
+    size = _weight_bytes(model, out)
     with atomic_write(out) as part:
         with torch.no_grad(), _without_exporter_notes():
             # Only the batch axis is dynamic. The grid decides windows and masks, which become constants of the program.
@@ -113,6 +127,47 @@ def export(
     return comparison
 
 
+def _export_detector(
+    model_path: Path,
+    card: ModelCard,
+    out: Path,
+    frames: int | None,
+    image_size: IntOrPerAxis | None,
+    window: IntOrPerAxis | None,
+    opset: int | None,
+    check: Sequence[Path | str],
+    report: Callable[[str], None],
+) -> Comparison:
+    if out.suffix != ".onnx":
+        raise UsageError(f"{out}: torch.export cannot express a detector, whose output has no fixed size; use .onnx")
+    detector: Detector = load_dense_model(model_path, frames=frames, window=window, attention="sdpa")
+    sides = (detector.design.short_side, detector.design.max_side) if image_size is None else image_size
+    height, width = per_axis("image_size", sides, 2)
+    card = dataclasses.replace(card, preprocessing=dataclasses.replace(card.preprocessing, image_size=(height, width)))
+    with atomic_write(out) as part:
+        with torch.no_grad(), _without_exporter_notes():
+            size = _weight_bytes(detector, out)
+            report(f"tracing the model at {height} x {width} pixels, {size / 1e6:.0f} MB of weights")
+            run = write_onnx(detector, card, part, opset)
+        report("comparing the program with the model")
+        found = compare_detections(detector, run, (height, width), [Path(path) for path in check])
+        comparison = Comparison(*found, "detections")
+        if comparison.same < MIN_SHARE_FOUND * comparison.samples:
+            raise UserError(
+                f"{out}: {comparison.samples - comparison.same} of {comparison.samples} detections differ from the "
+                "model's, and it was not kept; please report it with the versions of torch and onnxruntime"
+            )
+    return comparison
+
+
+def _weight_bytes(model: nn.Module, out: Path) -> int:
+    """Bytes of the weights. Raises UserError for an ONNX file that would have too many."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if out.suffix == ".onnx" and size >= MAX_ONNX_BYTES:
+        raise UserError(f"{out}: an ONNX file is limited to 2 GB, and the weights have {size / 1e9:.1f} GB; use .pt2")
+    return size
+
+
 def _check_request(out: Path, opset: int | None) -> None:
     if out.suffix not in (".pt2", ".onnx"):
         raise UsageError(f"{out}: the name must end in .pt2 (torch.export) or .onnx")
@@ -132,7 +187,7 @@ def _load(
     """A classifier or a segmenter, and the card of the file with its sizes replaced by those to export at."""
     if card.dense.get("task") == "segmentation":
         # A segmenter takes images of any size. The exported program is for one, by default that of the training crops.
-        segmenter: Segmenter = load_segmenter(path, frames=frames, window=window, attention="sdpa")
+        segmenter: Segmenter = load_dense_model(path, frames=frames, window=window, attention="sdpa")
         encoder, size = segmenter.encoder, card.preprocessing.image_size if image_size is None else image_size
         height, width = per_axis("image_size", size, 2)
         model: SwinV2 | Segmenter = segmenter

@@ -216,7 +216,7 @@ class PatchEmbed(nn.Module):
         if any(missing):
             x = F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
         # (B, C, *S) -> (B, *S, C): from here on channels are last, as LayerNorm and Linear need them.
-        return self.norm(self.proj(x).movedim(1, -1))
+        return self.norm(self.proj(x).movedim(1, x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ class SwinV2(nn.Module):
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """(B, 3, *P) -> the output of each stage i before merging, (B, C_i, *S_i), without the final norm."""
-        return [tokens.movedim(-1, 1) for tokens in self._run_stages(self.embed(x))]
+        return [tokens.movedim(tokens.ndim - 1, 1) for tokens in self._run_stages(self.embed(x))]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, *P) -> patch tokens (B, *S, C), some of which SimMIM replaces.
