@@ -44,9 +44,22 @@ def picture_text(path: Path) -> str:
     return base64.b64encode(read_bytes(path, MAX_PICTURE_BYTES)).decode() if path.is_file() else ""
 
 
-def shown_record(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The keys of results.json that a page shows as they are, with their values."""
-    return [(key, result[key]) for key in SHOWN if key in result]
+def shown_record(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The keys of results.json that a page shows as they are, with their values in words."""
+    return [(key, _in_words(result[key])) for key in SHOWN if key in result]
+
+
+def _in_words(value: object) -> str:
+    """JSON without its signs: the parts of an object and of a list one after the other."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_in_words(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value)) or "none"
+    return (
+        {True: "yes", False: "no", None: "none"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )
 
 
 def page_title(result: Mapping[str, Any], out: Path) -> str:

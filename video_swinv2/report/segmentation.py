@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from video_swinv2.dense.segmentation_pictures import class_colours
 from video_swinv2.files import atomic_write
 from video_swinv2.pages import render
 from video_swinv2.records import Record, read_record
@@ -48,7 +49,10 @@ def write_segmentation_report(out: Path) -> None:
         "pixel_accuracy": result.pixel_accuracy or 0.0,
         "scored": result.images.scored,
         "failed": result.images.failed,
-        "classes": result.per_class,
+        "classes": [
+            {"name": row.name, "iou": row.iou, "colour": f"rgb({', '.join(map(str, colour))})"}
+            for row, colour in zip(result.per_class, class_colours(len(result.per_class)).tolist(), strict=True)
+        ],
         "confusions": _confusions(result),
         "mistakes": picture_text(out / MISTAKES),
         "record": shown_record(extra),
