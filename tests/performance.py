@@ -85,7 +85,10 @@ BENCHMARKS = {
     "prepare": Benchmark(
         "Preparation, beside the ffmpeg program", "prepare --data {raw} --clips 6 --rounds 3", preparation_table
     ),
-    "scale": Benchmark("How costs grow", "scale --rounds 2 --rows 10000,100000,1000000", scale_table),
+    "scale": Benchmark("How costs grow", "scale --rounds 2 --part model reading processes", scale_table),
+    "lists": Benchmark(
+        "Lists of up to ten million videos", "scale --part lists --rows 10000,100000,1000000,10000000", scale_table
+    ),
 }
 
 

@@ -63,6 +63,9 @@ def test_what_lists_cost_grows_with_their_rows() -> None:
 @pytest.mark.slow
 def test_everything_is_measured() -> None:
     growths = bench_scale((200, 400), rounds=1)["growths"]
+    assert [one["work"] for one in bench_scale((200, 400), rounds=1, parts=["lists"])["growths"]] == [
+        one["work"] for one in growths if one["quantity"] == "rows"
+    ]
     assert {one["quantity"] for one in growths} >= {
         "clips in a batch",
         "frames",

@@ -42,6 +42,7 @@ from video_swinv2.models.variants import create_model
 MODEL = "swinv2_tiny"
 CLIP_SECONDS = 3.0
 CLASSES = 400  # of the lists
+PARTS = ("model", "reading", "processes", "lists")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,20 @@ def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def bench_scale(rows: Sequence[int], *, rounds: int) -> dict[str, Any]:
-    """All growths, with one thread; plain JSON. rows: lengths of the lists that are read, each in a fresh process.
+def bench_scale(rows: Sequence[int], *, rounds: int, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """The growths of `parts`, or of all PARTS, with one thread; plain JSON.
 
-    Within a growth the sizes take turns, and costs are medians of `rounds`. Lists are read once.
+    rows: lengths of the lists that are read, each in a fresh process. Within a growth the sizes take turns, and costs
+    are medians of `rounds`. Lists are read once.
     """
     torch.set_num_threads(1)
-    growths = [*_model_growths(rounds), *_reading_growths(rounds), _process_growth(rounds), *list_growths(rows)]
+    measures: dict[str, Callable[[], list[Growth]]] = {
+        "model": partial(_model_growths, rounds),
+        "reading": partial(_reading_growths, rounds),
+        "processes": lambda: [_process_growth(rounds)],
+        "lists": partial(list_growths, rows),
+    }
+    growths = [growth for part in parts or PARTS for growth in measures[part]()]
     return {
         "model": MODEL,
         "rounds": rounds,
@@ -246,9 +254,10 @@ def _use_list(rows: int) -> dict[str, float]:
 
 def scale_table(result: dict[str, Any]) -> str:
     """The result of `bench_scale` as text."""
-    heading = (
-        f"{result['model']}, one thread, torch {result['torch']}, medians of {result['rounds']} rounds taking turns"
-    )
+    about = f"{result['model']}, torch {result['torch']}, medians of {result['rounds']} rounds taking turns"
+    if all(one["quantity"] == "rows" for one in result["growths"]):
+        about = "lists of videos, each read once"
+    heading = f"one thread; {about}"
     rows = [
         [
             one["work"],

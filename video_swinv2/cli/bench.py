@@ -104,6 +104,13 @@ def add_bench_verbs(verbs: Verbs[argparse.ArgumentParser]) -> None:
         help="loader: also measure how a list of N videos is started on; prepare: the same (default: 246534); scale: "
         "lengths of lists (default: 10000,30000,100000)",
     )
+    verb.add_argument(
+        "--part",
+        nargs="+",
+        choices=("model", "reading", "processes", "lists"),
+        default=(),
+        help="scale: measure only these (default: all)",
+    )
     verb.add_argument("--split", default="test", help="test: split of the data (default: %(default)s)")
     verb.add_argument(
         "--protocol", default="videoswin-4x3", metavar="NAME[,NAME]", help="test: views (default: %(default)s)"
@@ -222,7 +229,7 @@ def _bench_prepare(options: argparse.Namespace) -> None:
 def _bench_scale(options: argparse.Namespace) -> None:
     from video_swinv2.bench.scale import bench_scale, scale_table
 
-    result = bench_scale(options.rows or (10_000, 30_000, 100_000), rounds=options.rounds)
+    result = bench_scale(options.rows or (10_000, 30_000, 100_000), rounds=options.rounds, parts=options.part)
     print(json_text(result, indent=1) if options.json else scale_table(result))
 
 
