@@ -33,6 +33,24 @@ def test_boxes_and_masks_are_drawn_in_the_colours_of_their_classes():
     assert (sure[:, 56:] == 255).all()
 
 
+def test_of_overlapping_masks_the_surest_is_seen():
+    image = torch.full((3, 40, 40), 200, dtype=torch.uint8)
+    masks = torch.zeros(2, 40, 40)
+    masks[0, 5:20, 5:20] = masks[1, 15:35, 15:35] = 1
+    found = {
+        "boxes": torch.tensor([[5.0, 5, 20, 20], [15, 15, 35, 35]]),
+        "labels": torch.tensor([1, 3]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "masks": masks,
+    }
+    drawn = draw_detections(image, found, CLASSES).float()
+    first, second = (200 * 0.55 + 0.45 * class_colours(3)[label].float() for label in (0, 2))
+    assert torch.allclose(drawn[:, 18, 18], first, atol=2)  # where both are
+    assert torch.allclose(drawn[:, 10, 17], first, atol=2)
+    assert torch.allclose(drawn[:, 30, 30], second, atol=2)
+    assert (drawn[:, 37, 37] == 200).all()
+
+
 def test_nothing_to_draw():
     image = torch.randint(256, (3, 20, 30), dtype=torch.uint8)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from video_swinv2.dense.detection_transforms import fitted_size, resize
 from video_swinv2.dense.segmentation_pictures import class_colours
@@ -49,10 +49,22 @@ def draw_detections(
     drawn = image.cpu()
     if "masks" in found:
         masks = found["masks"].cpu()[kept].reshape(len(kept), *image.shape[-2:]) > 0.5
-        drawn = draw_segmentation_masks(drawn, masks, alpha=OPACITY, colors=chosen)
+        drawn = _draw_masks(drawn, masks, chosen)
     width = max(round(min(image.shape[-2:]) / LINE), 1)
     result: Tensor = draw_bounding_boxes(drawn, boxes, names, chosen, width=width)
     return result
+
+
+def _draw_masks(image: Tensor, masks: Tensor, colours: Sequence[tuple[int, int, int]]) -> Tensor:
+    """An image, uint8 (3, H, W), tinted where the masks (D, H, W) are; of several, the first is seen.
+
+    torchvision's draw_segmentation_masks paints black where masks overlap.
+    """
+    painted = image.clone()
+    for mask, colour in zip(masks.flip(0), reversed(colours), strict=True):
+        painted[:, mask] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+    blended = (image * (1 - OPACITY) + painted * OPACITY).to(torch.uint8)
+    return torch.where(masks.any(dim=0), blended, image)
 
 
 def detections_picture(image: Tensor, found: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
