@@ -107,6 +107,15 @@ def test_losses_are_sums_over_the_pixels_of_a_class_divided_by_all_pixels() -> N
     assert float(pixel_loss(torch.randn(1, 3, 2, 2), torch.full((1, 2, 2), 255))) == 0
 
 
+def test_weights_of_classes_multiply_the_loss_of_their_pixels() -> None:
+    logits, masks = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    masks[0, 0] = 255
+    weights = torch.tensor([0.5, 2.0, 7.0])
+    each = -logits.log_softmax(dim=1)
+    expected = sum(float(weights[k] * each[:, k][masks == k].sum()) for k in range(3)) / 40
+    assert float(pixel_loss(logits, masks, weights)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_parameter_learns_and_none_depends_on_the_other_images() -> None:
     model = nano()
     images, masks = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))

@@ -143,6 +143,8 @@ def test_class_weights_weigh_the_loss(config):
     shares = F.one_hot(torch.tensor([0, 0, 1]), 2) * 0.9 + 0.05
     expected = -(shares * task.class_weights * logits.log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(found, expected)
+    mild = Classification(config("optim.class_weights=sqrt_balanced")).class_weights
+    assert mild.tolist() == pytest.approx([8 / (6**0.5 * (6**0.5 + 2**0.5)), 8 / (2**0.5 * (6**0.5 + 2**0.5))])
     assert Classification(config("optim.class_weights=[1, 3]")).class_weights.tolist() == [1, 3]
     with pytest.raises(UsageError, match="3 weights for 2 classes"):
         Classification(config("optim.class_weights=[1, 3, 1]"))

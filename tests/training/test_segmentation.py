@@ -137,7 +137,7 @@ def test_the_loss_adds_the_auxiliary_head(recipe: Recipe) -> None:
     batch = collate([made.train_samples[(0, number)] for number in range(2)])
     assert batch.pixels.shape == (2, 3, 32, 40)
 
-    def forward(images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    def forward(images: Tensor, masks: Tensor, class_weights: None) -> dict[str, Tensor]:
         assert (images.shape, masks.shape, masks.dtype) == ((2, 3, 32, 40), (2, 32, 40), torch.int64)
         return {"loss": torch.tensor(2.0), "auxiliary_loss": torch.tensor(10.0)}
 
@@ -145,6 +145,27 @@ def test_the_loss_adds_the_auxiliary_head(recipe: Recipe) -> None:
     plain = task(recipe("b"), "segmentation.auxiliary=0")
     assert not [name for name, _ in plain.module.named_parameters() if name.startswith("auxiliary")]
     assert float(plain.loss(plain.module, batch).detach()) > 0
+
+
+@torch.no_grad()
+def test_rare_classes_can_weigh_more(recipe: Recipe, data: Path) -> None:
+    """By their pixels in the masks of the training split; the border without a class does not count."""
+    counts = torch.zeros(3)
+    for name in range(TRAIN):
+        mask = np.asarray(Image.open(data / "masks" / f"{name}.png"))
+        counts += torch.tensor([float((mask == k).sum()) for k in range(3)])
+    for name, power in (("balanced", 1.0), ("sqrt_balanced", 0.5)):
+        made = task(recipe(name), f"optim.class_weights={name}")
+        assert made.class_weights is not None
+        assert float((made.class_weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-5)
+        ratio = (counts[0] / counts[2]) ** power
+        assert float(made.class_weights[2] / made.class_weights[0]) == pytest.approx(float(ratio), rel=1e-5)
+    assert float(ratio) > 1.2
+    batch = collate([made.train_samples[(0, number)] for number in range(2)])
+    torch.manual_seed(0)
+    weighted = made.loss(made.module.train(), batch)
+    made.class_weights = None
+    assert not torch.isclose(weighted, made.loss(made.module, batch), rtol=1e-3)
 
 
 @torch.no_grad()

@@ -292,9 +292,11 @@ class OptimConfig:
     """Maximum global L2 norm of the gradients; omit it to disable clipping."""
     label_smoothing: Fraction = 0.0
     """Share of each label that is spread evenly over all classes."""
-    class_weights: Literal["balanced"] | tuple[Factor, ...] | None = None
-    """Weights of the classes in the training loss, in class order. `balanced` gives each class the weight
-    samples / (classes x samples of the class)."""
+    class_weights: Literal["balanced", "sqrt_balanced"] | tuple[Factor, ...] | None = None
+    """Weights of the classes in the training loss, in class order, for rare classes that are never predicted.
+    `balanced` gives each class the weight samples / (classes x samples of the class), `sqrt_balanced` weights in
+    proportion to 1 / sqrt(samples of the class), which is milder; in a segmentation, pixels count instead of
+    samples."""
     ema: Fraction = 0.0
     """Decay per step of an exponential moving average of the weights. If enabled, validation and the saved models use
     the average; 0 disables it."""

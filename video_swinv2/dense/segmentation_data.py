@@ -75,6 +75,14 @@ class SegmentationData:
         path = self.masks[place]
         return self._classes(path, _decode_mask(_read_bytes(path), path, self.max_pixels))
 
+    def count_pixels(self) -> Tensor:
+        """How many pixels of all masks belong to each class: int64 (K,). Raises DecodeError as `read_mask` does."""
+        counts = torch.zeros(256, dtype=torch.int64)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for mask in pool.map(self.read_mask, range(len(self.entries))):
+                counts += torch.bincount(mask.flatten(), minlength=256)
+        return counts[: len(self.classes)]
+
     def check(self) -> str:
         """Read the header of every image and every mask completely, and return the fingerprint of the split.
 

@@ -96,22 +96,25 @@ class Segmenter(nn.Module):
         """What model files record beside the architecture of the encoder, as plain data."""
         return {"task": "segmentation", **dataclasses.asdict(self.design)}
 
-    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, masks: Tensor | None = None, class_weights: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Normalised images (B, 3, H, W) of any size -> logits (B, K, H, W); with `masks`, the losses instead.
 
         masks: int64 (B, H, W), the class of every pixel, or 255 for pixels that belong to none. The losses are
             `loss` and, with an auxiliary head, `auxiliary_loss`, scalars: the cross-entropy summed over the pixels of
             a class and divided by the number of all pixels, as in mmsegmentation. So the mean over several batches
             of equal size is that of all their images, however many of their pixels belong to no class.
+        class_weights: (K,), what the loss of the pixels of each class is multiplied by.
         """
         maps = self.backbone(images)
         logits = self._full_size(self.head(maps), images, stage=0)
         if masks is None:
             return logits
-        losses = {"loss": pixel_loss(logits, masks)}
+        losses = {"loss": pixel_loss(logits, masks, class_weights)}
         if self.auxiliary is not None:
             scores = self._full_size(self.auxiliary(maps), images, stage=2)
-            losses["auxiliary_loss"] = pixel_loss(scores, masks)
+            losses["auxiliary_loss"] = pixel_loss(scores, masks, class_weights)
         return losses
 
     def _full_size(self, scores: Tensor, images: Tensor, stage: int) -> Tensor:
@@ -126,12 +129,12 @@ class Segmenter(nn.Module):
         return enlarged(scores, covered)[..., :height, :width]
 
 
-def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def pixel_loss(logits: Tensor, masks: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Cross-entropy of logits (B, K, H, W) and masks (B, H, W), summed and divided by B H W, pixels of IGNORE included.
 
-    In fp32, whatever the dtype of the logits.
+    In fp32, whatever the dtype of the logits. class_weights: (K,), factors on the loss of the pixels of each class.
     """
-    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(logits.float(), masks, class_weights, ignore_index=IGNORE, reduction="sum")
     return total / math.prod(masks.shape)
 
 

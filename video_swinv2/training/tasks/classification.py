@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from video_swinv2.config import Config
 from video_swinv2.data.datasets import Batch, SampleDataset
-from video_swinv2.data.manifest import Manifest, class_list_hash
+from video_swinv2.data.manifest import class_list_hash
 from video_swinv2.data.sources import labelled_manifest, labelled_splits
 from video_swinv2.data.transforms import mix
 from video_swinv2.engine.optimizer import freeze_stages
-from video_swinv2.errors import UsageError
+from video_swinv2.training.class_weights import class_weights
 from video_swinv2.training.flops import training_flops
 from video_swinv2.training.tasks.base import (
     Construction,
@@ -56,7 +56,12 @@ class Classification:
         val = labelled_manifest(config.data, config.data.val_split, self.classes) if has_val else None
         self.train_samples = SampleDataset(train.entries, config.data, config.augment, config.seed, None)
         self.notes = (*train.notes, *flip_notes(config.augment.flip, self.classes))
-        self.class_weights = class_weights(config.optim.class_weights, train)
+        self.class_weights = class_weights(
+            config.optim.class_weights,
+            self.classes,
+            lambda: torch.bincount(torch.tensor([entry.label for entry in train.entries]), minlength=len(self.classes)),
+            "sample",
+        )
         # Of five classes or fewer, any answer is among the first five.
         self.has_top5 = len(self.classes) > TOP
         self.metrics: Mapping[str, bool] = {"val/top1": True, "val/loss": False} | (
@@ -149,22 +154,3 @@ def flip_notes(flip: float, classes: Sequence[str]) -> tuple[str, ...]:
         f"augment.flip: {flip:g} of the samples are mirrored and keep their label, though class names tell {pair[0]} "
         f"from {pair[1]} ({found}); set augment.flip=0 unless a mirrored sample still belongs to its class",
     )
-
-
-def class_weights(wanted: str | tuple[float, ...] | None, train: Manifest) -> Tensor | None:
-    """The weights (K,) of the classes in the loss, from `optim.class_weights`; None without weights.
-
-    `balanced` gives each class the weight samples / (classes x samples of the class), scikit-learn's formula; the mean
-    weight over all training samples is then 1. Raises UsageError if the weights do not fit the training split.
-    """
-    if wanted is None:
-        return None
-    if isinstance(wanted, str):
-        counts = torch.bincount(torch.tensor([entry.label for entry in train.entries]), minlength=len(train.classes))
-        if not counts.all():
-            empty = train.classes[int(counts.argmin())]
-            raise UsageError(f"optim.class_weights: class {empty!r} has no training sample; give numbers instead")
-        return len(train.entries) / (len(counts) * counts.float())
-    if len(wanted) != len(train.classes):
-        raise UsageError(f"optim.class_weights: {len(wanted)} weights for {len(train.classes)} classes; give one each")
-    return torch.tensor(wanted)

@@ -27,6 +27,7 @@ from video_swinv2.dense.segmenters import Segmenter, SegmenterDesign, pixel_loss
 from video_swinv2.dense.upernet import AuxiliaryHead, UPerHead, enlarged
 from video_swinv2.engine.optimizer import freeze_stages
 from video_swinv2.errors import UsageError
+from video_swinv2.training.class_weights import class_weights
 from video_swinv2.training.flops import count_forward_flops, training_flops
 from video_swinv2.training.tasks.base import (
     Construction,
@@ -44,7 +45,7 @@ from video_swinv2.training.tasks.base import (
 PICTURES = 4  # validation images in a picture
 # Keys that mean nothing here. Ignoring them silently would hide a mistake in the config.
 UNUSED_AUGMENTATION = ("crop_area", "crop_ratio", "rand_augment", "erasing", "mixup", "cutmix")
-UNUSED_OPTIMISATION = (("label_smoothing", 0.0), ("class_weights", None))
+UNUSED_OPTIMISATION = (("label_smoothing", 0.0),)
 
 
 class Segmentation:
@@ -70,6 +71,7 @@ class Segmentation:
         # Every file is checked here, because a run would otherwise meet a wrong one only when the epoch reaches it.
         fingerprint, val_fingerprint = train.check(), val.check() if val else None
         self.classes = train.classes
+        self.class_weights = class_weights(config.optim.class_weights, self.classes, train.count_pixels, "pixel")
         self.train_samples = self._samples(train, config.augment)
         self.val_samples = self._samples(val, None) if val else None
         self.data_facts: dict[str, object] = {
@@ -115,8 +117,10 @@ class Segmentation:
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The cross-entropy of the main head, plus that of the auxiliary head times its weight."""
+        images = normalised_pixels(batch)
         masks = torch.stack([target["mask"] for target in batch.targets]).long()
-        losses = forward(normalised_pixels(batch), masks)
+        weights = None if self.class_weights is None else self.class_weights.to(images.device, non_blocking=True)
+        losses = forward(images, masks, weights)
         loss: Tensor = losses["loss"]
         if "auxiliary_loss" in losses:
             loss = loss + self.config.segmentation.auxiliary * losses["auxiliary_loss"]
