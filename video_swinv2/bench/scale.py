@@ -256,7 +256,7 @@ def scale_table(result: dict[str, Any]) -> str:
     """The result of `bench_scale` as text."""
     about = f"{result['model']}, torch {result['torch']}, medians of {result['rounds']} rounds taking turns"
     if all(one["quantity"] == "rows" for one in result["growths"]):
-        about = "lists of videos, each read once"
+        about = "lists of videos, each length measured once"
     heading = f"one thread; {about}"
     rows = [
         [

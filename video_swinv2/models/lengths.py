@@ -46,9 +46,8 @@ def scaled_parts(qkv: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor
     scale: (G, 1), at least fp32. Autograd by itself would keep q and k in fp32 and fill the gradient of the projection
     part by part, which is a fifth of the memory and of the time that a block takes on a GPU.
     """
-    if (
-        torch.jit.is_tracing()
-    ):  # for the ONNX file of a detector, whose exporter does not know the operator of `_Scaled`
+    # For the ONNX file of a detector, whose exporter does not know the operator of `_Scaled`.
+    if torch.jit.is_tracing():
         q_k = qkv[..., :2, :, :]
         scaled = (q_k * length_factors(q_k, lengths_of(scale))).to(dtype)
         return scaled[..., 0, :, :], scaled[..., 1, :, :], qkv[..., 2, :, :]

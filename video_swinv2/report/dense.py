@@ -55,11 +55,9 @@ def _in_words(value: object) -> str:
         return "; ".join(f"{key} {_in_words(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(_in_words, value)) or "none"
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def page_title(result: Mapping[str, Any], out: Path) -> str:
