@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -124,7 +125,7 @@ def test_each_frame_is_decoded_from_its_own_key_packet_once(tmp_path: Path, monk
     path = write_timed(tmp_path / "v.mp4", numbered_frames(32), when, g="8", bf="0", sc_threshold="0")
     starts: list[int] = []
     inner = VideoReader._decode
-    monkeypatch.setattr(VideoReader, "_decode", lambda self, start: starts.append(start) or inner(self, start))
+    monkeypatch.setattr(VideoReader, "_decode", lambda self, start, *a: starts.append(start) or inner(self, start, *a))
     with VideoReader(path) as reader:
         assert starts == []  # an MP4 is numbered from its packets
         reader.frames([30, 31, 2, 1, 2])
@@ -134,11 +135,47 @@ def test_each_frame_is_decoded_from_its_own_key_packet_once(tmp_path: Path, monk
         assert starts == [0]
 
 
+def decoded_pictures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the pts of every picture that leaves a decoder."""
+    found: list[int] = []
+    inner = decode.decode_packet
+
+    def counted(*arguments: Any) -> list[av.VideoFrame]:
+        frames = inner(*arguments)
+        found.extend(frame.pts for frame in frames)
+        return frames
+
+    monkeypatch.setattr(decode, "decode_packet", counted)
+    return found
+
+
+@pytest.mark.parametrize("pyramid", ["none", "normal"])
+def test_pictures_that_no_other_needs_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pyramid: str
+) -> None:
+    """With three B-frames in a row, every fourth picture is a P-frame, and in a pyramid the middle B-frame is used."""
+    frames = np.random.default_rng(0).integers(0, 256, (33, 32, 48, 3), np.uint8)
+    x264 = f"keyint=33:min-keyint=33:scenecut=0:bframes=3:b-adapt=0:b-pyramid={pyramid}"
+    path = write_timed(tmp_path / "v.mp4", frames, list(range(33)), base=Fraction(1, 25), **{"x264-params": x264})
+    truth = torch.from_numpy(plain_decode(path)).permute(0, 3, 1, 2)
+    with VideoReader(path) as reader:
+        number = {pts: index for index, pts in enumerate(reader._pts)}
+        needed = set(range(0, 33, 2 if pyramid == "normal" else 4))
+        pictures = decoded_pictures(monkeypatch)
+        for wanted in ([5], [3, 20, 27], list(range(0, 33, 4)), list(range(33)), [32, 1]):
+            pictures.clear()
+            assert torch.equal(reader.frames(wanted), truth[wanted])
+            assert {number[pts] for pts in pictures} <= needed | set(wanted)
+        pictures.clear()
+        assert [index for index, _ in reader.sequence()] == list(range(33))  # after it, all are decoded again
+        assert reader.stand_ins == 0
+
+
 class ForgetfulDecoder:
     """A decoder that loses the time of one frame."""
 
     def __init__(self, codec: av.VideoCodecContext, lost: int) -> None:
-        self.codec, self.lost, self.flush_buffers = codec, lost, codec.flush_buffers
+        self.codec, self.lost, self.name, self.flush_buffers = codec, lost, codec.name, codec.flush_buffers
 
     def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         frames = self.codec.decode(packet)
@@ -477,7 +514,7 @@ def test_a_file_that_is_gone_when_it_is_read_again_is_a_named_error(
             lambda: reader.frames([0]),
             lambda: list(reader.sequence()),
             lambda: list(reader.sequence(8)),
-            lambda: list(reader.decode_damaged([3])),
+            lambda: list(reader.decode([3])),
         ):
             with pytest.raises(DecodeError, match=r"v\.mp4: cannot be decoded \(No such file or directory\)"):
                 read()

@@ -17,7 +17,7 @@ from video_swinv2.data.display import ACCURATE
 from video_swinv2.data.transforms import normalise
 from video_swinv2.errors import UsageError
 from video_swinv2.evaluation.protocols import PROTOCOLS, Protocol
-from video_swinv2.evaluation.views import ForwardDecoder, cut_views, read_views
+from video_swinv2.evaluation.views import cut_views, read_views
 from video_swinv2.weights.store import Preprocessing
 
 VIDEOSWIN = PROTOCOLS["videoswin-4x3"]
@@ -102,8 +102,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[Any]]:
         counts["opened"][file] += not mode
         return really_open(file, *mode, **options)
 
-    def counting_decode(reader: VideoReader, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        for index, frame in really_decode(reader, start):
+    def counting_decode(reader: VideoReader, *request: Any) -> Iterator[tuple[int, av.VideoFrame]]:
+        for index, frame in really_decode(reader, *request):
             counts["frames"][str(reader.path), index] += 1
             yield index, frame
 
@@ -139,8 +139,7 @@ def test_far_frames_are_reached_by_their_key_frames(
     with VideoReader(path) as reader:
         expected = reader.frames([3, 12, 100, 101, 190], 24)
         decoded["frames"].clear()
-        decoder = ForwardDecoder(reader)
-        found = {index: reader.picture(frame, 24) for index, frame in decoder.frames([190, 3, 12, 101, 100])}
+        found = {index: reader.picture(frame, 24) for index, frame in reader.decode([190, 3, 12, 101, 100])}
     assert list(found) == [3, 12, 100, 101, 190]
     pictures = torch.from_numpy(np.stack(list(found.values()))).permute(0, 3, 1, 2)
     assert torch.equal(pictures, expected)
@@ -159,21 +158,6 @@ def test_several_protocols_see_the_same_as_each_alone(write_video: Callable[...,
             assert torch.equal(together[first : first + protocol.views], alone)
             first += protocol.views
         assert first == len(together)
-
-
-@pytest.mark.parametrize(
-    "name", ["decord__video_90.mov", "decord__corrupted.mp4", "ft__fixture.mpg", "tc__h265_video.mp4"]
-)
-def test_pictures_and_stand_ins_are_the_readers_own(outside_data: Path, name: str) -> None:
-    with VideoReader(outside_data / "odd_clips" / name) as reader:
-        wanted = list(range(0, min(len(reader), 60), 7))
-        expected = reader.frames(wanted, 40)
-        stand_ins = reader.stand_ins
-        decoder = ForwardDecoder(reader)
-        found = {index: reader.picture(frame, 40).copy() for index, frame in decoder.frames(wanted)}
-        assert reader.stand_ins == 2 * stand_ins, "the same frames have to be replaced"
-    pictures = np.stack([found[index] for index in wanted])
-    np.testing.assert_array_equal(pictures, expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_orders_of_frames(write_video: Callable[..., Path], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class VideoReader:
         codec: FFmpeg's name of the decoder.
         stand_ins: how many of the frames requested so far could not be decoded and were replaced by a neighbour.
 
-    `time_limit_seconds` applies to opening and to each later call separately. A file with a picture of more than
+    `time_limit_seconds` applies to opening and to each pass of decoding separately. A file with a picture of more than
     `max_pixels` pixels is refused before memory is allocated for it. Whatever goes wrong with the file, in whichever
     library, is raised as a DecodeError whose message begins with the path.
     """
@@ -162,7 +162,7 @@ class VideoReader:
     ) -> torch.Tensor:
         """Decode the frames with the given indices -> uint8 (len(indices), 3, H, W), RGB.
 
-        Indices may come in any order and repeat. A frame that cannot be decoded is replaced (see `decode_damaged`).
+        Indices may come in any order and repeat. A frame that cannot be decoded is replaced (see `decode`).
         Raises IndexError for an index outside 0..n-1 and DecodeError if nothing can be decoded.
 
         Args:
@@ -175,16 +175,13 @@ class VideoReader:
         rows: dict[int, list[int]] = {}  # of the result, by the frame that they show
         for row, index in enumerate(indices):
             rows.setdefault(index, []).append(row)
-        wanted = sorted(rows)
-        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
-            raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
-        self._start_clock()
+        decoded = self.decode(rows)  # not below, where an IndexError would be blamed on the file
         with named_errors(self.path):
             # Each frame is written to its rows as soon as it is decoded, so that there is a single copy of the pixels:
             # 16 frames of 8K are 1.6 GB.
             pixels: NDArray[np.uint8] | None = None
             box: Box | None = None
-            for index, frame in self._wanted(wanted):
+            for index, frame in decoded:
                 if pixels is None and crop is not None:
                     box = crop(*size_for(self._display.note(frame), short_side))
                 planes = self._display.planes(frame, short_side, box)
@@ -201,22 +198,28 @@ class VideoReader:
         Starts at the key frame before `first`, so earlier frames may come first. Frames are as decoded, neither rotated
         nor resized; `picture` does both.
         """
-        self._start_clock()
         # For `first` = 0, start at the first packet even if it is no key packet: those frames before the first key
         # packet that can be decoded have indices.
         packet = next(self._runs([first]))[0] if first else 0
         return self._named(self._decode(packet))
 
-    def decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Second attempt at frames that could not be decoded from the key frame before them: (index, frame) for each.
+    def decode(self, indices: Iterable[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) once for each of the given frames, as decoded; ascending, but damaged frames come last.
 
-        `damaged` are their indices, ascending. A frame that is lost when decoding starts at a key frame may be intact
-        when decoding starts at the beginning of the file. If it is not, it is replaced by the nearest earlier frame
-        that can be decoded, or by the next one if there is no earlier one; `stand_ins` counts these replacements.
-        Raises DecodeError if no frame at all can be decoded.
+        Groups of pictures without such a frame are skipped. In the other groups, pictures that no other picture refers
+        to are skipped.
+
+        A frame that is lost when decoding starts at the key frame before it may be intact when decoding starts at the
+        beginning of the file. If it is not, the nearest earlier frame that can be decoded takes its place, or the next
+        one if there is no earlier one; `stand_ins` counts these replacements. How the decoder fills in the
+        lost parts of a damaged picture can depend on which frames are asked for, since it uses those decoded before.
+
+        Raises IndexError for an index outside 0..n-1 and DecodeError if no frame at all can be decoded.
         """
-        self._start_clock()
-        return self._named(self._decode_damaged(damaged))
+        wanted = sorted(set(indices))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self):
+            raise IndexError(f"{self.path}: has frames 0..{len(self) - 1}, asked for {wanted[:1]}..{wanted[-1:]}")
+        return self._named(self._decode_wanted(wanted))
 
     @property
     def orientation(self) -> Orientation:
@@ -356,14 +359,27 @@ class VideoReader:
         """The position of the stream among the video streams; `stream.index` counts audio and others too."""
         return [stream.index for stream in self._container.streams.video].index(self._stream.index)
 
-    def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) in presentation order, decoding forward from packet `start`. Skips damaged packets."""
+    def _decode(self, start: int, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) in presentation order, decoding forward from packet `start`. Skips damaged packets.
+
+        With `wanted`, other frames may be missing.
+        """
+        self._start_clock()
         codec = self._stream.codec_context
         codec.flush_buffers()  # a request that stopped early leaves frames in the decoder
+        # The pts of all pictures that are needed for themselves. H.264 marks those that no other picture refers to,
+        # which are half or more of them in a video with B-frames; its decoder can be told to pass over these. HEVC's
+        # marks do not exclude references from a higher temporal layer, and other codecs have none.
+        needed: set[int] | None = None
+        if wanted is not None and self._index_of_pts is not None and codec.name == "h264":
+            needed = {self._pts[index] for index in wanted}
+        codec.skip_frame = "DEFAULT"
         count = 0
         # Decoders hold frames back to reorder them; the final None makes this one release the rest.
         for packet in chain(self._packets_from(start), (None,)):
             self._check_clock()
+            if needed is not None and packet is not None:
+                codec.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
             for frame in decode_packet(codec, packet, self._max_pixels):
                 self._display.note(frame)
                 # A frame whose pts has no index is discarded by the edit list. One without a pts, which damage can
@@ -373,12 +389,12 @@ class VideoReader:
                 if index is not None:
                     yield index, frame
 
-    def _wanted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """(index, frame) for each of the wanted frames, with one forward pass per run (see `_runs`)."""
+    def _decode_wanted(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """`decode` for ascending indices, with one forward pass per run (see `_runs`)."""
         damaged: list[int] = []
         for start, run in self._runs(wanted):
             left = set(run)
-            for index, frame in self._decode(start):
+            for index, frame in self._decode(start, run):
                 if index in left:
                     left.remove(index)
                     yield index, frame
@@ -409,7 +425,7 @@ class VideoReader:
         yield self._key_packets[first], run
 
     def _decode_damaged(self, damaged: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """`decode_damaged` without restarting the clock, for use inside another call."""
+        """The frames `damaged`, ascending, from the start of the file, or what takes their place (see `decode`)."""
         if not damaged:
             return
         waiting = deque(damaged)

@@ -40,8 +40,9 @@ WORKER_DEATH_MESSAGE = re.compile(r"DataLoader worker .*(exited unexpectedly|is 
 PIN_THREAD_MESSAGE = "Pin memory thread exited unexpectedly"
 RESULT_PIPE_BYTES = 2**20  # the most that Linux allows everybody; all finished batches together are announced in less
 DEATH_SHOWS_SECONDS = 2.0  # how long a death may take to become visible after a batch could not be fetched
-# `VideoReader` restarts its time limit for opening a video, for its size and for its frames. A worker that takes longer
-# than the three together hangs in a library, where the reader's own checks do not run.
+# `VideoReader` restarts its time limit for opening a video, for its size and for each pass over its frames, of which
+# there is rarely more than one. A worker that takes longer than three of them hangs in a library, where the reader's
+# own checks do not run.
 CLOCKS_PER_VIDEO = 3
 
 

@@ -10,11 +10,9 @@ are different. So each video is opened once and decoded forwards once. Each fram
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,7 +85,7 @@ def cut_views(
     # Not zeroed: every frame of every view is written below, damaged ones by their stand-ins.
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
     stand_ins_before = reader.stand_ins
-    for index, frame in ForwardDecoder(reader).frames(list(uses)):
+    for index, frame in reader.decode(uses):
         # The frame as shown, (height, width, 3), once for each short side in use.
         pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in uses[index]}}
         for row, position, side in uses[index]:
@@ -97,59 +95,6 @@ def cut_views(
     # For an image model, which takes single frames, T is 1 and the axis is dropped: (V, 3, 1, H, W) -> (V, 3, H, W).
     clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
     return clips, tuple(views), reader.stand_ins - stand_ins_before
-
-
-class ForwardDecoder:
-    """Decodes chosen frames of an open video in one forward pass that skips long gaps.
-
-    A video can be decoded from any key frame on, but only forwards. Between two clips far apart it is cheaper to
-    restart at a later key frame than to decode everything in between. How far apart key frames are is learnt on the
-    way.
-    """
-
-    def __init__(self, reader: VideoReader) -> None:
-        self._reader = reader
-        self._longest_gop = 0  # the largest distance between key frames so far, in frames; 0: not known yet
-
-    def frames(self, wanted: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (index, frame as decoded) for each of `wanted`, ascending.
-
-        Frames that could not be decoded come last, from `VideoReader.decode_damaged`. Raises DecodeError if nothing can
-        be decoded.
-        """
-        left = dict.fromkeys(sorted(wanted))  # an ordered set
-        damaged: list[int] = []
-        while left:
-            reached = yield from self._decode_to_gap(left)
-            # Frames that decoding has passed without producing them are damaged. Removing them guarantees progress: the
-            # next pass starts at the first frame beyond.
-            passed = [index for index in left if index <= reached]
-            damaged += passed
-            for index in passed:
-                del left[index]
-        if damaged:
-            yield from self._reader.decode_damaged(damaged)
-
-    def _decode_to_gap(self, left: dict[int, None]) -> Generator[tuple[int, av.VideoFrame], None, float]:
-        """Decode from the key frame before the first of `left` up to a gap that is worth skipping.
-
-        Removes the frames that it yields from `left`. Returns the index reached, infinity at the end of the video.
-        """
-        key: int | None = None
-        for index, frame in self._reader.sequence(next(iter(left))):
-            if frame.key_frame:
-                self._longest_gop = max(self._longest_gop, index - (index if key is None else key))
-                key = index
-            if index not in left:
-                continue
-            del left[index]
-            yield index, frame
-            ahead = next((other for other in left if other > index), None)
-            # If key frames continue at this distance, there is one between here and the next wanted frame, and decoding
-            # can restart there. As long as no distance has been seen, nothing is known, and decoding continues.
-            if ahead is None or 0 < self._longest_gop < ahead - index:
-                return index
-        return math.inf
 
 
 def cut_image(picture: Tensor, protocol: Protocol, preprocessing: Preprocessing) -> tuple[Tensor, tuple[View, ...]]:
