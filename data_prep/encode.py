@@ -1,8 +1,11 @@
 """The prepared form of videos: encoding to it, and checking whether a file already has it.
 
-All videos of a data set are H.264 yuv420p in MP4, with the index (moov) in front of the frames, short groups of
-pictures, no B-frames, no edit list, no sound and no metadata. All decoders read such a file in the same way, and a seek
-is cheap, because at most `gop` frames have to be decoded.
+All videos of a data set are H.264 yuv420p in MP4, with the index (moov) in front of the frames, short closed groups of
+pictures, no edit list, no sound and no metadata. All decoders read such a file in the same way, and a seek is cheap,
+because at most `gop` frames have to be decoded.
+
+Of every four frames, three are B-frames that no other frame refers to. `VideoReader` passes over those that a clip does
+not show, so that reading every second frame decodes two thirds of them, and a single frame a quarter.
 
 As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels.
 """
@@ -10,11 +13,11 @@ As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import av
 from av.video.reformatter import ColorRange
@@ -38,11 +41,15 @@ MUXER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "l
 
 @dataclass(frozen=True)
 class H264Settings:
-    """Settings of x264: a key frame every `gop` frames, constant quality `crf` (lower is better), speed `preset`."""
+    """Settings of x264: a key frame every `gop` frames, constant quality `crf` (lower is better), speed `preset`.
+
+    `b_frames` is how many B-frames stand between two frames that others refer to.
+    """
 
     gop: int = 16
     crf: int = 23
     preset: str = "medium"
+    b_frames: int = 3
 
 
 def to_ticks(times: Sequence[float]) -> list[int]:
@@ -57,16 +64,26 @@ def to_ticks(times: Sequence[float]) -> list[int]:
 
 def x264_options(settings: H264Settings) -> dict[str, str]:
     """The options of FFmpeg's libx264 for the prepared form."""
-    # bf=0: without B-frames the decoding order is the display order, and no edit list is needed.
     # threads=1: the work is parallelised over videos, one process each.
     # sc_threshold=0: no extra key frames at scene cuts.
-    options = {"crf": str(settings.crf), "preset": settings.preset, "bf": "0", "threads": "1", "sc_threshold": "0"}
+    options = {"crf": str(settings.crf), "preset": settings.preset, "threads": "1", "sc_threshold": "0"}
+    # b_strategy=0: always as many B-frames, whatever the pictures show.
+    # b-pyramid=none: B-frames refer to other kinds of frames only, so each of them can be passed over.
+    # b_qfactor=1: B-frames are as good as the others, because a clip may show any frame. By default they are coarser.
+    options |= {"bf": str(settings.b_frames), "b_strategy": "0", "b-pyramid": "none", "b_qfactor": "1"}
     # x264's macroblock tree is off. With it, the same frames gave other bytes in one of twenty encodings of pictures of
     # 42 x 32: some frames were quantised differently, depending on what was in memory (never with asm=0, which is x264
     # without vector instructions). Without the tree the bytes are a function of the frames. At the same crf, files of
     # real clips get a tenth larger and 0.2 to 0.6 dB better.
     options["mbtree"] = "0"
     return options | {"g": str(settings.gop), "keyint_min": str(settings.gop)}
+
+
+def muxer_options(settings: H264Settings) -> dict[str, str]:
+    """The options of FFmpeg's MP4 muxer for the prepared form."""
+    # faststart moves the index to the front when the file is closed. With B-frames, the first frame would be shown only
+    # after others have been decoded, and an edit list would undo the delay; negative_cts_offsets avoids both.
+    return {"movflags": "+faststart+negative_cts_offsets" if settings.b_frames else "+faststart"}
 
 
 def write_video(
@@ -83,11 +100,10 @@ def write_video(
     av.FFmpegError.
     """
     digest = hashlib.sha256()
-    # faststart moves the index to the front when the file is closed. bitexact leaves the version of the muxer out of
-    # the file. The path is absolute because FFmpeg takes a bare "a:b" for a protocol.
-    with av.open(
-        str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
-    ) as out:
+    # bitexact leaves the version of the muxer out of the file. The path is absolute because FFmpeg takes a bare "a:b"
+    # for a protocol.
+    options = muxer_options(settings) | {"fflags": "+bitexact"}
+    with av.open(str(path.absolute()), "w", format="mp4", options=options) as out:
         rate = Fraction(fps).limit_denominator(10000)
         stream = out.add_stream("libx264", rate=rate, options=x264_options(settings))
         stream.height, stream.width = size
@@ -147,6 +163,7 @@ def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> s
             "odd size": any(side % 2 for side in size),
             f"metadata ({', '.join(sorted(tags_found))})": bool(tags_found),
             "index after the frames": not _index_first(path),
+            "has an edit list": _has_edit_list(path),
         }
         found = [difference for difference, applies in differences.items() if applies]
         # The packets come last: going through them takes longer than everything above.
@@ -154,45 +171,80 @@ def difference_from_prepared_form(path: Path, *, short_side: int, gop: int) -> s
 
 
 def _packet_difference(container: InputContainer, gop: int) -> str:
-    """The first difference that the packets show: key frames too far apart, reordered frames, or a late start.
+    """The first difference that the packets show: key frames too far apart, open groups of pictures, or a late start.
 
     '' if there is none.
     """
     # Packets since the last key frame, that one included. It starts at `gop`, so that a file whose first packet is not
-    # a key frame exceeds the limit at once. `last` is the pts of the previous packet, -1 before the first.
-    since_key, last = gop, -1
+    # a key frame exceeds the limit at once. `key` is the pts of that key frame; `seen` holds those of all packets.
+    since_key, key, seen = gop, 0, set[int]()
     for packet in container.demux(video=0):
         if not packet.size:  # the empty packet that ends the stream
             continue
         since_key = 1 if packet.is_keyframe else since_key + 1
         if since_key > gop:
             return f"key frames more than {gop} frames apart"
-        # With B-frames, presentation (pts) and decoding times (dts) differ. An edit list makes FFmpeg mark packets as
-        # discarded.
-        if packet.pts is None or packet.pts <= last or packet.pts != packet.dts or packet.is_discard:
-            return "B-frames or an edit list"
-        if last < 0 and packet.pts:
-            return "does not start at 0"
-        last = packet.pts
+        if packet.pts is None or packet.pts in seen or packet.is_discard:
+            return "frames without a time of their own"
+        if packet.is_keyframe:
+            if not seen and packet.pts:
+                return "does not start at 0"
+            key = packet.pts
+        # A picture that is stored after a key frame and shown before it refers to pictures on both sides of it.
+        if packet.pts < key:
+            return "open groups of pictures"
+        seen.add(packet.pts)
     return ""
 
 
 def _index_first(path: Path) -> bool:
-    """Whether the index of an MP4 (moov box) comes before the frames (mdat), so that it is found without seeking.
+    """Whether the index of an MP4 (moov box) comes before the frames (mdat), so that it is found without seeking."""
+    with path.open("rb") as file:
+        kinds = (kind for kind, _, _ in _boxes(file, path.stat().st_size))
+        return next((kind == b"moov" for kind in kinds if kind in (b"moov", b"mdat")), False)
+
+
+def _has_edit_list(path: Path) -> bool:
+    """Whether an edit list of an MP4 does more than to show the whole video from its start on."""
+    with path.open("rb") as file:
+        for _, start, end in _find_boxes(file, [b"moov", b"trak", b"edts", b"elst"], path.stat().st_size):
+            file.seek(start)
+            # version and flags, the number of edits, and of each its duration and start, both longer in version 1
+            edits = file.read(end - start)
+            wide = edits[:1] == b"\1"
+            if int.from_bytes(edits[4:8], "big") != 1 or any(edits[16:24] if wide else edits[12:16]):
+                return True
+    return False
+
+
+def _find_boxes(file: BinaryIO, kinds: list[bytes], end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes at a path of nested `kinds`, from the position of `file` up to `end`, as `_boxes` gives them."""
+    for box in _boxes(file, end):
+        kind, start, stop = box
+        if kind == kinds[0]:
+            if len(kinds) == 1:
+                yield box
+            else:
+                file.seek(start)
+                yield from _find_boxes(file, kinds[1:], stop)
+
+
+def _boxes(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, where its contents start, where they end) of the boxes between the position of `file` and `end`.
 
     An MP4 is a sequence of boxes (ISO/IEC 14496-12, 4.2): a 32-bit big-endian length, which counts the whole box, a
     type of four letters, the contents. Length 1 means that a 64-bit length follows the type; length 0 means that the
-    box extends to the end of the file.
+    box extends to the end of the file. Stops at a box that is damaged.
     """
-    with path.open("rb") as file:
-        while len(head := file.read(16)) >= 8:
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if kind in (b"moov", b"mdat"):
-                return kind == b"moov"
-            length = int.from_bytes(head[8:], "big") if length == 1 else length
-            # Nothing follows a box of length 0; other lengths below that of a header mean that the file is damaged.
-            if length < 8:
-                return False
-            # 16 bytes have been read, possibly more than this box has, so the step may lead backwards.
-            file.seek(length - len(head), 1)
-    return False
+    start = file.tell()
+    while start + 8 <= end:
+        file.seek(start)
+        head = file.read(16)
+        length, kind, size = int.from_bytes(head[:4], "big"), head[4:8], 8
+        if length == 1:
+            length, size = int.from_bytes(head[8:], "big"), 16
+        stop = start + length if length else end
+        if not start + size <= stop <= end:
+            return
+        yield kind, start + size, stop
+        start = stop

@@ -17,7 +17,7 @@ from video_swinv2.files import path_under
 
 # To be incremented whenever a change of the code makes the same settings produce different files. It is part of the
 # settings' hash, so videos prepared with an older version are prepared again. In dataset.json it is called "form".
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 FULL_HD = 1920 * 1080  # pixels
 MAX_LIMIT_SECONDS = 24 * 3600.0  # of any job, whatever its file says
 

@@ -49,6 +49,7 @@ SETTINGS = {
     "gop": ("a key frame every", "frames"),
     "crf": ("x264 quality (crf; lower is better)", ""),
     "preset": ("x264 preset", ""),
+    "b_frames": ("B-frames in a row", ""),
     "form": ("version of the prepared form", ""),
 }
 MAX_TEXT = 100  # characters of a value that is shown

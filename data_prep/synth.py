@@ -61,8 +61,8 @@ ARM = (0.12, 0.25)
 SHADE = {"easy": 2.0, "hard": 0.0}
 DRIFT = 0.02  # maximum speed of the background, in image widths per frame
 # High quality, because coarse quantisation leaves a trail behind moving shapes, which would reveal the direction of the
-# motion in a single frame.
-ENCODING = H264Settings(gop=16, crf=12, preset="veryfast")
+# motion in a single frame. Without B-frames, since clips this short are decoded in no time.
+ENCODING = H264Settings(gop=16, crf=12, preset="veryfast", b_frames=0)
 
 SECONDS_PER_CLIP = 120.0  # time limit, far above what drawing and encoding take
 

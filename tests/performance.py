@@ -59,16 +59,16 @@ BENCHMARKS = {
     **{
         f"loader-{name}": Benchmark(
             f"Reading, beside {peer}",
-            f"loader --data {{data}} --against {name.removesuffix('-resized')} --batch 4 --clips 16 --rounds 3 "
-            f"{options}",
+            f"loader --data {{{source}}} --against {name.split('-')[0]} --batch 4 --clips 22 --rounds 3 {options}",
             loader_table,
         )
-        for name, peer, options in (
-            ("torchcodec", "torchcodec", "--workers 0,1,2"),
-            ("torchcodec-resized", "torchcodec, with resizing", "--workers 0 --short-side 256"),
-            ("decord", "decord", "--workers 0,1,2"),
-            ("videomae", "VideoMAE's loader", "--workers 0,2"),
-            ("pytorchvideo", "pytorchvideo", "--workers 0,2"),
+        for name, peer, source, options in (
+            ("torchcodec", "torchcodec", "data", "--workers 0,1,2"),
+            ("torchcodec-resized", "torchcodec, with resizing", "data", "--workers 0 --short-side 256"),
+            ("torchcodec-raw", "torchcodec, of videos as they come", "raw", "--workers 0 --short-side 256"),
+            ("decord", "decord", "data", "--workers 0,1,2"),
+            ("videomae", "VideoMAE's loader", "data", "--workers 0,2"),
+            ("pytorchvideo", "pytorchvideo", "data", "--workers 0,2"),
         )
     },
     "testing-4x3": Benchmark(
@@ -83,7 +83,7 @@ BENCHMARKS = {
         bench_test_table,
     ),
     "prepare": Benchmark(
-        "Preparation, beside the ffmpeg program", "prepare --data {raw} --clips 6 --rounds 3", preparation_table
+        "Preparation, beside the ffmpeg program", "prepare --data {raw} --clips 22 --rounds 3", preparation_table
     ),
     "scale": Benchmark("How costs grow", "scale --rounds 2 --part model reading processes", scale_table),
     "lists": Benchmark(
@@ -136,6 +136,7 @@ HEADLINES = (
     Headline("SimMIM step, bf16, beside timm", "simmim", _race("training step", "bf16"), 1.6),
     Headline("reading, beside bare torchcodec", "loader-torchcodec", _reading, 1.0),
     Headline("reading with resizing, beside torchcodec", "loader-torchcodec-resized", _reading, 1.0),
+    Headline("reading videos as they come, beside torchcodec", "loader-torchcodec-raw", _reading, 1.0),
     Headline("reading, beside bare decord", "loader-decord", _reading, 1.0),
     Headline("reading, beside decord as VideoMAE uses it", "loader-videomae", _reading, 1.5),
     Headline("reading, beside pytorchvideo's `LabeledVideoDataset`", "loader-pytorchvideo", _reading, 3.0),

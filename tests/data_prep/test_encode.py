@@ -1,4 +1,4 @@
-"""The prepared form: key frames where requested, no B-frames, no sound, times exact to the tick."""
+"""The prepared form: key frames where requested, B-frames that can be skipped, no sound, times exact to the tick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from data_prep.encode import TIME_BASE, H264Settings, pictures_sha256, to_ticks, write_video
+from data_prep.encode import (
+    TIME_BASE,
+    H264Settings,
+    difference_from_prepared_form,
+    pictures_sha256,
+    to_ticks,
+    write_video,
+)
 from video_swinv2.data.decode import VideoReader
 from video_swinv2.files import commit_file, partial_path
 
@@ -27,14 +34,16 @@ def test_ticks(times: list[float], expected: list[int]) -> None:
     assert to_ticks(times) == expected
 
 
-def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
+@pytest.mark.parametrize("b_frames", [0, 3])
+def test_the_form_of_a_prepared_video(tmp_path: Path, b_frames: int) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
     frames[20:] = 255 - frames[20:]  # a scene cut, which must not cause a key frame
     moments = [0, *np.cumsum(np.random.default_rng(1).integers(1000, 9000, 39)).tolist()]
     pictures = ((tick, av.VideoFrame.from_ndarray(image)) for tick, image in zip(moments, frames, strict=True))
     part = partial_path(tmp_path / "v.mp4")
     assert part.name.startswith(".")
-    encoded = write_video(part, pictures, size=(32, 48), fps=18.0, settings=H264Settings(gop=16))
+    settings = H264Settings(gop=16, b_frames=b_frames)
+    encoded = write_video(part, pictures, size=(32, 48), fps=18.0, settings=settings)
     assert encoded == pictures_sha256(part)
     commit_file(part, tmp_path / "v.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
@@ -43,13 +52,19 @@ def test_the_form_of_a_prepared_video(tmp_path: Path) -> None:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
         assert [place for place, packet in enumerate(packets) if packet.is_keyframe] == [0, 16, 32]
-        assert all(packet.pts == packet.dts for packet in packets)
+        assert packets[0].pts == 0
+        assert not any(packet.is_discard for packet in packets), "no edit list"
         assert stream.codec_context.pix_fmt == "yuv420p"
         assert "encoder" not in container.metadata
-        kinds = {frame.pict_type for packet in [*packets, None] for frame in stream.codec_context.decode(packet)}
-        assert kinds == {PictureType.I, PictureType.P}
+        kinds = [frame.pict_type for packet in [*packets, None] for frame in stream.codec_context.decode(packet)]
+        plain, skipped = PictureType.P, PictureType.B if b_frames else PictureType.P
+        # Groups are closed: the frame before a key frame refers to no frame after it.
+        group = [PictureType.I, *[skipped, skipped, skipped, plain] * 3, skipped, skipped, plain]
+        last = [PictureType.I, skipped, skipped, skipped, plain, skipped, skipped, plain]
+        assert kinds == group + group + last
     with VideoReader(tmp_path / "v.mp4") as reader:
         np.testing.assert_allclose(reader.times / float(TIME_BASE), moments, atol=1)
+    assert difference_from_prepared_form(tmp_path / "v.mp4", short_side=32, gop=16) == ""
     head = (tmp_path / "v.mp4").read_bytes()
     assert head.index(b"moov") < head.index(b"mdat")  # readable before it has arrived completely
 

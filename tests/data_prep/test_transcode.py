@@ -37,9 +37,9 @@ def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:
 
 
 def write(path: Path, times: list[float], *, options: dict[str, str] | None = None, **more: object) -> Path:
-    """A video of numbered frames shown at `times`; `more`: size, sound, late_index, metadata, format."""
+    """A video of numbered frames shown at `times`; `more`: size, sound, late_index, movflags, metadata, format."""
     height, width = more.get("size", (32, 48))  # type: ignore[misc]  # a pair
-    late = {} if more.get("late_index") else {"movflags": "+faststart"}
+    late = {} if more.get("late_index") else {"movflags": f"+faststart{more.get('movflags', '')}"}
     with av.open(str(path), "w", format=str(more.get("format", "mp4")), options=late) as container:
         container.metadata.update(more.get("metadata", {}))  # type: ignore[call-overload]  # a dict
         settings = {"g": "16", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"} | (options or {})
@@ -198,7 +198,12 @@ def test_copy_keeps_the_bytes_of_videos_in_the_prepared_form(tmp_path: Path) -> 
         ({"metadata": {"title": "of a person"}}, "metadata (title)"),
         ({"late_index": True}, "index after the frames"),
         ({"options": {"g": "40"}}, "key frames more than 16 frames apart"),
-        ({"options": {"bf": "2"}}, "B-frames or an edit list"),
+        ({"options": {"bf": "2"}}, "has an edit list"),
+        ({"options": {"bf": "2"}, "movflags": "+negative_cts_offsets"}, ""),
+        (
+            {"options": {"g": "12", "bf": "2", "x264-params": "open-gop=1"}, "movflags": "+negative_cts_offsets"},
+            "open groups of pictures",
+        ),
     ],
 )
 def test_differences_from_the_prepared_form(tmp_path: Path, change: dict[str, object], words: str) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from numpy.typing import NDArray
 
-from data_prep.encode import difference_from_prepared_form, x264_options
+from data_prep.encode import difference_from_prepared_form, muxer_options, x264_options
 from data_prep.jobs import TranscodeSettings
 from data_prep.sources import plan_preparation
 from data_prep.state import PreparationState
@@ -163,7 +163,8 @@ def _run_ffmpeg(sources: Sequence[Path], out: Path, workers: int, colours: bool)
         "c:v": "libx264",
         "pix_fmt": "yuv420p",
         **x264_options(settings.encoding),
-        **{"map": "0:v:0", "map_metadata": "-1", "movflags": "+faststart"},
+        **muxer_options(settings.encoding),
+        **{"map": "0:v:0", "map_metadata": "-1"},
     }
 
     def encode(number: int) -> None:
