@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -110,8 +111,8 @@ def test_one_open_and_one_pass_for_each_video(
             opened.append(path)
             super().__init__(path, time_limit_seconds=time_limit_seconds, max_pixels=max_pixels)
 
-        def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-            for index, frame in super()._decode(start):
+        def _decode(self, *request: Any) -> Iterator[tuple[int, av.VideoFrame]]:
+            for index, frame in super()._decode(*request):
                 frames[self.path, index] += 1
                 yield index, frame
 

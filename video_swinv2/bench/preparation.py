@@ -158,7 +158,9 @@ def _run_ffmpeg(sources: Sequence[Path], out: Path, workers: int, colours: bool)
     short = settings.short_side
     scale = f"scale='if(lt(iw,ih),min({short},iw),-2)':'if(lt(iw,ih),-2,min({short},ih))'"
     options = {
-        "fps_mode": "passthrough",  # frames keep their times; by default the program makes the rate constant
+        # Frames keep their times: by default the program makes the rate constant, and rounds times to its frames.
+        "fps_mode": "passthrough",
+        "enc_time_base": "-1",  # that of the source
         "filter_threads": "1",
         "c:v": "libx264",
         "pix_fmt": "yuv420p",

@@ -196,7 +196,7 @@ class VideoReader:
         """(index, frame) for every frame that can be decoded, in presentation order.
 
         Starts at the key frame before `first`, so earlier frames may come first. Frames are as decoded, neither rotated
-        nor resized; `picture` does both.
+        nor resized; `picture` and `planes` do both.
         """
         # For `first` = 0, start at the first packet even if it is no key packet: those frames before the first key
         # packet that can be decoded have indices.
@@ -228,9 +228,14 @@ class VideoReader:
         return self._display.orientation if self.size else Orientation()
 
     def picture(self, frame: av.VideoFrame, short_side: int | None = None) -> NDArray[np.uint8]:
-        """A frame from `sequence` as shown -> uint8 (H, W, 3), RGB, its short side resized to `short_side`."""
+        """A decoded frame as shown -> uint8 (H, W, 3), RGB, its short side resized to `short_side`."""
         with named_errors(self.path):
             return self._display.picture(frame, short_side)
+
+    def planes(self, frame: av.VideoFrame, short_side: int | None = None) -> list[NDArray[np.uint8]]:
+        """Red, green and blue of `picture`: uint8 (H, W) each, without copying them into one array."""
+        with named_errors(self.path):
+            return self._display.planes(frame, short_side)
 
     def _named(self, frames: Iterator[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
         """`named_errors` for a generator, whose code runs only when its frames are taken."""

@@ -86,12 +86,12 @@ def cut_views(
     pixels = np.empty((len(views), 3, frames, *preprocessing.image_size), dtype=np.uint8)
     stand_ins_before = reader.stand_ins
     for index, frame in reader.decode(uses):
-        # The frame as shown, (height, width, 3), once for each short side in use.
-        pictures = {side: reader.picture(frame, side) for side in {side for _, _, side in uses[index]}}
+        # The colours of the frame as shown, (height, width) each, once for each short side in use.
+        pictures = {side: reader.planes(frame, side) for side in {side for _, _, side in uses[index]}}
         for row, position, side in uses[index]:
             top, left, height, width = views[row].box
-            crop = pictures[side][top : top + height, left : left + width]  # (H, W, 3)
-            pixels[row, :, position] = crop.transpose(2, 0, 1)  # (3, H, W) into (V, 3, T, H, W)
+            for channel, plane in enumerate(pictures[side]):
+                pixels[row, channel, position] = plane[top : top + height, left : left + width]
     # For an image model, which takes single frames, T is 1 and the axis is dropped: (V, 3, 1, H, W) -> (V, 3, H, W).
     clips = torch.from_numpy(pixels if preprocessing.frames is not None else pixels[:, :, 0])
     return clips, tuple(views), reader.stand_ins - stand_ins_before

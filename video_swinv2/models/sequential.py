@@ -43,8 +43,8 @@ from video_swinv2.models.lengths import length_backward, length_factors, lengths
 from video_swinv2.models.position_bias import expand_table, reduce_to_table
 from video_swinv2.models.windows import WindowLayout
 
-# Limits on the bytes of the logits of a piece. On a CPU several tensors of this size have to fit into a core's cache.
-CPU_PIECE = 2**20
+# Limits on the bytes of the logits of a piece. On a CPU they have to fit into a core's cache.
+CPU_PIECE = 2**21
 PIECE_LIMIT = 2**29  # also on the expanded bias of a group of heads, on all devices
 LOG2_E = math.log2(math.e)
 
@@ -243,13 +243,17 @@ def _head_groups(qkv: Tensor) -> Iterator[slice]:
 
 
 def _at_once(qkv: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """The numbers of windows and heads in a piece, for logits of `dtype`: as many windows as fit, then heads."""
+    """The numbers of windows and heads in a piece, for logits of `dtype`: as many heads as fit, then windows.
+
+    Heads come first because q and k of a window are brought to their lengths for all of its heads.
+    """
     windows, tokens, _, heads, _ = qkv.shape
     limit = CPU_PIECE if qkv.device.type == "cpu" else PIECE_LIMIT
     budget = max(1, limit // (dtype.itemsize * tokens**2))
+    heads_at_once = min(heads, budget)
     # Divided evenly: of 4 windows, 2 and 2 rather than 3 and 1.
-    windows_at_once = math.ceil(windows / math.ceil(windows / budget))
-    return windows_at_once, min(heads, budget // windows_at_once)
+    windows_at_once = math.ceil(windows / math.ceil(windows / (budget // heads_at_once)))
+    return windows_at_once, heads_at_once
 
 
 def _slices(total: int, at_once: int) -> Iterator[slice]:

@@ -70,7 +70,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        """(..., C) -> (..., C)."""
+        hidden = self.fc1(x)
+        # In place if no gradient needs the input: this halves the memory, and on CPUs fresh memory can cost more than
+        # GELU itself. Programs that record operations get the usual operator.
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+        return self.fc2(torch.ops.aten.gelu_(hidden) if in_place else F.gelu(hidden))
 
 
 class BranchNorm(nn.LayerNorm):
