@@ -5,7 +5,7 @@ pictures, no edit list, no sound and no metadata. All decoders read such a file 
 because at most `gop` frames have to be decoded.
 
 Of every four frames, three are B-frames that no other frame refers to. `VideoReader` passes over those that a clip does
-not show, so that reading every second frame decodes two thirds of them, and a single frame a quarter.
+not show.
 
 As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels.
 """
@@ -69,8 +69,7 @@ def x264_options(settings: H264Settings) -> dict[str, str]:
     options = {"crf": str(settings.crf), "preset": settings.preset, "threads": "1", "sc_threshold": "0"}
     # b_strategy=0: always as many B-frames, whatever the pictures show.
     # b-pyramid=none: B-frames refer to other kinds of frames only, so each of them can be passed over.
-    # b_qfactor=1: B-frames are as good as the others, because a clip may show any frame. By default they are coarser.
-    options |= {"bf": str(settings.b_frames), "b_strategy": "0", "b-pyramid": "none", "b_qfactor": "1"}
+    options |= {"bf": str(settings.b_frames), "b_strategy": "0", "b-pyramid": "none"}
     # x264's macroblock tree is off. With it, the same frames gave other bytes in one of twenty encodings of pictures of
     # 42 x 32: some frames were quantised differently, depending on what was in memory (never with asm=0, which is x264
     # without vector instructions). Without the tree the bytes are a function of the frames. At the same crf, files of
