@@ -206,10 +206,10 @@ def _index_first(path: Path) -> bool:
 def _has_edit_list(path: Path) -> bool:
     """Whether an edit list of an MP4 does more than to show the whole video from its start on."""
     with path.open("rb") as file:
-        for _, start, end in _find_boxes(file, [b"moov", b"trak", b"edts", b"elst"], path.stat().st_size):
+        for _, start, _ in _find_boxes(file, [b"moov", b"trak", b"edts", b"elst"], path.stat().st_size):
             file.seek(start)
-            # version and flags, the number of edits, and of each its duration and start, both longer in version 1
-            edits = file.read(end - start)
+            # version and flags, the number of edits, and of the first its duration and start, both longer in version 1
+            edits = file.read(24)
             wide = edits[:1] == b"\1"
             if int.from_bytes(edits[4:8], "big") != 1 or any(edits[16:24] if wide else edits[12:16]):
                 return True

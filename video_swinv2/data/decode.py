@@ -211,8 +211,8 @@ class VideoReader:
 
         A frame that is lost when decoding starts at the key frame before it may be intact when decoding starts at the
         beginning of the file. If it is not, the nearest earlier frame that can be decoded takes its place, or the next
-        one if there is no earlier one; `stand_ins` counts these replacements. How the decoder fills in the
-        lost parts of a damaged picture can depend on which frames are asked for, since it uses those decoded before.
+        one if there is no earlier one; `stand_ins` counts these replacements. How the decoder fills in the lost parts
+        of a damaged picture can depend on which frames are asked for, since it uses those decoded before.
 
         Raises IndexError for an index outside 0..n-1 and DecodeError if no frame at all can be decoded.
         """
