@@ -34,7 +34,7 @@ from video_swinv2.bench.measuring import table_text
 from video_swinv2.bench.model import model_table
 from video_swinv2.bench.preparation import preparation_table
 from video_swinv2.bench.scale import scale_table
-from video_swinv2.bench.testing import SEEK_PER_VIEW, bench_test_table
+from video_swinv2.bench.testing import DECODE_PER_VIEW, SEEK_PER_VIEW, bench_test_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = REPOSITORY / "docs" / "results" / "performance"
@@ -246,25 +246,45 @@ def _headline_table(kept: dict[str, Any]) -> str:
     return "### Times as fast\n\n" + table_text(["", "reached", "aim", ""], rows)
 
 
-def headline(kept: dict[str, Any]) -> str:
-    """The answer of the README, in one sentence."""
-    forward, forward_bf16, step, step_bf16, memory, memory_bf16 = (
-        line.find(kept["model"]["result"]) for line in HEADLINES[:6]
+def answers(kept: dict[str, Any]) -> dict[str, str]:
+    """The answers of the README, each by the name of its markers there."""
+    model, rates, prepared, raw, one, three = (
+        kept[name]["result"]
+        for name in (
+            "model",
+            "loader-pytorchvideo",
+            "loader-torchcodec-resized",
+            "loader-torchcodec-raw",
+            "testing-4x3",
+            "testing-three",
+        )
     )
-    return (
-        f"forward {forward:.1f} times (bf16 {forward_bf16:.1f}), training step {step:.1f} times (bf16 {step_bf16:.1f}) "
-        f"as fast as torchvision's Video Swin on a CPU, with {1 / memory:.2f} ({1 / memory_bf16:.2f}) of its memory"
-    )
+    forward, forward_bf16, step, step_bf16, memory, memory_bf16 = (line.find(model) for line in HEADLINES[:6])
+    whole = [result["times_as_fast"][DECODE_PER_VIEW] for result in (one, three)]
+    return {
+        "speed": (
+            f"forward {forward:.1f} times (bf16 {forward_bf16:.1f}), training step {step:.1f} times (bf16 "
+            f"{step_bf16:.1f}) as fast as torchvision's Video Swin on a CPU, with {1 / memory:.2f} "
+            f"({1 / memory_bf16:.2f}) of its memory"
+        ),
+        "reading": (
+            f"prepared clips {_reading(prepared):.1f} times, clips as they come {_reading(raw):.1f} times as fast as "
+            f"torchcodec; prepared clips {_reading(rates):.0f} times as fast as pytorchvideo"
+        ),
+        "testing": (
+            f"one decode per video: {_seek(one):.1f} to {_seek(three):.1f} times as fast as a seek per view, "
+            f"{whole[0]:.0f} to {whole[1]:.0f} times as fast as a full decode per view"
+        ),
+    }
 
 
 def pages() -> dict[Path, str]:
     """The page and the README as the kept JSON has them."""
     kept = kept_results()
-    written = {PAGE: put_between(PAGE.read_text(encoding="utf-8"), f"\n\n{tables(kept)}\n\n")}
-    if "model" in kept:
-        readme = README.read_text(encoding="utf-8")
-        written[README] = put_between(readme, headline(kept), "<!-- speed: begin -->", "<!-- speed: end -->")
-    return written
+    readme = README.read_text(encoding="utf-8")
+    for name, answer in answers(kept).items():
+        readme = put_between(readme, answer, f"<!-- {name}: begin -->", f"<!-- {name}: end -->")
+    return {PAGE: put_between(PAGE.read_text(encoding="utf-8"), f"\n\n{tables(kept)}\n\n"), README: readme}
 
 
 def main() -> None:

@@ -171,6 +171,27 @@ def test_pictures_that_no_other_needs_are_skipped(
         assert reader.stand_ins == 0
 
 
+def test_chosen_frames_of_real_clips_that_are_not_damaged_are_those_of_a_whole_decode(outside_data: Path) -> None:
+    damaged = {"bitflips_mdat.mp4", "decord__corrupted.mp4", "mp4p__no_timescale.mp4"}
+    compared = 0
+    for path in sorted(outside_data.joinpath("odd_clips").iterdir()):
+        try:
+            with VideoReader(path) as reader:
+                if reader.codec != "h264" or path.name in damaged:
+                    continue
+                count = len(reader)
+                chosen = np.random.default_rng(0).integers(0, count, 6).tolist()
+                wanted = [*chosen, *range(count // 3, count, 4)[:8], count - 1]
+                truth = {index: reader.picture(frame, 64) for index, frame in reader.sequence() if index in wanted}
+                for some in (wanted, wanted[:1], wanted[-1:]):
+                    pictures = reader.frames(some, 64).permute(0, 2, 3, 1).numpy()
+                    assert all(np.array_equal(a, truth[index]) for a, index in zip(pictures, some, strict=True)), path
+                compared += 1
+        except DecodeError:
+            continue
+    assert compared > 40
+
+
 class ForgetfulDecoder:
     """A decoder that loses the time of one frame."""
 
