@@ -4,8 +4,7 @@ All videos of a data set are H.264 yuv420p in MP4, with the index (moov) in fron
 pictures, no edit list, no sound and no metadata. All decoders read such a file in the same way, and a seek is cheap,
 because at most `gop` frames have to be decoded.
 
-Of every four frames, three are B-frames that no other frame refers to. `VideoReader` passes over those that a clip does
-not show.
+Most frames are B-frames that no other frame refers to. `VideoReader` passes over those that a clip does not show.
 
 As in transcode.py, a tick is 1/90000 s, and sizes are (height, width) in pixels.
 """
