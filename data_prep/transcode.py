@@ -45,6 +45,8 @@ from video_swinv2.files import PARTIAL_SUFFIX, commit_file, sha256
 # A video fails if less than this share of its frames can be decoded, or if those that can span less than this share of
 # its duration. Otherwise it is prepared without the frames that are lost, and `detail` says how many there are.
 MIN_DECODED_SHARE = 0.9
+# How long a frame may be shown: with B-frames, the index of an MP4 holds times of up to 2^31 ticks.
+MAX_FRAME_SECONDS = float(2**31 * TIME_BASE)
 # If the source contains less than this share of a segment, it is probably not the video that the list refers to.
 MIN_SEGMENT_SHARE = 0.5
 # Fewer frames per second than this are taken for damaged time stamps if a constant rate is to be made of them: to fill
@@ -254,11 +256,16 @@ def _encode(
 ) -> tuple[_Progress, str]:
     """Encode the selected frames -> what was done, and the sha256 of the compressed pictures.
 
-    Raises DecodeError if too few frames can be decoded, OSError if encoding fails.
+    Raises DecodeError if too few frames can be decoded or times are damaged, OSError if encoding fails.
 
     The steps form a chain of generators, decode -> (constant rate) -> resize -> encode, which the encoder pulls frames
     through one at a time. So only a few frames are in memory, however long the video is.
     """
+    times = reader.times[selected.start : selected.stop]
+    longest = float(np.diff(times).max(initial=0))
+    if longest > MAX_FRAME_SECONDS:
+        hours = f"{longest / 3600:,.0f} hours"
+        raise DecodeError(f"{reader.path}: its time stamps are damaged: one frame is shown for {hours}")
     progress = _Progress()
     frames = _decode(reader, selected, progress)
     if settings.fps:
@@ -272,7 +279,6 @@ def _encode(
         # The encoder or the muxer failed: what fails because of the source is a DecodeError. The error number is kept
         # because _diagnose recognises a full disk by it.
         raise OSError(getattr(error, "errno", 0) or 0, f"while encoding: {error.strerror}") from error
-    times = reader.times[selected.start : selected.stop]
     if progress.decoded < MIN_DECODED_SHARE * len(times):
         raise DecodeError(f"{reader.path}: only {progress.decoded} of {len(times)} frames decode")
     # The number of frames is not enough: with a variable frame rate, nine tenths of the frames may all be at the start

@@ -121,7 +121,7 @@ def test_the_commands_get_over_files_that_lie_about_their_length(tmp_path: Path)
     write_slow(clips / "healthy.mp4", 10, 0.04)
     write_slow(clips / "long.mp4", 650, 100.0)
     write_slow(clips / "large.mp4", 3, 6000.5, (2160, 3840))
-    # Two flipped bits in the last time of an FLV: fifteen days, which is more than the index of an MP4 can hold.
+    # Two flipped bits in the last time of an FLV: the frame before it would be shown for fifteen days.
     write_flv(clips / "flipped.flv", [*range(0, 400, 40), 400 | 0x50000000])
     (tmp_path / "list.csv").write_text(
         "path,label\n" + "".join(f"{path.name},run\n" for path in sorted(clips.iterdir()))
@@ -141,7 +141,9 @@ def test_the_commands_get_over_files_that_lie_about_their_length(tmp_path: Path)
             f"videos/train/run/{name}.mp4" for name in ("healthy", "large", "long")
         ]
     with (out / "failed.csv").open() as file:
-        assert [(row["path"], row["reason"]) for row in csv.DictReader(file)] == [("flipped.flv", "check_failed")]
+        (failed,) = csv.DictReader(file)
+        assert (failed["path"], failed["reason"]) == ("flipped.flv", "decode_error")
+        assert failed["detail"] == "its time stamps are damaged: one frame is shown for 373 hours"
     with VideoReader(out / "videos" / "train" / "run" / "long.mp4") as reader:
         assert reader.times[-1] == 64_900
     verified = command("verify", out, "--level", "full", "--workers", "1")
