@@ -5,7 +5,7 @@
 
 `measure` runs the commands that the page shows, and keeps the JSON that each prints, with the machine and the commit,
 in docs/results/performance. PREPARED is a data set as `data_prep prepare` writes it, of ten-second clips, and RAW a
-folder of videos as they come. It takes three quarters of an hour on a quiet core. `page` only reads the JSON; a test
+folder of videos as they come. It takes an hour on a quiet core. `page` only reads the JSON; a test
 does the same, and fails if the page says something else.
 """
 
