@@ -23,8 +23,7 @@ from video_swinv2.files import create_folder, write_json
 from video_swinv2.records import read_json
 
 PROTOCOL = "videoswin-4x3"
-PROCESSES = 2  # DeepSpeed processes in training
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
+PROCESSES = 2  # DeepSpeed processes in fine-tuning
 ORDERS = ("in-order", "shuffled")  # values of data.frame_order
 
 
@@ -51,8 +50,7 @@ def run_demo(out: Path) -> None:
     if not (data / "dataset.json").is_file():
         _step("generated clips: 8 motions, 2,720 clips", "-m", "data_prep", "synth", str(data))
     settings = [f"data.source={data}", f"out={pretrained.parent}"]
-    title = f"SimMIM on single frames, {PROCESSES} DeepSpeed processes"
-    _step(title, *LAUNCHER, *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
+    _step("SimMIM on single frames", *_verb("pretrain"), str(recipe("demo/pretrain.yaml")), *settings)
     trials = [
         Trial("scratch", "from scratch", ("init=scratch",)),
         # Inflated weights are symmetric in time. Without noise to break the symmetry, four epochs are too few to learn
@@ -87,9 +85,10 @@ def run_demo(out: Path) -> None:
 def _finetune_and_test(trial: Trial, data: Path, out: Path) -> dict[str, Any]:
     """Fine-tune one trial and test it. Returns the results by order of frames, and the best validation accuracy."""
     folder = out / f"finetune-{trial.key}"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
     settings = [f"data.source={data}", f"out={folder}", *trial.settings]
     title = f"fine-tuning {trial.title}, {PROCESSES} DeepSpeed processes"
-    _step(title, *LAUNCHER, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
+    _step(title, *launcher, *_verb("train"), str(recipe("demo/finetune.yaml")), *settings)
     result: dict[str, Any] = {order: _test(folder, data, out / f"test-{trial.key}-{order}", order) for order in ORDERS}
     return result | {"val_top1": read_json(folder / "run.json")["best"]}
 
