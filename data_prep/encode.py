@@ -217,14 +217,14 @@ def _has_edit_list(path: Path) -> bool:
 
 def _find_boxes(file: BinaryIO, kinds: list[bytes], end: int) -> Iterator[tuple[bytes, int, int]]:
     """The boxes at a path of nested `kinds`, from the position of `file` up to `end`, as `_boxes` gives them."""
-    for box in _boxes(file, end):
-        kind, start, stop = box
-        if kind == kinds[0]:
-            if len(kinds) == 1:
-                yield box
-            else:
-                file.seek(start)
-                yield from _find_boxes(file, kinds[1:], stop)
+    for kind, start, stop in _boxes(file, end):
+        if kind != kinds[0]:
+            continue
+        if len(kinds) == 1:
+            yield kind, start, stop
+        else:
+            file.seek(start)
+            yield from _find_boxes(file, kinds[1:], stop)
 
 
 def _boxes(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int, int]]:

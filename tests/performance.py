@@ -248,13 +248,13 @@ def _headline_table(kept: dict[str, Any]) -> str:
 
 def answers(kept: dict[str, Any]) -> dict[str, str]:
     """The answers of the README, each by the name of its markers there."""
-    model, rates, prepared, raw, one, three = (
+    model, prepared, raw, pytorchvideo, one, three = (
         kept[name]["result"]
         for name in (
             "model",
-            "loader-pytorchvideo",
             "loader-torchcodec-resized",
             "loader-torchcodec-raw",
+            "loader-pytorchvideo",
             "testing-4x3",
             "testing-three",
         )
@@ -269,7 +269,7 @@ def answers(kept: dict[str, Any]) -> dict[str, str]:
         ),
         "reading": (
             f"prepared clips {_reading(prepared):.1f} times, clips as they come {_reading(raw):.1f} times as fast as "
-            f"torchcodec; prepared clips {_reading(rates):.0f} times as fast as pytorchvideo"
+            f"torchcodec; prepared clips {_reading(pytorchvideo):.0f} times as fast as pytorchvideo"
         ),
         "testing": (
             f"one decode per video: {_seek(one):.1f} to {_seek(three):.1f} times as fast as a seek per view, "

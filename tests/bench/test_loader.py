@@ -88,4 +88,4 @@ def test_too_few_clips_are_refused() -> None:
 def test_peers_with_an_augmentation_of_their_own_are_not_asked_to_resize() -> None:
     for peer in ("videomae", "pytorchvideo"):
         with pytest.raises(UsageError, match=f"--short-side: {peer} has its own augmentation"):
-            bench_loader(None, READING, (0,), against=peer)  # type: ignore[arg-type]
+            bench_loader(None, READING, (0,), against=peer)  # type: ignore[arg-type]  # a str is no Literal

@@ -53,6 +53,7 @@ def test_the_form_of_a_prepared_video(tmp_path: Path, b_frames: int) -> None:
         packets = [packet for packet in container.demux(stream) if packet.size]
         assert [place for place, packet in enumerate(packets) if packet.is_keyframe] == [0, 16, 32]
         assert packets[0].pts == 0
+        assert b_frames or all(packet.pts == packet.dts for packet in packets)
         assert not any(packet.is_discard for packet in packets), "no edit list"
         assert stream.codec_context.pix_fmt == "yuv420p"
         assert "encoder" not in container.metadata
